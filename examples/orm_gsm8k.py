@@ -1,0 +1,116 @@
+"""Train an outcome verifier on graded solutions of word problems, and let it pick the best of several.
+
+    python examples/orm_gsm8k.py            # your samples, see below; for a GPU
+    python examples/orm_gsm8k.py --smoke    # offline, a tiny model, under a minute on a CPU
+
+The full run reads data/gsm8k_samples.jsonl: GSM8K questions with the `answer` of the data set, which ends in
+"#### 42", and `samples`, solutions that a policy wrote and that end in the same way. A sample is right if its number
+is. Questions, not rows, are split into those for training and those held out: else the verifier is tested on what it
+has seen.
+"""
+
+import sys
+import tempfile
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+
+from trl_ext import ORMConfig, ORMTrainer, RewardScorer
+
+
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+
+
+def final_number(text: str) -> str:
+    """What follows the last "####", without thousands separators."""
+    return text.rsplit("####", 1)[-1].strip().replace(",", "")
+
+
+def graded(questions: list[dict]) -> Dataset:
+    """One row for each sample of each question."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": row["question"],
+                "completion": sample,
+                "label": final_number(sample) == final_number(row["answer"]),
+            }
+            for row in questions
+            for sample in row["samples"]
+        ]
+    )
+
+
+def split(questions: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Every fifth question is held out."""
+    return [row for i, row in enumerate(questions) if i % 5], [row for i, row in enumerate(questions) if i % 5 == 0]
+
+
+def full_run() -> tuple[ORMTrainer, list[dict]]:
+    questions = load_dataset("json", data_files="data/gsm8k_samples.jsonl", split="train").to_list()
+    train, held_out = split(questions)
+    args = ORMConfig(
+        output_dir="outputs/orm_gsm8k",
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=8,
+        eval_strategy="steps",
+    )
+    data = {"train_dataset": graded(train), "eval_dataset": graded(held_out)}
+    return ORMTrainer(model="Qwen/Qwen3-0.6B", args=args, peft_config=LORA, **data), held_out
+
+
+def smoke_questions() -> list[dict]:
+    """Sums whose wrong samples are off by ten, so that a tiny model can learn to tell."""
+    sums = [(a, b) for a in range(8) for b in range(8)]
+    return [
+        {
+            "question": f"{a} + {b} = ?\n",
+            "answer": f"#### {a + b}",
+            "samples": [f"#### {a + b + wrong}" for wrong in (90, 0, 70)],
+        }
+        for a, b in sums
+    ]
+
+
+def smoke_run(folder: str) -> tuple[ORMTrainer, list[dict]]:
+    from trl_ext.demo.model import tiny_reward_base
+
+    train, held_out = split(smoke_questions())
+    args = ORMConfig(
+        output_dir=f"{folder}/out",
+        max_steps=60,
+        learning_rate=1e-2,
+        per_device_train_batch_size=16,
+        logging_steps=5,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    model = tiny_reward_base(f"{folder}/base", hidden_size=32)
+    data = {"train_dataset": graded(train), "eval_dataset": graded(held_out)}
+    return ORMTrainer(model=model, args=args, peft_config=LORA, **data), held_out
+
+
+def main(smoke: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, held_out = smoke_run(folder) if smoke else full_run()
+        trainer.train()
+        trainer.save_model()
+        print("losses:", *(f"{entry['loss']:.4f}" for entry in trainer.state.log_history if "loss" in entry))
+        metrics = trainer.evaluate()
+        # within a question, because the pooled AUC mostly says which questions are hard
+        print(*(f"{name}={metrics[f'eval_{name}']:.3f}" for name in ("auc", "question_auc", "best_of_n", "mean_of_n")))
+
+        scorer = RewardScorer(trainer.args.output_dir)  # the folder is enough
+        question = held_out[0]
+        scores = scorer([question["question"]] * len(question["samples"]), question["samples"])
+        best = max(zip(scores, question["samples"], strict=True))[1]
+        print(f"best of {len(scores)}: {best}")
+        # the estimate at each token: where does the solution go wrong?
+        (tokens,) = scorer.score_tokens([question["question"]], [best])
+        print("logits:", *(f"{logit:+.2f}" for logit in tokens))
+
+
+if __name__ == "__main__":
+    main(smoke="--smoke" in sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Tests; a package so that helpers import as ``from tests.tiny import ...``."""

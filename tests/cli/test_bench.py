@@ -1,0 +1,123 @@
+"""`trl-ext bench`: runs, writes its report, and compares like with like."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+
+from tests.tiny import pair_rows, ranked_rows
+from trl_ext.cli import bench, bench_reward, bench_tools
+from trl_ext.cli.main import main
+
+
+TINY = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--repeats", "2"]
+STEPS = ["--batch_size", "2", "--steps", "2"]
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def run(tmp_path, *arguments):
+    assert main(["bench", *arguments, *TINY, "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "bench.png").is_file() == HAS_MATPLOTLIB
+    return json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_reward_measures_both_sides_of_each_shape(tmp_path, capsys):
+    report = run(tmp_path, "reward", *STEPS, "--shapes", "24,8,2", "12,5,4", "0,9,2")
+    printed = capsys.readouterr().out
+    pairs, rankings, apart = report["cases"]
+    assert pairs["baseline"] == apart["baseline"] == "trl.RewardTrainer"
+    assert rankings["baseline"].startswith("padded rows") and "shared_prefix=False" in rankings["baseline"]
+    # the tokens that went through the models are those of the formula
+    assert pairs["token_bound"] == pytest.approx(pairs["formula"]) == 2 * 32 / 40
+    assert rankings["token_bound"] == pytest.approx(rankings["formula"]) == 4 * 17 / 32
+    assert apart["token_bound"] == apart["formula"] == 1.0
+    assert pairs["sides"]["padded"]["model_tokens"] == 2 * 64 and pairs["sides"]["trl_ext"]["model_tokens"] == 2 * 40
+    assert [case["sides"]["trl_ext"]["flat_batches"] for case in report["cases"]] == [1.0, 1.0, 0.0]
+    for case in report["cases"]:
+        ours, padded = case["sides"]["trl_ext"], case["sides"]["padded"]
+        assert case["losses_compared"] == 3 and case["loss_max_difference"] < 1e-5
+        assert case["speedup"] == pytest.approx(padded["seconds_per_step"] / ours["seconds_per_step"])
+        assert case["fraction_of_bound"] == pytest.approx(case["cpu_speedup"] / case["token_bound"])
+        assert all(side["seconds_per_step"] > 0 and side["tokens_per_second"] > 0 for side in (ours, padded))
+        assert case["name"] in printed
+    assert report["dtype"] in printed and report["attention"] in printed
+
+
+@pytest.mark.parametrize("rows,baseline", [(pair_rows(12), "trl"), (ranked_rows(12, k=3, ragged=True), "padded")])
+def test_reward_takes_the_lengths_of_a_data_set(rows, baseline, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(tmp_path, "reward", *STEPS, "--shapes", "--dataset_name", str(file), "--lora_r", "0")
+    (case,) = report["cases"]
+    assert case["name"] == "rows.jsonl" and case["baseline"].startswith(baseline) and case["formula"] is None
+    assert case["token_bound"] > 1.05 and case["loss_max_difference"] < 1e-5
+    with pytest.raises(SystemExit):  # 12 rows are not enough
+        main(["bench", "reward", *TINY, "--shapes", "--batch_size", "9", "--dataset_name", str(file)])
+
+
+def test_score_measures_three_sides(tmp_path, capsys):
+    size = ["--num_prompts", "2", "--num_completions", "4", "--prompt_length", "20", "--completion_length", "6"]
+    report = run(tmp_path, "score", *size)
+    assert list(report["sides"]) == ["given_order", "sorted", "shared"]
+    assert report["rows"] == 8
+    for name, side in report["sides"].items():
+        assert side["score_max_difference"] < 1e-5
+        assert report["speedup"][name] == pytest.approx(side["seconds"] / report["sides"]["shared"]["seconds"])
+    # (8 * 20 + C) / (2 * 20 + C), with C from 8 * 3 to 8 * 6 completion tokens
+    assert (160 + 48) / (40 + 48) <= report["token_bound"] <= (160 + 24) / (40 + 24)
+    assert "shared prompts" in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_tools.importlib.util, "find_spec", lambda name: None)
+    assert bench_tools.plot_bars(tmp_path / "a.png", ["a"], {"b": [1.0]}, "y", "t") is False
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_share_their_prompt_and_nothing_else():
+    rows = bench_tools.synthetic_groups(6, prompt=5, completion=4, candidates=3)
+    assert len(rows) == 6
+    for row in rows:
+        assert {tuple(ids[:5]) for ids in row["candidate_ids"]} == {tuple(row["candidate_ids"][0][:5])}
+        assert len({ids[5] for ids in row["candidate_ids"]}) == 3
+        assert {len(ids) for ids in row["candidate_ids"]} == {9}
+        assert row["ratings"] == [3.0, 2.0, 1.0]
+    assert list(rows) == list(bench_tools.synthetic_groups(6, prompt=5, completion=4, candidates=3))
+
+
+def test_the_tokenizer_of_a_data_set_is_lossless_and_shorter_than_bytes():
+    from datasets import Dataset
+
+    rows = Dataset.from_list(pair_rows(20, chat=True))
+    tokenizer = bench_tools.tokenizer_of(rows)
+    text = random.Random(0).choice(rows["chosen"])[0]["content"] + " é"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text and len(ids) < len(text.encode()) / 2
+    assert tokenizer.apply_chat_template(rows[0]["chosen"], tokenize=False).startswith("<bos>assistant")
+
+
+def test_medians_are_taken_step_by_step():
+    runs = [
+        {"wall": [1.0, 5.0], "cpu": [1.0, 2.0], "peak": 3.0, "model_tokens": 7, "flat_batches": 0.5},
+        {"wall": [2.0, 4.0], "cpu": [1.0, 2.0], "peak": None, "model_tokens": 7, "flat_batches": 0.5},
+        {"wall": [9.0, 3.0], "cpu": [1.0, 2.0], "peak": 5.0, "model_tokens": 7, "flat_batches": 0.5},
+    ]
+    assert bench_reward._summary(runs, 30.0) == {
+        "seconds_per_step": 3.0,  # the medians are 2 and 4
+        "cpu_seconds_per_step": 1.5,
+        "tokens_per_second": 10.0,
+        "peak_memory_mib": 4.0,
+        "model_tokens": 7,
+        "flat_batches": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["reward", "--shapes", "64,2"], ["reward", "--shapes", "4,0,2"], ["reward", "--warmup", "0"], ["train"]],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""What every test gets: no network, no telemetry, one torch thread, and the folder of real data when it is there.
+
+The environment is set at import, before any test imports torch, transformers or trl.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_DISABLED"] = "true"
+os.environ["WANDB_SILENT"] = "true"
+
+import torch
+
+
+torch.set_num_threads(1)
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets: `TRL_EXT_DATA`, else ``shared/data`` beside the project; skips where absent."""
+    named = os.environ.get("TRL_EXT_DATA")
+    folder = Path(named) if named else PROJECT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not a folder (set TRL_EXT_DATA to point at it)")
+    return folder

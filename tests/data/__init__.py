@@ -1,0 +1,1 @@
+"""Tests of trl_ext.data."""

@@ -1,0 +1,113 @@
+"""GroupCollator and SpanCollator: exact tensors, key order, ragged groups."""
+
+import pytest
+import torch
+
+from trl_ext.data.collators import GroupCollator, SpanCollator
+
+
+ROWS = [
+    {"candidate_ids": [[5, 6, 7], [5, 8]], "candidate_ratings": [1.0, 0.0], "row_index": 3},
+    {"candidate_ids": [[9, 1], [9, 2], [9]], "candidate_ratings": [2.0, 5.0, 2.0], "row_index": 4},
+]
+
+
+def test_ragged_groups_by_hand():
+    batch = GroupCollator(pad_token_id=99)(ROWS)
+    assert list(batch) == ["ratings", "group_mask", "completion_lengths", "row_index", "input_ids", "attention_mask"]
+    expected = {
+        "ratings": torch.tensor([[1.0, 0.0, 0.0], [2.0, 5.0, 2.0]]),
+        "group_mask": torch.tensor([[True, True, False], [True, True, True]]),
+        "completion_lengths": torch.tensor([[2, 1, 0], [2, 2, 1]]),
+        "row_index": torch.tensor([3, 4]),
+        "input_ids": torch.tensor([[5, 6, 7], [5, 8, 99], [9, 1, 99], [9, 2, 99], [9, 99, 99]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]]),
+    }
+    for name, tensor in expected.items():
+        assert batch[name].dtype == tensor.dtype, name
+        assert torch.equal(batch[name], tensor), name
+
+
+def test_margin_and_target_travel_when_present():
+    rows = [{**row, "group_margin": 0.5 * i, "group_target": 0.25} for i, row in enumerate(ROWS)]
+    batch = GroupCollator(0)(rows)
+    assert list(batch) == [
+        "ratings",
+        "group_mask",
+        "completion_lengths",
+        "row_index",
+        "margin",
+        "target",
+        "input_ids",
+        "attention_mask",
+    ]
+    assert torch.equal(batch["margin"], torch.tensor([0.0, 0.5]))
+    assert torch.equal(batch["target"], torch.tensor([0.25, 0.25]))
+    assert batch["margin"].dtype == batch["target"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 3), (1, 3), (3, 3), (8, 8)])
+def test_pad_to_multiple_of(multiple, width):
+    batch = GroupCollator(0, pad_to_multiple_of=multiple)(ROWS)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, width)
+    assert batch["attention_mask"].sum().item() == 3 + 2 + 2 + 2 + 1
+
+
+def test_pad_id_that_is_a_real_token_is_not_masked_where_it_is_real():
+    batch = GroupCollator(pad_token_id=6)(ROWS)
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1]
+    assert batch["input_ids"][0].tolist() == [5, 6, 7]
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        GroupCollator(0)([])
+    with pytest.raises(ValueError, match="row 7 has 2 candidates and 1 ratings"):
+        GroupCollator(0)([{"candidate_ids": [[1], [2]], "candidate_ratings": [1.0], "row_index": 7}])
+
+
+SPAN_ROWS = [
+    {
+        "span_input_ids": [5, 6, 7, 8],
+        "label_positions": [1, 3, 3],
+        "label_values": [1.0, 0.0, -0.5],
+        "label_categories": [0, 0, 1],
+        "label_steps": [0, 2, 1],
+        "completion_start": 1,
+        "row_index": 3,
+    },
+    {
+        "span_input_ids": [9, 9],
+        "label_positions": [],
+        "label_values": [],
+        "label_categories": [],
+        "label_steps": [],
+        "completion_start": 2,
+        "row_index": 5,
+    },
+]
+
+
+def test_spans_by_hand():
+    batch = SpanCollator(pad_token_id=99, num_categories=2)(SPAN_ROWS)
+    expected = {
+        "token_labels": torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, -0.5]], [[0.0, 0.0]] * 4]),
+        "label_mask": torch.tensor([[[False] * 2, [True, False], [False] * 2, [True] * 2], [[False] * 2] * 4]),
+        "label_steps": torch.tensor([[[-1, -1], [0, -1], [-1, -1], [2, 1]], [[-1, -1]] * 4]),
+        "completion_start": torch.tensor([1, 2]),
+        "row_index": torch.tensor([3, 5]),
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 9, 99, 99]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    assert list(batch) == list(expected)  # token_labels first, so that the first tensor counts sequences
+    for name, tensor in expected.items():
+        assert batch[name].dtype == tensor.dtype, name
+        assert torch.equal(batch[name], tensor), name
+    assert SpanCollator(0, 2, pad_to_multiple_of=8)(SPAN_ROWS)["token_labels"].shape == (2, 8, 2)
+
+
+def test_span_rows_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        SpanCollator(0)([])
+    with pytest.raises(ValueError, match="row 3 has a label of category 1, but num_categories is 1"):
+        SpanCollator(0)(SPAN_ROWS)

@@ -1,0 +1,1 @@
+"""Tests of the losses; a package so that helpers import as ``from tests.losses.helpers import ...``."""

@@ -1,0 +1,75 @@
+"""R25 and R32 with two processes (gloo, CPU): the same losses as one process with twice the batch, every row counted
+once, and a checkpoint that loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers import process_program
+from trl_ext import load_reward_model
+from trl_ext.models.heads import candidate_scores
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """(what one process told, what two told, the folder of the two)."""
+    folder = tmp_path_factory.mktemp("processes")
+    one = process_program.main(base, folder / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    started = subprocess.Popen(
+        [*launch, "-m", "tests.trainers.process_program", str(base), str(folder / "two")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+    try:
+        output, errors = started.communicate(timeout=180)
+    finally:
+        started.terminate()  # the launcher then ends its processes; nothing where all is over
+        started.wait()
+    assert started.returncode == 0, errors[-3000:]
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return one, json.loads(line.removeprefix("RESULT ")), folder / "two"
+
+
+@pytest.mark.parametrize("name", ["pairs", "rankings"])
+def test_two_processes_train_as_one_with_twice_the_batch(name, runs):
+    one, two, _ = runs
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one[name]["loss"]) == 3
+    for metric in ("loss", "accuracy", "kendall_tau", "margin", "min_reward", "mean_reward", "num_tokens"):
+        assert two[name][metric] == pytest.approx(one[name][metric], abs=1e-5), metric
+    assert two[name]["grad_norm"] == pytest.approx(one[name]["grad_norm"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pairs", "rankings"])
+def test_nine_rows_evaluate_the_same_in_any_batches_and_processes(name, runs):
+    one, two, _ = runs
+    evaluations = [*one[name]["evaluations"], *two[name]["evaluations"]]
+    assert len(evaluations) == 12  # batch 1, 2, 8; a data set and a stream; one process and two
+    for metrics in evaluations:
+        assert len(metrics) >= 12
+        assert metrics == pytest.approx(evaluations[0], abs=1e-5)
+    for alone, together in zip(one[name]["predictions"], two[name]["predictions"], strict=True):
+        assert together == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pairs", "rankings"])
+def test_the_checkpoint_of_two_processes_loads(name, runs):
+    _, _, folder = runs
+    ids = torch.tensor([[5, 9, 7, 30]])
+    found = [
+        candidate_scores(load_reward_model(path / name).eval(), ids, torch.ones_like(ids)).item()
+        for path in (folder, folder.parent / "one")
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)

@@ -1,0 +1,1 @@
+"""The `trl-ext` command: `main.py` and one file per command."""

@@ -1,0 +1,95 @@
+"""What the commands that train share: TRL's flags, a model, data, a run, what is saved.
+
+The flow is that of TRL's `reward` script with the trainer and config of a command. Knows arguments; trains nothing
+itself.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from trl import DatasetMixtureConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
+
+
+def train_parser(config_class: "type[RewardConfig]", prog: str | None) -> "TrlParser":
+    """TRL's parser over `ScriptArguments`, our `config_class`, `ModelConfig` and `DatasetMixtureConfig`."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    types = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(types, prog=prog, allow_abbrev=False)
+
+
+def train_main(parser: "TrlParser", trainer_class: "type[Trainer]", argv: list[str] | None) -> int:
+    """Parse, train and save. `argv` defaults to the arguments of the process. Returns the exit status."""
+    try:
+        parsed = parser.parse_args_and_config(argv)
+    except (ValueError, OSError) as error:  # unknown flags and keys, values that the configs refuse, no such file
+        parser.error(str(error))
+    train(trainer_class, *parsed)
+    return 0
+
+
+def train(
+    trainer_class: "type[Trainer]",
+    script_args: "ScriptArguments",
+    training_args: "RewardConfig",
+    model_args: "ModelConfig",
+    dataset_args: "DatasetMixtureConfig",
+) -> None:
+    """Load the data, train, save, and push to the Hub where asked to.
+
+    Raises:
+        ValueError: if no model or no dataset was named, or a split does not exist.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("No model was named. Give `--model_name_or_path` a Hub id or a folder.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = _load(script_args, dataset_args, training_args.eval_strategy != "no")
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved the reward model to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def _load(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool) -> tuple[Any, Any]:
+    """The split to train on, and the one to evaluate on or `None`."""
+    from accelerate.logging import get_logger
+    from trl import get_dataset
+
+    from trl_ext.data.sources import file_format, load_source, select_split
+
+    if dataset_args.datasets:
+        if script_args.dataset_name:
+            get_logger(__name__).warning("Both `datasets` and `dataset_name` were given: `dataset_name` is ignored.")
+        for source in dataset_args.datasets:
+            builder = file_format(source.path)
+            if builder is not None:
+                source.path, source.data_files = builder, source.path
+        splits = get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        splits = load_source(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    else:
+        raise ValueError("No data was named. Give `--dataset_name` a Hub id, a folder or a file, or set `datasets`.")
+    train_dataset = select_split(splits, script_args.dataset_train_split, "--dataset_train_split")
+    if not evaluate:
+        return train_dataset, None
+    return train_dataset, select_split(splits, script_args.dataset_test_split, "--dataset_test_split")

@@ -1,0 +1,55 @@
+"""`trl-ext bench`: our training steps and our scoring beside TRL's way, on the same work, in one process.
+
+Nothing is downloaded: models have random weights, and rows are synthetic or come from a file that you name. It knows
+the sub-commands' names and where a report goes; what is measured is in `bench_reward` and `bench_score`.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from . import bench_reward, bench_score
+
+
+MEASURED = {
+    "reward": (bench_reward, "RewardTrainer beside trl.RewardTrainer, over shapes and over your data"),
+    "score": (bench_score, "RewardScorer beside padded rows, for N completions of a prompt"),
+}
+
+
+def make_parser(prog: str | None = "trl-ext bench") -> argparse.ArgumentParser:
+    """The parser: one sub-command for each thing that is measured."""
+    parser = argparse.ArgumentParser(prog=prog, description="Measure ours beside TRL's way in one process.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, line) in MEASURED.items():
+        module.add_arguments(commands.add_parser(name, help=line))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    module, _ = MEASURED[args.command]
+    ours = logging.getLogger("trl_ext")
+    level = ours.level
+    ours.setLevel(logging.ERROR)  # each of the many trainers would say that it reports nowhere
+    try:
+        report = module.measure(args)
+    except ValueError as error:
+        parser.error(str(error))
+    finally:
+        ours.setLevel(level)
+    print(module.table(report))
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    Path(output, "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plotted = module.plot(report, output / "bench.png")
+    print(f"Wrote {output / 'bench.json'}" + (" and bench.png." if plotted else " (no bench.png without matplotlib)."))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`trl-ext merge`: make one plain checkpoint of an adapter and the base it was trained on.
+
+It parses arguments for [`merge_reward_model`], which merges, scores again and refuses a merge that moved the scores.
+"""
+
+import argparse
+import json
+import sys
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def make_parser(prog: str | None = "trl-ext merge") -> argparse.ArgumentParser:
+    """The parser: where the adapter is, where the merged model goes, in which precision."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Merge a reward model's adapter into its base. A quantized training base is dequantized first, "
+        "because that is what the adapter was trained on. The merged folder loads with plain transformers. Prints how "
+        "far the scores of a calibration set moved, and fails if it was too far.",
+    )
+    parser.add_argument(
+        "model", help="folder or Hub id of the reward model: adapter, head, tokenizer, reward_model.json"
+    )
+    parser.add_argument("output_dir", help="new or empty folder for the merged model")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="stored precision (default: that of the base)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    args = make_parser().parse_args(argv)
+    from trl_ext import merge_reward_model
+
+    report = merge_reward_model(args.model, args.output_dir, dtype=args.dtype)
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""`trl-ext orm`: train an outcome reward model, with TRL's flags and ours.
+
+A row has `prompt`, `completion` and `label`. Also a module for launchers:
+`accelerate launch -m trl_ext.cli.orm --config CONFIG.yaml`. The flow is in `_train`.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from ._train import train_main, train_parser
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+
+def make_parser(prog: str | None = "trl-ext orm") -> "TrlParser":
+    """TRL's parser over `ScriptArguments`, our `ORMConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    from trl_ext import ORMConfig
+
+    return train_parser(ORMConfig, prog)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    from trl_ext import ORMTrainer
+
+    return train_main(make_parser(), ORMTrainer, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""`trl-ext plugins`: which names a config can use, and which module or distribution each comes from.
+
+Listing imports our own registries (and torch with them), but no plugin; `--check` imports those too. It knows
+registries and prints them.
+"""
+
+import argparse
+import importlib
+import sys
+from collections import Counter
+
+from trl_ext.registry import Registry, all_registries
+
+
+BUILT_IN = (  # the modules that make a registry
+    "trl_ext.losses.ranking",
+    "trl_ext.losses.token",
+    "trl_ext.data.segmentation",
+    "trl_ext.scoring.aggregation",
+)
+
+
+def make_parser(prog: str | None = "trl-ext plugins") -> argparse.ArgumentParser:
+    """The parser: one switch."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="List the names that a config can use, built in or from plugins, and where each is from.",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="also import every plugin; the exit status is 1 if one cannot be used"
+    )
+    return parser
+
+
+def _problem(registry: Registry, name: str) -> str | None:
+    """What stops `name` from being used, or None."""
+    try:
+        registry.get(name)
+    except (ValueError, TypeError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    args = make_parser().parse_args(argv)
+    for module in BUILT_IN:
+        importlib.import_module(module)
+    problems = []
+    for registry in all_registries():
+        entries = registry.available()
+        print(f"{registry.kind} (entry-point group '{registry.group}')")
+        width = max((len(name) for name, _ in entries), default=0)
+        claims = Counter(name for name, _ in entries)
+        for name, origin in entries:
+            conflict = "  CONFLICT: this name cannot be used" if claims[name] > 1 else ""
+            print(f"  {name:<{width}}  {origin}{conflict}")
+        if args.check:
+            problems += filter(None, (_problem(registry, name) for name in claims))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

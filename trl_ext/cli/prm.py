@@ -1,0 +1,32 @@
+"""`trl-ext prm`: train a process reward model, with TRL's flags and ours.
+
+A row has `prompt`, `completions` (the steps) and `labels`. Also a module for launchers:
+`accelerate launch -m trl_ext.cli.prm --config CONFIG.yaml`. The flow is in `_train`.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from ._train import train_main, train_parser
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+
+def make_parser(prog: str | None = "trl-ext prm") -> "TrlParser":
+    """TRL's parser over `ScriptArguments`, our `PRMConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    from trl_ext import PRMConfig
+
+    return train_parser(PRMConfig, prog)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    from trl_ext import PRMTrainer
+
+    return train_main(make_parser(), PRMTrainer, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

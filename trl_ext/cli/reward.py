@@ -1,0 +1,32 @@
+"""`trl-ext reward`: train a reward model from pairs or K-way rankings, with TRL's flags and ours.
+
+Also a module for launchers:
+`accelerate launch -m trl_ext.cli.reward --config CONFIG.yaml`. The flow is in `_train`.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from ._train import train_main, train_parser
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+
+def make_parser(prog: str | None = "trl-ext reward") -> "TrlParser":
+    """TRL's parser over `ScriptArguments`, our `RewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    from trl_ext import RewardConfig
+
+    return train_parser(RewardConfig, prog)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    from trl_ext import RewardTrainer
+
+    return train_main(make_parser(), RewardTrainer, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

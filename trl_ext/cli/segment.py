@@ -1,0 +1,32 @@
+"""`trl-ext segment`: train rewards for segments of a text, with TRL's flags and ours.
+
+A row has `prompt`, `completion` and `segments`. Also a module for launchers:
+`accelerate launch -m trl_ext.cli.segment --config CONFIG.yaml`. The flow is in `_train`.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from ._train import train_main, train_parser
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+
+def make_parser(prog: str | None = "trl-ext segment") -> "TrlParser":
+    """TRL's parser over `ScriptArguments`, our `SegmentRewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    from trl_ext import SegmentRewardConfig
+
+    return train_parser(SegmentRewardConfig, prog)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    from trl_ext import SegmentRewardTrainer
+
+    return train_main(make_parser(), SegmentRewardTrainer, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Lists -> tensors, nothing else: knows neither tokenizers nor losses."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_ext.data.prefix_layout import build_layout, split_prefix
+from trl_ext.data.tokenization import common_prefix_length
+
+
+FLAT_BELOW = 0.95
+"""A batch is laid out flat if that takes less than this share of the padded tokens; at 1.0 it costs up to 2 %."""
+
+
+@dataclass
+class GroupCollator:
+    """Collate groups with any number of candidates each (the rows of `prepare_groups`).
+
+    Candidates are stacked group after group into one batch of N sequences; per-group tensors are padded to the largest
+    group, K. `ratings` comes first, so that what counts the rows of a batch by its first tensor counts groups.
+
+    Args:
+        pad_token_id (`int`): id that fills `input_ids` (any valid id: the attention mask says what is real).
+        pad_to_multiple_of (`int`, *optional*): round T up to a multiple of this.
+        shared_prefix (`bool`, *optional*, defaults to `False`): lay a batch out as one flat row with each shared
+            prompt once ([`PrefixLayout`]) wherever that saves at least 5 % of the tokens; such a batch has
+            `prefix_layout` instead of `input_ids` and `attention_mask`.
+
+    Returns (by `__call__`), in this order:
+        - `ratings` (B, K) float32, 0 where there is no candidate
+        - `group_mask` (B, K) bool, True = a real candidate; N is its sum
+        - `completion_lengths` (B, K) int64: tokens after the prefix that the candidates of the group share
+        - `row_index` (B,) int64
+        - `margin` (B,) float32 and `target` (B,) float32, where the rows have `group_margin` and `group_target`
+        - `input_ids` (N, T) int64 and `attention_mask` (N, T) int64, padded on the right
+
+    Raises:
+        `ValueError`: no rows, or a row whose candidates and ratings differ in number.
+
+    Example:
+
+    ```python
+    >>> collator = GroupCollator(pad_token_id=0)
+    >>> collator(
+    ...     [
+    ...         {"candidate_ids": [[5, 6, 7], [5, 8]], "candidate_ratings": [1.0, 0.0], "row_index": 3},
+    ...         {"candidate_ids": [[9, 1], [9, 2], [9]], "candidate_ratings": [2.0, 5.0, 2.0], "row_index": 4},
+    ...     ]
+    ... )
+    {'ratings': tensor([[1., 0., 0.],
+            [2., 5., 2.]]),
+     'group_mask': tensor([[ True,  True, False],
+            [ True,  True,  True]]),
+     'completion_lengths': tensor([[2, 1, 0],
+            [2, 2, 1]]),
+     'row_index': tensor([3, 4]),
+     'input_ids': tensor([[5, 6, 7],
+            [5, 8, 0],
+            [9, 1, 0],
+            [9, 2, 0],
+            [9, 0, 0]]),
+     'attention_mask': tensor([[1, 1, 1],
+            [1, 1, 0],
+            [1, 1, 0],
+            [1, 1, 0],
+            [1, 0, 0]])}
+    ```
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    shared_prefix: bool = False
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if not rows:
+            raise ValueError("a batch needs at least one row, found none")
+        sizes = [len(row["candidate_ids"]) for row in rows]
+        largest = max(sizes)
+        ratings = torch.zeros(len(rows), largest)  # (B, K)
+        group_mask = torch.zeros(len(rows), largest, dtype=torch.bool)  # (B, K)
+        lengths = torch.zeros(len(rows), largest, dtype=torch.int64)  # (B, K)
+        for position, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+            if len(row["candidate_ratings"]) != size:
+                raise ValueError(
+                    f"row {row['row_index']} has {size} candidates and {len(row['candidate_ratings'])} ratings; "
+                    "prepare the data set with prepare_groups"
+                )
+            ratings[position, :size] = torch.tensor(row["candidate_ratings"], dtype=torch.float32)
+            group_mask[position, :size] = True
+            shared = common_prefix_length(row["candidate_ids"])
+            lengths[position, :size] = torch.tensor([len(ids) - shared for ids in row["candidate_ids"]])
+
+        batch = {
+            "ratings": ratings,
+            "group_mask": group_mask,
+            "completion_lengths": lengths,
+            "row_index": torch.tensor([row["row_index"] for row in rows]),
+        }
+        for name, column in (("margin", "group_margin"), ("target", "group_target")):
+            if column in rows[0]:
+                batch[name] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
+
+        if self.shared_prefix:
+            layout = build_layout([split_prefix(row["candidate_ids"]) for row in rows])
+            if layout.num_tokens < FLAT_BELOW * layout.padded_tokens:
+                return {**batch, "prefix_layout": layout}
+        sequences = [ids for row in rows for ids in row["candidate_ids"]]
+        return {**batch, **_padded(sequences, self.pad_token_id, self.pad_to_multiple_of)}
+
+
+@dataclass
+class SpanCollator:
+    """Collate labelled sequences (the rows of `prepare_spans`).
+
+    Args:
+        pad_token_id (`int`): id that fills `input_ids` (any valid id: the attention mask says what is real).
+        num_categories (`int`, *optional*, defaults to `1`): G, the number of categories.
+        pad_to_multiple_of (`int`, *optional*): round T up to a multiple of this.
+
+    Returns (by `__call__`), in this order:
+        - `token_labels` (B, T, G) float32, 0 where there is no label
+        - `label_mask` (B, T, G) bool, True = a label is given
+        - `label_steps` (B, T, G) int64: which step or segment of the row the label is of, -1 where there is none
+        - `completion_start` (B,) int64: position of the completion's first token
+        - `row_index` (B,) int64
+        - `input_ids` (B, T) int64 and `attention_mask` (B, T) int64, padded on the right
+
+    Raises:
+        `ValueError`: no rows, or a label of a category that is not below `num_categories`.
+
+    Example:
+
+    ```python
+    >>> collator = SpanCollator(pad_token_id=0)
+    >>> collator(
+    ...     [
+    ...         {
+    ...             "span_input_ids": [5, 6, 7],
+    ...             "label_positions": [1, 2],
+    ...             "label_values": [1.0, -1.0],
+    ...             "label_categories": [0, 0],
+    ...             "label_steps": [0, 1],
+    ...             "completion_start": 1,
+    ...             "row_index": 3,
+    ...         }
+    ...     ]
+    ... )
+    {'token_labels': tensor([[[ 0.],
+             [ 1.],
+             [-1.]]]),
+     'label_mask': tensor([[[False],
+             [ True],
+             [ True]]]),
+     'label_steps': tensor([[[-1],
+             [ 0],
+             [ 1]]]),
+     'completion_start': tensor([1]),
+     'row_index': tensor([3]),
+     'input_ids': tensor([[5, 6, 7]]),
+     'attention_mask': tensor([[1, 1, 1]])}
+    ```
+    """
+
+    pad_token_id: int
+    num_categories: int = 1
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if not rows:
+            raise ValueError("a batch needs at least one row, found none")
+        padded = _padded([row["span_input_ids"] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+        shape = (*padded["input_ids"].shape, self.num_categories)
+        labels = torch.zeros(shape)  # (B, T, G)
+        mask = torch.zeros(shape, dtype=torch.bool)  # (B, T, G)
+        steps = torch.full(shape, -1, dtype=torch.int64)  # (B, T, G)
+        for number, row in enumerate(rows):
+            if max(row["label_categories"], default=0) >= self.num_categories:
+                raise ValueError(
+                    f"row {row['row_index']} has a label of category {max(row['label_categories'])}, but "
+                    f"num_categories is {self.num_categories}; give the number of categories of the data"
+                )
+            where = (number, row["label_positions"], row["label_categories"])
+            labels[where] = torch.tensor(row["label_values"], dtype=torch.float32)
+            mask[where] = True
+            steps[where] = torch.tensor(row["label_steps"], dtype=torch.int64)
+        return {
+            "token_labels": labels,
+            "label_mask": mask,
+            "label_steps": steps,
+            "completion_start": torch.tensor([row["completion_start"] for row in rows]),
+            "row_index": torch.tensor([row["row_index"] for row in rows]),
+            **padded,
+        }
+
+
+def _padded(sequences: list[list[int]], pad_token_id: int, multiple: int | None) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, padded on the right."""
+    width = max(len(ids) for ids in sequences)
+    if multiple is not None:
+        width = -(-width // multiple) * multiple
+    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)  # (N, T)
+    attention_mask = torch.zeros(len(sequences), width, dtype=torch.int64)  # (N, T)
+    for position, ids in enumerate(sequences):
+        input_ids[position, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        attention_mask[position, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

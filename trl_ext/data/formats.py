@@ -1,0 +1,154 @@
+"""A data set of rows -> the same data set with token ids and ratings of each row's candidates, and a report.
+
+Knows `datasets`, and writes *new* columns only: `datasets` casts a column that is rewritten to its old type. What a
+row means is in `schema`. Knows nothing of padding, models or losses.
+
+Columns written: `candidate_ids` (K lists of token ids), `candidate_ratings` (K floats, higher is better), `row_index`
+(position in the data set it came from), and where the rows have them `group_margin` and `group_target`.
+"""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset, List, Value
+
+from trl_ext.data.mapping import COUNTS, map_rows, open_rows
+from trl_ext.data.report import COUNTED, DataReport
+from trl_ext.data.schema import Group, Schema, check_row, find_schema
+from trl_ext.data.tokenization import Tokenizer, TokenPolicy, encode_candidates
+from trl_ext.data.validation import RowChecks
+
+
+# Part of the cache key of `datasets`, which sees the arguments of our functions but not their code: raise it whenever
+# the meaning of a written column changes.
+_CACHE_VERSION = 1
+_PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
+
+
+def prepare_groups(
+    dataset: Dataset | IterableDataset,
+    tokenizer: Tokenizer,
+    *,
+    policy: TokenPolicy,
+    max_length: int | None,
+    dataset_name: str = "train",
+    num_proc: int | None = None,
+    min_survival: float = 0.5,
+    loss_needs_ratings: bool = False,
+) -> tuple[Dataset | IterableDataset, DataReport]:
+    """Validate and tokenize the rows of a data set into groups.
+
+    Rows that it reads (first match wins):
+
+    | columns | what |
+    |---|---|
+    | `candidate_ids` + (`ratings` or `ranks`) | ranked, tokenized |
+    | `chosen_ids` + `rejected_ids` (or TRL's old `chosen_input_ids` + `rejected_input_ids`) | pairs, tokenized |
+    | `prompt` + `completions` + (`ratings` or `ranks`) | ranked |
+    | `prompt`? + `chosen` + `rejected` | pairs; ratings [1, 0], or `chosen_rating` + `rejected_rating` |
+
+    and beside them `margin`, `preference_probability`, `tools`, `chat_template_kwargs`. Original columns stay. A data
+    set that has been prepared already is returned as it is.
+
+    Candidates longer than `max_length` tokens are left out; a group needs two others to survive, so a pair is dropped
+    whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates are kept. All of it is counted,
+    and shown once.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
+        tokenizer: a transformers tokenizer; with a chat template if the rows are chats.
+        policy (`TokenPolicy`): how plain text becomes ids.
+        max_length (`int` or `None`): limit in tokens for prompt + completion; `None` for no limit.
+        dataset_name (`str`, *optional*, defaults to `"train"`): for messages.
+        num_proc (`int`, *optional*): worker processes for a `Dataset`.
+        min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
+        loss_needs_ratings (`bool`, *optional*, defaults to `False`): refuse `ranks`, whose distances mean nothing.
+
+    Returns:
+        The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
+
+    Raises:
+        `DataError`: a malformed row or column, or too few surviving rows. For a stream it is raised when the row is
+        read.
+    """
+    report = DataReport(name=dataset_name, max_length=max_length, streaming=isinstance(dataset, IterableDataset))
+    opened = open_rows(dataset, report, _PREPARED)
+    if opened is None:
+        return dataset, report
+    dataset, columns, first = opened
+    schema = find_schema(columns, first, dataset_name, loss_needs_ratings)
+    arguments = {
+        "tokenizer": tokenizer,
+        "policy": policy,
+        "schema": schema,
+        "max_length": max_length,
+        "dataset_name": dataset_name,
+        "cache_version": _CACHE_VERSION,
+    }
+    return map_rows(dataset, prepare_row, arguments, _new_features(schema), report, min_survival, num_proc), report
+
+
+def prepare_row(
+    row: dict[str, Any],
+    index: int,
+    tokenizer: Tokenizer,
+    policy: TokenPolicy,
+    schema: Schema,
+    max_length: int | None,
+    dataset_name: str,
+    cache_version: int,
+) -> dict[str, Any]:
+    """The new columns of one row, with its counts; `candidate_ids` is empty where the group does not survive."""
+    checks = RowChecks(index, dataset_name)
+    group = check_row(row, schema, checks)
+    ids = group.completions if schema.tokenized else _encode(group, tokenizer, policy, schema, checks)
+    fits = [max_length is None or len(candidate) <= max_length for candidate in ids]
+    survives = sum(fits) >= 2
+    kept = [candidate for candidate, fit in zip(ids, fits, strict=True) if fit and survives]
+    ratings = [rating for rating, fit in zip(group.ratings, fits, strict=True) if fit and survives]
+    has_prompt = schema.tokenized or "prompt" not in row or bool(row["prompt"])
+    counts = {
+        "over_long_rows": not survives,
+        "over_long_candidates": survives and len(fits) - sum(fits),
+        "tied": survives and len(set(ratings)) == 1,
+        "identical": survives and len({tuple(candidate) for candidate in kept}) < len(kept),
+        "no_prompt": survives and not has_prompt,
+    }
+    new: dict[str, Any] = {"candidate_ids": kept, "candidate_ratings": ratings, "row_index": index}
+    if group.margin is not None:
+        new["group_margin"] = group.margin
+    if group.target is not None:
+        new["group_target"] = group.target
+    new[COUNTS] = [int(counts[reason]) for reason in COUNTED]
+    return new
+
+
+def _encode(
+    group: Group, tokenizer: Tokenizer, policy: TokenPolicy, schema: Schema, checks: RowChecks
+) -> list[list[int]]:
+    """Token ids of a group; what tokenizer or chat template object to becomes a `DataError` at this row."""
+    column = schema.candidates[0]
+    with checks.tokenizing(column, group.kind):
+        ids = encode_candidates(
+            tokenizer,
+            group.prompt,
+            group.completions,
+            policy,
+            tools=group.tools,
+            chat_template_kwargs=group.chat_template_kwargs,
+        )
+    if not all(ids):
+        raise checks.error(column, "a completion without any token", "at least one token", "Remove the row.")
+    return ids
+
+
+def _new_features(schema: Schema) -> dict[str, Any]:
+    features: dict[str, Any] = {
+        "candidate_ids": List(List(Value("int32"))),
+        "candidate_ratings": List(Value("float64")),
+        "row_index": Value("int64"),
+    }
+    if schema.margin:
+        features["group_margin"] = Value("float64")
+    if schema.target:
+        features["group_target"] = Value("float64")
+    return features

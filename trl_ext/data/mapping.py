@@ -1,0 +1,93 @@
+"""What `formats` and `spans` share: map a function over the rows of a data set, count, and drop rows by their counts.
+
+Knows `datasets` and the counts that travel with each row. Does not know what a row is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from trl_ext.data.report import DROPPING, DataReport
+from trl_ext.data.validation import DataError
+
+
+Rows = Dataset | IterableDataset
+# Column that a mapped function adds: one count for each reason of the report. It is gone in the result.
+COUNTS = "row_counts"
+
+
+def open_rows(dataset: Rows, report: DataReport, written: set[str]) -> tuple[Rows, list[str], dict[str, Any]] | None:
+    """The data set without a format, its columns and its first row; `None` if it has the columns `written` already.
+
+    Raises:
+        `DataError`: there is no row.
+    """
+    if dataset.column_names is not None and written.issubset(dataset.column_names):
+        return _already_prepared(dataset, report)
+    dataset = dataset.with_format(None)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DataError("no rows", "at least one row", "Check the path and the filters.", dataset=report.name)
+    columns = list(first) if dataset.column_names is None else dataset.column_names
+    if written.issubset(columns):
+        return _already_prepared(dataset, report)
+    return dataset, columns, first
+
+
+def _already_prepared(dataset: Rows, report: DataReport) -> None:
+    if isinstance(dataset, Dataset):
+        report.rows = report.kept = len(dataset)
+
+
+def map_rows(
+    dataset: Rows,
+    prepare_row: Callable[..., dict[str, Any]],
+    arguments: dict[str, Any],
+    features: dict[str, Any],
+    report: DataReport,
+    min_survival: float,
+    num_proc: int | None,
+) -> Rows:
+    """Add the columns that ``prepare_row(row, index, **arguments)`` returns, and drop rows as their counts say.
+
+    The counts travel with the rows, so that they are right with worker processes and when the cache is read. A stream
+    is mapped lazily, and its rows are counted as they pass.
+
+    Args:
+        prepare_row (`Callable`): returns the new columns, `row_index` and `COUNTS` among them.
+        features (`dict`): types of the new columns, without `COUNTS`.
+        report (`DataReport`): is filled and, for a `Dataset`, shown.
+    """
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.map(prepare_row, with_indices=True, fn_kwargs=arguments)
+        return dataset.filter(_counter(report, min_survival)).remove_columns(COUNTS)
+    dataset = dataset.map(
+        prepare_row,
+        with_indices=True,
+        fn_kwargs=arguments,
+        features=Features({**dataset.features, **features, COUNTS: List(Value("int32"))}),
+        num_proc=num_proc,
+        desc=f"Tokenizing {report.name} dataset",
+    )
+    counts = np.stack(dataset.with_format("numpy", columns=[COUNTS])[:][COUNTS])  # (rows, reasons)
+    dropping = [column for column, reason in enumerate(report.reasons) if reason in DROPPING]
+    survives = (counts[:, dropping] == 0).all(axis=1)
+    report.add(counts.sum(axis=0).tolist(), rows=len(counts), kept=int(survives.sum()))
+    report.check_survival(min_survival)
+    report.show()
+    if not survives.all():
+        dataset = dataset.select(np.flatnonzero(survives))
+    return dataset.remove_columns(COUNTS)
+
+
+def _counter(report: DataReport, min_survival: float) -> Callable[[dict[str, Any]], bool]:
+    # A closure, not an object: a stream is deep-copied by some of its methods, and functions are shared by copies.
+    def count(row: dict[str, Any]) -> bool:
+        counts = row[COUNTS]
+        kept = not any(count for reason, count in zip(report.reasons, counts, strict=True) if reason in DROPPING)
+        report.add_streamed(row["row_index"], counts, kept, min_survival)
+        return kept
+
+    return count

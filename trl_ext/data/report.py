@@ -1,0 +1,149 @@
+"""What happened to the rows of a data set: counts by reason, said once in one line.
+
+Knows only numbers per row; how a row comes to them is the business of `trl_ext.data.formats` and `trl_ext.data.spans`.
+"""
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+from trl_ext.data.validation import DataError
+
+
+logger = logging.getLogger(__name__)
+
+# What is counted of a group, in the order of the list that `formats` stores with it.
+COUNTED = {
+    "over_long_rows": "dropped: longer than max_length={max_length} (fewer than 2 candidates fit)",
+    "over_long_candidates": "single candidates longer than max_length={max_length} left out of larger groups",
+    "tied": "fully tied (no gradient)",
+    "identical": "with candidates of identical tokens",
+    "no_prompt": "with an empty prompt",
+}
+# What is counted of a row with labelled spans, in the order of the list that `spans` stores with it.
+COUNTED_OF_SPANS = {
+    "over_long_rows": "dropped: longer than max_length={max_length}",
+    "unlabelled_rows": "dropped: without a labelled token",
+    "no_segments": "with no segment at all (kept; without a label they have no loss)",
+    "no_prompt": "with an empty prompt",
+    "stripped": "stripped of white space at an end of the completion by the chat template",
+    "cut_rows": "cut at max_completion_length",
+    "cut_labels": "labels left out behind max_completion_length",
+    "unannotated": "labels that are null (not annotated), masked",
+    "after_error": "labels after the first wrong step, masked",
+    "no_offsets": "segments without offsets, skipped",
+    "empty_steps": "steps without text",
+    "no_token": "labels on text that has no token of its own, left out",
+    "shared": "labels on a token that has an equal label of another span, kept once",
+    "conflicting": "labels that contradict each other on one token, masked",
+    "straddling": "labels on a token that also holds text outside of the span",
+    "unlike_pieces": "tokenized otherwise than prompt, steps and separators one by one (as TRL <= 1.13 did)",
+}
+# A row that has one of these is not used.
+DROPPING = {"over_long_rows", "unlabelled_rows"}
+# What the data says or what is always so: told with the rest, but no reason for a warning.
+EXPECTED = {"no_segments", "unannotated", "after_error", "unlike_pieces"}
+# A stream has no length, so its survival rate is judged from this many rows on.
+STREAM_ROWS_BEFORE_JUDGING = 256
+
+
+@dataclass
+class DataReport:
+    """Counts of the rows of one data set.
+
+    For a `Dataset` it is complete when the function that prepares it returns. For an `IterableDataset` it fills while
+    rows stream, and counts each row once, in the first pass. It fills in the process that reads the rows: with
+    `DataLoader` workers that is the worker, which still warns and judges survival, but the report of the parent stays
+    empty.
+
+    Args:
+        name (`str`): name of the data set ("train", "eval").
+        max_length (`int`, *optional*): the limit in tokens that was applied.
+        streaming (`bool`): whether the counts still grow.
+        rows (`int`): rows read.
+        kept (`int`): rows that are used.
+        counts (`dict[str, int]`): how often each reason occurred.
+        reasons (`dict[str, str]`): what is counted, and how it is said; `COUNTED` or `COUNTED_OF_SPANS`.
+    """
+
+    name: str = "train"
+    max_length: int | None = None
+    streaming: bool = False
+    rows: int = 0
+    kept: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=lambda: COUNTED, repr=False)
+    _said: set[str] = field(default_factory=set, repr=False)
+    _last_row: int = field(default=-1, repr=False)
+
+    def __post_init__(self) -> None:
+        self.counts = {**dict.fromkeys(self.reasons, 0), **self.counts}
+
+    @property
+    def dropped(self) -> int:
+        """Rows that are not used."""
+        return self.rows - self.kept
+
+    def add(self, counts: list[int], rows: int, kept: int) -> None:
+        """Add the counts of `rows` rows, in the order of `reasons`, of which `kept` are used."""
+        self.rows += rows
+        self.kept += kept
+        for reason, count in zip(self.reasons, counts, strict=True):
+            self.counts[reason] += int(count)
+
+    def add_streamed(self, row: int, counts: list[int], kept: bool, min_survival: float) -> None:
+        """Add one row of a stream, unless an earlier pass counted it; say the first of each reason; judge survival."""
+        if row <= self._last_row:
+            return
+        self._last_row = row
+        self.add(counts, rows=1, kept=int(kept))
+        for reason, count in zip(self.reasons, counts, strict=True):
+            if count and reason not in EXPECTED and reason not in self._said:
+                self._said.add(reason)
+                self._warn(f"{self.name} data, row {row} is the first row counted as {reason}: {self._phrase(reason)}")
+        if self.rows >= STREAM_ROWS_BEFORE_JUDGING:
+            self.check_survival(min_survival)
+
+    def check_survival(self, min_survival: float) -> None:
+        """Raise `DataError` with the counts if less than the share `min_survival` of the rows is used, or none."""
+        if self.rows and (self.kept == 0 or self.kept < min_survival * self.rows):
+            raise DataError(
+                found=self.summary(),
+                needed=f"at least {min_survival:.0%} of the rows, and one row",
+                fix="Raise max_length, shorten or label the rows, or lower min_survival if the loss is intended.",
+                dataset=self.name,
+            )
+
+    def show(self) -> None:
+        """Log the summary, once and on the main process only: a warning where something is amiss, else info."""
+        if "summary" in self._said:
+            return
+        self._said.add("summary")
+        if any(count for reason, count in self.counts.items() if reason not in EXPECTED):
+            self._warn(self.summary())
+        else:
+            logger.info(self.summary())
+
+    def summary(self) -> str:
+        """One line: rows, rows kept, and each reason that occurred.
+
+        ```python
+        >>> report.summary()
+        'train data: 31 of 64 rows kept; 33 dropped: longer than max_length=512 (fewer than 2 candidates fit)'
+        ```
+        """
+        parts = [f"{self.name} data: {self.kept} of {self.rows} rows kept{' so far' if self.streaming else ''}"]
+        parts += [f"{count} {self._phrase(reason)}" for reason, count in self.counts.items() if count]
+        return "; ".join(parts)
+
+    def as_metrics(self) -> dict[str, int]:
+        """The counts under the names `data/<name>/rows`, `.../kept`, `.../dropped` and one for each reason."""
+        values = {"rows": self.rows, "kept": self.kept, "dropped": self.dropped, **self.counts}
+        return {f"data/{self.name}/{key}": value for key, value in values.items()}
+
+    def _phrase(self, reason: str) -> str:
+        return self.reasons[reason].format(max_length=self.max_length)
+
+    def _warn(self, message: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning(message)

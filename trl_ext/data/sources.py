@@ -1,0 +1,100 @@
+"""From a name on a command line to a dataset: a Hub id, a folder, or one local file.
+
+It knows where rows lie and in which file format. It does not know what their columns mean.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""File extension to the name of the `datasets` builder that reads it."""
+
+_SAVED_MARKERS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+def file_format(name: str) -> str | None:
+    """The `datasets` builder for a local data file, or `None` where `name` is no local data file.
+
+    Args:
+        name (`str`): a path, or anything else that may stand for a dataset.
+
+    Raises:
+        FileNotFoundError: if `name` ends like a data file and no such file exists. It is not asked for on the Hub.
+        ValueError: if `name` is a file whose extension is not one of `FILE_FORMATS`.
+
+    Example:
+
+    >>> file_format("trl-lib/ultrafeedback_binarized") is None
+    True
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(
+                f"Cannot tell the format of the data file '{name}' from its extension '{path.suffix}'. "
+                f"Known: {', '.join(FILE_FORMATS)}."
+            )
+        return FILE_FORMATS[path.suffix]
+    if path.suffix in FILE_FORMATS:
+        raise FileNotFoundError(f"No data file at '{name}' (seen from {Path.cwd()}). Check the path.")
+    return None
+
+
+def load_source(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Load a dataset by name.
+
+    Args:
+        name (`str`):
+            One of: a local `.jsonl`, `.json`, `.parquet` or `.csv` file (it becomes the split `train`); a folder that
+            `save_to_disk` wrote; any other folder, whose files are found and split by their names as
+            [`~datasets.load_dataset`] does (`train.jsonl`, `test.jsonl`); or the id of a dataset on the Hub.
+        config (`str`, *optional*):
+            Configuration of a Hub dataset. An error for a local file or a saved folder, which have none.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read rows lazily.
+
+    Returns:
+        `DatasetDict` or `IterableDatasetDict`: split name to rows.
+
+    Raises:
+        FileNotFoundError: if the name of a local file was given and it does not exist.
+        ValueError: for a file of unknown format, or a `config` where there can be none.
+    """
+    builder = file_format(name)
+    saved = any((Path(name) / marker).is_file() for marker in _SAVED_MARKERS)
+    if config is not None and (builder is not None or saved):
+        raise ValueError(f"'{name}' is local data and has no configurations, but dataset_config={config!r} was given.")
+    if builder is not None:
+        return load_dataset(builder, data_files={"train": name}, streaming=streaming)
+    if saved:
+        return _load_saved(name, streaming)
+    return load_dataset(name, name=config, streaming=streaming)
+
+
+def select_split(splits: DatasetDict | IterableDatasetDict, split: str, argument: str) -> Dataset | IterableDataset:
+    """One split, or an error that says which there are.
+
+    Args:
+        splits (`DatasetDict` or `IterableDatasetDict`): what [`load_source`] returned.
+        split (`str`): the split wanted.
+        argument (`str`): the command-line argument that chooses it, for the message.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    if split not in splits:
+        raise ValueError(
+            f"The dataset has no split '{split}'; it has {sorted(splits)}. Choose one with `{argument}`. (A folder "
+            "with train.jsonl and test.jsonl has the splits train and test.)"
+        )
+    return splits[split]
+
+
+def _load_saved(folder: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    saved = load_from_disk(folder)
+    splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+    if streaming:
+        return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
+    return splits

@@ -1,0 +1,245 @@
+"""A data set of outcome, stepwise or segment rows -> the same with token ids and labelled tokens, and a report.
+
+All three kinds are spans of characters with a value. The whole text is tokenized once, and labels are put on tokens
+through character offsets. Writes *new* columns only: `datasets` casts a column that is rewritten to its old type. What
+a row means is in `span_rows`, where a label goes in `span_labels`. Knows nothing of padding, models or losses.
+
+Columns written: `span_input_ids` (token ids), then one entry per labelled token in `label_positions`, `label_values`,
+`label_categories` (index into the categories) and `label_steps` (which step or segment of the row), and
+`completion_start` (position of the completion's first token) and `row_index` (position in the data set it came from).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from datasets import Dataset, IterableDataset, List, Value
+
+from trl_ext.data.mapping import COUNTS, map_rows, open_rows
+from trl_ext.data.offsets import Located, encode_with_offsets
+from trl_ext.data.report import COUNTED_OF_SPANS, DataReport
+from trl_ext.data.span_labels import (
+    LabelPlacement,
+    TokenLabels,
+    mask_after_first_error,
+    place_labels,
+    prefix_score_differences,
+)
+from trl_ext.data.span_rows import (
+    COLUMNS,
+    SpanFormat,
+    SpanKind,
+    SpanRow,
+    check_columns,
+    check_span_row,
+    find_categories,
+)
+from trl_ext.data.tokenization import Tokenizer, TokenPolicy, closing_tokens
+from trl_ext.data.validation import Kind, RowChecks
+
+
+__all__ = [
+    "SpanFormat",
+    "find_categories",
+    "mask_after_first_error",
+    "prefix_score_differences",
+    "prepare_span_row",
+    "prepare_spans",
+]
+
+# Part of the cache key of `datasets`; see `formats`.
+_CACHE_VERSION = 1
+_FEATURES = {
+    "span_input_ids": List(Value("int32")),
+    "label_positions": List(Value("int32")),
+    "label_values": List(Value("float64")),
+    "label_categories": List(Value("int32")),
+    "label_steps": List(Value("int32")),
+    "completion_start": Value("int64"),
+    "row_index": Value("int64"),
+}
+
+
+def prepare_spans(
+    dataset: Dataset | IterableDataset,
+    tokenizer: Tokenizer,
+    *,
+    kind: SpanKind,
+    policy: TokenPolicy,
+    max_length: int | None,
+    dataset_name: str = "train",
+    num_proc: int | None = None,
+    min_survival: float = 0.5,
+    label_placement: LabelPlacement | None = None,
+    categories: Sequence[str] | None = None,
+    step_separator: str = "\n",
+    num_labels: int = 2,
+    max_completion_length: int | None = None,
+    train_on_last_step_only: bool = False,
+    mask_after_first_error: bool = False,
+) -> tuple[Dataset | IterableDataset, DataReport]:
+    """Validate and tokenize the rows of a data set, and label their tokens.
+
+    Rows that it reads, text or chat:
+
+    | kind | columns | labelled |
+    |---|---|---|
+    | `"outcome"` | `prompt`, `completion`, `label` | the completion and what closes it |
+    | `"stepwise"` | `prompt`, `completions` (list of steps), `labels` (list), as in TRL <= 1.13 | step + separator |
+    | `"segment"` | `prompt`, `completion`, `segments`: list of `{start, end, label or score, category?}` | segment |
+
+    and beside them, for chats, `tools` and `chat_template_kwargs`. An outcome is a bool or the probability that the
+    completion is right; EOS or the end of the turn is labelled with it, since a score is read at the last token. The
+    label of a step is a bool, 0 or 1, or a probability, or with `num_labels=3` one of -1, 0, 1. Steps after a chat
+    prompt are one assistant message. Segments are in characters of the completion (of messages: of the last one's
+    content), in any order; their label or score is a bool or any number.
+
+    A label that is null is not annotated, and masked. Segments of different categories may overlap, those of one may
+    not. Segments whose offsets are null are skipped. Original columns stay. A prepared data set is returned as it is.
+
+    Rows longer than `max_length` tokens are dropped, and so are rows without a labelled token, except segment rows
+    without any segment: nothing is wrong with them, they have just no loss. All of it is counted, and shown once.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
+        tokenizer: a fast transformers tokenizer; with a chat template if the rows are chats.
+        kind (`str`): `"outcome"`, `"stepwise"` or `"segment"`.
+        policy (`TokenPolicy`): how plain text becomes ids.
+        max_length (`int` or `None`): limit in tokens for prompt + completion; `None` for no limit.
+        dataset_name (`str`, *optional*, defaults to `"train"`): for messages.
+        num_proc (`int`, *optional*): worker processes for a `Dataset`.
+        min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
+        label_placement (`str`, *optional*): `"last"` (the token with the span's last character; the default for
+            steps, where TRL <= 1.13 had it, and segments), `"all"` (every token of the span; the default for
+            outcomes, as in Cobbe et al., https://huggingface.co/papers/2110.14168), or `"before"` (the token in
+            front of the span, for models that read in both directions).
+        categories (sequence of `str`, *optional*): names of the categories of segments, in the order of the outputs;
+            may be left out where no segment has a category.
+        step_separator (`str`, *optional*, defaults to `"\\n"`): text after each step (TRL's default).
+        num_labels (`int`, *optional*, defaults to `2`): classes of a step: 1 or 2 for labels from 0 to 1, 3 for -1, 0
+            and 1.
+        max_completion_length (`int`, *optional*): cut completions after this many tokens, with the labels behind.
+        train_on_last_step_only (`bool`, *optional*, defaults to `False`): keep the label of the last step only.
+        mask_after_first_error (`bool`, *optional*, defaults to `False`): mask the labels of the steps after the first
+            wrong one, for annotations that stop there.
+
+    Returns:
+        The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
+
+    Raises:
+        `DataError`: a malformed row or column, or too few surviving rows. For a stream it is raised when the row is
+        read.
+        `ValueError`: an argument that is out of range.
+    """
+    layout = SpanFormat(
+        kind=kind,
+        label_placement=label_placement or ("all" if kind == "outcome" else "last"),
+        categories=tuple(categories or ()),
+        step_separator=step_separator,
+        num_labels=num_labels,
+        mask_after_first_error=mask_after_first_error,
+        train_on_last_step_only=train_on_last_step_only,
+    )
+    if max_completion_length is not None and max_completion_length < 1:
+        raise ValueError(f"max_completion_length must be at least 1, found {max_completion_length}")
+    report = DataReport(
+        name=dataset_name,
+        max_length=max_length,
+        streaming=isinstance(dataset, IterableDataset),
+        reasons=COUNTED_OF_SPANS,
+    )
+    opened = open_rows(dataset, report, set(_FEATURES))
+    if opened is None:
+        return dataset, report
+    dataset, columns, first = opened
+    check_columns(columns, layout, dataset_name)
+    arguments = {
+        "tokenizer": tokenizer,
+        "policy": policy,
+        "layout": layout,
+        "only_kind": check_span_row(first, layout, RowChecks(0, dataset_name)).kind,
+        "max_length": max_length,
+        "max_completion_length": max_completion_length,
+        "dataset_name": dataset_name,
+        "cache_version": _CACHE_VERSION,
+    }
+    return map_rows(dataset, prepare_span_row, arguments, _FEATURES, report, min_survival, num_proc), report
+
+
+def prepare_span_row(
+    row: dict[str, Any],
+    index: int,
+    tokenizer: Tokenizer,
+    policy: TokenPolicy,
+    layout: SpanFormat,
+    only_kind: Kind,
+    max_length: int | None,
+    max_completion_length: int | None,
+    dataset_name: str,
+    cache_version: int,
+) -> dict[str, Any]:
+    """The new columns of one row, with its counts."""
+    checks = RowChecks(index, dataset_name)
+    span_row = check_span_row(row, layout, checks, only_kind)
+    with checks.tokenizing(COLUMNS[layout.kind][0], span_row.kind):
+        located = encode_with_offsets(
+            tokenizer,
+            span_row.prompt,
+            span_row.completion,
+            policy,
+            tools=span_row.tools,
+            chat_template_kwargs=span_row.chat_template_kwargs,
+        )
+    ids, stop = located.ids, len(located.ids)
+    if max_completion_length is not None:
+        closing = 0 if span_row.kind == "chat" else closing_tokens(tokenizer, policy)
+        stop = min(stop, located.completion_start + max_completion_length)
+        if stop < len(ids) - closing:  # what the tokenizer itself closes a text with stays
+            ids = ids[:stop] + ids[len(ids) - closing :]
+    cut = len(ids) < len(located.ids)
+
+    whole = layout.kind == "outcome"
+    if whole:
+        labels = _whole_completion(located, span_row, layout, len(ids))
+    else:
+        labels = place_labels(located, span_row.spans, layout.label_placement)
+    inside = [number for number, position in enumerate(labels.positions) if whole or not cut or position < stop]
+    counts = Counter({**span_row.counts, **labels.counts})
+    counts["stripped"] = int(located.stripped)
+    counts["cut_rows"] = int(cut)
+    counts["cut_labels"] = len(labels.positions) - len(inside)
+    if layout.kind == "stepwise" and span_row.kind == "text":
+        counts["unlike_pieces"] = int(_unlike_pieces(tokenizer, span_row, layout.step_separator))
+    counts["unlabelled_rows"] = int(not inside and not counts["no_segments"])
+    if max_length is not None and len(ids) > max_length:
+        counts = Counter(over_long_rows=1)
+
+    return {
+        "span_input_ids": ids,
+        "label_positions": [labels.positions[number] for number in inside],
+        "label_values": [labels.values[number] for number in inside],
+        "label_categories": [labels.categories[number] for number in inside],
+        "label_steps": [labels.steps[number] for number in inside],
+        "completion_start": located.completion_start,
+        "row_index": index,
+        COUNTS: [counts[reason] for reason in COUNTED_OF_SPANS],
+    }
+
+
+def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length: int) -> TokenLabels:
+    """The label of an outcome row, from the completion's first token (or only at the last one) to the last of all."""
+    positions = list(range(located.completion_start, length)) if row.spans else []
+    if layout.label_placement == "last":
+        positions = positions[-1:]
+    count = len(positions)
+    return TokenLabels(positions, [span.value for span in row.spans] * count, [0] * count, [0] * count, {})
+
+
+def _unlike_pieces(tokenizer: Tokenizer, row: SpanRow, separator: str) -> bool:
+    """Whether the text has other tokens than its pieces one by one; special tokens aside."""
+    text = (row.prompt or "") + row.completion
+    whole, prompt, sep, *steps = tokenizer(
+        text=[text, row.prompt or "", separator, *row.steps], add_special_tokens=False
+    )["input_ids"]
+    return whole != [*prompt, *chain.from_iterable([*step, *sep] for step in steps)]

@@ -1,0 +1,225 @@
+"""Checks of single values of a row, each with an error that says row, column, what was found, what to do.
+
+Knows what a text, a message, a rating, a margin may look like. Knows nothing of tokens or of data sets.
+"""
+
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from trl_ext.data.tokenization import Completion, Prompt
+
+
+Kind = Literal["text", "chat"]
+
+
+class DataError(ValueError):
+    """A row (or a whole data set, with ``row=None``) that cannot be used.
+
+    Args:
+        found (`str`): what was there.
+        needed (`str`): what was expected instead.
+        fix (`str`): what to do about it.
+        row (`int`, *optional*): index of the row in the data set, counted from 0.
+        column (`str`, *optional*): name of the column.
+        dataset (`str`, *optional*): name of the data set ("train", "eval").
+    """
+
+    def __init__(
+        self,
+        found: str,
+        needed: str,
+        fix: str,
+        row: int | None = None,
+        column: str | None = None,
+        dataset: str | None = None,
+    ):
+        self.found, self.needed, self.fix = found, needed, fix
+        self.row, self.column, self.dataset = row, column, dataset
+        place = f"{dataset} data" if dataset else "data"
+        if row is not None:
+            place += f", row {row}"
+        if column is not None:
+            place += f", column {column!r}"
+        super().__init__(f"{place}: found {found}; needed {needed}. {fix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from `args` by default, which hold the finished sentence; worker processes need this.
+        return type(self), (self.found, self.needed, self.fix, self.row, self.column, self.dataset)
+
+
+def shown(value: Any) -> str:
+    """A value with its type, cut to a readable length."""
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return "None" if value is None else f"{type(value).__name__} {text}"
+
+
+class RowChecks:
+    """The checks for one row; remembers where it is, so that each error can say so."""
+
+    def __init__(self, row: int, dataset: str):
+        self.row = row
+        self.dataset = dataset
+
+    def error(self, column: str, found: str, needed: str, fix: str) -> DataError:
+        """A `DataError` at this row."""
+        return DataError(found, needed, fix, row=self.row, column=column, dataset=self.dataset)
+
+    @contextmanager
+    def tokenizing(self, column: str, kind: Kind | None) -> Iterator[None]:
+        """What tokenizer or chat template object to becomes a `DataError` at this row."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (TemplateError, KeyError, TypeError, ValueError) as error:
+            raise self.error(
+                column,
+                f"a {kind} row on which the tokenizer fails with {type(error).__name__}: {error}",
+                "a row that the tokenizer and its chat template accept",
+                "Correct or remove the row, or give another chat template (chat_template_path).",
+            ) from error
+
+    def number(self, value: Any, column: str, *, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+        """A finite number in [minimum, maximum], as a float. A bool counts as 0 or 1."""
+        if not isinstance(value, numbers.Real) or not math.isfinite(value) or not minimum <= value <= maximum:
+            needed = "a finite number"
+            if minimum > -math.inf:
+                needed += f" >= {minimum:g}" if maximum == math.inf else f" from {minimum:g} to {maximum:g}"
+            raise self.error(column, shown(value), needed, "Correct the value, or remove the row or the column.")
+        return float(value)
+
+    def number_list(self, values: Any, column: str, length: int) -> list[float]:
+        """`length` finite numbers, as floats."""
+        return [self.number(value, column) for value in self._list(values, column, length)]
+
+    def ranks(self, values: Any, column: str, length: int) -> list[float]:
+        """`length` ranks (whole, >= 0, lower is better, equal is a tie), as ratings: the negative rank."""
+        for value in self._list(values, column, length):
+            whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not whole or value < 0 or value != int(value):
+                raise self.error(
+                    column,
+                    shown(value),
+                    "a whole number >= 0 (0 is best, equal ranks are a tie)",
+                    "Correct the rank; numbers of which higher is better belong into a column 'ratings'.",
+                )
+        return [0.0 - float(value) for value in values]
+
+    def _list(self, values: Any, column: str, length: int) -> Sequence[Any]:
+        if not isinstance(values, (list, tuple)):
+            raise self.error(column, shown(values), f"a list of {length} numbers", "Give one number per completion.")
+        if len(values) != length:
+            raise self.error(
+                column, f"{len(values)} values", f"{length}, one per completion", "Give one number per completion."
+            )
+        return values
+
+    def token_ids(self, value: Any, column: str) -> list[int]:
+        """A non-empty list of token ids."""
+        if (
+            not isinstance(value, (list, tuple))
+            or not value
+            or not all(isinstance(item, int) and item >= 0 for item in value)
+        ):
+            raise self.error(column, shown(value), "a non-empty list of token ids", "Tokenize the row again.")
+        return list(value)
+
+    def candidate_list(self, value: Any, column: str) -> list[Any]:
+        """A list of at least two candidates."""
+        if not isinstance(value, (list, tuple)):
+            raise self.error(
+                column, shown(value), "a list of completions", "Put the completions of a row into a list."
+            )
+        if len(value) < 2:
+            raise self.error(
+                column,
+                f"{len(value)} completion(s)",
+                "at least 2 to rank",
+                f"Remove such rows: dataset.filter(lambda row: len(row[{column!r}]) > 1).",
+            )
+        return list(value)
+
+    def prompt(self, value: Any, column: str = "prompt") -> Prompt:
+        """A text, a list of messages, or ``None``; an empty prompt is returned as ``None``."""
+        if value is None or (isinstance(value, (str, list, tuple)) and len(value) == 0):
+            return None
+        if isinstance(value, str):
+            return value
+        self._messages(value, column)
+        return list(value)
+
+    def completion(self, value: Any, column: str) -> Kind:
+        """Check one completion, a text, a message or a list of messages, and say which kind it is."""
+        if isinstance(value, str):
+            if not value:
+                raise self._empty(column, "an empty string")
+            return "text"
+        messages = [value] if isinstance(value, dict) else value
+        if isinstance(messages, (list, tuple)) and not messages:
+            raise self._empty(column, "an empty list")
+        self._messages(messages, column)
+        last = messages[-1]
+        if not last.get("content") and not last.get("tool_calls"):
+            raise self._empty(column, f"an empty {last['role']} message")
+        return "chat"
+
+    def _empty(self, column: str, found: str) -> DataError:
+        return self.error(
+            column, found, "a completion with at least one character", "Remove such rows with dataset.filter."
+        )
+
+    def _messages(self, value: Any, column: str) -> None:
+        needed = "a string, or a list of messages {'role': ..., 'content': ...}"
+        if not isinstance(value, (list, tuple)):
+            raise self.error(column, shown(value), needed, "Convert the value or remove the row.")
+        for message in value:
+            if not isinstance(message, dict):
+                raise self.error(
+                    column,
+                    f"a list that holds {shown(message)}",
+                    needed,
+                    "Give one string, or make each item a message; several completions belong into 'completions'.",
+                )
+            if not isinstance(message.get("role"), str):
+                raise self.error(column, f"the message {shown(message)}", "a 'role' in it", "Add the role.")
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise self.error(
+                    column, f"the message {shown(message)}", "a 'content' (or 'tool_calls') in it", "Add the content."
+                )
+
+    def one_kind(
+        self, prompt: Prompt, completions: Sequence[Completion], columns: Sequence[str]
+    ) -> tuple[Kind, Prompt]:
+        """The kind of a row and its prompt, after checking that prompt and completions go together.
+
+        Completions after a chat prompt may be strings. A text prompt beside chat completions is accepted only where
+        it is contained in all of them (some public data sets repeat it there): then it is not added again.
+        """
+        kinds = [self.completion(value, column) for value, column in zip(completions, columns, strict=True)]
+        for kind, value, column in zip(kinds, completions, columns, strict=True):
+            if kind != kinds[0]:
+                raise self.error(
+                    column,
+                    f"{shown(value)} beside a completion that is {'text' if kinds[0] == 'text' else 'messages'}",
+                    "completions of one kind, all text or all messages",
+                    "Convert the row to one kind.",
+                )
+        if isinstance(prompt, str) and kinds[0] == "chat":
+            for value, column in zip(completions, columns, strict=True):
+                earlier = [] if isinstance(value, dict) else value[:-1]
+                if not any(message.get("content") == prompt for message in earlier):
+                    raise self.error(
+                        "prompt",
+                        f"a text, but the messages in {column!r} do not contain it",
+                        "prompt and completions of one kind",
+                        "Make the prompt a list of messages: [{'role': 'user', 'content': prompt}].",
+                    )
+            return "chat", None
+        chat = kinds[0] == "chat" or (prompt is not None and not isinstance(prompt, str))
+        return ("chat" if chat else "text"), prompt

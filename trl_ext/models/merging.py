@@ -1,0 +1,184 @@
+"""Merging an adapter reward model into a full checkpoint that gives the same scores.
+
+Knows models, the sidecar and token ids. Knows nothing of text or training.
+"""
+
+import dataclasses
+import gc
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer
+
+from trl_ext.metrics import spearman
+
+from .building import as_dtype, is_quantized
+from .heads import head_parameters, make_head_exact
+from .loading import describe_base, load_reward_model, local_folder, save_sidecar
+from .sidecar import Sidecar, get_sidecar, make_probes, probe_scores, vocab_size
+
+
+REPORT_NAME = "merge_report.json"
+
+
+class MergeError(RuntimeError):
+    """The merged model's scores differ too much from the adapter's."""
+
+
+def merge_reward_model(
+    path: str | Path,
+    output_dir: str | Path,
+    dtype: str | torch.dtype | None = None,
+    *,
+    calibration_ids: list[list[int]] | None = None,
+    tolerance: float = 0.05,
+    **load_kwargs: Any,
+) -> dict[str, Any]:
+    """
+    Merge an adapter reward model into a full checkpoint and prove that it scores as before (R11).
+
+    A quantized base is dequantized first, the adapter is merged in fp32, and the result is stored in `dtype`. (Merging
+    into the original, never quantized weights moves the scores, because the adapter was trained on the quantized
+    ones.) The merged model is then loaded from disk, scored on a calibration set and compared.
+
+    Args:
+        path (`str` or `Path`):
+            Folder or Hub id of an adapter reward model.
+        output_dir (`str` or `Path`):
+            Folder for the full checkpoint, its tokenizer, `reward_model.json` and `merge_report.json`. It is only
+            written if the scores agree; it must not hold anything yet.
+        dtype (`str` or `torch.dtype`, *optional*):
+            Storage dtype; defaults to the dtype the base had in training. The head stays fp32.
+        calibration_ids (`list[list[int]]`, *optional*):
+            Token ids to compare the scores on; defaults to 64 random sequences of 4 to 32 tokens.
+        tolerance (`float`, *optional*, defaults to `0.05`):
+            Largest change of a score, in standard deviations of the scores.
+        **load_kwargs:
+            For [`load_reward_model`], e.g. `device_map` or `trust_remote_code`.
+
+    Returns:
+        `dict`: the report: `max_change`, `mean_change`, `score_std`, `relative_change`, `spearman`, `num_sequences`,
+        `dtype`, `tolerance`.
+
+    Raises:
+        `ValueError`: the model is not an adapter, or `output_dir` is not empty.
+        [`MergeError`]: a score moved by more than `tolerance` standard deviations; nothing is written.
+    """
+    output = Path(output_dir)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} already holds files. Choose an empty or new folder for the merged model.")
+    model = load_reward_model(path, **load_kwargs)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{path} is a full checkpoint already: there is no adapter to merge.")
+    sidecar = get_sidecar(model)
+    if sidecar is None:
+        raise ValueError(
+            f"{path} has no reward_model.json, so its base is not known for certain. Train it with trl_ext."
+        )
+    target = as_dtype(dtype) or as_dtype(sidecar.base.dtype)
+    if not isinstance(target, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} cannot be stored. Needed: 'float32', 'bfloat16' or 'float16'.")
+    ids = calibration_ids or make_probes(vocab_size(model), number=64, seed=1)
+    before = torch.tensor(probe_scores(model, ids), dtype=torch.float64)
+    prequantized = is_quantized(model) and model.get_base_model().hf_quantizer.pre_quantized
+    merged = _merge(model, local_folder(path, load_kwargs.get("revision")), sidecar.head_modules)
+    head = {
+        name: parameter.detach().clone() for name, parameter in head_parameters(merged, sidecar.head_modules).items()
+    }
+    merged.to(target)
+    make_head_exact(merged, sidecar.head_modules)
+    for name, parameter in head_parameters(merged, sidecar.head_modules).items():
+        parameter.data.copy_(head[name])  # `to` rounded it
+    merged.config.dtype = target
+
+    made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".{output.name}-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir()
+        report = _save_and_compare(merged, staging, path, sidecar, ids, before, tolerance, prequantized, load_kwargs)
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        raise
+    return report
+
+
+def _merge(model: PeftModel, folder: str, head: list[str]) -> nn.Module:
+    """The adapter merged in fp32 into the base it was trained on, which is dequantized first if need be."""
+    if is_quantized(model):
+        base = model.unload().dequantize(dtype=torch.float32).float()
+        make_head_exact(base, head)
+        model = PeftModel.from_pretrained(base, folder)
+    return model.float().merge_and_unload()
+
+
+def _save_and_compare(
+    merged: nn.Module, folder: Path, path: str | Path, sidecar: Sidecar, ids: list[list[int]], before: torch.Tensor,
+    tolerance: float, prequantized: bool, load_kwargs: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Save the merged model, load it as a new process would, and compare its scores with the adapter's."""
+    source = local_folder(path, load_kwargs.get("revision"))
+    # transformers cannot undo the reading of weights that were 4-bit on disk, but then these need no undoing either
+    merged.save_pretrained(folder, save_original_format=not prequantized)
+    AutoTokenizer.from_pretrained(
+        source, trust_remote_code=load_kwargs.get("trust_remote_code", False)
+    ).save_pretrained(folder)
+    # the base stays the id of what the adapter was trained on; weights are now here
+    described = dataclasses.replace(
+        describe_base(merged), id=sidecar.base.id, revision=sidecar.base.revision, quantization=None
+    )
+    save_sidecar(merged, dataclasses.replace(sidecar, base=described, is_adapter=False, probes=None), folder)
+    del merged
+    gc.collect()
+
+    kept = {
+        key: load_kwargs[key]
+        for key in ("device_map", "attn_implementation", "trust_remote_code")
+        if key in load_kwargs
+    }
+    loaded = load_reward_model(folder, **kept)
+    after = torch.tensor(probe_scores(loaded, ids), dtype=torch.float64)
+    change, std = (after - before).abs(), before.std().item()
+    report = {
+        "max_change": change.max().item(),
+        "mean_change": change.mean().item(),
+        "score_std": std,
+        "relative_change": change.max().item() / max(std, 1e-12),
+        "spearman": spearman(before, after),
+        "num_sequences": len(ids),
+        "dtype": described.dtype,
+        "tolerance": tolerance,
+        "source": str(path),
+    }
+    if not report["relative_change"] <= tolerance:  # also when NaN
+        rounding = (
+            " An int8 base rounds activations to 8 bits too whenever it runs, which no merged model repeats: allow it "
+            "with a larger `tolerance`."
+            if (sidecar.base.quantization or {}).get("load_in_8bit")
+            else ""
+        )
+        raise MergeError(
+            f"Merging {path} in {described.dtype} moves a score by {report['max_change']:.3g}, which is "
+            f"{report['relative_change']:.1%} of the scores' standard deviation {std:.3g}; at most {tolerance:.1%} is "
+            "allowed. Nothing was written. Store it in float32, calibrate on real texts (`calibration_ids`), or keep "
+            f"using the adapter.{rounding}"
+        )
+    probes = make_probes(vocab_size(loaded))
+    save_sidecar(
+        loaded,
+        dataclasses.replace(get_sidecar(loaded), probes={"input_ids": probes, "scores": probe_scores(loaded, probes)}),
+        folder,
+    )
+    Path(folder, REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report

@@ -1,0 +1,271 @@
+"""Pay for the prompt once: attention over a flat row in which the completions of a group share their prompt.
+
+Knows transformers' attention interface and [`PrefixLayout`]. Knows nothing of text, losses or data sets. Everything in
+a decoder but attention is token-wise and stays untouched; the registered attention function regroups queries, keys and
+values by index and calls SDPA twice: prompts causally among themselves, each completion over its prompt and itself.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from trl_ext.data.prefix_layout import PrefixLayout, build_layout
+
+from .heads import last_head_module, unwrap
+
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "trl_ext_shared_prefix"
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    prefix_layout: PrefixLayout,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of a flat row; an attention function as `transformers.AttentionInterface` wants it.
+
+    Args:
+        module (`nn.Module`): the attention layer; not used.
+        query (`torch.Tensor` of shape `(1, H, N, D)`), key, value (`torch.Tensor` of shape `(1, H_kv, N, D)`):
+            Projected and rotated states of the row.
+        attention_mask: not used; the layout says who sees whom.
+        prefix_layout ([`PrefixLayout`]): the row's layout, on the same device.
+        dropout, scaling, sliding_window, softcap:
+            As the layer gives them. The window counts positions, not indices of the row.
+        s_aux (`torch.Tensor` of shape `(H,)`, *optional*): attention sinks.
+
+    Returns:
+        `torch.Tensor` of shape `(1, N, H, D)`, and `None` for the weights.
+    """
+    layout = prefix_layout
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (N, H, D)
+    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    parts = []
+    if layout.prompt_index.shape[1]:
+        index = layout.prompt_index
+        windowed = sliding_window is not None and sliding_window < index.shape[1]
+        mask = layout.prompt_mask(sliding_window) if windowed else None
+        parts.append(_attend(query[index], key[index], value[index], mask, **options))  # (G * P, H, D)
+    windowed = sliding_window is not None and sliding_window < layout.key_index.shape[1]
+    mask = layout.completion_mask(sliding_window if windowed else None)
+    parts.append(
+        _attend(query[layout.completion_index], key[layout.key_index], value[layout.key_index], mask, **options)
+    )  # (S * C, H, D)
+    return torch.cat(parts)[layout.inverse][None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *,
+    dropout: float, scaling: float | None, softcap: float | None, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of (B, T, H, D) states; causal where `mask` is None. Returns (B * T, H, D)."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, H, T, D)
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None and sinks is None:
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        return output.transpose(1, 2).flatten(0, 1)
+    if grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    logits = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    if sinks is not None:
+        sink = sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = logits.softmax(dim=-1)
+    weights = nn.functional.dropout(weights.to(value.dtype), p=dropout)
+    return (weights @ value).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class SharedPrefixSupport:
+    """Whether a model can run flat rows, and why not or how exactly.
+
+    Args:
+        supported (`bool`): whether flat rows give the padded rows' hidden states.
+        reason (`str`): one sentence for the log.
+        max_difference (`float`, *optional*): largest difference of a final hidden state in the check.
+    """
+
+    supported: bool
+    reason: str
+    max_difference: float | None = None
+
+
+def current_attention(model: nn.Module) -> str:
+    """Name of the attention function in use."""
+    return unwrap(model).config.get_text_config()._attn_implementation
+
+
+def select_attention(model: nn.Module, name: str) -> None:
+    """Use the attention function `name` from now on (a no-op if it is in use already)."""
+    if current_attention(model) != name:
+        unwrap(model).set_attn_implementation(name)
+
+
+def flat_token_logits(model: nn.Module, layout: PrefixLayout, call: Callable | None = None) -> torch.Tensor:
+    """
+    The head's output for every token of a flat row.
+
+    The model stays on the shared-prefix attention afterwards, because gradient checkpointing runs the layers again in
+    the backward pass; call [`select_attention`] before the next padded batch.
+
+    Args:
+        model (`nn.Module`): as in [`candidate_scores`](heads); may be wrapped.
+        layout ([`PrefixLayout`]): the flat row, on the model's device.
+        call (`Callable`, *optional*): what to call instead of `model`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, C)`, fp32.
+    """
+    captured = {}
+    handle = last_head_module(unwrap(model)).register_forward_hook(
+        lambda module, args, output: captured.update(output=output, hidden=args[0])
+    )
+    select_attention(model, ATTENTION_NAME)
+    try:
+        (call or model)(
+            input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, prefix_layout=layout
+        )
+    finally:
+        handle.remove()
+    return captured["output"][0].float()
+
+
+def flat_scores(model: nn.Module, layout: PrefixLayout, call: Callable | None = None) -> torch.Tensor:
+    """The logits at the last token of each sequence: fp32 `(S, C)`, groups in order."""
+    logits = flat_token_logits(model, layout, call)
+    return logits[layout.last.to(logits.device)]
+
+
+def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> SharedPrefixSupport:
+    """
+    Whether the model gives the same hidden states from flat rows as from padded rows.
+
+    Architectures whose layers are not all softmax attention are refused by their config; everything else is decided by
+    numbers: two groups in a row, ragged K and lengths, a one-token completion, and a group longer than the sliding
+    window if `max_length` exceeds it.
+
+    Args:
+        model (`nn.Module`): sequence-classification model, possibly wrapped by PEFT. Its mode is put back.
+        max_length (`int`, *optional*): longest sequence that will come.
+    """
+    base = unwrap(model)
+    config = base.config.get_text_config()
+    used = config._attn_implementation
+    if used not in ("sdpa", "eager"):
+        return SharedPrefixSupport(False, f"attention is {used!r}; shared prefixes run beside 'sdpa' or 'eager'")
+    if "score" not in dict(base.named_children()):
+        return SharedPrefixSupport(False, f"{type(base).__name__} is no decoder with a `score` head")
+    kinds = set(config.to_dict().get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return SharedPrefixSupport(False, f"layers of the kind {sorted(kinds)} mix tokens outside softmax attention")
+    if not base._supports_attention_backend:
+        return SharedPrefixSupport(False, f"{type(base).__name__} does not take registered attention functions")
+    try:
+        difference, scale = _measure_difference(model, _check_groups(config, max_length))
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        return SharedPrefixSupport(False, f"a flat row could not be run: {type(error).__name__}: {error}")
+    finally:
+        select_attention(model, used)
+    exact = next(base.get_submodule(base.base_model_prefix).parameters()).dtype == torch.float32
+    tolerance = (1e-4 if exact else 3e-2) * max(1.0, scale)
+    if not difference <= tolerance:  # also when NaN
+        return SharedPrefixSupport(
+            False, f"flat and padded hidden states differ by {difference:.2g} (allowed: {tolerance:.2g})", difference
+        )
+    return SharedPrefixSupport(True, f"flat and padded hidden states differ by at most {difference:.2g}", difference)
+
+
+def use_shared_prefix(model: nn.Module, wish: bool | str, max_length: int | None = None) -> bool:
+    """
+    Whether flat rows will be used, from the `shared_prefix` argument of a trainer or scorer.
+
+    `False` never; `"auto"` if the model supports it (said once either way); `True` raises `ValueError` if it does not.
+    """
+    if wish not in ("auto", True, False):
+        raise ValueError(f"shared_prefix={wish!r} is not known. Needed: 'auto', True or False.")
+    if wish is False:
+        return False
+    support = supports_shared_prefix(model, max_length)
+    if wish is True and not support.supported:
+        raise ValueError(f"shared_prefix=True cannot be had: {support.reason}. Set shared_prefix='auto' or False.")
+    logger.info(f"Shared prefixes are {'on' if support.supported else 'off'}: {support.reason}.")
+    return support.supported
+
+
+def _check_groups(config, max_length: int | None) -> list[tuple[list[int], list[list[int]]]]:
+    """Groups of random ids for the numerical check."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()
+
+    groups = [(ids(9), [ids(5), ids(1), ids(7)]), (ids(4), [ids(3), ids(6)]), ([], [ids(2)])]
+    window = config.to_dict().get("sliding_window")
+    if window is not None and (max_length is None or max_length > window):
+        groups.append((ids(window), [ids(5), ids(1)]))
+    return groups
+
+
+@torch.no_grad()
+def _measure_difference(model: nn.Module, groups: list[tuple[list[int], list[list[int]]]]) -> tuple[float, float]:
+    """Largest difference of the head's input between flat and padded rows, and the size of the states."""
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
+    hidden: list[torch.Tensor] = []
+    handle = last_head_module(unwrap(model)).register_forward_hook(lambda m, args, output: hidden.append(args[0]))
+    plain = current_attention(model)
+    model.eval()
+    try:
+        layout = build_layout(groups).to(device)
+        padded = [
+            model(input_ids=torch.tensor([prompt + own], device=device), use_cache=False) and hidden[-1][0, -1]
+            for prompt, candidates in groups
+            for own in candidates
+        ]
+        select_attention(model, ATTENTION_NAME)
+        model(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, prefix_layout=layout)
+        flat = hidden[-1][0, layout.last]
+    finally:
+        handle.remove()
+        select_attention(model, plain)
+        for module in training:
+            module.training = True
+    padded = torch.stack(padded).float()
+    return (flat.float() - padded).abs().max().item(), padded.abs().max().item()

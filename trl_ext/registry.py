@@ -1,0 +1,160 @@
+"""Registries: where a string in a config selects a pure callable, built in or from an installed plugin.
+
+Knows names, callables and entry points. It does not know what the callables compute, and imports nothing but the
+standard library: a plugin is imported when its name is asked for, never before.
+"""
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+
+F = TypeVar("F", bound=Callable)
+
+_REGISTRIES: list["Registry"] = []
+
+
+def _distribution(plugin: EntryPoint) -> str:
+    return f"{plugin.dist.name} {plugin.dist.version}"
+
+
+class Registry:
+    """
+    Names of one kind of callable.
+
+    Built-ins register with a decorator. A third-party package adds names through an entry-point group in its
+    `pyproject.toml`, without being imported until one of its names is used.
+
+    Args:
+        kind (`str`):
+            What is registered, in words for messages, e.g. `"ranking loss"`.
+        group (`str`):
+            Entry-point group that plugins use, e.g. `"trl_ext.ranking_losses"`.
+
+    Example:
+
+    ```python
+    >>> losses = Registry(kind="ranking loss", group="trl_ext.ranking_losses")
+
+    >>> @losses.register("zero")
+    ... def zero(scores, ratings, mask):
+    ...     return scores.sum(-1) * 0
+
+    >>> losses.get("zero") is zero
+    True
+    >>> losses.get("zeor")
+    Traceback (most recent call last):
+    ValueError: Unknown ranking loss 'zeor'. Did you mean 'zero'? Known: zero. ...
+    ```
+    """
+
+    def __init__(self, kind: str, group: str):
+        self.kind = kind
+        self.group = group
+        self._callables: dict[str, Callable] = {}
+        self._loaded: dict[str, Callable] = {}
+        _REGISTRIES.append(self)
+
+    def __repr__(self) -> str:
+        return f"Registry(kind={self.kind!r}, group={self.group!r})"
+
+    def register(self, name: str) -> Callable[[F], F]:
+        """
+        Decorator that adds a callable under `name` and returns it unchanged.
+
+        Raises:
+            ValueError: if the name is taken.
+        """
+        if name in self._callables:
+            raise ValueError(
+                f"The {self.kind} '{name}' is already registered by {self._origin(name)}. Choose another name."
+            )
+
+        def decorate(function: F) -> F:
+            self._callables[name] = function
+            return function
+
+        return decorate
+
+    def get(self, name: str | Callable) -> Callable:
+        """
+        The callable of that name; a callable is returned as it is.
+
+        Args:
+            name (`str` or `Callable`):
+                A registered name, the name of an entry point in the registry's group, or a callable.
+
+        Raises:
+            ValueError: if nothing has this name (the message lists the known names and the nearest one), or more than
+                one distribution claims it.
+            ImportError: if the plugin behind the name fails to import; the message names its distribution.
+            TypeError: if `name` is neither a string nor a callable, or the plugin's object is not callable.
+        """
+        if callable(name):
+            return name
+        if not isinstance(name, str):
+            raise TypeError(f"A {self.kind} is chosen by its name or is a callable, found {type(name).__name__}.")
+        plugins = [plugin for plugin in self._plugins() if plugin.name == name]
+        claims = [self._origin(name)] if name in self._callables else []
+        claims += [_distribution(plugin) for plugin in plugins]
+        if not claims:
+            raise ValueError(self._unknown(name))
+        if len(claims) > 1:
+            raise ValueError(
+                f"The {self.kind} '{name}' is claimed by {' and by '.join(claims)}. Uninstall all but one, ask the "
+                f"plugin's author to rename its entry point in '{self.group}', or pass the callable itself."
+            )
+        if name in self._callables:
+            return self._callables[name]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(plugins[0])
+        return self._loaded[name]
+
+    def available(self) -> list[tuple[str, str]]:
+        """
+        Every name with its origin, sorted, without importing any plugin.
+
+        Returns:
+            `list[tuple[str, str]]`: `(name, origin)`. The origin of a registered callable is the module that defines
+            it, that of a plugin is its distribution, version and target. A name that is claimed twice is listed twice.
+        """
+        names = [(name, self._origin(name)) for name in self._callables]
+        names += [(plugin.name, f"{_distribution(plugin)} ({plugin.value})") for plugin in self._plugins()]
+        return sorted(names)
+
+    def _origin(self, name: str) -> str:
+        return self._callables[name].__module__
+
+    def _plugins(self) -> list[EntryPoint]:
+        return list(entry_points(group=self.group))
+
+    def _load(self, plugin: EntryPoint) -> Callable:
+        try:
+            loaded = plugin.load()
+        except Exception as error:  # whatever a third-party module raises at import
+            raise ImportError(
+                f"The {self.kind} '{plugin.name}' comes from the plugin {_distribution(plugin)} ({plugin.value}), "
+                f"which failed to import: {type(error).__name__}: {error}. Repair, update or "
+                f"uninstall {plugin.dist.name}."
+            ) from error
+        if not callable(loaded):
+            raise TypeError(
+                f"The {self.kind} '{plugin.name}' of the plugin {_distribution(plugin)} ({plugin.value}) is a "
+                f"{type(loaded).__name__}; a callable is needed. Update or uninstall {plugin.dist.name}."
+            )
+        return loaded
+
+    def _unknown(self, name: str) -> str:
+        known = sorted({known for known, _ in self.available()})
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return (
+            f"Unknown {self.kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}. A package adds names through "
+            f"the entry-point group '{self.group}'; a callable is accepted in place of a name."
+        )
+
+
+def all_registries() -> list[Registry]:
+    """Every registry made so far, in the order in which their modules were imported."""
+    return list(_REGISTRIES)

@@ -1,0 +1,191 @@
+"""Lists of token ids -> what the model's head says of them, in batches that fit in memory.
+
+Knows a model, token ids and memory. Knows nothing of text, sidecars or what an output means.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from trl_ext.data.collators import FLAT_BELOW
+from trl_ext.data.prefix_layout import build_layout
+from trl_ext.data.tokenization import Prompt
+from trl_ext.models.heads import HeadError, candidate_scores, run_with_head_output, unwrap
+from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, use_shared_prefix
+
+from .packing import SharedRows, num_tokens, pack, padded_tokens, share_prompts
+
+
+class BatchRunner:
+    """
+    Runs rows sorted by length, and halves the batches from then on when one does not fit in memory.
+
+    Args:
+        model (`nn.Module`): the reward model.
+        pad_id (`int`): any token id of the model; padding is masked.
+        limit (`int`): most padded tokens in a batch, or most rows.
+        by_tokens (`bool`): which of the two `limit` is.
+        shared_prefix (`"auto"`, `True` or `False`): whether rows of one prompt run as one flat row.
+        max_length (`int` or `None`): longest row that will come, if there is a limit.
+        say (`Callable`): takes a message and its topic, and says it once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pad_id: int,
+        limit: int,
+        by_tokens: bool,
+        shared_prefix: bool | Literal["auto"],
+        max_length: int | None,
+        say: Callable[[str, str], None],
+    ):
+        self._model = model
+        self._pad_id = pad_id
+        self._limit = limit
+        self._by_tokens = by_tokens
+        self._say = say
+        self._attention = current_attention(model)
+        # "auto" is decided at the first rows that share a prompt
+        self._flat = None if shared_prefix == "auto" else use_shared_prefix(model, shared_prefix, max_length)
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Eval mode, no gradients, no autocast from outside, and a pad token for models that need one to batch."""
+        model = self._model
+        training = [module for module in model.modules() if module.training]
+        config = unwrap(model).config.get_text_config()
+        before, self._attention = config.pad_token_id, current_attention(model)
+        model.eval()
+        config.pad_token_id = self._pad_id if before is None else before
+        try:
+            # not inference mode: what a model caches there could not be used in training
+            with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+                yield
+        finally:
+            config.pad_token_id = before
+            select_attention(model, self._attention)
+            for module in training:
+                module.training = True
+
+    def scores(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[float | None]:
+        """The scalar score of each list of token ids; `None` for an empty list. To be called within `mode`."""
+        groups = share_prompts(prompts, ids)
+        if groups and self._pays_flat(groups, ids):
+            return self._run(groups, len(ids), self._flat_batch, flat=True)
+        return self._run(_single(groups, ids), len(ids), lambda batch: self._padded_batch(_ids(batch)), flat=False)
+
+    def token_outputs(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[torch.Tensor | None]:
+        """
+        The head's output for each token, (T, outputs) in fp32 on the CPU; `None` for an empty list. `prompts` are not
+        used. To be called within `mode`.
+        """
+        rows = _single(share_prompts(None, ids), ids)
+        return self._run(rows, len(ids), lambda batch: self._token_batch(_ids(batch)), flat=False)
+
+    # ------------------------------------------------------------------------------------------------------- batches
+    def _run(
+        self, todo: list[SharedRows], size: int, run: Callable[[list[SharedRows]], list[Any]], flat: bool
+    ) -> list[Any]:
+        """What `run` gives for the rows of `todo`, in batches that fit, at their places among `size`."""
+        results: list[Any] = [None] * size
+        while todo:
+            batches = pack(todo, *self._bounds(), flat)
+            while batches:
+                rows = [row for group in batches[0] for row in group.rows]
+                found = _unless_out_of_memory(partial(run, batches[0]))
+                if found is None:
+                    self._halve(len(rows), num_tokens(batches[0], flat))
+                    break
+                for row, result in zip(rows, found, strict=True):
+                    results[row] = result
+                del batches[0]
+            todo = [group for batch in batches for group in batch]
+        return results
+
+    def _pays_flat(self, groups: list[SharedRows], ids: Sequence[list[int]]) -> bool:
+        """Whether prompts are shared, that saves enough tokens, and the model can do it (tried at the first need)."""
+        if self._flat is False or all(len(group.rows) == 1 for group in groups):
+            return False
+        lengths = [len(ids[row]) for group in groups for row in group.rows]
+        batch_rows = max(1, self._limit // max(lengths)) if self._by_tokens else self._limit
+        packed = sum(num_tokens(batch, flat=True) for batch in pack(groups, *self._bounds(), flat=True))
+        if packed >= FLAT_BELOW * padded_tokens(lengths, batch_rows):
+            return False
+        if self._flat is None:
+            self._flat = use_shared_prefix(self._model, "auto", max(lengths))
+        return self._flat
+
+    def _bounds(self) -> tuple[int | None, int | None]:
+        """Most tokens and most rows of a batch."""
+        return (self._limit, None) if self._by_tokens else (None, self._limit)
+
+    def _flat_batch(self, batch: list[SharedRows]) -> list[float]:
+        device = next(self._model.parameters()).device
+        layout = build_layout([(group.prefix, group.own) for group in batch]).to(device)
+        return flat_scores(self._model, layout, call=self._plain_call())[:, 0].tolist()
+
+    def _padded_batch(self, ids: list[Sequence[int]]) -> list[float]:
+        return candidate_scores(self._model, *self._pad(ids), call=self._plain_call()).tolist()
+
+    def _token_batch(self, ids: list[Sequence[int]]) -> list[torch.Tensor]:
+        _, raw = run_with_head_output(self._model, *self._pad(ids), call=self._plain_call())
+        if raw.dim() != 3:
+            raise HeadError(
+                f"The head of {type(unwrap(self._model)).__name__} runs after pooling, so there is no output for each "
+                "token. Train it with a trainer of trl_ext, which gives encoders a head for tokens."
+            )
+        outputs = raw.float().cpu()  # (N, T, outputs)
+        return [outputs[number, : len(row)].clone() for number, row in enumerate(ids)]  # no view of the whole batch
+
+    def _pad(self, ids: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, (N, T), padded on the right; and the attention that padded batches run with."""
+        device = next(self._model.parameters()).device
+        width = max(map(len, ids))
+        padded = [[*row, *[self._pad_id] * (width - len(row))] for row in ids]
+        input_ids = torch.tensor(padded, device=device)  # (N, T)
+        lengths = torch.tensor([len(row) for row in ids], device=device)  # (N,)
+        mask = (torch.arange(width, device=device) < lengths[:, None]).long()  # (N, T)
+        select_attention(self._model, self._attention)
+        return input_ids, mask
+
+    def _plain_call(self) -> Callable:
+        # the class's forward, because a model that a trainer prepared carries an autocast wrapper on its own
+        return partial(type(self._model).forward, self._model)
+
+    def _halve(self, rows: int, tokens: int) -> None:
+        if rows == 1:
+            raise torch.OutOfMemoryError(
+                f"A single row of {tokens} tokens does not fit in memory. Pass `max_length`, load the model in fewer "
+                "bits, or free memory on the device."
+            )
+        self._limit = tokens // 2 if self._by_tokens else rows // 2
+        self._say(
+            f"a batch of {rows} rows and {tokens} tokens did not fit in memory; going on with at most "
+            f"{self._limit} {'tokens' if self._by_tokens else 'rows'} a batch, halved again where needed.",
+            "memory",
+        )
+
+
+def _single(groups: list[SharedRows], ids: Sequence[list[int]]) -> list[SharedRows]:
+    """The rows of some groups as groups of their own."""
+    return [SharedRows([row], [], [ids[row]]) for group in groups for row in group.rows]
+
+
+def _ids(batch: list[SharedRows]) -> list[Sequence[int]]:
+    """Token ids of a batch of single rows."""
+    return [group.own[0] for group in batch]
+
+
+def _unless_out_of_memory(run: Callable[[], list[Any]]) -> list[Any] | None:
+    """What `run` returns, or `None` if it does not fit in memory."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        pass  # the traceback keeps the batch's tensors alive: their memory comes back after this block
+    torch.cuda.empty_cache()
+    return None

@@ -1,0 +1,94 @@
+"""Which rows share a prompt, and how they are packed into flat rows of bounded size.
+
+Knows token ids and row indices. Knows nothing of models or text.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from trl_ext.data.prefix_layout import split_prefix
+from trl_ext.data.tokenization import Prompt
+
+
+class SharedRows(NamedTuple):
+    """Rows with one prompt: their indices, the shared token prefix, and what each row has of its own."""
+
+    rows: list[int]
+    prefix: Sequence[int]
+    own: list[Sequence[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the flat row that this group needs."""
+        return len(self.prefix) + sum(map(len, self.own))
+
+
+def share_prompts(prompts: Sequence[Prompt] | None, ids: Sequence[Sequence[int]]) -> list[SharedRows]:
+    """
+    Group the rows that have tokens by their prompt, wherever they stand; a row without a prompt is a group of its own.
+
+    Example:
+
+    ```python
+    >>> [group.rows for group in share_prompts(["a", "b", "a"], [[1, 2], [3, 4], [1, 5]])]
+    [[0, 2], [1]]
+    ```
+    """
+    groups: dict[object, list[int]] = {}
+    for row in range(len(ids)):
+        if ids[row]:
+            prompt = None if prompts is None else prompts[row]
+            key = row if not prompt else prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
+            groups.setdefault(key, []).append(row)
+    return [SharedRows(rows, *split_prefix([ids[row] for row in rows])) for rows in groups.values()]
+
+
+def padded_tokens(lengths: Sequence[int], batch_rows: int) -> int:
+    """Tokens of the same rows, sorted by length, as right-padded batches of `batch_rows`."""
+    ordered = sorted(lengths, reverse=True)
+    return sum(ordered[i] * len(ordered[i : i + batch_rows]) for i in range(0, len(ordered), batch_rows))
+
+
+def pack(
+    groups: Sequence[SharedRows], max_tokens: int | None, max_rows: int | None, flat: bool
+) -> list[list[SharedRows]]:
+    """
+    Batches of groups, longest sequences first, of at most `max_tokens` tokens and `max_rows` sequences.
+
+    In a flat row a group that is too large is split, and its prefix is then paid for in each part; in a padded batch
+    (`flat=False`, groups of one row) every row costs as much as the longest. A single row always gets a batch.
+    """
+    parts = [part for group in groups for part in _split(group, max_tokens, max_rows)]
+    parts.sort(key=lambda part: len(part.prefix) + max(map(len, part.own)), reverse=True)
+    batches: list[list[SharedRows]] = []
+    for part in parts:
+        if batches and _fits([*batches[-1], part], max_tokens, max_rows, flat):
+            batches[-1].append(part)
+        else:
+            batches.append([part])
+    return batches
+
+
+def num_tokens(batch: Sequence[SharedRows], flat: bool) -> int:
+    """Tokens that a batch sends through the model."""
+    if flat:
+        return sum(part.num_tokens for part in batch)
+    return len(batch) * max(part.num_tokens for part in batch)
+
+
+def _fits(batch: Sequence[SharedRows], max_tokens: int | None, max_rows: int | None, flat: bool) -> bool:
+    if max_rows is not None and sum(len(part.rows) for part in batch) > max_rows:
+        return False
+    return max_tokens is None or num_tokens(batch, flat) <= max_tokens
+
+
+def _split(group: SharedRows, max_tokens: int | None, max_rows: int | None) -> list[SharedRows]:
+    parts: list[SharedRows] = []
+    for row, own in sorted(zip(group.rows, group.own, strict=True), key=lambda pair: len(pair[1]), reverse=True):
+        longer = SharedRows([*parts[-1].rows, row], group.prefix, [*parts[-1].own, own]) if parts else None
+        if longer is not None and _fits([longer], max_tokens, max_rows, flat=True):
+            parts[-1] = longer
+        else:
+            parts.append(SharedRows([row], group.prefix, [own]))
+    return parts

@@ -1,0 +1,146 @@
+"""One row to be scored -> its token ids, or an error that names it.
+
+Checks as training does and makes ids by the same function, `trl_ext.data.tokenization.encode`. Knows nothing of models
+beyond how many ids and positions they have.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_ext.data.offsets import Located, encode_with_offsets
+from trl_ext.data.tokenization import Completion, Encoded, Prompt, TokenPolicy, encode
+from trl_ext.data.validation import DataError, RowChecks
+
+
+# A row without a token.
+NOTHING = Located([], np.empty(0, np.int64), np.empty(0, np.int64), 0, truncated=False, stripped=False)
+
+
+@dataclass
+class RowEncoder:
+    """
+    Makes token ids of rows.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        policy (`TokenPolicy`): how the model was trained to see plain text.
+        vocab_size (`int`): token ids the model knows.
+        max_positions (`int` or `None`): longest row the model can take at all.
+        max_length (`int` or `None`): longer rows are cut.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: TokenPolicy
+    vocab_size: int
+    max_positions: int | None
+    max_length: int | None
+
+    def __call__(
+        self, row: int, prompt: Prompt, completion: Completion, tools: Any, chat_template_kwargs: Any
+    ) -> Encoded:
+        """
+        Token ids of row number `row`, empty where there is nothing to score.
+
+        Raises:
+            [`DataError`]: values of the wrong kind, something the tokenizer or chat template refuses, or ids that the
+                model does not have.
+        """
+        return self._encode(encode, row, prompt, completion, tools, chat_template_kwargs) or Encoded([], False)
+
+    def locate(
+        self, row: int, prompt: Prompt, completion: Completion, tools: Any, chat_template_kwargs: Any
+    ) -> Located:
+        """The same ids, with the characters of the completion that each token holds. Raises [`DataError`]."""
+        return self._encode(encode_with_offsets, row, prompt, completion, tools, chat_template_kwargs) or NOTHING
+
+    def _encode(
+        self, function: Callable, row: int, prompt: Prompt, completion: Completion, tools: Any, template: Any
+    ) -> Any:
+        """What `function` makes of the row, checked; `None` where there is nothing."""
+        checks = RowChecks(row, "scored")
+        prompt = checks.prompt(prompt, "prompts")
+        if not _is_empty(completion):
+            _, prompt = checks.one_kind(prompt, [completion], ["completions"])
+        elif prompt is None and isinstance(completion, (list, tuple)):
+            return None
+        try:
+            encoded = function(
+                self.tokenizer,
+                prompt,
+                completion,
+                self.policy,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                chat_template_kwargs=template,
+                max_length=self.max_length,
+            )
+        except Exception as error:  # whatever a tokenizer or a chat template raises, the row is named
+            raise row_error(
+                row,
+                f"a row on which tokenizing fails with {type(error).__name__}: {error}",
+                "one that the tokenizer and its chat template accept",
+                "Correct the row, or give the tokenizer (with a chat template, for messages) that fits it.",
+            ) from error
+        if self.max_positions is not None and len(encoded.ids) > self.max_positions:
+            raise row_error(
+                row,
+                f"{len(encoded.ids)} tokens",
+                f"at most {self.max_positions}, all the positions the model has",
+                f"Pass max_length={self.max_positions} or less to cut long rows.",
+            )
+        largest = max(encoded.ids, default=0)
+        if largest >= self.vocab_size:
+            raise row_error(
+                row,
+                f"the token id {largest}",
+                f"ids below {self.vocab_size}, the model's vocabulary",
+                "The tokenizer is not the model's: pass `processing_class`.",
+            )
+        return encoded
+
+
+def row_error(row: int, found: str, needed: str, fix: str) -> DataError:
+    """A `DataError` at row number `row` of what is being scored."""
+    return DataError(found, needed, fix, row=row, column="completions", dataset="scored")
+
+
+def _is_empty(completion: Completion) -> bool:
+    """Whether a completion is an empty text or ends in an empty message: a policy may well produce that.
+
+    ```python
+    >>> _is_empty([{"role": "assistant", "content": ""}])
+    True
+    ```
+    """
+    if isinstance(completion, (list, tuple)) and completion and isinstance(completion[-1], dict):
+        completion = completion[-1]
+    if isinstance(completion, dict):
+        return not completion.get("content") and not completion.get("tool_calls")
+    return isinstance(completion, (str, list, tuple)) and not completion
+
+
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved at a folder or Hub id. Raises `ValueError` if there is none."""
+    needed = "Pass the tokenizer that it was trained with as `processing_class`."
+    if not source:
+        raise ValueError(f"An adapter in memory, or a model without a path, does not know its tokenizer. {needed}")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"No tokenizer for this model could be loaded from {source}: {error}. {needed}") from error
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest row that a table of absolute positions allows (GPT-2, OPT, BERT kinds); `None` where there is none."""
+    tables = ("wpe", "position_embeddings", "embed_positions")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in tables:
+            # RoBERTa counts from padding_idx + 1; OPT's table is two longer than what its config promises
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(module.num_embeddings - reserved, model.config.max_position_embeddings)
+    return None

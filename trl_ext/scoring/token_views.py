@@ -1,0 +1,213 @@
+"""How the outputs of a token-level reward model are read: per token, step or segment, and as one number a completion.
+
+Knows a model's sidecar, the characters of tokens, and aggregators. Knows nothing of models, batches or tokenizers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from trl_ext.data import segmentation
+from trl_ext.data.offsets import Located, completion_text
+from trl_ext.data.segmentation import CharSpan, segmenters
+from trl_ext.data.tokenization import Completion, as_messages
+from trl_ext.models.sidecar import Sidecar
+
+from .aggregation import aggregators, weighted_categories
+
+
+Aggregation = str | Callable[[Any], float | None] | Mapping[str, float]
+Segmenter = str | Callable[[str], Sequence[CharSpan]]
+Neutral = Literal["negative", "positive"]
+Value = float | dict[str, float]
+
+# What an output is read as, by the method that does it and the kinds of models that have it.
+METHODS = {
+    "score_tokens": ("outcome", "process", "segment"),
+    "score_steps": ("process",),
+    "score_segments": ("segment",),
+}
+
+
+class Cut(NamedTuple):
+    """A completion, and the characters of each of its steps or segments."""
+
+    completion: Completion
+    spans: list[CharSpan]
+
+
+class TokenViews:
+    """
+    Reads the outputs of one token-level model.
+
+    Args:
+        sidecar ([`Sidecar`]): what its outputs are.
+        aggregation (`str`, `Callable` or `Mapping`, *optional*): see [`~trl_ext.RewardScorer`].
+        segmenter (`str` or `Callable`, *optional*): see [`~trl_ext.RewardScorer`].
+
+    Raises:
+        `ValueError`: an unknown aggregator or segmenter, or weights that are not those of the categories.
+    """
+
+    def __init__(self, sidecar: Sidecar, aggregation: Aggregation | None, segmenter: Segmenter | None):
+        self.kind = sidecar.kind
+        self.is_scalar = sidecar.kind == "outcome" and aggregation is None  # then the last token's output is all
+        self._loss = sidecar.loss_type
+        self._outputs = sidecar.outputs_per_category
+        self._categories = sidecar.categories or []
+        self._placement = sidecar.label_placement or "last"
+        self._separator = sidecar.step_separator
+        self._aggregate = self._make_aggregate(aggregation)
+        self._segment = None if segmenter is None else segmenters.get(segmenter)
+
+    # --------------------------------------------------------------------------------------------- what is asked for
+    def join_steps(self, steps: Sequence[str]) -> Cut:
+        """The steps as one completion, as training joins them."""
+        if isinstance(steps, str) or not all(isinstance(step, str) for step in steps):
+            raise ValueError(f"Found {steps!r} for the steps of a completion; needed: a list of strings.")
+        spans, start = [], 0
+        for step in steps:
+            end = start + len(step) + len(self._separator)
+            spans.append((start, end))
+            start = end
+        return Cut("".join(step + self._separator for step in steps), spans)
+
+    def check_spans(self, cuts: Sequence[Cut]) -> None:
+        """Raise `ValueError` unless all spans are within their completions."""
+        for row, (completion, spans) in enumerate(cuts):
+            length = len(completion_text(completion))
+            for start, end in spans:
+                if not 0 <= start < end <= length:
+                    raise ValueError(
+                        f"Row {row} has the span {start} to {end} in a completion of {length} characters; needed: "
+                        "0 <= start < end <= length, in characters (not bytes) of the completion alone."
+                    )
+
+    def cut(self, completion: Completion) -> Cut:
+        """
+        The steps or segments of a completion that somebody generated. The last step gets the separator that it had in
+        training, if there is none.
+        """
+        if self.kind == "outcome":
+            return Cut(completion, [])
+        messages = None if isinstance(completion, str) else as_messages(completion)
+        text = completion if messages is None else messages[-1].get("content") if messages else ""
+        if not text or not isinstance(text, str):
+            return Cut(completion if text else "", [])
+        spans = list(self._segment(text) if self._segment else self._default_segments(text))
+        if self.kind == "process" and spans and not text.endswith(self._separator):
+            text += self._separator
+            spans[-1] = (spans[-1][0], len(text))
+            completion = text if messages is None else [*messages[:-1], {**messages[-1], "content": text}]
+        return Cut(completion, spans)
+
+    # ------------------------------------------------------------------------------------------------ how it is read
+    def tokens(self, located: Located, outputs: torch.Tensor) -> list[float] | list[list[float]]:
+        """Outputs (T, C) from the completion's first token on; numbers if C is 1."""
+        own = outputs[located.completion_start :]
+        return own[:, 0].tolist() if own.shape[1] == 1 else own.tolist()
+
+    def steps(
+        self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan], neutral: Neutral = "negative"
+    ) -> list[float | None]:
+        """P(correct) of each step; `None` for one that was cut off."""
+        places = self._places(located, spans)
+        right = self._right(outputs[[place or 0 for place in places]], neutral).tolist()
+        return [None if place is None else value for place, value in zip(places, right, strict=True)]
+
+    def segments(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> list[Value | None]:
+        """The estimated label of each segment, by category where there are names; `None` for one that was cut off."""
+        places = self._places(located, spans)
+        chosen = outputs[[place or 0 for place in places]]  # (S, G * C)
+        table = self._label(chosen.view(len(places), max(1, len(self._categories)), self._outputs)).tolist()  # (S, G)
+        values = [dict(zip(self._categories, row, strict=True)) if self._categories else row[0] for row in table]
+        return [None if place is None else value for place, value in zip(places, values, strict=True)]
+
+    def scalar(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> float | None:
+        """One number for a completion; steps and segments that were cut off do not count."""
+        if self.kind == "outcome":
+            values = self._right(outputs[located.completion_start :], "negative").tolist()
+        elif self.kind == "process":
+            values = self.steps(located, outputs, spans)
+        else:
+            values = self.segments(located, outputs, spans)
+        return self._aggregate([value for value in values if value is not None])
+
+    def check_neutral(self, neutral: str) -> None:
+        """Raise `ValueError` unless `neutral` has a meaning for this model."""
+        if neutral not in ("negative", "positive"):
+            raise ValueError(f"neutral={neutral!r}; needed: 'negative' or 'positive'.")
+        if neutral == "positive" and self._outputs != 3:
+            raise ValueError(f"The model has {self._outputs} classes and no neutral one: leave `neutral` out.")
+
+    # ------------------------------------------------------------------------------------------------------- private
+    def _make_aggregate(self, aggregation: Aggregation | None) -> Callable[[Any], float | None]:
+        if isinstance(aggregation, Mapping):
+            if sorted(aggregation) != sorted(self._categories):
+                raise ValueError(
+                    f"aggregation has weights for {sorted(aggregation)}; needed: one for each category of the model, "
+                    f"which are {self._categories or 'none: name an aggregator'} (0 ignores one)."
+                )
+            return partial(weighted_categories, weights=dict(aggregation))
+        if aggregation is None or isinstance(aggregation, str):
+            name = aggregation or {"process": "min", "segment": "sum", "outcome": "last"}[self.kind]
+            aggregators.get(name)  # raises for one that is unknown
+            return partial(weighted_categories, within=name) if self._categories else aggregators.get(name)
+        return aggregators.get(aggregation)
+
+    def _default_segments(self, text: str) -> list[CharSpan]:
+        if self.kind == "segment":
+            return segmentation.sentences(text)
+        if not self._separator:
+            raise ValueError(
+                "The model was trained with an empty step separator, so it is not known where a step ends: pass "
+                "`segmenter` to RewardScorer, or call `score_steps`."
+            )
+        return segmentation.steps(text, separator=self._separator)
+
+    def _places(self, located: Located, spans: Sequence[CharSpan]) -> list[int | None]:
+        """The position whose output is the score of each span: where training put the label (of `"all"` the last)."""
+        real = located.ends > located.starts
+        reach = int(located.ends[real].max(initial=0)) if located.truncated else None
+        places: list[int | None] = []
+        for start, end in spans:
+            own = located.tokens(start, end)
+            if reach is not None and end > reach:
+                places.append(None)
+            elif not len(own):  # nothing but characters without a token: what was read before they ended
+                before = np.flatnonzero(real & (located.starts < end))
+                places.append(int(before[-1]) if len(before) else 0)
+            else:
+                places.append(int(max(own[0] - 1, 0) if self._placement == "before" else own[-1]))
+        return places
+
+    def _right(self, outputs: torch.Tensor, neutral: Neutral) -> torch.Tensor:
+        """P(correct), (S,), of outputs (S, C) of a model without categories. Exact 0 and 1 stay."""
+        outputs = outputs.double()
+        if outputs.shape[1] > 1:
+            return outputs.softmax(1)[:, 1 if neutral == "positive" else -1 :].sum(1)
+        if self._loss == "bce":
+            return outputs[:, 0].sigmoid()
+        return outputs[:, 0].clamp(0, 1) if self._loss == "mse" else outputs[:, 0]
+
+    def _label(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The estimated label, (S, G), of outputs (S, G, C)."""
+        outputs = outputs.double()
+        if self._outputs > 1:
+            classes = torch.arange(self._outputs, dtype=torch.float64) - (1 if self._outputs == 3 else 0)
+            return outputs.softmax(-1) @ classes
+        return outputs[..., 0].sigmoid() if self._loss == "bce" else outputs[..., 0]
+
+
+def refuse(method: str, kind: str, name: str) -> None:
+    """Raise `ValueError` unless models of this kind have the method."""
+    if kind not in METHODS[method]:
+        wanted = " or ".join(repr(known) for known in METHODS[method])
+        other = ", ".join(f"`{known}`" for known, kinds in METHODS.items() if kind in kinds)
+        raise ValueError(
+            f"{name} is a reward model of kind {kind!r}, and `{method}` needs one of kind {wanted}: call "
+            f"{other + ' or ' if other else ''}the scorer itself."
+        )

@@ -1,0 +1,82 @@
+"""What our trainers save beside what `Trainer` saves: `reward_model.json`, checked against the files.
+
+Knows trainers, sidecars and the head. Knows nothing of losses, data or how a model was built.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import trl
+from peft import PeftModel
+from transformers import Trainer
+
+from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.models.loading import describe_base, save_sidecar
+from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar, vocab_size
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def picklable_loss(args: trl.RewardConfig, name: str) -> Iterator[None]:
+    """Have `args.loss_type` be a word while the arguments are pickled, which not every callable can be."""
+    loss_type = args.loss_type
+    args.loss_type = name
+    try:
+        yield
+    finally:
+        args.loss_type = loss_type
+
+
+class SidecarWriter:
+    """
+    Describes a trainer's model: in memory from the start, and as `reward_model.json` beside what it saves.
+
+    Args:
+        trainer (`Trainer`): the trainer, its model and tokenizer set up.
+        head (`list[str]`): names of the head's modules.
+        policy ([`TokenPolicy`]): how plain text became token ids.
+        **described: fields of [`Sidecar`] that do not change while the model trains.
+    """
+
+    def __init__(self, trainer: Trainer, head: list[str], policy: TokenPolicy, **described: Any):
+        self._head = head
+        self._policy = policy
+        self._described = described
+        self._warned_of_pad = False
+        set_sidecar(trainer.model, self._describe(trainer, probes=None))  # replaces what it was loaded with
+
+    def write(self, trainer: Trainer, folder: str | Path) -> None:
+        """Write it on the process that saves; raise [`HeadError`] if a head tensor is not in the folder's files."""
+        if not trainer.args.should_save:
+            return
+        probes = None
+        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # sharded: cannot be run on one process
+            ids = make_probes(vocab_size(trainer.model))
+            probes = {"input_ids": ids, "scores": probe_scores(trainer.model, ids)}
+        sidecar = self._describe(trainer, probes)
+        if sidecar.pad_is_eos and not self._warned_of_pad:
+            self._warned_of_pad = True
+            logger.warning(
+                "The pad token is EOS. trl_ext scores this model right, but plain transformers finds the last token "
+                "by comparing with the pad id and ignores a final EOS, so its scores can differ. "
+                f"({SIDECAR_NAME} says so too.)"
+            )
+        save_sidecar(trainer.model, sidecar, folder)
+
+    def _describe(self, trainer: Trainer, probes: dict[str, list] | None) -> Sidecar:
+        model, tokenizer = trainer.model, trainer.processing_class
+        return Sidecar(
+            base=describe_base(model),
+            is_adapter=isinstance(model, PeftModel),
+            head_modules=self._head,
+            token_policy=self._policy.to_dict(),
+            max_length=trainer.args.max_length,
+            pad_is_eos=tokenizer.pad_token_id == tokenizer.eos_token_id,
+            probes=probes,
+            **self._described,
+        )

@@ -1,0 +1,183 @@
+"""Watching a reward model train: stop on numbers that are not finite, warn when nothing is learnt.
+
+Knows scores, losses and gradients. Knows nothing of text, rows' content or where metrics go.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_ext.models.heads import head_parameters
+
+
+CHANCE_STEPS = 100
+"""Optimizer steps over which a mean loss within 1 % of chance is worth a warning."""
+
+LOOK_EVERY = 4
+"""Forward passes of which one is compared with chance, because that takes a second loss."""
+
+FLAT_LOOKS = 5
+"""Such looks in a row at scores that deviate by less than 1e-3 that are worth a warning."""
+
+STILL_STEPS = 3
+"""Optimizer steps in a row with a head gradient of 0 that are worth a warning; one can be a batch of ties."""
+
+
+class RewardTrainingWarning(UserWarning):
+    """Training runs, but the numbers say that the model does not learn."""
+
+
+class NotFiniteError(FloatingPointError):
+    """A score, loss or gradient is NaN or infinite."""
+
+
+def check_finite(scores: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor) -> None:
+    """
+    Raise [`NotFiniteError`], naming the data set rows, if a score or loss is NaN or infinite.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, K)`): 0 where there is no candidate.
+        losses (`torch.Tensor` of shape `(B,)`): loss of each group.
+        rows (`torch.Tensor` of shape `(B,)`): row of each group in its data set.
+    """
+    for what, values in (("score", scores), ("loss", losses)):
+        bad = ~torch.isfinite(values).reshape(len(values), -1).all(dim=1)
+        if bool(bad.any()):
+            raise NotFiniteError(
+                f"The {what} of data set {_named(rows[bad].tolist())} is NaN or infinite; training stops before the "
+                "weights are harmed. Usual causes: a learning rate that is too high, fp16 (use bf16), or broken base "
+                "weights."
+            )
+
+
+def _named(rows: list[int]) -> str:
+    return f"row(s) {rows[:8]}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}"
+
+
+class HealthMonitor:
+    """Follows the training's forward passes, stops on NaN, and warns once per finding (R33)."""
+
+    def __init__(self):
+        self._passes = 0
+        self._flat = 0
+        self._still = 0
+        self._block = 0  # number of the block of CHANCE_STEPS steps that is being summed
+        self._sums = [0.0, 0.0]  # loss, loss of equal scores
+        self._rows: list[torch.Tensor] = []
+        self._warned: set[str] = set()
+
+    def update(
+        self,
+        step: int,
+        scores: torch.Tensor,
+        mask: torch.Tensor,
+        losses: torch.Tensor,
+        rows: torch.Tensor,
+        chance: Callable[[], torch.Tensor],
+    ) -> None:
+        """
+        Check one forward pass, before its backward pass. Waits for the GPU once.
+
+        Args:
+            step (`int`): optimizer steps made so far.
+            scores, mask (`torch.Tensor` of shape `(B, K)`): scores, 0 where there is no candidate.
+            losses, rows (`torch.Tensor` of shape `(B,)`): loss of each group and its row in the data set.
+            chance (`Callable`): computes the losses (B,) of the same groups if all scores were equal.
+        """
+        self._rows.append(rows)
+        # a sum is finite only if every term is (of terms so large that it overflows, none need be wrong: look again)
+        if not math.isfinite((scores.sum() + losses.sum()).item()):
+            check_finite(scores, losses, rows)
+        self._passes += 1
+        if self._passes % LOOK_EVERY == 1:
+            self._look(step, scores, mask, losses, chance())
+
+    def _look(
+        self, step: int, scores: torch.Tensor, mask: torch.Tensor, losses: torch.Tensor, chance: torch.Tensor
+    ) -> None:
+        count = mask.sum()
+        variance = ((scores - scores.sum() / count) * mask).square().sum() / count
+        loss, at_chance, spread = torch.stack([losses.mean(), chance.mean(), variance]).tolist()
+        self._flat = self._flat + 1 if spread < 1e-3**2 else 0
+        if self._flat >= FLAT_LOOKS:
+            self.warn(
+                "flat scores",
+                f"The scores of {FLAT_LOOKS} batches in a row deviate by less than 1e-3: the model tells no candidate "
+                "from another. Usual causes: a frozen or zero head, identical candidates, a learning rate near zero.",
+            )
+        if step // CHANCE_STEPS != self._block:
+            self._judge()
+            self._block, self._sums = step // CHANCE_STEPS, [0.0, 0.0]
+        self._sums = [self._sums[0] + loss, self._sums[1] + at_chance]
+
+    def _judge(self) -> None:
+        mean, chance = self._sums
+        if chance > 0 and abs(mean - chance) <= 0.01 * chance:
+            self.warn(
+                "loss at chance",
+                f"Over {CHANCE_STEPS} steps the mean loss was within 1 % of the loss of equal scores: nothing is "
+                "learnt yet. Usual causes: labels in the wrong column or order, a learning rate that is too low "
+                "(LoRA: try 1e-4), or a frozen backbone.",
+            )
+
+    def rows_of_step(self) -> list[int]:
+        """Data set rows of the forward passes since the last optimizer step."""
+        return [row for rows in self._rows for row in rows.tolist()]
+
+    def end_step(self, head_moves: bool) -> None:
+        """Take note that an optimizer step follows, and whether the head has a gradient that is not 0."""
+        self._rows.clear()
+        self._still = 0 if head_moves else self._still + 1
+        if self._still >= STILL_STEPS:
+            self.warn(
+                "head without gradient",
+                f"The reward head received a gradient of exactly 0 in {STILL_STEPS} steps in a row. Usual causes: "
+                "every group is tied or has identical candidates, or something detached the scores from the model.",
+            )
+
+    def warn(self, name: str, message: str) -> None:
+        """Warn once per name."""
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(message, RewardTrainingWarning, stacklevel=2)
+
+
+class GradientCallback(TrainerCallback):
+    """Stops on gradients that are not finite, before the optimizer step; notes whether the head receives one."""
+
+    def __init__(self, monitor: HealthMonitor, head: list[str]):
+        self.monitor = monitor
+        self.head = head
+        self._parameters: list[nn.Parameter] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        self._parameters = list(head_parameters(model, self.head).values())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        head = [p.grad for p in self._parameters if p.grad is not None]
+        # Clipping (and measuring the norm) has spread a NaN to every gradient, or set all but the infinite ones to 0:
+        # where the head's gradient is neither NaN nor 0, every other one is finite too.
+        if head and all(type(gradient) is torch.Tensor for gradient in head):
+            size = sum(gradient.abs().sum().item() for gradient in head)
+            if 0 < size < math.inf:
+                self.monitor.end_step(head_moves=True)
+                return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients:  # DeepSpeed keeps gradients to itself
+            self.monitor.end_step(head_moves=True)
+            return
+        if not args.fp16 and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            raise NotFiniteError(
+                f"A gradient of step {state.global_step + 1} (data set {_named(self.monitor.rows_of_step())}) is NaN "
+                "or infinite; training stops before the weights are harmed. Usual causes: a learning rate that is too "
+                "high, or a margin or rating of extreme size."
+            )
+        self.monitor.end_step(head_moves=any(bool(gradient.any()) for gradient in head))

@@ -1,0 +1,123 @@
+"""Scored groups of many forward passes -> metrics of them all, in which every group counts once.
+
+Knows scores, ratings and processes. Knows nothing of models, losses, or where metrics go. Passes are collected and
+computed together, so that a training step pays for neither the metrics nor a synchronisation with the GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import pad
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_ext.metrics import StreamedMetrics, ranking_columns, ranking_summary
+
+
+PASSES_AT_ONCE = 64
+"""Forward passes whose groups are kept before they are computed; bounds the memory, changes no value."""
+
+
+class ScoredBatch(NamedTuple):
+    """Scores, ratings, mask and lengths (B, K), and losses and rows (B,), of one forward pass."""
+
+    scores: torch.Tensor
+    ratings: torch.Tensor
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    losses: torch.Tensor
+    rows: torch.Tensor
+
+
+class GroupRecorder:
+    """
+    Collects scored groups and gives their metrics, over all processes.
+
+    Args:
+        accelerator (`Accelerator`): for gathering.
+        evaluation (`bool`): every pass is gathered at once, and groups that fill up the last batch are left out.
+        stream (`bool`, *optional*, defaults to `False`): the rows have no known number, so that repeated ones are told
+            by their index.
+    """
+
+    def __init__(self, accelerator: Accelerator, evaluation: bool, stream: bool = False):
+        self._accelerator = accelerator
+        self._evaluation = evaluation
+        self._seen: set[int] | None = set() if stream else None
+        self._pending: list[ScoredBatch] = []
+        self._metrics = StreamedMetrics()
+        self._new_tokens = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self.tokens = 0
+
+    def count_tokens(self, tokens: torch.Tensor | int) -> None:
+        """Add the real tokens of a pass, a scalar, to `tokens` at the next flush."""
+        self._new_tokens = self._new_tokens + tokens
+
+    def add(self, batch: ScoredBatch) -> None:
+        """Take the groups of one forward pass; every process must do so as often."""
+        self._pending.append(batch)
+        each = self._evaluation and self._accelerator.num_processes > 1
+        if each or len(self._pending) >= PASSES_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Compute what was collected. With several processes a collective operation: all call it, or none."""
+        if not self._pending:
+            return
+        columns = {**self._columns(), "loss": torch.cat([batch.losses.float() for batch in self._pending])}
+        values = torch.stack(list(columns.values()), dim=1)  # (B, columns)
+        rows = torch.cat([batch.rows for batch in self._pending])  # (B,)
+        self._pending.clear()
+        if not self._evaluation:
+            self.tokens += int(self._accelerator.reduce(self._new_tokens, reduction="sum"))
+            self._new_tokens = torch.zeros_like(self._new_tokens)
+        if self._accelerator.num_processes > 1:
+            if self._evaluation:
+                values, rows = self._accelerator.gather_for_metrics((values, rows))
+            else:  # NaN is "undefined", so rows that only fill up change nothing
+                values = self._accelerator.gather(
+                    self._accelerator.pad_across_processes(values, dim=0, pad_index=float("nan"))
+                )
+        if self._seen is not None:
+            values = values[self._first_time(rows.tolist())]
+        self._metrics.add(dict(zip(columns, values.unbind(dim=1), strict=True)))
+
+    def summary(self) -> dict[str, float]:
+        """The metrics of what was computed since the last call, and `loss`; what no group defines is left out."""
+        metrics, self._metrics = self._metrics, StreamedMetrics()
+        if not metrics.count("candidates"):
+            return {}
+        values = {"loss": metrics.mean("loss"), **ranking_summary(metrics)}
+        return {name: value for name, value in values.items() if value == value}
+
+    def _columns(self) -> dict[str, torch.Tensor]:
+        width = max(batch.mask.shape[1] for batch in self._pending)
+
+        def together(name: str) -> torch.Tensor:
+            tensors = [batch._asdict()[name] for batch in self._pending]
+            return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])  # (B, K)
+
+        return ranking_columns(*(together(name) for name in ("scores", "ratings", "mask", "lengths")))
+
+    def _first_time(self, rows: list[int]) -> list[int]:
+        """Positions of the rows that were not seen before."""
+        fresh = []
+        for position, row in enumerate(rows):
+            if row not in self._seen:
+                self._seen.add(row)
+                fresh.append(position)
+        return fresh
+
+
+class RecordingCallback(TrainerCallback):
+    """Has the recorder of the training compute its metrics where every process is about to log."""
+
+    def __init__(self, recorder: GroupRecorder):
+        self.recorder = recorder
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if control.should_log:
+            self.recorder.flush()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.recorder.flush()

@@ -1,0 +1,165 @@
+"""From a trainer's arguments to a model that can be trained: loaded, with an exact head, an adapter and a tokenizer.
+
+Knows what `model`, `processing_class`, `quantization_config`, `peft_config`, `chat_template_path` and the other
+arguments about them mean, as TRL's trainer does. Knows nothing of data, losses or training.
+"""
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import trl
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from trl_ext.models.building import add_adapter, build_reward_model, is_quantized, keep_4bit_exact_on_cpu
+from trl_ext.models.heads import HeadClass, head_modules, make_head_exact
+from trl_ext.models.loading import load_reward_model
+from trl_ext.models.sidecar import get_sidecar
+
+
+logger = logging.getLogger(__name__)
+
+
+class TrainableModel(NamedTuple):
+    """What is trained: the model, its tokenizer, and the names of the head's modules."""
+
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
+    head: list[str]
+
+
+def set_up_model(
+    model: str | nn.Module,
+    args: trl.RewardConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    *,
+    num_labels: int = 1,
+    head: HeadClass | Literal["per_token"] = "sequence",
+) -> TrainableModel:
+    """
+    Everything that `trl.RewardTrainer` does to load its model and tokenizer, with a head that survives.
+
+    `num_labels` and `head` are those of [`~trl_ext.models.build_reward_model`], for a model that is given by its path.
+
+    Raises:
+        TypeError: `peft_config` is not a PEFT configuration.
+        ValueError: arguments that contradict each other, or a tokenizer that cannot pad.
+    """
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(peft_config).__name__}. Needed: a PEFT configuration, e.g. `peft.LoraConfig`."
+        )
+    init_kwargs = {**(args.model_init_kwargs or {})}
+    init_kwargs.pop("num_labels", None)  # the trainer knows: a reward is one number, token rewards may be more
+    source = model if isinstance(model, str) else model.config._name_or_path
+    if isinstance(model, str):
+        model, names = _load(model, args, init_kwargs, quantization_config, num_labels, head)
+    else:
+        if init_kwargs or quantization_config is not None:
+            logger.warning(
+                "The model is an instance already: `model_init_kwargs` and `quantization_config` are ignored."
+            )
+        names = head_modules(model)
+        make_head_exact(model, names)
+        keep_4bit_exact_on_cpu(model)
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            source, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+
+    added_tokens: list[int] = []
+    if args.chat_template_path is not None:
+        if is_template_file(args.chat_template_path):
+            processing_class.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+        else:
+            model, processing_class, added_tokens = trl.clone_chat_template(
+                model, processing_class, args.chat_template_path
+            )
+    if not any((processing_class.pad_token, processing_class.eos_token, args.pad_token, args.eos_token)):
+        raise ValueError(
+            "The tokenizer has neither a pad nor an EOS token, so batches cannot be padded. Set "
+            "`processing_class.pad_token` to a token of its vocabulary."
+        )
+    if peft_config is not None:
+        model = _adapt(model, args, names, peft_config, added_tokens)
+    return TrainableModel(model, processing_class, names)
+
+
+def finish_set_up(model: nn.Module, processing_class: PreTrainedTokenizerBase, args: trl.RewardConfig) -> None:
+    """
+    The rest of what `trl.RewardTrainer` does to model, tokenizer and arguments, for trainers that do not inherit it.
+
+    EOS and pad token, no dropout, gradients for the inputs of a checkpointed adapter, reentrant checkpointing under
+    ZeRO-3. Raises `ValueError` for a token that is not in the vocabulary.
+    """
+    config = model.config.get_text_config()
+    for name, token in (("eos_token", args.eos_token), ("pad_token", args.pad_token)):
+        if token is not None and token not in processing_class.get_vocab():
+            raise ValueError(f"{name}={token!r} is not in the vocabulary of {type(processing_class).__name__}.")
+    if args.eos_token is not None:
+        processing_class.eos_token = args.eos_token
+        config.eos_token_id = processing_class.eos_token_id
+    processing_class.pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+    config.pad_token_id = processing_class.pad_token_id
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        model.enable_input_require_grads()
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+
+
+def is_template_file(path: str) -> bool:
+    """Whether `chat_template_path` names a Jinja file (else it names a tokenizer)."""
+    return os.path.isfile(path) and path.endswith((".jinja", ".j2"))
+
+
+def _load(
+    path: str,
+    args: trl.RewardConfig,
+    init_kwargs: dict,
+    quantization_config: BitsAndBytesConfig | None,
+    num_labels: int,
+    head: HeadClass | Literal["per_token"],
+) -> tuple[nn.Module, list[str]]:
+    """A model by its path: one of our own adapters to train further, or anything that a head can be put on."""
+    if quantization_config is not None and "quantization_config" in init_kwargs:
+        raise ValueError(
+            "`quantization_config` is given both to the trainer and in `model_init_kwargs`. Give it in one place."
+        )
+    if quantization_config is not None:
+        init_kwargs["quantization_config"] = quantization_config
+    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if not Path(path, "adapter_config.json").is_file():
+        return build_reward_model(path, num_labels=num_labels, head=head, **init_kwargs)
+    model = load_reward_model(path, is_trainable=True, **init_kwargs)
+    sidecar = get_sidecar(model)
+    return model, head_modules(model) if sidecar is None else sidecar.head_modules
+
+
+def _adapt(
+    model: nn.Module, args: trl.RewardConfig, head: list[str], peft_config: PeftConfig, added_tokens: list[int]
+) -> PeftModel:
+    """The model with the user's adapter, in which the embeddings of added tokens are trained, as in TRL."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train "
+            "the one it has further, or merge it first (`merge_reward_model`)."
+        )
+    if added_tokens:
+        embeddings = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embeddings).split(".")[-1]
+        peft_config = copy.deepcopy(peft_config)
+        trainable = dict(peft_config.trainable_token_indices or {})
+        peft_config.trainable_token_indices = {**trainable, name: [*trainable.get(name, []), *added_tokens]}
+    # ZeRO-3 gathers parameters of one dtype only, so there the adapter keeps the base's (as in TRL)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return add_adapter(model, peft_config, head, autocast_adapter_dtype=not zero3 or is_quantized(model))

@@ -1,0 +1,60 @@
+"""Rows with labelled tokens -> tensors, with what only the evaluation of outcomes and steps wants to know.
+
+Knows prepared rows and their original columns. The tensors of the labels are made by `trl_ext.data.collators`.
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from trl_ext.data.collators import SpanCollator
+from trl_ext.data.span_rows import SpanKind
+
+
+def question_number(prompt: Any) -> int:
+    """A number in [-2^63, 2^63) for a prompt (text or messages), the same in every process and run."""
+    text = json.dumps(prompt, sort_keys=True, default=str)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+@dataclass
+class TokenRewardCollator:
+    """
+    What [`SpanCollator`] returns, followed by
+
+    - for `"outcome"` rows: `question` (B,) int64, a number that rows with the same prompt share;
+    - for `"stepwise"` rows: `unannotated_steps` (B, S) bool, True for a step whose label is null.
+
+    Rows without the column that this is read from (`prompt`, `labels`) come without it.
+
+    Args:
+        spans ([`SpanCollator`]): collates the rows.
+        kind (`str`): `"outcome"`, `"stepwise"` or `"segment"`.
+
+    Example:
+
+    ```python
+    >>> batch = TokenRewardCollator(SpanCollator(pad_token_id=0), "stepwise")(prepared_rows)
+    >>> batch["unannotated_steps"]
+    tensor([[False, False, True], [False, True, False]])
+    ```
+    """
+
+    spans: SpanCollator
+    kind: SpanKind
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.spans(rows)
+        if self.kind == "outcome" and "prompt" in rows[0]:
+            batch["question"] = torch.tensor([question_number(row["prompt"]) for row in rows])  # (B,)
+        if self.kind == "stepwise" and "labels" in rows[0]:
+            width = max(len(row["labels"]) for row in rows)
+            missing = torch.zeros(len(rows), width, dtype=torch.bool)  # (B, S)
+            for number, row in enumerate(rows):
+                for step, label in enumerate(row["labels"]):
+                    missing[number, step] = label is None
+            batch["unannotated_steps"] = missing
+        return batch

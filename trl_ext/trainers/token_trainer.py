@@ -1,0 +1,411 @@
+"""`TokenRewardTrainer`: reward models that score tokens, from labelled spans, for any number of outputs.
+
+One trainer for all widths of the head; `ORMTrainer`, `PRMTrainer` and `SegmentRewardTrainer` say which rows they read
+and which metrics they report. It knows models, batches and processes; labels, losses and metrics are elsewhere.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
+
+from trl_ext.data.collators import SpanCollator
+from trl_ext.data.span_rows import SpanKind
+from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.models.building import choose_head_class
+from trl_ext.models.heads import HeadError, check_head_trains, head_class, run_with_head_output, unwrap
+from trl_ext.models.sidecar import Sidecar, get_sidecar, read_sidecar
+
+from .checkpoint import SidecarWriter, picklable_loss
+from .health import GradientCallback, HealthMonitor, check_finite
+from .recording import RecordingCallback
+from .setup import finish_set_up, set_up_model
+from .token_collator import TokenRewardCollator
+from .token_config import TokenRewardConfig
+from .token_data import LabelledData, Rows
+from .token_objective import TokenObjective
+from .token_recording import EvaluationRecorder, Evaluator, TrainingRecorder, labelled_points, real_scores
+from .token_samples import COLUMNS, SampleTable
+from .tracking import log_table, open_run, use_safe_callback, without_missing_wandb
+
+
+logger = logging.getLogger(__name__)
+
+
+class TokenRewardTrainer(Trainer, ABC):
+    """
+    What the trainers of token-level reward models share. Use [`ORMTrainer`], [`PRMTrainer`] or
+    [`SegmentRewardTrainer`].
+
+    The whole text is tokenized once, labels are put on tokens through character offsets, and the head's output for
+    every token is read before any pooling: decoders keep their sequence-classification class, encoders get their
+    token-classification class. The head is fp32, also on a quantized base, and always trained and saved. The loss is
+    averaged over the labels (or completions) of the whole optimizer step, over all micro-batches and processes.
+    Evaluation counts the outputs at labelled tokens as they come, so that its memory does not grow with the rows.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            Hub id or folder of a language model, an encoder, or a token-level reward model (an adapter saved by this
+            trainer too, which is then trained further); or an instance of a sequence-classification model (decoders)
+            or a token-classification model with as many labels as this trainer needs.
+        args ([`TokenRewardConfig`], *optional*):
+            Arguments, of the class that belongs to the trainer.
+        data_collator (`Callable`, *optional*):
+            Must return what [`~trl_ext.data.collators.SpanCollator`] returns.
+        train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a dictionary of them):
+            Rows of the trainer's kind, as text or chat messages.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            A fast tokenizer; by default that of the model.
+        model_init (`Callable`, *optional*):
+            Called once, in place of `model`. (A search over hyperparameters is not supported.)
+        compute_metrics (`Callable`, *optional*):
+            Metrics of your own, besides those reported anyway. It gets the outputs of all tokens, (N, T, C) or
+            (N, T, G, C), and labels, (N, T) or (N, T, G), -100 where there is none; of three classes, labels are class
+            numbers from 0. This keeps the outputs of the whole data set in memory.
+        quantization_config (`BitsAndBytesConfig`, *optional*):
+            Quantization of the backbone.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter; its task type, head modules and exclusions are set here.
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
+            As in `Trainer`.
+
+    Raises:
+        [`DataError`]: a malformed row; names row index, column and fix.
+        [`HeadError`]: the head is frozen, quantized, missing or of another width, or the model's family has none.
+        [`NotFiniteError`]: an output, loss or gradient is NaN or infinite.
+    """
+
+    _tag_names = ["trl-ext"]
+    loss_is_scaled_for_ga = True
+
+    config_class: ClassVar[type[TokenRewardConfig]] = TokenRewardConfig
+    kind: ClassVar[str]  # of the sidecar
+    rows: ClassVar[SpanKind]
+    append_eos: ClassVar[bool] = False  # only where EOS itself gets a label
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        args: TokenRewardConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[[], PreTrainedModel] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    ):
+        if model is None:
+            if model_init is None:
+                raise ValueError(f"{type(self).__name__} needs a `model`: a Hub id, a folder or an instance.")
+            model = model_init()
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = self.config_class(f"{Path(name).name}-{type(self).__name__.removesuffix('Trainer')}")
+        elif not isinstance(args, self.config_class):
+            raise TypeError(f"args is a {type(args).__name__}. Needed: a `{self.config_class.__name__}` of trl_ext.")
+        without_missing_wandb(args)
+        if args.accelerator_config.dispatch_batches:
+            logger.warning("`dispatch_batches=True` would cut batches apart, so it is set to False.")
+        args.accelerator_config.dispatch_batches = False
+
+        known = _sidecar_of(model)
+        self._categories = self._find_categories(args, train_dataset, known)
+        self._objective = TokenObjective(
+            args.loss_type,
+            args.loss_kwargs,
+            args.class_weights,
+            args.averaging,
+            categories=max(1, len(self._categories)),
+            outputs=self._outputs(args),
+        )
+        set_seed(args.seed)  # the head is drawn next
+        model, processing_class, head = set_up_model(
+            model, args, processing_class, quantization_config, peft_config,
+            num_labels=self._objective.categories * self._objective.outputs, head="per_token",
+        )  # fmt: skip
+        self._check_model(model, known)
+        check_head_trains(model, head)
+        finish_set_up(model, processing_class, args)
+        policy = TokenPolicy.for_training(processing_class)
+        policy = policy if self.append_eos else TokenPolicy(append_eos=False)
+
+        self._data = LabelledData(
+            self.rows, processing_class, policy, args, self._categories, self._objective, partial(self._reading, args)
+        )
+        if train_dataset is not None:
+            train_dataset = self._data.prepare(train_dataset, "train", training=True)
+        eval_dataset = self._data.prepare_all(eval_dataset)
+        if data_collator is None:
+            spans = SpanCollator(processing_class.pad_token_id, self._objective.categories, args.pad_to_multiple_of)
+            data_collator = TokenRewardCollator(spans, self.rows)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which `Trainer` would use through `nn.DataParallel`. "
+                "Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        unwrap(self.model).add_model_tags(self._tag_names)
+        self._writer = SidecarWriter(self, head, policy, **self._describe())
+        self._recorder: EvaluationRecorder | None = None
+        self._training = TrainingRecorder(self.accelerator)
+        self._samples: SampleTable | None = None
+        self._monitor = HealthMonitor()
+        self.add_callback(GradientCallback(self._monitor, head))
+        self.add_callback(RecordingCallback(self._training))
+        use_safe_callback(self)
+
+    # ---------------------------------------------------------------------------------- what a kind of model decides
+    def _outputs(self, args: TokenRewardConfig) -> int:
+        """Outputs of the head for each category."""
+        return 1
+
+    def _find_categories(
+        self, args: TokenRewardConfig, train_dataset: Rows | None, known: Sidecar | None
+    ) -> tuple[str, ...]:
+        """Names of the categories; none if there is only one, without a name."""
+        return ()
+
+    def _reading(self, args: TokenRewardConfig, training: bool) -> dict[str, Any]:
+        """Arguments of [`prepare_spans`] that only this kind of rows has."""
+        return {}
+
+    @abstractmethod
+    def _make_evaluator(self) -> Evaluator:
+        """New, empty metrics for one evaluation."""
+
+    def _describe(self) -> dict[str, Any]:
+        """What the sidecar says of the outputs."""
+        return {
+            "kind": self.kind,
+            "head_class": head_class(self.model),
+            "num_labels": self._objective.categories * self._objective.outputs,
+            "outputs_per_category": self._objective.outputs,
+            "categories": list(self._categories) or None,
+            "loss_type": self._objective.name,
+            "label_placement": self.args.label_placement,
+            "label_meaning": self._objective.meaning,
+            "training": {"loss_kwargs": self._objective.loss_kwargs, "averaging": self._objective.averaging},
+        }
+
+    def _check_model(self, model: nn.Module, known: Sidecar | None) -> None:
+        """Raise [`HeadError`] unless the head gives as many outputs as needed, for every token."""
+        base, needed = unwrap(model), self._objective.categories * self._objective.outputs
+        if base.config.num_labels != needed:
+            raise HeadError(
+                f"The head of {type(base).__name__} has {base.config.num_labels} outputs. Needed: {needed} "
+                f"({self._objective.categories} categories of {self._objective.outputs}). Load it with "
+                f"`num_labels={needed}`, or change the trainer's arguments."
+            )
+        if head_class(model) == "sequence" and choose_head_class(base.config) == "token":
+            raise HeadError(
+                f"{type(base).__name__} pools the tokens before its head, so there is no output for each of them. "
+                "Load it with `AutoModelForTokenClassification`, or pass its path to the trainer."
+            )
+        if known is not None and known.kind not in (self.kind, "scalar"):
+            logger.warning(f"The model was trained as {known.kind!r} and is now trained further as {self.kind!r}.")
+
+    # --------------------------------------------------------------------------------------------------------- data
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = self._data.columns
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The batches of one optimizer step and what their loss is divided by, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            items = items + self._objective.items(batch["label_mask"]).sum().to(device)
+        return batches, self.accelerator.reduce(items, reduction="sum")
+
+    # --------------------------------------------------------------------------------------------------------- loss
+    def _outputs_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The head's output for every token, (B, T, G, C), fp32."""
+        _, raw = run_with_head_output(model, inputs["input_ids"], inputs["attention_mask"])
+        if raw.dim() != 3:
+            raise HeadError(
+                f"The head of {type(unwrap(model)).__name__} runs after pooling (output {tuple(raw.shape)}), so there "
+                "is no output for each token. Use a model of another family."
+            )
+        shape = (*raw.shape[:2], self._objective.categories, self._objective.outputs)
+        return raw.float().view(shape)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mask = inputs["label_mask"]
+        logits = self._outputs_of(model, inputs)  # (B, T, G, C)
+        sums = self._objective.sums(logits, inputs)  # (B,)
+        loss = self._objective.mean(sums, mask, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes
+        if self.model.training:
+            with torch.no_grad():
+                self._observe(logits.detach(), sums.detach(), inputs)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _observe(self, logits: torch.Tensor, sums: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Check what a forward pass of the training gave and record it."""
+        scores = self._objective.scores(logits)  # (B, T, G)
+        flat, real = real_scores(scores, inputs)
+        self._monitor.update(
+            self.state.global_step,
+            flat,
+            real,
+            sums,
+            inputs["row_index"],
+            chance=lambda: self._objective.sums(torch.zeros_like(logits), inputs),
+        )
+        hits = (scores > self._objective.threshold) == (self._objective.right(inputs["token_labels"]) > 0.5)
+        self._training.add(hits, inputs["label_mask"], inputs["attention_mask"])
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        mask = inputs["label_mask"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            logits = outputs["logits"]  # (B, T, G, C)
+            sums = self._objective.sums(logits, inputs)  # (B,)
+        scores = self._objective.scores(logits)  # (B, T, G)
+        check_finite(real_scores(scores, inputs)[0], sums, inputs["row_index"])
+        labels_of_row = mask.flatten(1).sum(1)  # (B,)
+        self._recorder.add(labelled_points(logits, inputs), sums, labels_of_row, inputs["row_index"])
+        if self.is_world_process_zero() and "wandb" in self.args.report_to:
+            self._samples.add(scores, inputs)
+        if prediction_loss_only:
+            return None, None, None
+        labels = inputs["token_labels"] + (1.0 if self._objective.outputs == 3 else 0.0)
+        labels = labels.masked_fill(~mask, -100.0)  # (B, T, G)
+        logits = logits.masked_fill(~inputs["attention_mask"].bool()[..., None, None], -100.0)
+        if self._objective.categories == 1:
+            logits, labels = logits[:, :, 0], labels[:, :, 0]
+        return loss, logits, labels
+
+    # ------------------------------------------------------------------------------------- training and evaluation
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if not self.args.report_to and self.is_world_process_zero():
+            logger.warning("Metrics are reported nowhere (`report_to` is 'none'); set report_to='wandb' to keep them.")
+        open_run(self)
+        return super().train(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        open_run(self)
+        if not isinstance(eval_dataset, str):  # the name of one of `self.eval_dataset`, which are prepared
+            eval_dataset = self._data.prepare_all(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """
+        Run the model on a data set of the same kind as the training data.
+
+        `predictions` are the outputs of all tokens, (N, T, C) or (N, T, G, C), `label_ids` the labels, (N, T) or
+        (N, T, G), both -100 where there is none; dropped rows have none. `metrics` are those of `evaluate`.
+        """
+        open_run(self)
+        test_dataset = self._data.prepare(test_dataset, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop; the metrics (`loss` too) count every row once, whatever the batches and processes."""
+        self._recorder = recorder = EvaluationRecorder(
+            self.accelerator,
+            self._make_evaluator(),
+            by_row=self._objective.averaging == "sequence",
+            stream=not has_length(dataloader.dataset),
+        )
+        names = [*self._categories] or [""]
+        self._samples = samples = SampleTable(self.processing_class, self.args.log_table_size, names)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._recorder = self._samples = None
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in recorder.summary().items()}
+        own = {name: value for name, value in output.metrics.items() if name != f"{metric_key_prefix}_loss"}
+        output.metrics.clear()
+        output.metrics.update({**metrics, **own})  # what the user's `compute_metrics` returns wins
+        log_table(self, COLUMNS, samples.rows, samples.scores, metric_key_prefix)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            if self.accelerator.num_processes == 1:  # else RecordingCallback did, in all processes
+                self._training.flush()
+            accuracy = self._training.accuracy()
+            if accuracy is not None:
+                if not self._objective.is_number:
+                    logs["accuracy"] = accuracy
+                logs["num_tokens"] = float(self._training.tokens)
+                logs.update(self._data.counts())
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------------------- saving
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""
+        with picklable_loss(self.args, self._objective.name):
+            super().save_model(output_dir, _internal_call)
+        self._writer.write(self, output_dir or self.args.output_dir)
+
+
+def _sidecar_of(model: str | nn.Module) -> Sidecar | None:
+    """What a model that is to be trained further says of itself."""
+    if isinstance(model, str):
+        return read_sidecar(model) if Path(model).is_dir() else None
+    return get_sidecar(model)

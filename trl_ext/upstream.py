@@ -1,0 +1,156 @@
+"""The one list of private TRL and Transformers names that we rely on, and the versions we support.
+
+A private name may change in any release, so each stands here with its place of use, and a contract test holds every
+entry against the installed version. This module knows names and versions; it imports neither trl nor transformers.
+"""
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+
+SUPPORTED = {"trl": ">=1.16,<2", "transformers": ">=5.19,<6", "peft": ">=0.18,<1"}
+"""Distribution to the version range we support. The same ranges stand in `pyproject.toml`."""
+
+
+@dataclass(frozen=True)
+class UpstreamName:
+    """A name that upstream does not promise to keep.
+
+    Args:
+        owner (`str`): `module:Class` that defines or inherits the name.
+        name (`str`): the attribute.
+        kind (`str`): `"method"` (looked up on the class, `parameters` are checked), `"class"` (a class attribute) or
+            `"instance"` (set by the owner's `__init__`).
+        used_in (`str`): our module that relies on it.
+        why (`str`): what we rely on it for.
+        parameters (`tuple[str, ...]`): for a method, the parameters after `self` that we rely on, in order.
+    """
+
+    owner: str
+    name: str
+    kind: str
+    used_in: str
+    why: str
+    parameters: tuple[str, ...] = ()
+
+
+_REWARD = "trl.trainer.reward_trainer:RewardTrainer"
+_OURS = "trl_ext.trainers.reward_trainer"
+_TRAINER = "transformers:Trainer"
+_TOKENS = "trl_ext.trainers.token_trainer"
+
+PRIVATE_NAMES = (
+    UpstreamName(
+        _REWARD,
+        "_prepare_dataset",
+        "method",
+        _OURS,
+        "rows become groups here; TRL calls it before Trainer.__init__ and again in evaluate(), so ours is idempotent",
+        ("dataset", "processing_class", "args", "dataset_name"),
+    ),
+    UpstreamName(
+        _REWARD,
+        "_set_signature_columns_if_needed",
+        "method",
+        _OURS,
+        "keeps the columns of a group when remove_unused_columns drops the others",
+    ),
+    UpstreamName(
+        _REWARD,
+        "_signature_columns",
+        "instance",
+        _OURS,
+        "the columns that Trainer keeps; None until the method above sets it",
+    ),
+    UpstreamName(_REWARD, "_tag_names", "class", _OURS, "tags of the model card"),
+    UpstreamName(
+        _REWARD,
+        "loss_is_scaled_for_ga",
+        "class",
+        _OURS,
+        "True: our loss is already divided by the groups of the whole accumulation window",
+    ),
+    UpstreamName(_REWARD, "_total_train_tokens", "instance", _OURS, "tokens seen, which TRL logs as num_tokens"),
+    UpstreamName(_REWARD, "_tp_size", "instance", _OURS, "tensor-parallel ranks that were given the same batch"),
+    UpstreamName(
+        _TRAINER,
+        "_set_signature_columns_if_needed",
+        "method",
+        _TOKENS,
+        "keeps the columns of a labelled row when remove_unused_columns drops the others",
+    ),
+    UpstreamName(
+        _TRAINER,
+        "_signature_columns",
+        "instance",
+        _TOKENS,
+        "the columns that Trainer keeps; None until the method above sets it",
+    ),
+    UpstreamName(
+        _TRAINER,
+        "_prepare_inputs",
+        "method",
+        _TOKENS,
+        "moves an evaluated batch to the device, as Trainer's own prediction_step does",
+        ("inputs",),
+    ),
+    UpstreamName(
+        _TRAINER,
+        "loss_is_scaled_for_ga",
+        "class",
+        _TOKENS,
+        "True: our loss is already divided by the labels of the whole accumulation window",
+    ),
+    UpstreamName(
+        "trl.trainer.reward_config:RewardConfig",
+        "_VALID_DICT_FIELDS",
+        "class",
+        "trl_ext.trainers.reward_config",
+        "fields that a command line gives as a JSON string and that become a dict",
+    ),
+    UpstreamName(
+        "transformers:PreTrainedConfig",
+        "_name_or_path",
+        "instance",
+        "trl_ext.models.loading",
+        "where a model in memory was loaded from",
+    ),
+    UpstreamName(
+        "transformers:PreTrainedConfig",
+        "_attn_implementation",
+        "class",
+        "trl_ext.models.shared_prefix",
+        "the name of the attention function in use, to put it back",
+    ),
+    UpstreamName(
+        "transformers:PreTrainedModel",
+        "_supports_attention_backend",
+        "class",
+        "trl_ext.models.shared_prefix",
+        "whether a registered attention function is called at all",
+    ),
+)
+
+
+def check_upstream() -> None:
+    """Refuse to run on versions we do not support.
+
+    Raises:
+        ImportError: if `trl`, `transformers` or `peft` is missing or outside its supported range; the message names
+            the version found, the range, and what to install.
+    """
+    for distribution, supported in SUPPORTED.items():
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            raise ImportError(
+                f"trl_ext needs {distribution}{supported}, and it is not installed. "
+                f"Run: pip install '{distribution}{supported}'"
+            ) from None
+        if not SpecifierSet(supported).contains(version, prereleases=True):
+            raise ImportError(
+                f"trl_ext supports {distribution}{supported}, and {distribution} {version} is installed. "
+                f"Run: pip install '{distribution}{supported}'"
+            )
