@@ -30,9 +30,6 @@ BELOW = {
 BELOW["demo"] = {*BELOW, "cli"}
 BELOW["cli"] = {*BELOW}
 
-# Modules beside metrics.py that are of its layer.
-SAME_LAYER = {"question_metrics": "metrics", "token_metrics": "metrics", "token_streams": "metrics"}
-
 # Layer -> the only third-party packages it may import. The layers that are not here may import any dependency.
 THIRD_PARTY = {
     "registry": set(),
@@ -49,7 +46,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def layer_of(module: str) -> str | None:
     """`trl_ext.losses.ranking` -> `losses`; `None` for the package itself."""
     parts = module.split(".")
-    return SAME_LAYER.get(parts[1], parts[1]) if len(parts) > 1 else None
+    return parts[1] if len(parts) > 1 else None
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str, str | None]]:

@@ -82,7 +82,7 @@ def test_every_config_command_loss_metric_and_field_is_documented():
     import trl_ext
     from trl_ext.cli.main import COMMANDS
     from trl_ext.losses import ranking_losses
-    from trl_ext.metrics import StreamedMetrics, ranking_summary
+    from trl_ext.metrics.ranking import StreamedMetrics, ranking_summary
 
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")} <= set(
         re.findall(r"`(configs/[\w./-]*yaml)`", README)

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
-from trl_ext.metrics import spearman
+from trl_ext.metrics.ranking import spearman
 
 from .building import as_dtype, is_quantized
 from .heads import head_parameters, make_head_exact

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.nn.functional import pad
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_ext.metrics import StreamedMetrics, ranking_columns, ranking_summary
+from trl_ext.metrics.ranking import StreamedMetrics, ranking_columns, ranking_summary
 
 
 PASSES_AT_ONCE = 64

@@ -1,14 +1,14 @@
 """The metrics of outcome, process and segment reward models, from the outputs at their labelled spans.
 
 Knows which streamed metrics a kind of model has, and how its outputs are read (`TokenObjective`). The metrics are in
-`trl_ext.token_metrics` and `trl_ext.question_metrics`. Knows nothing of models, text or processes.
+`trl_ext.metrics.token` and `trl_ext.metrics.question`. Knows nothing of models, text or processes.
 """
 
 import torch
 
-from trl_ext.question_metrics import QuestionStream
-from trl_ext.token_metrics import BinaryStream, SegmentStream, StepStream
-from trl_ext.token_streams import ClassCounts
+from trl_ext.metrics.question import QuestionStream
+from trl_ext.metrics.streams import ClassCounts
+from trl_ext.metrics.token import BinaryStream, SegmentStream, StepStream
 
 from .token_objective import TokenObjective
 from .token_recording import Points

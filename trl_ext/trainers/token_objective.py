@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 
 from trl_ext.data.validation import DataError
 from trl_ext.losses.token import average, averaging_items, bce, ce, hinge, mse, token_losses
-from trl_ext.token_metrics import log_odds
+from trl_ext.metrics.token import log_odds
 
 from .objective import loss_name
 

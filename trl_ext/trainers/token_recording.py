@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from accelerate import Accelerator
 
-from trl_ext.token_streams import ExactSum
+from trl_ext.metrics.streams import ExactSum
 
 
 class Points(NamedTuple):

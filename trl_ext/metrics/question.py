@@ -14,7 +14,7 @@ from operator import itemgetter
 
 import torch
 
-from trl_ext.token_streams import CAPACITY, HELD_BATCHES
+from trl_ext.metrics.streams import CAPACITY, HELD_BATCHES
 
 
 class QuestionStream:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from trl_ext.metrics import pearson
+from trl_ext.metrics.ranking import pearson
 
 
 # 65,536 counted pairs of score and label take 1 MB, and as much again while more arrive.

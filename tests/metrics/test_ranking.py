@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import ndcg_score
 
-from trl_ext.metrics import (
+from trl_ext.metrics.ranking import (
     StreamedMetrics,
     centered_products,
     kendall_tau,

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from trl_ext.token_streams import CAPACITY, Calibration, ClassCounts, ExactSum, PairCounts
+from trl_ext.metrics.streams import CAPACITY, Calibration, ClassCounts, ExactSum, PairCounts
 
 
 NAMES = ["wrong", "right"]

@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 from sklearn import metrics as sk
 
-from trl_ext.question_metrics import QuestionStream
-from trl_ext.token_metrics import (
+from trl_ext.metrics.question import QuestionStream
+from trl_ext.metrics.streams import Calibration, ClassCounts, ExactSum, PairCounts
+from trl_ext.metrics.token import (
     BinaryStream,
     RegressionStream,
     SegmentStream,
@@ -20,7 +21,6 @@ from trl_ext.token_metrics import (
     harmonic_mean,
     log_odds,
 )
-from trl_ext.token_streams import Calibration, ClassCounts, ExactSum, PairCounts
 
 
 def approx(value, **kwargs):
