@@ -1,0 +1,286 @@
+"""The weak-to-strong experiment on tiny models: splits, what the student sees, legs that are kept, reports, errors."""
+
+import json
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.tiny import save_tiny_model
+from tests.trainers.helpers import config as trainer_config
+from trl_ext import (
+    ORMConfig,
+    PRMConfig,
+    RewardConfig,
+    WeakToStrongArguments,
+    WeakToStrongConfig,
+    weak_to_strong,
+)
+from trl_ext.pipelines.weak_to_strong import describe, group_of, make_splits, model_identity
+from trl_ext.pipelines.weak_to_strong_legs import Leg, in_own_process, read_judgements, run_leg
+from trl_ext.pipelines.weak_to_strong_report import pair_report
+from trl_ext.pipelines.weak_to_strong_tasks import (
+    TASKS,
+    GenerationTask,
+    Judgement,
+    OutcomeTask,
+    PreferenceTask,
+    StepTask,
+    exact_match,
+    expected_calibration_error,
+)
+
+
+CONFIGS = {"preference": RewardConfig, "outcome": ORMConfig, "steps": PRMConfig, "generation": WeakToStrongConfig}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [str(save_tiny_model(folder / name, "llama")) for name in ("small", "large")]
+
+
+def make_rows(task: str, number: int = 48) -> Dataset:
+    """Which of two digits is larger."""
+    rng = random.Random(7)
+    rows = []
+    for index in range(number):
+        a, b = rng.sample(range(10), 2)
+        prompt, right = f"{a} {b} {index}", rng.random() < 0.5
+        answer = f" {max(a, b) if right else min(a, b)}"
+        rows.append(
+            {
+                "preference": {"prompt": prompt, "chosen": f" {max(a, b)}", "rejected": f" {min(a, b)}"},
+                "outcome": {"prompt": prompt, "completion": answer, "label": right},
+                "steps": {"prompt": prompt, "completions": [f"see {a}", answer], "labels": [True, right]},
+                "generation": {"prompt": prompt, "completion": answer},
+            }[task]
+        )
+    return Dataset.from_list(rows)
+
+
+def arguments(models, task="preference", **kwargs) -> WeakToStrongArguments:
+    defaults = {"task": task, "weak_training": {"max_steps": 2}, "max_completion_length": 4, "test_share": 0.3}
+    return WeakToStrongArguments(models[:1], models[1:], **(defaults | kwargs))
+
+
+def run(models, tmp_path, task="preference", rows=None, **kwargs):
+    """The report, and the names of the legs that ran."""
+    started = []
+    config = arguments(models, task, **kwargs)
+    args = trainer_config(tmp_path / "run", CONFIGS[task], max_steps=3)
+    rows = make_rows(task) if rows is None else rows
+    report = weak_to_strong(config, args, rows, on_start=lambda stage: started.append(stage.name))
+    return report, started
+
+
+# --------------------------------------------------------------------------------------- the experiment
+@pytest.mark.parametrize(
+    ("task", "loss"),
+    [
+        ("preference", "logconf"),
+        ("outcome", "xent"),
+        ("outcome", "logconf"),
+        ("steps", "logconf"),
+        ("generation", "kd"),
+    ],
+)
+def test_it_runs_and_reports(task, loss, models, tmp_path):
+    report, started = run(models, tmp_path, task, student_loss=loss)
+    assert started == ["weak-0-seed-0", "ceiling-0-seed-0", "student-weak-0-0-seed-0"]
+    assert all(0.0 <= value <= 1.0 for value in (report.weak, report.weak_to_strong, report.ceiling))
+    assert sum(report.rows.values()) == 48 and min(report.rows.values()) > 5
+    saved = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert saved["pairs"][0]["weak"] == report.weak and saved["task"] == task
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert f"{report.weak:.3f}" in text and (report.pgr is not None or "undefined" in text)
+    assert (tmp_path / "run" / "report.png").stat().st_size > 1000
+
+
+def test_legs_are_kept_while_nothing_changes(models, tmp_path):
+    first, started = run(models, tmp_path)
+    again, kept = run(models, tmp_path)
+    assert len(started) == 3 and kept == []
+    assert (again.weak, again.weak_to_strong, again.ceiling) == (first.weak, first.weak_to_strong, first.ceiling)
+    _, other = run(models, tmp_path, student_loss="logconf")
+    assert other == ["student-weak-0-0-seed-0"]  # weak model and ceiling are the same
+    _, more = run(models, tmp_path, student_loss="logconf", seeds=[0, 1])
+    assert more == ["weak-0-seed-1", "ceiling-0-seed-1", "student-weak-0-0-seed-1"]
+
+
+def test_a_leg_in_its_own_process_gives_the_same(models, tmp_path):
+    rows = list(make_rows("outcome", 12))
+    args = trainer_config(tmp_path, ORMConfig, max_steps=2)
+    leg = Leg("outcome", models[0], args, {}, 0, None, None)
+    found = []
+    for name, run_one in (("here", run_leg), ("apart", lambda *job: in_own_process(job, job[3]))):
+        folder = tmp_path / name
+        folder.mkdir()
+        result = run_one(leg, rows, {"test": rows}, folder, None, "none")
+        found.append((result["train_loss"], result["test"], read_judgements(folder, "test")))
+        assert not list(folder.glob("job.*")) and not list(folder.glob("result.*"))
+    assert found[0] == found[1]
+
+
+def a_metric(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+def test_a_metric_that_another_process_cannot_import_is_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(a_metric, "__module__", "__main__")
+    leg = Leg("generation", models[0], None, {}, 0, None, None, metric=a_metric)
+    with pytest.raises(ValueError, match="isolate='never'"):
+        in_own_process((leg, []), tmp_path)
+
+
+def test_two_weak_models_alone_and_together(models, tmp_path):
+    rows = make_rows("outcome")
+    args = trainer_config(tmp_path / "run", ORMConfig, max_steps=2)
+    config = WeakToStrongArguments(models, models[1:], task="outcome")
+    report = weak_to_strong(config, args, rows)
+    assert [pair.weak_models for pair in report.pairs] == [[models[0]], [models[1]]]
+    with pytest.raises(ValueError, match="2 pairs"):
+        _ = report.pgr
+    together = weak_to_strong(
+        WeakToStrongArguments(models, models[1:], task="outcome", weak_ensemble=True), args, rows
+    )
+    assert together.pairs[0].weak_models == models and together.ceiling == report.pairs[0].ceiling
+
+
+# --------------------------------------------------------------------------------------- what a student sees
+def test_gold_labels_of_split_b_do_not_reach_the_student():
+    """Whatever the gold label of a row is, the student's row is the same."""
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2.0}
+    swapped = {"prompt": "p", "chosen": "b", "rejected": "a", "margin": 2.0}
+    assert PreferenceTask().relabel(pair, 0.7, False) == pytest.approx(PreferenceTask().relabel(swapped, 0.3, False))
+    outcome = {"prompt": "p", "completion": "c"}
+    rows = [OutcomeTask().relabel({**outcome, "label": gold}, 0.7, False) for gold in (True, False)]
+    assert rows[0] == rows[1] == {**outcome, "label": 0.7}
+    steps = {"prompt": "p", "completions": ["x", "y", "z"]}
+    rows = [StepTask().relabel({**steps, "labels": [gold, None, gold]}, [0.2, 0.9, 0.8], False) for gold in (0, 1)]
+    assert rows[0] == rows[1] == {**steps, "labels": [0.2, None, 0.8]}
+    text = GenerationTask().relabel({"prompt": "p", "completion": "gold"}, "weak", False)
+    assert text["completion"] == "weak"
+
+
+def test_pairs_are_shown_either_way_round():
+    rows = [
+        PreferenceTask().relabel({"prompt": str(n), "chosen": "a", "rejected": "b"}, 1.0, False) for n in range(200)
+    ]
+    assert 70 < sum(row["chosen"] == "a" for row in rows) < 130
+    assert all((row["preference_probability"] == 1.0) == (row["chosen"] == "a") for row in rows)
+
+
+def test_hard_labels_round():
+    assert OutcomeTask().relabel({"label": 0}, 0.7, True) == {"label": 1.0}
+    assert StepTask().relabel({"labels": [1, 1]}, [0.7, 0.4], True)["labels"] == [1.0, 0.0]
+
+
+# --------------------------------------------------------------------------------------- splits
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_are_disjoint_by_prompt_and_do_not_depend_on_order(task, models):
+    rows = make_rows(task)
+    doubled = Dataset.from_list([*rows, *rows])
+    config = arguments(models, task)
+    splits, other = make_splits(config, doubled, None), make_splits(config, doubled.shuffle(seed=1), None)
+    groups = {name: {group_of(row) for row in part} for name, part in splits.items()}
+    assert sum(map(len, groups.values())) == 48
+    assert groups == {name: {group_of(row) for row in part} for name, part in other.items()}
+
+
+def test_a_test_set_that_was_trained_on_is_refused(models):
+    rows = make_rows("outcome")
+    with pytest.raises(ValueError, match="share [123] prompts"):
+        make_splits(arguments(models, "outcome"), rows, rows.select(range(3)))
+
+
+def test_an_empty_split_and_a_single_class_are_refused(models):
+    with pytest.raises(ValueError, match="has no rows"):
+        make_splits(arguments(models), make_rows("preference", 1), None)
+    rows = make_rows("outcome").map(lambda row: {"label": True})
+    with pytest.raises(ValueError, match="are right"):
+        make_splits(arguments(models, "outcome"), rows, None)
+
+
+def test_missing_columns_are_named(models):
+    with pytest.raises(ValueError, match=r"no column \['label'\]"):
+        make_splits(arguments(models, "outcome"), make_rows("outcome").remove_columns("label"), None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weak_share": 1.0}, "weak_share=1.0"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"student_loss": "kd"}, "does not go with task='preference'"),
+        ({"student_loss_kwargs": {"alpha": 0.1}}, "of 'logconf'"),
+        ({"task": "generation", "weak_ensemble": True}, "texts cannot be averaged"),
+        ({"weak_training": "{"}, "not JSON"),
+    ],
+)
+def test_arguments_that_cannot_work(kwargs, message, models):
+    with pytest.raises(ValueError, match=message):
+        arguments(models, **kwargs)
+
+
+def test_an_unknown_argument_of_the_weak_model_is_named(models, tmp_path):
+    with pytest.raises(ValueError, match="'max_stepz'"):
+        run(models, tmp_path, weak_training={"max_stepz": 3})
+
+
+# --------------------------------------------------------------------------------------- reports
+def test_report_by_hand():
+    """Four test rows, one seed: weak right on two, student on three, ceiling on all."""
+
+    def judge(*right):
+        return [Judgement(value, 0.5 + 0.4 * value) for value in right]
+
+    runs = [{"seed": 0, "weak": judge(1, 1, 0, 0), "student": judge(1, 1, 1, 0), "ceiling": judge(1, 1, 1, 1)}]
+    runs[0]["labels"] = judge(1, 0)
+    many = [{**runs[0], **{name: runs[0][name] * 40 for name in ("weak", "student", "ceiling")}}]
+    found = pair_report(["w"], "s", many, ["a", "b", "a", "b"] * 40, [str(n) for n in range(160)], True)
+    assert (found.weak, found.weak_to_strong, found.ceiling, found.pgr) == (0.5, 0.75, 1.0, 0.5)
+    assert found.pgr_interval[0] < 0.5 < found.pgr_interval[1]
+    assert found.agreement == {"when_right": 1.0, "when_wrong": 0.5}
+    assert found.weak_labels["accuracy"] == 0.5
+    # sure of 0.9 (right) and 0.5 (wrong): |0.9 - 1| and |0.5 - 0|, half each
+    assert found.weak_labels["calibration_error"] == pytest.approx(0.3)
+    assert found.by_class["a"] == {"weak": 0.5, "student": 1.0, "ceiling": 1.0}
+
+
+def test_calibration_error():
+    assert expected_calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]) == pytest.approx(0.0)
+    assert expected_calibration_error([1.0, 0.05], [0, 1]) == pytest.approx((1.0 + 0.95) / 2)
+
+
+def test_metric_of_texts_is_checked():
+    rows = [{"prompt": "p", "completion": "gold"}]
+    assert exact_match(["p"], [" gold "], ["gold"]) == [1.0]
+    assert GenerationTask().judge_texts(["gold"], rows) == [Judgement(1.0, "gold")]
+    with pytest.raises(ValueError, match="not in"):
+        GenerationTask(lambda prompts, completions, **columns: [2.0]).judge_texts(["x"], rows)
+
+
+# --------------------------------------------------------------------------------------- identity
+def test_identity_of_a_leg_counts_what_matters(models, tmp_path):
+    def identity(seed=0, **kwargs):
+        args = trainer_config(tmp_path, RewardConfig, **kwargs)
+        return describe(Leg("preference", models[0], args, {}, seed, None, None))
+
+    same = identity()
+    assert identity(logging_steps=7) == same and identity(report_to="wandb") == same
+    assert identity(learning_rate=0.5) != same and identity(seed=1) != same
+    assert json.loads(json.dumps(same)) == same
+
+
+def test_identity_of_a_folder_is_its_content(models, tmp_path):
+    one = model_identity(models[0])
+    assert one != model_identity(models[1]) or torch.equal(*(_weights(path) for path in models))
+    assert model_identity("org/model") == "org/model"
+
+
+def _weights(path):
+    from safetensors.torch import load_file
+
+    return next(iter(load_file(f"{path}/model.safetensors").values()))

@@ -1,0 +1,126 @@
+"""`trl-ext weak-to-strong`: a weak model labels what a strong one learns from, and how much of the gap that recovers.
+
+The trainer's arguments are those of the task (`--task preference|outcome|steps|generation`), with TRL's flags for LoRA
+and quantization of the strong model. The weak model is trained in full unless `--weak_use_peft` says otherwise.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+CONFIGS = {
+    "preference": "RewardConfig",
+    "outcome": "ORMConfig",
+    "steps": "PRMConfig",
+    "generation": "WeakToStrongConfig",
+}
+
+
+@dataclass
+class WeakModelArguments:
+    """
+    What differs for the weak model.
+
+    Args:
+        weak_use_peft (`bool`, *optional*, defaults to `False`): train it with the same LoRA arguments.
+        weak_load_in_4bit (`bool`, *optional*, defaults to `False`): on a base in 4 bits.
+    """
+
+    weak_use_peft: bool = field(default=False, metadata={"help": "Train the weak model with LoRA too."})
+    weak_load_in_4bit: bool = field(default=False, metadata={"help": "Load the weak model in 4 bits."})
+
+
+def task_of(argv: list[str]) -> str:
+    """The task that the arguments, or the file behind `--config`, name: it decides which arguments there are."""
+    import yaml
+
+    task = "preference"
+    for name, value in zip(argv, argv[1:], strict=False):
+        if name == "--config":
+            with open(value, encoding="utf-8") as file:
+                task = (yaml.safe_load(file) or {}).get("task", task)
+    for name, value in zip(argv, argv[1:], strict=False):
+        if name == "--task":
+            task = value
+    return task if task in CONFIGS else "preference"
+
+
+def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "preference") -> "TrlParser":
+    """TRL's parser over the data, the experiment, the task's trainer, and the models."""
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    import trl_ext
+
+    types = (
+        ScriptArguments,
+        trl_ext.WeakToStrongArguments,
+        getattr(trl_ext, CONFIGS[task]),
+        WeakModelArguments,
+        ModelConfig,
+    )
+    return TrlParser(types, prog=prog, allow_abbrev=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = make_parser(task=task_of(argv))
+    except OSError as error:
+        make_parser().error(str(error))
+    try:
+        data, config, args, weak, model = parser.parse_args_and_config(argv)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    run(data, config, args, weak, model)
+    return 0
+
+
+def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any) -> None:
+    """Load the data, run the experiment, and print its table and where the report is."""
+    import copy
+
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_ext import weak_to_strong
+    from trl_ext.data.sources import load_source, select_split
+
+    if not data.dataset_name:
+        raise ValueError("No data was named. Give `--dataset_name` a Hub id, a folder or a file.")
+    args.model_init_kwargs = {
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    splits = load_source(data.dataset_name, data.dataset_config)
+    train = select_split(splits, data.dataset_train_split, "--dataset_train_split")
+    test = splits.get(data.dataset_test_split)
+    weak_model = copy.copy(model)
+    weak_model.use_peft, weak_model.load_in_8bit = weak.weak_use_peft, False
+    weak_model.load_in_4bit = weak.weak_load_in_4bit
+    report = weak_to_strong(
+        config,
+        args,
+        train,
+        test,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+        weak_peft_config=get_peft_config(weak_model),
+        weak_quantization_config=get_quantization_config(weak_model),
+        on_start=lambda stage: print(f"-- {stage.title}", flush=True),
+        on_end=lambda stage, outcome: print(
+            f"   {stage.name}: {'kept from before' if outcome.cached else f'{outcome.seconds:.0f} s'}", flush=True
+        ),
+    )
+    print(report.markdown())
+    print(f"The report is in {args.output_dir}: report.json, report.md, report.png.")
+
+
+if __name__ == "__main__":
+    from .main import main as trl_ext_main
+
+    sys.exit(trl_ext_main(["weak-to-strong", *sys.argv[1:]]))

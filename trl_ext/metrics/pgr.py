@@ -1,0 +1,149 @@
+r"""Performance gap recovered (PGR): how much of the gap between a weak model and a ceiling a strong student closes.
+
+$$
+\mathrm{PGR} = \frac{\text{weak-to-strong} - \text{weak}}{\text{ceiling} - \text{weak}}
+$$
+
+See *Weak-to-Strong Generalization: Eliciting Strong Capabilities With Weak Supervision* by C. Burns et al.
+(https://huggingface.co/papers/2312.09390), section 3, and *Foundations of Large Language Models* by T. Xiao and
+J. Zhu, equation 10.11. Knows numbers per test row, and nothing of models or tasks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+# A gap below so many of its standard errors is no gap that a share can be taken of.
+DECIDED_AT = 2.0
+
+
+def performance_gap_recovered(weak: float, weak_to_strong: float, ceiling: float, clip: bool = True) -> float:
+    r"""
+    Share of the gap between weak model and ceiling that the weakly supervised student recovers (equation 10.11).
+
+    Args:
+        weak (`float`): performance of the weak supervisor, higher is better.
+        weak_to_strong (`float`): performance of the strong student trained on the weak supervisor's labels.
+        ceiling (`float`): performance of the strong model trained on ground truth.
+        clip (`bool`, *optional*, defaults to `True`):
+            Keep the result in [0, 1], as the equation's definition does; `False` shows a student that falls below its
+            supervisor or passes the ceiling.
+
+    Returns:
+        `float`: 0 where the student is no better than its supervisor, 1 where it reaches the ceiling.
+
+    Raises:
+        ValueError: the ceiling is not above the weak model, or a value is not finite: there is no gap to recover.
+
+    Example:
+
+    >>> performance_gap_recovered(weak=0.6, weak_to_strong=0.75, ceiling=0.8)
+    0.75
+    """
+    values = {"weak": weak, "weak_to_strong": weak_to_strong, "ceiling": ceiling}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value} is not finite. PGR needs three performances.")
+    if ceiling <= weak:
+        raise ValueError(
+            f"The ceiling ({ceiling:g}) is not above the weak model ({weak:g}), so there is no gap to recover. Train "
+            "the ceiling longer, take a larger strong model, or a weaker supervisor."
+        )
+    recovered = round((weak_to_strong - weak) / (ceiling - weak), 12)  # 0.15 / 0.2 is not 0.75 in binary
+    return min(max(recovered, 0.0), 1.0) if clip else recovered
+
+
+@dataclass(frozen=True)
+class PGREstimate:
+    """
+    PGR of a test set, with what is known of its error.
+
+    Args:
+        weak, weak_to_strong, ceiling (`float`): mean performance over the rows.
+        gap_error (`float`): standard error of `ceiling - weak` (paired, over prompts).
+        pgr (`float`, *optional*): not clipped; `None` where it is undefined.
+        interval (`tuple[float, float]`, *optional*): percentile bootstrap interval of `pgr`; `None` with it.
+        reason (`str`, *optional*): why it is undefined.
+    """
+
+    weak: float
+    weak_to_strong: float
+    ceiling: float
+    gap_error: float
+    pgr: float | None
+    interval: tuple[float, float] | None
+    reason: str | None = None
+
+
+def estimate_pgr(
+    weak: torch.Tensor,
+    weak_to_strong: torch.Tensor,
+    ceiling: torch.Tensor,
+    clusters: Sequence[int] | torch.Tensor | None = None,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> PGREstimate:
+    """
+    PGR with a paired bootstrap interval: the same resampled rows for all three models.
+
+    It is undefined, not a number, where `ceiling - weak` is below twice its standard error: a share of a gap that may
+    be zero says nothing. Resamples without a gap count as the infinity of their sign.
+
+    Args:
+        weak, weak_to_strong, ceiling (`torch.Tensor` of shape `(N,)`):
+            Performance of each model on each test row, e.g. 1 where it is right. Rows of several seeds may follow each
+            other.
+        clusters (sequence of `int` of length N, *optional*):
+            What is resampled together: the prompt of each row, so that several rows of a prompt, or the seeds of a
+            row, are not taken for independent. Each row is its own cluster by default.
+        level (`float`, *optional*, defaults to `0.95`): coverage of the interval.
+        num_resamples (`int`, *optional*, defaults to `2000`): bootstrap resamples.
+        seed (`int`, *optional*, defaults to `0`): of the bootstrap.
+
+    Returns:
+        [`PGREstimate`].
+
+    Raises:
+        ValueError: shapes that differ, no rows, or values that are not finite.
+    """
+    rows = torch.stack([values.double() for values in (weak, weak_to_strong, ceiling)], dim=1)  # (N, 3)
+    if rows.dim() != 2 or not len(rows):
+        raise ValueError(f"PGR needs three vectors of one length over at least one row, found {tuple(weak.shape)}.")
+    if not rows.isfinite().all():
+        bad = int((~rows.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"Row {bad} has a performance that is not finite: {rows[bad].tolist()}.")
+    ids = torch.arange(len(rows)) if clusters is None else torch.as_tensor(clusters)
+    if ids.shape != (len(rows),):
+        raise ValueError(f"clusters must have one number per row ({len(rows)}), found {tuple(ids.shape)}.")
+    _, index = ids.unique(return_inverse=True)
+    number = int(index.max()) + 1
+    sums = torch.zeros(number, 3, dtype=torch.double).index_add_(0, index, rows)  # (clusters, 3)
+    sizes = torch.bincount(index, minlength=number).double()  # (clusters,)
+
+    means = rows.mean(0)
+    drawn = torch.empty(num_resamples, 3, dtype=torch.double)
+    generator = torch.Generator().manual_seed(seed)
+    for r in range(num_resamples):
+        chosen = torch.randint(number, (number,), generator=generator)
+        drawn[r] = sums[chosen].sum(0) / sizes[chosen].sum()
+    gaps = drawn[:, 2] - drawn[:, 0]
+    gap_error = float(gaps.std(correction=0))
+    low, middle, high = (float(value) for value in means)
+    gap = high - low
+    if gap <= 0 or gap < DECIDED_AT * gap_error:
+        reason = (
+            f"ceiling - weak = {gap:.4f} is below {DECIDED_AT:g} standard errors ({gap_error:.4f} each)"
+            if gap > 0
+            else f"the ceiling ({high:.4f}) is not above the weak model ({low:.4f})"
+        )
+        return PGREstimate(low, middle, high, gap_error, None, None, reason)
+    gained = drawn[:, 1] - drawn[:, 0]
+    shares = torch.where(gaps > 0, gained / gaps, torch.where(gained >= 0, math.inf, -math.inf)).sort().values
+    tail = (1 - level) / 2
+    ends = (math.floor(tail * (num_resamples - 1)), math.ceil((1 - tail) * (num_resamples - 1)))
+    interval = (float(shares[ends[0]]), float(shares[ends[1]]))
+    return PGREstimate(low, middle, high, gap_error, performance_gap_recovered(low, middle, high, False), interval)

@@ -1,0 +1,119 @@
+"""Arguments of `weak_to_strong`: which models, which data, which splits. Knows values, and checks single ones."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class WeakToStrongArguments:
+    """
+    A weak-to-strong experiment. How a leg is trained is said by the trainer's own arguments beside these.
+
+    Args:
+        weak_model_name_or_path (`list[str]`):
+            Weak supervisors, paths or Hub ids. Each makes a pair with each strong model.
+        strong_model_name_or_path (`list[str]`):
+            Strong students.
+        task (`str`, *optional*, defaults to `"preference"`):
+            `"preference"` (pairs), `"outcome"` (solutions that are right or wrong), `"steps"`, or `"generation"`.
+        student_loss (`str`, *optional*, defaults to `"xent"`):
+            What the student learns weak labels by: `"xent"`, cross-entropy to them; `"logconf"`, with the auxiliary
+            confidence loss (see [`~trl_ext.losses.distillation.ConfidenceLoss`]); for generation `"sft"` on the weak
+            model's texts (which `"xent"` also means), or `"kd"`, with the divergence from the weak model.
+        student_loss_kwargs (`dict` or `str`, *optional*):
+            Arguments of `logconf`, as JSON on the command line.
+        hard_labels (`bool`, *optional*, defaults to `False`):
+            Round the weak labels to 0 and 1. By default they stay probabilities.
+        weak_ensemble (`bool`, *optional*, defaults to `False`):
+            All weak models label together, by the mean of their probabilities (of `hard_labels`, by vote).
+        seeds (`list[int]`, *optional*, defaults to `[0]`):
+            Seeds of training; the splits are the same for all.
+        weak_share (`float`, *optional*, defaults to `0.5`):
+            Share of the training rows, by prompt, that the weak model learns from (split A, as in Burns et al.). The
+            rest is split B, which the students learn from.
+        test_share (`float`, *optional*, defaults to `0.2`):
+            Share of the rows, by prompt, held out as test split where no test data set is given.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Of the splits.
+        weak_training (`dict` or `str`, *optional*):
+            Arguments of the trainer that differ for the weak model, as JSON on the command line, e.g.
+            `{"learning_rate": 1e-3}`.
+        generation_temperature (`float`, *optional*, defaults to `0.0`):
+            How the weak model writes the texts of split B; 0 is greedy. Tests are greedy.
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Tokens that a model may write, in generation.
+        isolate (`str`, *optional*, defaults to `"auto"`):
+            Each leg in a process of its own, so that its memory is really given back: `"auto"` on a GPU, `"always"`
+            or `"never"`.
+    """
+
+    weak_model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Weak supervisors: paths or Hub ids."}
+    )
+    strong_model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Strong students: paths or Hub ids."}
+    )
+    task: Literal["preference", "outcome", "steps", "generation"] = field(
+        default="preference", metadata={"help": "'preference', 'outcome', 'steps' or 'generation'."}
+    )
+    student_loss: Literal["xent", "logconf", "sft", "kd"] = field(
+        default="xent",
+        metadata={"help": "Learn weak labels by 'xent' or 'logconf'; weak texts by 'sft' or 'kd'."},
+    )
+    student_loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of logconf as JSON, e.g. '{\"alpha\": 0.75}'."}
+    )
+    hard_labels: bool = field(default=False, metadata={"help": "Round the weak labels to 0 and 1."})
+    weak_ensemble: bool = field(default=False, metadata={"help": "All weak models label together."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of training."})
+    weak_share: float = field(
+        default=0.5, metadata={"help": "Share of the training rows, by prompt, that the weak model learns from."}
+    )
+    test_share: float = field(
+        default=0.2, metadata={"help": "Share of the rows held out for testing where no test data set is given."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the splits."})
+    weak_training: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Trainer arguments that differ for the weak model, as JSON."}
+    )
+    generation_temperature: float = field(
+        default=0.0, metadata={"help": "Temperature of the weak model's texts; 0 is greedy."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens that a model may write."})
+    isolate: Literal["auto", "always", "never"] = field(
+        default="auto", metadata={"help": "Each leg in its own process: 'auto' (on a GPU), 'always' or 'never'."}
+    )
+
+    def __post_init__(self):
+        for name in ("weak_model_name_or_path", "strong_model_name_or_path"):
+            if isinstance(self.__dict__[name], str):
+                setattr(self, name, [self.__dict__[name]])
+            if not self.__dict__[name]:
+                raise ValueError(f"No model was named. Give {name} a path or a Hub id.")
+        for name in ("weak_share", "test_share"):
+            if not 0.0 < self.__dict__[name] < 1.0:
+                raise ValueError(f"{name}={self.__dict__[name]} is not a share. Needed: between 0 and 1.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}. Needed: at least one, and each once.")
+        allowed = ("xent", "sft", "kd") if self.task == "generation" else ("xent", "logconf")
+        if self.student_loss not in allowed:
+            raise ValueError(
+                f"student_loss={self.student_loss!r} does not go with task={self.task!r}. Needed: one of {allowed}."
+            )
+        for name in ("student_loss_kwargs", "weak_training"):
+            value = self.__dict__[name]
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is not JSON ({error}).") from error
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r} is not a dictionary.")
+            setattr(self, name, dict(value or {}))
+        if self.student_loss_kwargs and self.student_loss != "logconf":
+            raise ValueError(f"student_loss_kwargs are of 'logconf', and student_loss is {self.student_loss!r}.")
+        if self.weak_ensemble and self.task == "generation":
+            raise ValueError("weak_ensemble averages probabilities; texts cannot be averaged. Leave it out.")
+        if self.generation_temperature < 0 or self.max_completion_length < 1:
+            raise ValueError("generation_temperature must be at least 0 and max_completion_length at least 1.")
