@@ -31,7 +31,7 @@ def graded(questions: list[dict]) -> Dataset:
     return Dataset.from_list(
         [
             {
-                "prompt": row["question"],
+                "prompt": row["question"] + "\n",
                 "completion": sample,
                 "label": final_number(sample) == final_number(row["answer"]),
             }
@@ -55,6 +55,7 @@ def full_run() -> tuple[ORMTrainer, list[dict]]:
         per_device_train_batch_size=8,
         gradient_accumulation_steps=8,
         eval_strategy="steps",
+        eval_steps=0.2,  # five times in all
     )
     data = {"train_dataset": graded(train), "eval_dataset": graded(held_out)}
     return ORMTrainer(model="Qwen/Qwen3-0.6B", args=args, peft_config=LORA, **data), held_out
@@ -65,7 +66,7 @@ def smoke_questions() -> list[dict]:
     sums = [(a, b) for a in range(8) for b in range(8)]
     return [
         {
-            "question": f"{a} + {b} = ?\n",
+            "question": f"{a} + {b} = ?",
             "answer": f"#### {a + b}",
             "samples": [f"#### {a + b + wrong}" for wrong in (90, 0, 70)],
         }
@@ -103,12 +104,12 @@ def main(smoke: bool) -> None:
         print(*(f"{name}={metrics[f'eval_{name}']:.3f}" for name in ("auc", "question_auc", "best_of_n", "mean_of_n")))
 
         scorer = RewardScorer(trainer.args.output_dir)  # the folder is enough
-        question = held_out[0]
-        scores = scorer([question["question"]] * len(question["samples"]), question["samples"])
-        best = max(zip(scores, question["samples"], strict=True))[1]
+        prompt, samples = held_out[0]["question"] + "\n", held_out[0]["samples"]
+        scores = scorer([prompt] * len(samples), samples)
+        best = max(zip(scores, samples, strict=True))[1]
         print(f"best of {len(scores)}: {best}")
         # the estimate at each token: where does the solution go wrong?
-        (tokens,) = scorer.score_tokens([question["question"]], [best])
+        (tokens,) = scorer.score_tokens([prompt], [best])
         print("logits:", *(f"{logit:+.2f}" for logit in tokens))
 
 

@@ -30,6 +30,7 @@ def full_run() -> SegmentRewardTrainer:
         per_device_train_batch_size=8,
         gradient_accumulation_steps=8,
         eval_strategy="steps",
+        eval_steps=0.2,  # five times in all
     )
     data = load_dataset("data/segments")
     return SegmentRewardTrainer(

@@ -86,7 +86,7 @@ def test_dispatch_passes_the_rest_and_returns_the_status(monkeypatch):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_its_own_help(command, capsys):
-    module = importlib.import_module(f"trl_ext.cli.{command}")
+    module = importlib.import_module(cli.module_of(command))
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
@@ -211,16 +211,16 @@ def test_reward_refuses_what_it_does_not_know(arguments, message, capsys, tmp_pa
 def test_reward_refuses_an_unknown_loss_and_names_the_nearest(tiny_base, tmp_path, capsys):
     path = write_jsonl(tmp_path / "rows.jsonl", pair_rows(4))
     arguments = ["--model_name_or_path", str(tiny_base), "--dataset_name", str(path), *SHORT]
-    with pytest.raises((SystemExit, ValueError)) as error:
-        cli.main(["reward", *arguments, "--output_dir", str(tmp_path / "out"), "--loss_type", "placket_luce"])
-    assert "plackett_luce" in str(error.value) + capsys.readouterr().err
+    status = cli.main(["reward", *arguments, "--output_dir", str(tmp_path / "out"), "--loss_type", "placket_luce"])
+    assert status == 1
+    assert "plackett_luce" in capsys.readouterr().err
 
 
-def test_reward_needs_a_model_and_data(tiny_base, tmp_path):
-    with pytest.raises(ValueError, match="--model_name_or_path"):
-        cli.main(["reward", "--output_dir", str(tmp_path), *SHORT])
-    with pytest.raises(ValueError, match="--dataset_name"):
-        cli.main(["reward", "--output_dir", str(tmp_path), "--model_name_or_path", str(tiny_base), *SHORT])
+def test_reward_needs_a_model_and_data(tiny_base, tmp_path, capsys):
+    assert cli.main(["reward", "--output_dir", str(tmp_path), *SHORT]) == 1
+    assert "--model_name_or_path" in capsys.readouterr().err
+    assert cli.main(["reward", "--output_dir", str(tmp_path), "--model_name_or_path", str(tiny_base), *SHORT]) == 1
+    assert "--dataset_name" in capsys.readouterr().err
 
 
 @pytest.mark.slow

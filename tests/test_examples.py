@@ -13,9 +13,10 @@ SWAPPED = "from trl_ext import RewardConfig, RewardTrainer"
 FILES = sorted(EXAMPLES.glob("*.py"))
 
 
-def run(path: Path, monkeypatch, capsys) -> list[str]:
+def run(path: Path, monkeypatch, capsys, *arguments: str) -> list[str]:
     """Run an example as a script with --smoke and return what it printed."""
-    monkeypatch.setattr(sys, "argv", [str(path), "--smoke"])
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--smoke"])
+    monkeypatch.syspath_prepend(str(path.parent))  # as Python does for a script
     capsys.readouterr()
     runpy.run_path(str(path), run_name="__main__")
     return capsys.readouterr().out.splitlines()
@@ -39,6 +40,7 @@ def rewards(lines: list[str]) -> list[float]:
 
 def test_there_are_examples():
     named = {"reward_trl_swap.py", "reward_rankings.py", "orm_gsm8k.py", "prm_stepwise.py", "segment_rewards.py"}
+    named |= {"study_rankings.py", "study_token_rewards.py"}
     assert named <= {path.name for path in FILES}
 
 
@@ -93,3 +95,112 @@ def test_segment_example_tells_the_categories_apart(monkeypatch, capsys):
     assert min(values(lines).values()) > 0.9
     right, wrong = rewards(lines)
     assert right > wrong + 0.2
+
+
+def tables(lines: list[str]) -> list[list[list[str]]]:
+    """Rows of cells of each table that was printed, its head first."""
+    found: list[list[list[str]]] = []
+    for line in lines:
+        if line.startswith("| "):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif not line:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_rejection_sampling_example_improves(monkeypatch, capsys):
+    lines = run(EXAMPLES / "rejection_sampling.py", monkeypatch, capsys)
+    found = rewards(lines)
+    assert len(found) == 3 and found == sorted(found)
+    assert len([line for line in lines if line.startswith("round ")]) == 2
+
+
+def test_best_of_n_example_rises_with_n(monkeypatch, capsys):
+    lines = run(EXAMPLES / "best_of_n.py", monkeypatch, capsys)
+    curve = [float(line.split()[5].rstrip(",")) for line in lines if line.startswith("best of")]
+    assert len(curve) == 5 and curve == sorted(curve)
+    picked = [float(line.split()[0]) for line in lines if line.startswith("+0.")]
+    assert sum(picked) / len(picked) == pytest.approx(curve[-1], abs=1e-3)
+
+
+def test_dpo_example_trains_on_pairs(monkeypatch, capsys):
+    lines = run(EXAMPLES / "dpo_from_rejection_sampling.py", monkeypatch, capsys)
+    assert losses(lines)[-1] < losses(lines)[0]
+    assert any("pairs, mean margin" in line for line in lines)
+
+
+def test_rejection_sampling_study(monkeypatch, capsys, data_dir):
+    monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
+    picks = run(EXAMPLES / "study_rejection_sampling.py", monkeypatch, capsys, "picks")
+    right = {line.split()[0]: float(line.split()[1]) for line in picks[2:]}
+    assert right["random"] == pytest.approx(0.379, abs=1e-3) and right["oracle"] == pytest.approx(0.672, abs=1e-3)
+    assert right["random"] < right["majority"] < right["oracle"]
+    rounds = run(EXAMPLES / "study_rejection_sampling.py", monkeypatch, capsys, "rounds")
+    arms = [line.split()[1] for line in rounds if line.split()[:1] in (["0"], ["1"])]
+    assert arms == ["before", "verifier", "random"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "titles", "methods"),
+    [
+        (
+            "study_rankings.py",
+            ["--data", "topical_chat"],
+            ["topical_chat"],
+            ["longer wins", "n-grams", "plackett_luce", "pairwise", "bradley_terry, all pairs"],
+        ),
+        ("study_token_rewards.py", ["orm"], ["orm_gsm8k"], ["length", "n-grams", "ORM"]),
+        (
+            "study_token_rewards.py",
+            ["prm"],
+            ["AUC, steps up to the first mistake", "AUC, all steps: do not report"],
+            ["step number", "length", "n-grams", "PRM, masked after the first mistake"],
+        ),
+        (
+            "study_token_rewards.py",
+            ["segment"],
+            ["relevance of a subsentence", "factuality of a sentence"],
+            ["length", "position", "n-grams", "segment model"],
+        ),
+    ],
+)
+def test_studies_print_each_method_beside_the_baselines(
+    script, arguments, titles, methods, data_dir, monkeypatch, capsys
+):
+    monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
+    found = tables(["", *run(EXAMPLES / script, monkeypatch, capsys, *arguments)])
+    assert [table[0][0] for table in found] == titles
+    for (_, *names), *rows in found:
+        assert [row[0] for row in rows][: len(methods)] == methods
+        assert names and all(0 <= float(cell) <= 1 for _, *cells in rows for cell in cells)
+
+
+def test_studies_say_which_data_are_missing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRL_EXT_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match="has no orm_gsm8k, stories260K. Set TRL_EXT_DATA"):
+        run(EXAMPLES / "study_token_rewards.py", monkeypatch, capsys, "orm")
+
+
+def test_ensemble_example_scores_with_its_interval(monkeypatch, capsys):
+    lines = run(EXAMPLES / "reward_ensemble.py", monkeypatch, capsys)
+    assert losses(lines)[-1] < losses(lines)[0]
+    (fusion,) = [line.split()[1:] for line in lines if line.startswith("fusion:") and "+" not in line]
+    assert len(fusion) == 3
+    ranges = [re.findall(r"[+-]\d\.\d{3}", line) for line in lines if line.startswith("3+4=")]
+    assert len(ranges) == 3
+    assert all(float(lower) <= float(reward) <= float(upper) for reward, lower, upper in ranges)
+
+
+def test_policy_and_reward_models_share_one_base(monkeypatch, capsys):
+    lines = run(EXAMPLES / "grpo_shared_base.py", monkeypatch, capsys)
+    (memory,) = [line for line in lines if line.startswith("MB: ")]
+    base, policy, members, together, apart = (float(number) for number in re.findall(r"\d+\.\d+", memory))
+    assert together == pytest.approx(base + policy + members, abs=2e-3)
+    assert apart - together == pytest.approx(base, abs=2e-3)
+    assert sum(line.startswith("reward=") for line in lines) == 2
+
+
+def test_overoptimisation_example_runs(monkeypatch, capsys):
+    lines = run(EXAMPLES / "overoptimisation.py", monkeypatch, capsys)
+    table = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert {"oracle", "mean", "min (WCO)", "mean - 0.5 var (UWO)"} <= set(table)

@@ -16,10 +16,22 @@ _HOME = {
     "PRMConfig": "trl_ext.trainers",
     "PRMTrainer": "trl_ext.trainers",
     "RewardConfig": "trl_ext.trainers",
+    "RewardEnsembleConfig": "trl_ext.trainers",
+    "RewardEnsembleTrainer": "trl_ext.trainers",
     "RewardTrainer": "trl_ext.trainers",
     "SegmentRewardConfig": "trl_ext.trainers",
     "SegmentRewardTrainer": "trl_ext.trainers",
+    "WeakToStrongConfig": "trl_ext.trainers",
+    "WeakToStrongTrainer": "trl_ext.trainers",
+    "WeakToStrongArguments": "trl_ext.pipelines.weak_to_strong_config",
+    "weak_to_strong": "trl_ext.pipelines.weak_to_strong",
+    "performance_gap_recovered": "trl_ext.metrics.pgr",
+    "RewardEnsemble": "trl_ext.scoring",
     "RewardScorer": "trl_ext.scoring",
+    "rejection_sample": "trl_ext.pipelines.rejection_sampling",
+    "best_of_n": "trl_ext.pipelines.best_of_n",
+    "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling_config",
+    "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling_trainer",
     "load_reward_model": "trl_ext.models",
     "merge_reward_model": "trl_ext.models",
 }
@@ -29,28 +41,51 @@ __all__ = [
     "ORMTrainer",
     "PRMConfig",
     "PRMTrainer",
+    "RejectionSamplingConfig",
+    "RejectionSamplingTrainer",
     "RewardConfig",
+    "RewardEnsemble",
+    "RewardEnsembleConfig",
+    "RewardEnsembleTrainer",
     "RewardScorer",
     "RewardTrainer",
     "SegmentRewardConfig",
     "SegmentRewardTrainer",
+    "WeakToStrongArguments",
+    "WeakToStrongConfig",
+    "WeakToStrongTrainer",
     "__version__",
+    "best_of_n",
     "load_reward_model",
     "merge_reward_model",
+    "performance_gap_recovered",
+    "rejection_sample",
+    "weak_to_strong",
 ]
 
 if TYPE_CHECKING:
+    from trl_ext.metrics.pgr import performance_gap_recovered
     from trl_ext.models import load_reward_model, merge_reward_model
-    from trl_ext.scoring import RewardScorer
+    from trl_ext.pipelines.best_of_n import best_of_n
+    from trl_ext.pipelines.rejection_sampling import rejection_sample
+    from trl_ext.pipelines.rejection_sampling_config import RejectionSamplingConfig
+    from trl_ext.pipelines.rejection_sampling_trainer import RejectionSamplingTrainer
+    from trl_ext.pipelines.weak_to_strong import weak_to_strong
+    from trl_ext.pipelines.weak_to_strong_config import WeakToStrongArguments
+    from trl_ext.scoring import RewardEnsemble, RewardScorer
     from trl_ext.trainers import (
         ORMConfig,
         ORMTrainer,
         PRMConfig,
         PRMTrainer,
         RewardConfig,
+        RewardEnsembleConfig,
+        RewardEnsembleTrainer,
         RewardTrainer,
         SegmentRewardConfig,
         SegmentRewardTrainer,
+        WeakToStrongConfig,
+        WeakToStrongTrainer,
     )
 
 

@@ -126,6 +126,14 @@ PRIVATE_NAMES = (
     ),
     UpstreamName(
         "transformers:PreTrainedModel",
+        "_init_weights",
+        "method",
+        "trl_ext.models.stacked_model",
+        "draws the head of each ensemble member as from_pretrained draws a missing one",
+        ("module",),
+    ),
+    UpstreamName(
+        "transformers:PreTrainedModel",
         "_supports_attention_backend",
         "class",
         "trl_ext.models.shared_prefix",

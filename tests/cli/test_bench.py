@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.tiny import pair_rows, ranked_rows
-from trl_ext.cli import bench, bench_reward, bench_tools
+from trl_ext.cli import bench, bench_ensemble, bench_reward, bench_tools
 from trl_ext.cli.main import main
 
 
@@ -56,17 +56,64 @@ def test_reward_takes_the_lengths_of_a_data_set(rows, baseline, tmp_path):
         main(["bench", "reward", *TINY, "--shapes", "--batch_size", "9", "--dataset_name", str(file)])
 
 
-def test_score_measures_three_sides(tmp_path, capsys):
+def test_token_measures_flat_beside_padded_rows(tmp_path, capsys):
+    report = run(tmp_path, "token", "--steps", "2", "--shapes", "24,8,4", "9,5,2")
+    printed = capsys.readouterr().out
+    assert all(case["name"] in printed for case in report["cases"])
+    assert [case["rows_per_batch"] for case in report["cases"]] == [8, 4]
+    for case, (p, c, k) in zip(report["cases"], ((24, 8, 4), (9, 5, 2)), strict=True):
+        padded, flat = case["sides"]["padded"], case["sides"]["flat"]
+        assert padded["model_tokens"] == 2 * k * (p + c) and flat["model_tokens"] == 2 * (p + k * c)
+        assert case["token_bound"] == pytest.approx(k * (p + c) / (p + k * c))
+        assert case["losses_compared"] == 3 and case["loss_max_difference"] < 1e-5
+        assert case["cpu_speedup"] == pytest.approx(padded["cpu_seconds_per_step"] / flat["cpu_seconds_per_step"])
+    with pytest.raises(SystemExit):
+        main(["bench", "token", *TINY, "--shapes", "24,1,4"])
+
+
+def test_score_measures_four_sides(tmp_path, capsys):
     size = ["--num_prompts", "2", "--num_completions", "4", "--prompt_length", "20", "--completion_length", "6"]
     report = run(tmp_path, "score", *size)
-    assert list(report["sides"]) == ["given_order", "sorted", "shared"]
+    assert list(report["sides"]) == ["given_order", "sorted", "shared", "tokens"]
     assert report["rows"] == 8
     for name, side in report["sides"].items():
         assert side["score_max_difference"] < 1e-5
         assert report["speedup"][name] == pytest.approx(side["seconds"] / report["sides"]["shared"]["seconds"])
     # (8 * 20 + C) / (2 * 20 + C), with C from 8 * 3 to 8 * 6 completion tokens
     assert (160 + 48) / (40 + 48) <= report["token_bound"] <= (160 + 24) / (40 + 24)
-    assert "shared prompts" in capsys.readouterr().out
+    assert report["token_cost"] == pytest.approx(
+        report["sides"]["tokens"]["cpu_seconds"] / report["sides"]["sorted"]["cpu_seconds"]
+    )
+    printed = capsys.readouterr().out
+    assert "shared prompts" in printed and f"{report['token_cost']:.2f} of the CPU time" in printed
+
+
+def test_generate_measures_a_plain_loop_beside_ours(tmp_path, capsys):
+    size = ["--num_prompts", "3", "--num_generations", "2", "--prompt_length", "9", "--completion_length", "4"]
+    report = run(tmp_path, "generate", *size, "--batch_size", "4")
+    assert list(report["sides"]) == ["plain", "backend", "stored"] and report["completions"] == 6
+    for name, side in report["sides"].items():
+        assert report["ratio"][name] == pytest.approx(side["seconds"] / report["sides"]["plain"]["seconds"])
+        assert side["tokens_per_second"] == pytest.approx(6 * 4 / side["seconds"])
+    assert "plain generate loop" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", "generate", *TINY, "--batch_size", "3", "--num_generations", "2"])
+
+
+def test_ensemble_measures_members_beside_single_runs(tmp_path, capsys):
+    sizes = ["--members", "3", "--num_layers", "2", "--branch_at", "0.5", "--shapes", "4,5,2,2", "--lora_r", "2"]
+    report = run(tmp_path, "ensemble", *sizes, "--steps", "1")
+    printed = capsys.readouterr().out
+    (case,) = report["cases"]
+    assert case["tokens"] == 2 * 2 * 9
+    training, scoring = case["training"], case["scoring"]
+    assert list(training["sides"]) == list(bench_ensemble.SIDES) and "stacked_own" not in scoring["sides"]
+    for part in (training, scoring):
+        one, many = (part["sides"][name]["cpu_seconds"] for name in ("one_full", "stacked_branched"))
+        assert part["ratios"]["branched / one full"] == pytest.approx(many / one)
+        assert part["ratios"]["branched / M separate full"] == pytest.approx(many / one / 3)
+        assert all(side["seconds"] > 0 for side in part["sides"].values())
+    assert "3 members, branched" in printed and "own batches / M separate branched" in printed
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
@@ -115,7 +162,14 @@ def test_medians_are_taken_step_by_step():
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["reward", "--shapes", "64,2"], ["reward", "--shapes", "4,0,2"], ["reward", "--warmup", "0"], ["train"]],
+    [
+        [],
+        ["reward", "--shapes", "64,2"],
+        ["reward", "--shapes", "4,0,2"],
+        ["reward", "--warmup", "0"],
+        ["ensemble", "--shapes", "4"],
+        ["train"],
+    ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -13,8 +13,10 @@ from tests.trainers.token_helpers import outcome_rows, segment_rows, step_rows
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-IDS = [path.stem for path in FILES]
+# Configs of pipelines are tested beside their commands.
+TRAINERS = ("reward", "orm", "prm", "segment", "ensemble")
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name in TRAINERS)
+IDS = [f"{path.parent.name}/{path.stem}" for path in FILES]
 CATEGORIES = {"tone": "factuality", "length": "relevance"}
 
 
@@ -52,8 +54,8 @@ def tiny_base(tmp_path_factory):
 
 def test_there_are_configs():
     assert len(FILES) >= 10
-    assert {path.parent.name for path in FILES} == {"reward", "orm", "prm", "segment"}
-    for kind in ("reward", "orm", "prm", "segment"):
+    assert {path.parent.name for path in FILES} == {"reward", "ensemble", "orm", "prm", "segment"}
+    for kind in ("reward", "ensemble", "orm", "prm", "segment"):
         own = [path.name for path in FILES if path.parent.name == kind]
         assert any("qlora_8b" in name for name in own) and any("8b" not in name for name in own)
     assert not list((ROOT / "configs").rglob("*.yml"))
@@ -107,8 +109,9 @@ def test_each_config_trains_a_tiny_model(path, tiny_base, tmp_path):
     )
     assert status == 0
     config = yaml.safe_load(path.read_text())
-    assert (out / "adapter_config.json").is_file() == config.get("use_peft", False)
-    assert (out / "reward_model.json").is_file()
+    model = out / "member-3" if path.parent.name == "ensemble" else out
+    assert (model / "adapter_config.json").is_file() == config.get("use_peft", False)
+    assert (model / "reward_model.json").is_file()
     history = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
     assert len([entry for entry in history if "eval_loss" in entry]) == 1

@@ -97,6 +97,42 @@ def test_every_config_command_loss_metric_and_field_is_documented():
     assert set(re.findall(r"^\| `(\w+)` \|", section("Change one import line"), re.MULTILINE)) == new
 
 
+def test_every_field_strategy_and_metric_of_ensembles_is_documented():
+    import trl_ext
+    from trl_ext.trainers.ensemble_data import STRATEGIES
+
+    text = section("Ensembles")
+    new = {field.name for field in dataclasses.fields(trl_ext.RewardEnsembleConfig)}
+    new -= {field.name for field in dataclasses.fields(trl_ext.RewardConfig)}
+    assert new <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert all(f'| `"{name}"` |' in text for name in (*STRATEGIES, "column:<name>"))
+    assert all(f"`{name}`" in text for name in ("loss_member_0", "accuracy_member_0", "disagreement"))
+
+
+def test_every_selector_field_and_metric_of_rejection_sampling_is_documented():
+    import trl
+
+    import trl_ext
+    from trl_ext.pipelines.diagnostics import evaluation_metrics, round_metrics
+    from trl_ext.pipelines.records import Sample
+    from trl_ext.pipelines.selection import Scored, select, selectors
+
+    text = section("Rejection sampling")
+    assert all(f"| `{name}` |" in text for name, origin in selectors.available() if "trl_ext" in origin)
+    new = {field.name for field in dataclasses.fields(trl_ext.RejectionSamplingConfig)}
+    new -= {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    rows = re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE)
+    assert not new - {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    scored = Scored([0, 0], [0, 1], [0.0, 1.0], [1, 2], [3, 4], [True, True])
+    metrics = set()
+    for name in ("top_per_prompt", "best_worst_pairs", "budget_by_difficulty"):
+        metrics |= set(round_metrics(scored, select(scored, name)))
+    sample = Sample("", 0, "", "", [1], "stop", None, 0, scores={"a": 1.0, "v": 1.0})
+    metrics |= set(evaluation_metrics([[sample]] * 2, {"a": 1.0}, "v"))
+    assert len(metrics) > 20
+    assert not {name for name in metrics if f"`{name}`" not in text}
+
+
 def test_every_field_loss_and_metric_of_token_level_trainers_is_documented():
     import trl
 

@@ -111,3 +111,47 @@ def test_span_rows_that_do_not_fit_are_refused():
         SpanCollator(0)([])
     with pytest.raises(ValueError, match="row 3 has a label of category 1, but num_categories is 1"):
         SpanCollator(0)(SPAN_ROWS)
+
+
+def span_row(number, prompt, own):
+    ids = [*prompt, *own]
+    return {
+        "span_input_ids": ids,
+        "label_positions": [len(ids) - 1],
+        "label_values": [1.0],
+        "label_categories": [0],
+        "label_steps": [0],
+        "completion_start": len(prompt),
+        "row_index": number,
+    }
+
+
+def test_a_flat_row_of_spans_has_each_prompt_once_and_keeps_the_order_of_the_rows():
+    one, two = [5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 11]
+    rows = [span_row(0, one, [1, 2]), span_row(1, two, [3]), span_row(2, one, [1, 4, 4]), span_row(3, [], [2, 2])]
+    padded, flat = SpanCollator(0)(rows), SpanCollator(0, shared_prefix=True)(rows)
+    assert all(torch.equal(flat[name], padded[name]) for name in padded)
+    layout, index = flat["prefix_layout"], flat["token_index"]
+    # the prefix that rows of a prompt share may be longer than it (here by the token 1)
+    assert layout.num_tokens == (7 + 1 + 2) + 7 + 2 and layout.padded_tokens == 4 * 9
+    real = padded["attention_mask"].bool()
+    assert torch.equal(layout.input_ids[0][index][real], padded["input_ids"][real])
+    positions = torch.arange(index.shape[1]).expand_as(index)
+    assert torch.equal(layout.position_ids[0][index][real], positions[real])
+    assert set(index[real].tolist()) == set(range(layout.num_tokens))
+    assert index[0, :7].tolist() == index[2, :7].tolist()  # not those of row 1
+    assert not set(index[1].tolist()) & set(index[0].tolist()) - {0}
+
+
+def test_spans_stay_padded_where_a_flat_row_saves_nothing():
+    rows = [span_row(0, [5, 6], [1, 2]), span_row(1, [7, 6], [3, 4])]
+    assert "prefix_layout" not in SpanCollator(0, shared_prefix=True)(rows)
+
+
+def test_a_prompt_without_a_completion_is_a_row_of_its_own():
+    prompt = list(range(5, 25))
+    rows = [span_row(0, prompt, [1, 2]), span_row(1, prompt, []), span_row(2, prompt, [3])]
+    batch = SpanCollator(0, shared_prefix=True)(rows)
+    assert batch["prefix_layout"].num_tokens == 20 + 2 + 1 + 20
+    real = batch["attention_mask"].bool()
+    assert torch.equal(batch["prefix_layout"].input_ids[0][batch["token_index"]][real], batch["input_ids"][real])

@@ -241,6 +241,16 @@ def test_error_crosses_worker_processes_and_pickling():
     assert vars(copy) == vars(caught.value)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_beyond_the_vocabulary(stream):
+    rows = [{"candidate_ids": [[1], [n, 3]], "ratings": [1, 0]} for n in (9, 10)]
+    data = IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+    with pytest.raises(DataError) as caught:
+        list(prepare(data, vocab_size=10)[0])
+    check(caught.value, 1, "candidate_ids", "the token id 10; needed ids below 10")
+    assert len(list(prepare(data)[0])) == 2  # a vocabulary that is not known is not checked
+
+
 def test_tokenizer_without_eos_works():
     prepared, report = prepare(Dataset.from_list(ranked_rows(3)), tokenizer=tiny_tokenizer("bert"))
     assert report.kept == 3

@@ -5,8 +5,14 @@ import json
 import pytest
 
 from trl_ext.cli import demo
+from trl_ext.demo import token_stages
+from trl_ext.demo.model import tiny_reward_base
 from trl_ext.demo.picking import compare_picks
+from trl_ext.demo.stages import StageContext
 from trl_ext.demo.task import SPLITS, Problem, final_answer, make_problems, verify
+
+
+MODELS = ("reward", "reward_nf4", "orm", "prm")
 
 
 def test_the_verifier_knows_every_line():
@@ -34,10 +40,12 @@ def test_picks_by_hand():
     right = [[True, False, False], [True, True, False]]
     answers = [["a", "b", "b"], ["c", "c", "d"]]
     scores = [[2.0, 1.0, 0.0], [0.0, 0.5, 3.0]]
-    picks = compare_picks(right, answers, scores)
+    weights = [[0.9, 0.1, 0.2], [0.1, 0.1, 0.3]]
+    picks = compare_picks(right, answers, scores, weights)
     assert picks["random"]["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
     assert picks["majority"]["mean"] == pytest.approx(0.5)
     assert picks["best_of_n"]["mean"] == pytest.approx(0.5)
+    assert picks["weighted_vote"]["mean"] == pytest.approx(0.5)  # 0.9 against 0.3, then 0.2 against 0.3
     assert picks["oracle"]["mean"] == pytest.approx(1.0)
     assert picks["best_of_n_over_random"]["mean"] == pytest.approx(0.0)
 
@@ -45,18 +53,70 @@ def test_picks_by_hand():
 def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, capsys):
     assert demo.main(["--smoke", "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["stages"]) == ["policy", "samples", "reward", "reward_nf4"]
+    assert list(report["stages"]) == ["policy", "samples", *MODELS]
     assert report["passed"] is None  # a smoke run gives no verdict
     assert not any(stage["cached"] for stage in report["stages"].values())
-    for name in ("reward", "reward_nf4"):
+    for name in MODELS:
         stage = report["stages"][name]
-        assert {"random", "majority", "best_of_n", "oracle"} <= set(stage)
+        assert {"random", "majority", "best_of_n", "weighted_vote", "oracle"} <= set(stage)
+        assert stage["oracle"] == report["oracle"] and stage["majority"] == report["majority"]  # the same samples
         assert stage["reload_difference"] <= 1e-2 * max(1.0, stage["score_std"])
         assert (tmp_path / name / "reward_model.json").is_file()
-    assert len(list((tmp_path / "wandb").rglob("*.wandb"))) == 3  # policy and two reward models, all offline
-    assert "no verdict" in capsys.readouterr().out
+    assert len(list((tmp_path / "wandb").rglob("*.wandb"))) == 1 + len(MODELS)  # with the policy, all offline
+    kinds = {name: json.loads((tmp_path / name / "reward_model.json").read_text())["kind"] for name in MODELS}
+    assert kinds == {"reward": "scalar", "reward_nf4": "scalar", "orm": "outcome", "prm": "process"}
+    assert {"mean", "standard_error"} == set(report["stages"]["prm"]["best_of_n_prod"])
+    printed = capsys.readouterr().out
+    assert "no verdict" in printed
+    for line in ("by outcome model (LoRA)", "by process model (LoRA), prod", "vote weighted by process model (LoRA)"):
+        assert line in printed
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
     assert demo.main(["--smoke", "--output_dir", str(tmp_path)]) == 0
     again = json.loads((tmp_path / "report.json").read_text())
     assert all(stage["cached"] for stage in again["stages"].values())
-    assert again["stages"]["reward"]["best_of_n"] == report["stages"]["reward"]["best_of_n"]
+    for name in MODELS:
+        assert again["stages"][name]["best_of_n"] == report["stages"][name]["best_of_n"]
+
+
+def test_the_verdicts_become_labels_of_answers_and_lines(tmp_path, monkeypatch):
+    """Lines after the first wrong one have no label in training."""
+    seen = {}
+
+    def prepared(trainer_class):
+        class Recorded(trainer_class):
+            def train(self, *args, **kwargs):
+                seen[self.kind] = self.train_dataset
+                return super().train(*args, **kwargs)
+
+        return Recorded
+
+    monkeypatch.setattr(token_stages, "ORMTrainer", prepared(token_stages.ORMTrainer))
+    monkeypatch.setattr(token_stages, "PRMTrainer", prepared(token_stages.PRMTrainer))
+    problems = make_problems(4, "train", seed=3)
+    rows = [
+        {
+            "prompt": problem.prompt,
+            "completions": (texts := [problem.solution, "9\n" * len(problem.digits)]),
+            "steps_right": [list(verify(problem, text).steps_right) for text in texts],
+            "answer_right": [verify(problem, text).answer_right for text in texts],
+        }
+        for problem in problems
+    ]
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for split in ("train", "held_out"):
+        (samples / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_reward_base(tmp_path / "policy", hidden_size=16, num_layers=1, num_heads=2)
+    settings = {"seed": 0, "steps": 1, "batch_size": 8, "learning_rate": 1e-3, "lora_rank": 2}
+    for name in ("orm", "prm"):
+        (tmp_path / name).mkdir()
+        folders = {"policy": tmp_path / "policy", "samples": samples}
+        context = StageContext(tmp_path / name, settings, {}, folders, "none", lambda share: None)
+        result = {"orm": token_stages.run_orm, "prm": token_stages.run_prm}[name](context)
+        assert (result["n"], result["random"]["mean"], result["oracle"]["mean"]) == (2, 0.5, 1.0)
+    for row, other in zip(*[iter(seen["outcome"])] * 2, strict=True):
+        assert (row["label_values"], other["label_values"]) == ([1.0], [0.0])
+    for row, other, problem in zip(*[iter(seen["process"])] * 2, problems, strict=True):
+        assert row["label_values"] == [1.0] * (len(problem.digits) + 1)  # to end there is right as well
+        assert other["label_values"] == [0.0]  # the first line is wrong, and no other counts

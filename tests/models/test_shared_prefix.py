@@ -8,7 +8,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from tests.tiny import DECODER_FAMILIES, save_tiny_model
-from trl_ext.data.prefix_layout import build_layout, split_prefix
+from trl_ext.data import prefix_layout
+from trl_ext.data.prefix_layout import BLOCK_COST, AttentionBlock, Segment, block_segments, build_layout, split_prefix
 from trl_ext.models.building import add_adapter, build_reward_model
 from trl_ext.models.heads import candidate_scores, run_with_head_output
 from trl_ext.models.shared_prefix import (
@@ -16,6 +17,7 @@ from trl_ext.models.shared_prefix import (
     flat_scores,
     flat_token_logits,
     select_attention,
+    shared_prefix_attention,
     supports_shared_prefix,
 )
 
@@ -96,12 +98,27 @@ def test_layout_by_hand():
     assert layout.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
     assert layout.last.tolist() == [2, 4, 6]
     assert layout.num_tokens == 7 and layout.padded_tokens == 12
-    # (S, 1, C, P + C): keys are prompt tokens 7 8, then the completion's own
-    assert layout.completion_mask().long()[:2, 0].tolist() == [
-        [[1, 1, 1, 0], [1, 1, 1, 0]],
-        [[1, 1, 1, 0], [1, 1, 1, 1]],
-    ]
-    assert layout.completion_mask()[2, 0].long().tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
+    assert layout.sequences() == [[7, 8, 1], [7, 8, 2, 3], [4, 5]]
+    causal, completions = sorted(layout.blocks, key=lambda block: not block.causal)
+    assert causal.key_index.tolist() == causal.query_index.tolist() == [[0, 1], [5, 6]]  # a prompt, a row without one
+    assert causal.mask() is None
+    assert causal.mask(1).long()[:, 0].tolist() == [[[1, 0], [0, 1]]] * 2
+    assert completions.query_index.tolist() == [[3, 4], [2, 2]]
+    assert completions.key_index.tolist() == [[0, 1, 3, 4], [0, 1, 2, 2]]
+    # (A, 1, Q, T): the padded query stands where the real one does
+    assert completions.mask().long()[:, 0].tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 0]]]
+    assert completions.mask(2).long()[0, 0].tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert completions.mask(9) is completions.mask()
+
+
+def test_layout_moves_with_its_blocks():
+    layout = build_layout(ragged_groups())
+    here = [block.mask(3) for block in layout.blocks]
+    moved = layout.to("meta")
+    tensors = [moved.input_ids, moved.position_ids, moved.last, moved.inverse]
+    tensors += [tensor for block in moved.blocks for tensor in (block.query_index, block.mask(3))]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert all(mask.device.type == "cpu" for mask in here) and moved.completions == layout.completions
 
 
 def test_layout_refuses_an_empty_completion():
@@ -111,8 +128,25 @@ def test_layout_refuses_an_empty_completion():
 
 def test_every_token_is_found_again():
     layout = build_layout(ragged_groups())
-    rows = torch.cat([layout.prompt_index.flatten(), layout.completion_index.flatten()])
+    rows = torch.cat([block.query_index.flatten() for block in layout.blocks])
     assert rows[layout.inverse].tolist() == list(range(layout.num_tokens))
+
+
+def test_blocks_hold_every_segment_once_and_pad_little():
+    g = random.Random(0)
+    for _ in range(200):
+        prefixes = [g.choice([0, g.randint(1, 400)]) for _ in range(g.randint(1, 6))]
+        segments = [Segment(0, g.randint(1, 300), 0, g.choice(prefixes)) for _ in range(g.randint(1, 40))]
+        blocks = block_segments(segments)
+        assert sorted(own for block in blocks for own in block) == sorted(segments)
+        assert all(len({own.prefix_length == 0 for own in block}) == 1 for block in blocks)
+        padded = [len(b) * max(own.length for own in b) * max(own.keys for own in b) for b in blocks]
+        assert sum(padded) <= sum(own.length * own.keys for own in segments) + BLOCK_COST * len(segments)
+
+
+def test_groups_of_one_shape_take_two_blocks():
+    layout = build_layout([(range(50), [range(20)] * 4)] * 3)
+    assert sorted(tuple(block.query_index.shape) for block in layout.blocks) == [(3, 50), (12, 20)]
 
 
 def test_split_prefix_against_a_loop():
@@ -130,6 +164,37 @@ def test_split_prefix_against_a_loop():
         assert len(prefix) == expected and all(prefix + o == row and o for o, row in zip(own, rows, strict=True))
 
 
+@pytest.mark.parametrize("cost", [0, BLOCK_COST], ids=["block each", "few blocks"])
+@pytest.mark.parametrize("key_heads", [1, 4])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_equals_a_dense_mask(cost, key_heads, window, softcap, sinks, monkeypatch):
+    monkeypatch.setattr(prefix_layout, "BLOCK_COST", cost)
+    layout = build_layout(ragged_groups())
+    n = layout.num_tokens
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, n, 8) for heads in (4, key_heads, key_heads))
+    sink = torch.randn(4) if sinks else None
+    output, _ = shared_prefix_attention(
+        None, query, key, value, None, prefix_layout=layout, sliding_window=window, softcap=softcap, s_aux=sink
+    )
+    sees = torch.zeros(n, n, dtype=torch.bool)
+    for own in layout.completions:
+        prompt = range(own.prefix_start, own.prefix_start + own.prefix_length)
+        rows = [*prompt, *range(own.start, own.end)]
+        for place, row in enumerate(rows):
+            sees[row, rows[0 if window is None else max(0, place - window + 1) : place + 1]] = True
+    key, value = (states.repeat_interleave(4 // key_heads, dim=1) for states in (key, value))
+    logits = query @ key.transpose(2, 3) / 8**0.5
+    logits = logits if softcap is None else (logits / softcap).tanh() * softcap
+    logits = logits.masked_fill(~sees, -torch.inf)
+    if sinks:
+        logits = torch.cat([logits, sink.view(1, 4, 1, 1).expand(-1, -1, n, -1)], dim=-1)
+    expected = logits.softmax(-1)[..., :n] @ value
+    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_scores_and_gradients_equal_padded_rows(family, tmp_path):
     # OPT drops out by a function, not by a module
@@ -138,6 +203,19 @@ def test_scores_and_gradients_equal_padded_rows(family, tmp_path):
     assert support.supported, support.reason
     model.train()
     assert_same(model, ragged_groups())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_equal_whatever_the_blocks(family, tmp_path, monkeypatch):
+    """A block for every segment, and one block for all, give the same."""
+    model = tiny_lora(tmp_path, family)
+    model.train()
+    counts = []
+    for cost in (0, 10**9):
+        monkeypatch.setattr(prefix_layout, "BLOCK_COST", cost)
+        counts.append(len(build_layout(ragged_groups()).blocks))
+        assert_same(model, ragged_groups())
+    assert counts == [11, 2]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["non-reentrant", "reentrant"])
@@ -200,11 +278,9 @@ def test_token_logits_equal_one_sequence_at_a_time(tmp_path):
 
 def test_the_check_finds_a_wrong_window(tmp_path, monkeypatch):
     """A family passes by number: drop the window and the check must fail."""
-    from trl_ext.models import shared_prefix
-
     model = tiny_lora(tmp_path, "mistral")
-    right = shared_prefix.PrefixLayout.completion_mask
-    monkeypatch.setattr(shared_prefix.PrefixLayout, "completion_mask", lambda self, window=None: right(self, None))
+    right = AttentionBlock.mask
+    monkeypatch.setattr(AttentionBlock, "mask", lambda self, window=None: right(self, None))
     support = supports_shared_prefix(model)
     assert not support.supported and "differ by" in support.reason and support.max_difference > 1e-3
 

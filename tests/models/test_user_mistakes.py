@@ -178,3 +178,19 @@ def test_frozen_everything_is_refused(bases, tmp_path):
     model.requires_grad_(False)
     with pytest.raises(HeadError, match="frozen"):
         make_trainer(model, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ what is loaded
+def test_a_language_model_is_no_reward_model(bases):
+    with pytest.raises(HeadError, match=r"is a language model \(LlamaForCausalLM\) without a reward head. Needed"):
+        load_reward_model(bases["llama"])
+    with pytest.raises(HeadError, match=r"is a language model \(RobertaForMaskedLM\) without a reward head"):
+        load_reward_model(bases["roberta"])
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        build_reward_model(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text('{"model_type": "martian"}')
+    with pytest.raises(ValueError, match="cannot be loaded as a model: .*martian"):
+        build_reward_model(str(tmp_path))

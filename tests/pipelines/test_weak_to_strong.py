@@ -266,7 +266,7 @@ def test_metric_of_texts_is_checked():
 def test_identity_of_a_leg_counts_what_matters(models, tmp_path):
     def identity(seed=0, **kwargs):
         args = trainer_config(tmp_path, RewardConfig, **kwargs)
-        return describe(Leg("preference", models[0], args, {}, seed, None, None))
+        return describe(Leg("preference", models[0], args, {}, seed, None, None), "model")
 
     same = identity()
     assert identity(logging_steps=7) == same and identity(report_to="wandb") == same

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
 
 from tests.scoring.test_scorer import seen_ids
 from tests.tiny import save_tiny_model
@@ -25,7 +24,7 @@ from trl_ext.scoring.aggregation import weighted_categories
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    return {family: save_tiny_model(tmp_path_factory.mktemp(family), family) for family in ("llama", "bert", "qwen2")}
+    return {family: save_tiny_model(tmp_path_factory.mktemp(family), family) for family in ("llama", "bert")}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +104,22 @@ def test_several_outputs_a_token_are_a_list(trained):
         assert torch.allclose(
             torch.tensor(scores), logits_of(trainer, row)[row["completion_start"] :], atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_texts_of_tokens_are_the_completion_in_as_many_pieces_as_scores(trained, family, chat):
+    folder, _ = trained("orm", family)
+    scorer = RewardScorer(folder)
+    text = "grün  3 + 4 = 7.\n🙂 ok "
+    prompt = [{"role": "user", "content": "Say."}] if chat else "Say. "
+    (texts,), (scores,) = scorer.token_texts([prompt], [text]), scorer.score_tokens([prompt], [text])
+    assert len(texts) == len(scores) > 5
+    assert "".join(texts) == text
+    assert max(map(len, texts)) < len(text) / 2  # pieces, and not all in one
+    assert scorer.token_texts([prompt], [""]) == [[""] * len(own) for own in scorer.score_tokens([prompt], [""])]
+    (cut,) = RewardScorer(folder, max_length=len(scores) - 3).token_texts([None if chat else ""], [text])
+    assert text.startswith("".join(cut)) and len("".join(cut)) < len(text)
 
 
 # Steps
@@ -344,6 +359,8 @@ def test_each_kind_says_what_it_cannot_do(trained, reward_path):
             getattr(scalar, method)(["a"], ["b"], *third)
     with pytest.raises(ValueError, match="nothing to aggregate"):
         RewardScorer(reward_path(), aggregation="min")
+    with pytest.raises(ValueError, match="leave `segmenter` out"):
+        RewardScorer(trained("orm")[0], segmenter="steps")
     process = RewardScorer(trained("prm")[0])
     with pytest.raises(ValueError, match="kind 'process', and `score_segments`"):
         process.score_segments(["a"], ["b"], [[]])
@@ -395,39 +412,6 @@ def test_the_same_scores_after_merging(bases, tmp_path):
             RewardScorer(folder, aggregation=name)(prompts, completions) for folder in (made, tmp_path / "merged")
         )
         assert after == pytest.approx(before, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["orm", "prm", "segment"])
-def test_two_steps_in_stock_grpo(trained, bases, tmp_path, kind):
-    folder, _ = trained(kind)
-    scorer = RewardScorer(folder, name="steps", aggregation="mean")
-    calls = []
-
-    def reward(prompts, completions, **columns):
-        scores = scorer(prompts, completions, **columns)
-        calls.append((prompts, completions, scores))
-        return scores
-
-    args = GRPOConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=8,
-        max_steps=2,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    data = Dataset.from_list([{"prompt": f"Question {n}:\n"} for n in range(4)])
-    trainer = GRPOTrainer(model=str(bases["qwen2"]), reward_funcs=[scorer, reward], args=args, train_dataset=data)
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "reward" in log]
-    assert len(calls) == len(logs) == 2
-    for log, (_, _, scores) in zip(logs, calls, strict=True):
-        real = [score for score in scores if score is not None]
-        assert real and log["rewards/steps/mean"] == pytest.approx(sum(real) / len(real), abs=1e-5)
 
 
 def test_score_command_of_a_process_model(trained, tmp_path):

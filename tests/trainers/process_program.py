@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from tests.tiny import pair_rows, ranked_rows
@@ -29,15 +30,37 @@ def main(base: Path, folder: Path) -> dict:
             dict(per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, loss_type="plackett_luce"),
             lora(),
         ),
+        "by tokens": (  # two epochs of six batches
+            ranked_rows(21, k=4, ragged=True, seed=7),
+            dict(
+                max_tokens_per_batch=190,
+                gradient_accumulation_steps=2 // processes,
+                loss_type="pairwise",
+                max_steps=-1,
+                num_train_epochs=2,
+            ),
+            None,
+        ),
     }
     for name, (rows, kwargs, peft) in runs.items():
-        args = config(folder / name, max_steps=6, train_sampling_strategy="sequential", logging_steps=2, **kwargs)
+        defaults = dict(max_steps=6, train_sampling_strategy="sequential", logging_steps=2)
+        args = config(folder / name, **(defaults | kwargs))
         data = Dataset.from_list(ranked_rows(9, k=2 if name == "pairs" else 4, ragged=True, seed=3))
         trainer = trainer_for(base, args, rows, eval_dataset=data, peft_config=peft)
+        seen: list[list[int]] = []  # rows of each batch of this process
+        collator = trainer.data_collator
+
+        def noted(rows, seen=seen, collator=collator):
+            seen.append([row["row_index"] for row in rows])
+            return collator(rows)
+
+        trainer.data_collator = noted
         trainer.train()
+        trainer.data_collator = collator
         trainer.save_model()
         metrics = ("loss", "grad_norm", "accuracy", "kendall_tau", "margin", "min_reward", "mean_reward", "num_tokens")
         told[name] = {metric: history(trainer, metric) for metric in metrics}
+        told[name]["rows"] = gather_object([seen])
         told[name]["evaluations"] = []
         for size in (1, 2, 8):
             trainer.args.per_device_eval_batch_size = size

@@ -119,6 +119,19 @@ def test_a_probability_that_the_loss_cannot_use_is_refused_before_training(base,
         trainer_for(base, config(tmp_path, loss_type=plain), rows)
 
 
+def test_a_margin_beside_a_probability_is_refused_unless_the_loss_takes_both(base, tmp_path):
+    rows = [{**row, "margin": 0.5, "preference_probability": 0.5} for row in pair_rows(4)]
+    with pytest.raises(
+        DataError, match="column 'margin': found 'margin' beside 'preference_probability'.*'bradley_terry'"
+    ):
+        trainer_for(base, config(tmp_path), rows)
+
+    def own(scores, ratings, mask, *, margin=None, target=None):
+        return (scores[:, 0] - scores[:, 1]).square()
+
+    trainer_for(base, config(tmp_path, loss_type=own), rows)
+
+
 def test_bradley_terry_with_more_than_two_candidates_names_the_row(base, tmp_path):
     rows = [*ranked_rows(3, k=2), *ranked_rows(2, k=4)]
     with pytest.raises(

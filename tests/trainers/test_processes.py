@@ -15,6 +15,7 @@ from trl_ext import load_reward_model
 from trl_ext.models.heads import candidate_scores
 
 
+NAMES = ["pairs", "rankings", "by tokens"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +43,7 @@ def runs(base, tmp_path_factory):
     return one, json.loads(line.removeprefix("RESULT ")), folder / "two"
 
 
-@pytest.mark.parametrize("name", ["pairs", "rankings"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_as_one_with_twice_the_batch(name, runs):
     one, two, _ = runs
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -52,7 +53,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(name, runs):
     assert two[name]["grad_norm"] == pytest.approx(one[name]["grad_norm"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pairs", "rankings"])
+@pytest.mark.parametrize("name", NAMES)
 def test_nine_rows_evaluate_the_same_in_any_batches_and_processes(name, runs):
     one, two, _ = runs
     evaluations = [*one[name]["evaluations"], *two[name]["evaluations"]]
@@ -64,7 +65,18 @@ def test_nine_rows_evaluate_the_same_in_any_batches_and_processes(name, runs):
         assert together == pytest.approx(alone, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pairs", "rankings"])
+def test_processes_have_their_own_batches_and_each_group_comes_once_an_epoch(runs):
+    one, two, _ = runs
+    (alone,) = one["by tokens"]["rows"]
+    parts = two["by tokens"]["rows"]
+    assert len(alone) == 12 and len(parts) == 2
+    assert len({len(rows) for rows in alone}) > 1
+    assert [rows for both in zip(*parts, strict=True) for rows in both] == alone
+    for epoch in (alone[:6], alone[6:]):
+        assert sorted(sum(epoch, [])) == list(range(21))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_checkpoint_of_two_processes_loads(name, runs):
     _, _, folder = runs
     ids = torch.tensor([[5, 9, 7, 30]])

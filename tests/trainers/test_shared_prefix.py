@@ -127,7 +127,8 @@ def test_lora_on_an_nf4_base(tmp_path, passes, checkpointing):
 def test_ragged_rankings(loss, base, tmp_path, passes):
     rows = ranked_rows(44, k=5, ragged=True)
     flat, padded = flat_and_padded(passes, tmp_path, base, rows, loss_type=loss)
-    assert_same_training(flat, padded)
+    assert history(flat, "max_reward")[0] == pytest.approx(history(padded, "max_reward")[0], abs=1e-6)
+    assert_same_training(flat, padded, tolerance=2e-5)  # Adam enlarges rounding: a score's drift after ten steps
     assert history(flat, "kendall_tau") == pytest.approx(history(padded, "kendall_tau"))
     assert history(flat, "length_accuracy") == pytest.approx(history(padded, "length_accuracy"))
 

@@ -1,7 +1,8 @@
 """`trl-ext bench`: our training steps and our scoring beside TRL's way, on the same work, in one process.
 
 Nothing is downloaded: models have random weights, and rows are synthetic or come from a file that you name. It knows
-the sub-commands' names and where a report goes; what is measured is in `bench_reward` and `bench_score`.
+the sub-commands' names and where a report goes; what is measured is in `bench_reward`, `bench_token` and
+their kin.
 """
 
 import argparse
@@ -10,11 +11,14 @@ import logging
 import sys
 from pathlib import Path
 
-from . import bench_reward, bench_score
+from . import bench_ensemble, bench_generate, bench_reward, bench_score, bench_token
 
 
 MEASURED = {
     "reward": (bench_reward, "RewardTrainer beside trl.RewardTrainer, over shapes and over your data"),
+    "token": (bench_token, "ORMTrainer on flat rows beside padded rows, for K answers to a question"),
+    "ensemble": (bench_ensemble, "M members trained and scored in one pass beside single members"),
+    "generate": (bench_generate, "our backend beside a plain generate loop, with and without the store"),
     "score": (bench_score, "RewardScorer beside padded rows, for N completions of a prompt"),
 }
 
@@ -52,4 +56,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .main import main as trl_ext
+
+    sys.exit(trl_ext(["bench", *sys.argv[1:]]))

@@ -1,11 +1,13 @@
 """`trl-ext bench score`: N completions of each prompt, scored by `RewardScorer` and as rows padded in two ways.
 
 The other sides are TRL's way (rows in the given order, tokenized, padded and run in batches of a fixed size) and our
-scorer with `shared_prefix=False` (rows sorted by length under a token budget). All three score the same texts in turns
-in one process. Knows scorers, and nothing of how they work.
+scorer with `shared_prefix=False` (rows sorted by length under a token budget). Beside that last one, the same weights
+as an outcome model score every token. All score the same texts in turns in one process. Knows scorers, and nothing of
+how they work.
 """
 
 import argparse
+import copy
 import random
 import statistics
 import tempfile
@@ -32,6 +34,7 @@ SIDES = {
     "given_order": "padded, given order",
     "sorted": "padded, sorted by length",
     "shared": "shared prompts",
+    "tokens": "padded, sorted, every token",
 }
 
 
@@ -69,14 +72,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         `dict` with `sides` (seconds, CPU seconds, sequence tokens per second, peak memory in MiB, and the largest
-        difference of a score from the given order), `speedup` and `cpu_speedup` over each other side, `token_bound`
-        (real tokens of the rows over tokens with each prompt once), and the circumstances.
+        difference of a score from the given order, of `tokens` the last token's), `speedup` and `cpu_speedup` over
+        each other side, `token_bound` (real tokens of the rows over tokens with each prompt once), `token_cost` (CPU
+        time of scoring every token over that of one score a row, both in sorted rows), and the circumstances.
     """
     import torch
     import transformers
     from transformers import AutoModelForSequenceClassification
 
     from trl_ext import RewardScorer
+    from trl_ext.data.tokenization import TokenPolicy
+    from trl_ext.models.loading import describe_base
+    from trl_ext.models.sidecar import Sidecar, set_sidecar
 
     transformers.utils.logging.disable_progress_bar()
     prompts, completions = synthetic_texts(args)
@@ -86,6 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     repeated = (args.num_completions - 1) * args.num_prompts * args.prompt_length
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, args, args.prompt_length + args.completion_length, tokenizer)
+        torch.manual_seed(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=1,
@@ -93,6 +101,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             attn_implementation=args.attn_implementation,
             device_map="cuda" if torch.cuda.is_available() else None,
         ).eval()
+    verifier = copy.deepcopy(model)  # the same weights, known to be of a model whose every token has a score
+    policy = TokenPolicy.without_sidecar().to_dict()
+    set_sidecar(verifier, Sidecar(describe_base(model), False, ["score"], policy, kind="outcome", loss_type="bce"))
 
     def given_order() -> list[float]:
         scores: list[float] = []
@@ -110,6 +121,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "shared": RewardScorer(model, tokenizer, shared_prefix="auto"),
     }
     calls = {"given_order": given_order, **{name: lambda s=s: s(prompts, completions) for name, s in scorers.items()}}
+    by_token = RewardScorer(verifier, tokenizer)
+    calls["tokens"] = lambda: [row[-1] for row in by_token.score_tokens(prompts, completions)]
     scores = {name: call() for name, call in calls.items()}  # the warm-up
     stamps: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in calls}
     for repeat in range(args.repeats):
@@ -137,6 +150,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_speedup": {name: side["cpu_seconds"] / shared["cpu_seconds"] for name, side in sides.items()},
         "token_bound": bound,
         "fraction_of_bound": sides["sorted"]["cpu_seconds"] / shared["cpu_seconds"] / bound,
+        "token_cost": sides["tokens"]["cpu_seconds"] / sides["sorted"]["cpu_seconds"],
         "rows": len(rows),
         **circumstances(args),
     }
@@ -162,8 +176,9 @@ def table(report: dict[str, Any]) -> str:
     return (
         f"{formatted(rows)}\nwall and CPU: that side / shared prompts; token bound without any padding "
         f"{report['token_bound']:.2f}, of which {report['fraction_of_bound']:.0%} is reached beside sorted rows; "
-        f"medians of {report['rows']} rows\n{report['machine']}, {report['dtype']}, {report['attention']} attention, "
-        f"memory {report['memory']}"
+        f"medians of {report['rows']} rows\nevery token / one score a row, both in sorted rows: "
+        f"{report['token_cost']:.2f} of the CPU time\n{report['machine']}, {report['dtype']}, "
+        f"{report['attention']} attention, memory {report['memory']}"
     )
 
 

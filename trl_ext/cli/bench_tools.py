@@ -9,7 +9,8 @@ import importlib.util
 import os
 import platform
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,46 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         },
         "arguments": {name: value for name, value in vars(args).items() if name not in ("command", "output_dir")},
     }
+
+
+class CountTokens:
+    """A collator that counts the tokens (padding too) which the model is given, and the batches that are flat rows."""
+
+    def __init__(self, collator: Callable):
+        self.collator = collator
+        self.tokens = 0
+        self.flat = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        flat = batch.get("prefix_layout")
+        self.tokens += batch["input_ids"].numel() if flat is None else flat.num_tokens
+        self.flat += flat is not None
+        return batch
+
+
+def step_clock() -> Any:
+    """A callback that stamps the end of every optimizer step (data loading included), on a GPU once it is done."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.wall: list[float] = []
+            self.cpu: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.wall.append(time.perf_counter())
+            self.cpu.append(time.process_time())
+
+    return Clock()
+
+
+def differences(stamps: list[float]) -> list[float]:
+    """From each stamp to the next."""
+    return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
 
 
 def forget_peak() -> None:

@@ -1,4 +1,4 @@
-"""`trl-ext demo`: a tiny policy, ranked samples, a Plackett-Luce reward model, and what it is good for; all offline.
+"""`trl-ext demo`: a tiny policy, verified samples, reward models of three kinds, what they are good for; all offline.
 
 It knows arguments, output folders and exit statuses. What is done is in `trl_ext.demo`.
 """
@@ -18,9 +18,9 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train a tiny policy to sort digits, sample and rate its solutions, train reward models on the "
-        "rankings, reload them, and compare the answers that they pick with a random pick, a majority vote and an "
-        "oracle. Offline, on two CPU cores, a few minutes. Ends with a table, report.json, a plot (if matplotlib is "
-        "installed) and offline runs of Weights & Biases.",
+        "rankings, on right and wrong answers and on right and wrong lines, reload them, and compare the answers that "
+        "they pick with a random pick, a majority vote and an oracle. Offline, on two CPU cores, a few minutes. Ends "
+        "with a table, report.json, a plot (if matplotlib is installed) and offline runs of Weights & Biases.",
         epilog="Exit status: 0 if every reward model beat the random pick by more than the sampling error (1.96 "
         "standard errors of the paired difference) and scored the same after a reload, else 1. A smoke run gives no "
         "verdict.",
@@ -102,8 +102,8 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool) -> in
     from trl_ext.demo.plan import plan
     from trl_ext.demo.progress import Progress, clock
     from trl_ext.demo.report import format_table, make_report, save_plot, save_report
-    from trl_ext.demo.stages import Outcome, Stage, StageError, find_done, run_stages
     from trl_ext.demo.tracking import offline_run
+    from trl_ext.pipelines.cached_stages import Outcome, Stage, StageError, find_done, run_stages
 
     stages = plan(seed, smoke)
     done = {} if fresh else find_done(stages, output_dir)
@@ -162,4 +162,6 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .main import main as trl_ext
+
+    sys.exit(trl_ext(["demo", *sys.argv[1:]]))

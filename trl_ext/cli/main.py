@@ -1,13 +1,16 @@
 """The top level of the `trl-ext` command: which commands there are, and nothing of what they do.
 
-It imports neither torch nor trl. A command is the module `trl_ext.cli.<name>` with a `main(argv)`; it is imported when
-it is asked for and parses its own arguments.
+It imports neither torch nor trl. A command is the module `trl_ext.cli.<name>` (with underscores for dashes) with a
+`main(argv)`; it is imported when it is asked for and parses its own arguments.
 """
 
 import argparse
 import difflib
 import importlib
+import os
 import sys
+import traceback
+from collections.abc import Callable
 
 import trl_ext
 
@@ -17,12 +20,24 @@ COMMANDS = {
     "orm": "Train an outcome reward model: was the answer right?",
     "prm": "Train a process reward model: is this step right?",
     "segment": "Train rewards for segments of a text, in one or more categories.",
+    "ensemble": "Train an ensemble of reward models on one base in one run.",
     "score": "Score the rows of a JSONL file with a reward model.",
+    "rejection-sample": "Generate completions, score them, keep the best; resumable.",
+    "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
+    "weak-to-strong": "Train a strong model on a weak one's labels; report the gap recovered.",
     "merge": "Merge an adapter into the base it was trained on.",
     "plugins": "List what is registered and which distribution it comes from.",
-    "demo": "Train and test a Plackett-Luce reward model, offline, on this machine.",
+    "demo": "Train and compare reward models of three kinds, offline, on this machine.",
     "bench": "Measure a step of our trainer beside TRL's own in one process.",
 }
+
+# Environment variable: set it to see the traceback of an error that is otherwise one line.
+TRACEBACK = "TRL_EXT_TRACEBACK"
+
+
+def module_of(command: str) -> str:
+    """The module of a command, e.g. `trl_ext.cli.rejection_sample` of `rejection-sample`."""
+    return f"trl_ext.cli.{command.replace('-', '_')}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="trl-ext",
         usage="trl-ext [-h] [--version] COMMAND ...",
         description="Reward models from rankings, on top of TRL.",
-        epilog=f"commands:\n{listing}\n\n'trl-ext COMMAND --help' shows the options of one command.",
+        epilog=f"commands:\n{listing}\n\n'trl-ext COMMAND --help' shows the options of one command. An error in what "
+        f"was given is one line;\n{TRACEBACK}=1 in the environment shows where it was raised.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"trl-ext {trl_ext.__version__}")
@@ -48,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program's name. Defaults to those of the process.
 
     Returns:
-        `int`: the exit status: 0 for success (also when no command is given: the help is shown), else what the command
+        `int`: the exit status: 0 for success (also when no command is given: the help is shown), else what [`guarded`]
         returned.
 
     Raises:
@@ -66,7 +82,50 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         parser.error(f"unknown command '{command}': {hint}Commands: {', '.join(COMMANDS)}.")
-    return importlib.import_module(f"trl_ext.cli.{command}").main(rest) or 0
+    return guarded(f"trl-ext {command}", importlib.import_module(module_of(command)).main, rest)
+
+
+def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """
+    Run a command; an error in what the user gave becomes one line on standard error.
+
+    That is an error of a class of ours, a `ValueError` or `ImportError` that our code raised itself, and any `OSError`
+    (a missing file, an unknown repository). Everything else is a bug, here or below, and keeps its traceback. A reader
+    of standard output that goes away (`| head`) ends the command without a word.
+
+    Args:
+        prog (`str`):
+            How the line begins, e.g. `"trl-ext score"`.
+        command (`Callable`):
+            The `main` of a command.
+        argv (`list[str]`, *optional*):
+            Its arguments. Defaults to those of the process.
+
+    Returns:
+        `int`: the exit status: what the command returned, 1 after an error, 141 (as of a process ended by SIGPIPE)
+        when the reader is gone.
+    """
+    try:
+        status = command(argv) or 0
+        sys.stdout.flush()
+        return status
+    except Exception as error:
+        ours = _raised_here(error)
+        if isinstance(error, BrokenPipeError) and ours:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at exit
+            return 141
+        named = isinstance(error, OSError) or type(error).__module__.startswith("trl_ext.")
+        expected = named or (ours and isinstance(error, (ValueError, ImportError)))
+        if os.environ.get(TRACEBACK) or not expected:
+            raise
+        print(f"{prog}: error: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
+        return 1
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the line that raised it, or that called what is written in C, is in our code."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals["__name__"].startswith("trl_ext.")
 
 
 if __name__ == "__main__":

@@ -38,4 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .main import main as trl_ext
+
+    sys.exit(trl_ext(["merge", *sys.argv[1:]]))

@@ -17,6 +17,7 @@ BUILT_IN = (  # the modules that make a registry
     "trl_ext.losses.token",
     "trl_ext.data.segmentation",
     "trl_ext.scoring.aggregation",
+    "trl_ext.scoring.reducers",
 )
 
 
@@ -63,4 +64,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .main import main as trl_ext
+
+    sys.exit(trl_ext(["plugins", *sys.argv[1:]]))

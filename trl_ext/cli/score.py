@@ -1,12 +1,13 @@
 """`trl-ext score`: score the rows of a JSONL file with a reward model, in order, in a stream, resumable.
 
-It knows files of rows and where it stopped. The scores are those of [`~trl_ext.RewardScorer`].
+It knows files of rows and where it stopped. The scores are those of [`~trl_ext.RewardScorer`], and of
+[`~trl_ext.RewardEnsemble`] for the folder of an ensemble.
 
 A row has `prompt` (optional) and one of: `completion`, and gets `score`; `completions` (a list), and gets `scores`; or
-`chosen` and `rejected`, and gets `chosen_score` and `rejected_score`. Every other column is kept.
+`chosen` and `rejected`, and gets `chosen_score` and `rejected_score`. Every other column is kept. An ensemble writes
+on request `<column>_members` and `<column>_disagreement` beside each of these.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -21,14 +22,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from trl import TrlParser
 
-    from trl_ext import RewardScorer
+    from trl_ext import RewardEnsemble, RewardScorer
 
 
 CHUNK_ROWS = 256  # rows that are scored and written at a time, and so the most that an interruption costs
-# What a score depends on; other files of a model's folder (reports, trainer state) may change.
-MODEL_FILES = ("config.json", "adapter_config.json", "reward_model.json", "*.safetensors")
-MODEL_FILES += ("*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja")
-SCORE_COLUMNS = ("score", "scores", "chosen_score", "rejected_score")
+PLAIN_COLUMNS = ("score", "scores", "chosen_score", "rejected_score")
+SCORE_COLUMNS = tuple(f"{name}{what}" for name in PLAIN_COLUMNS for what in ("", "_members", "_disagreement"))
 
 Row = dict[str, Any]
 
@@ -41,7 +40,7 @@ class ScoreError(Exception):
 class ScoreArguments:
     """Arguments of `trl-ext score`."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the reward model (full or adapter)"})
+    model: str = field(metadata={"help": "folder or Hub id of the reward model (full or adapter) or ensemble"})
     input: str = field(metadata={"help": "JSONL file of rows; - for standard input"})
     output: str = field(
         metadata={
@@ -54,6 +53,10 @@ class ScoreArguments:
     aggregation: str | None = field(
         default=None,
         metadata={"help": "how a token-level model gives one number a completion: min, prod, last, mean, sum ..."},
+    )
+    member_scores: bool = field(
+        default=False,
+        metadata={"help": "of an ensemble, also write the score by each member and their standard deviation"},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "text or messages; may be missing from a row"})
     completion_column: str = field(
@@ -89,8 +92,6 @@ def run(args: ScoreArguments) -> int:
     """
     from tqdm import tqdm
 
-    from trl_ext import RewardScorer
-
     to_file = args.output != "-"
     if to_file and args.input != "-" and Path(args.output).exists() and os.path.samefile(args.input, args.output):
         raise ScoreError(f"--output is the input file {args.input}. Give another file: rows are not written in place.")
@@ -108,13 +109,7 @@ def run(args: ScoreArguments) -> int:
         with tqdm(total=total, initial=done, unit=" rows", desc="Scoring", file=sys.stderr) as bar:
             for chunk in chunks(rows, CHUNK_ROWS):
                 if scorer is None:  # nothing is loaded when nothing is left to do
-                    scorer = RewardScorer(
-                        args.model,
-                        batch_size=args.batch_size,
-                        max_length=args.max_length,
-                        aggregation=args.aggregation,
-                        device=args.device,
-                    )
+                    scorer = make_scorer(args)
                 add_scores(scorer, chunk, args)
                 sink.write(b"".join(_line(row) for _, row in chunk))
                 sink.flush()
@@ -178,6 +173,7 @@ def manifest_path(output: Path) -> Path:
 
 def check_manifest(args: ScoreArguments) -> None:
     """Refuse an output that was made by another model or with other options; claim a new one."""
+    from trl_ext.models.fingerprint import fingerprint
     from trl_ext.models.loading import local_folder
 
     output = Path(args.output)
@@ -187,6 +183,7 @@ def check_manifest(args: ScoreArguments) -> None:
         "model_sha256": fingerprint(Path(local_folder(args.model, None))),
         "max_length": args.max_length,
         "aggregation": args.aggregation,
+        "member_scores": args.member_scores,
         "prompt_column": args.prompt_column,
         "completion_column": args.completion_column,
     }
@@ -209,15 +206,6 @@ def check_manifest(args: ScoreArguments) -> None:
     staging = path.with_name(path.name + ".tmp")
     staging.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     os.replace(staging, path)
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of all that a score depends on: weights, configs, tokenizer, normaliser."""
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)}):
-        with open(file, "rb") as content:
-            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def resume(output: Path, rows: Iterator[tuple[int, Row]], name: str) -> int:
@@ -265,7 +253,22 @@ _FIX = "Give another --output, or delete this one to start again."
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
-def add_scores(scorer: "RewardScorer", chunk: list[tuple[int, Row]], args: ScoreArguments) -> None:
+def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
+    """Load the model, or the members of an ensemble."""
+    from trl_ext import RewardScorer
+    from trl_ext.scoring.ensemble import load_scorer
+
+    options = {name: getattr(args, name) for name in ("batch_size", "max_length", "aggregation", "device")}
+    scorer = load_scorer(args.model, **options)
+    if args.member_scores and isinstance(scorer, RewardScorer):
+        raise ScoreError(
+            f"{args.model} has no reward_ensemble.json, so it is one model. Leave --member_scores out, or give the "
+            "folder of an ensemble."
+        )
+    return scorer
+
+
+def add_scores(scorer: "RewardScorer | RewardEnsemble", chunk: list[tuple[int, Row]], args: ScoreArguments) -> None:
     """Score the candidates of all rows in one call and write the scores into the rows."""
     from trl_ext.data.validation import DataError
 
@@ -280,22 +283,33 @@ def add_scores(scorer: "RewardScorer", chunk: list[tuple[int, Row]], args: Score
         candidates.extend(found)
         owners.extend([(number, row)] * len(found))
         targets.append((columns, len(found)))
+    rows = {
+        "prompts": [row.get(args.prompt_column) for _, row in owners],
+        "completions": candidates,
+        "tools": [row.get("tools") for _, row in owners],
+        "chat_template_kwargs": [row.get("chat_template_kwargs") for _, row in owners],
+    }
     try:
-        scores = scorer(
-            prompts=[row.get(args.prompt_column) for _, row in owners],
-            completions=candidates,
-            tools=[row.get("tools") for _, row in owners],
-            chat_template_kwargs=[row.get("chat_template_kwargs") for _, row in owners],
-        )
+        if args.member_scores:
+            members = scorer.score_members(**rows)
+            values = {
+                "": scorer.combine(members),
+                "_members": members,
+                "_disagreement": scorer.disagreement(members),
+            }
+        else:
+            values = {"": scorer(**rows)}
     except DataError as error:
         line = owners[error.row][0]
         raise ScoreError(
             f"{args.input}, line {line}: found {error.found}; needed {error.needed}. {error.fix}"
         ) from error
-    remaining = iter(scores)
-    for (_, row), (columns, count) in zip(chunk, targets, strict=True):
-        own = list(islice(remaining, count))
-        row.update({"scores": own} if columns == ("scores",) else zip(columns, own, strict=True))
+    for what, found in values.items():
+        remaining = iter(found)
+        for (_, row), (columns, count) in zip(chunk, targets, strict=True):
+            own = list(islice(remaining, count))
+            names = [f"{column}{what}" for column in columns]
+            row.update({names[0]: own} if columns == ("scores",) else zip(names, own, strict=True))
 
 
 def _line(row: Row) -> bytes:
@@ -332,13 +346,11 @@ def main(argv: list[str] | None = None) -> int:
         (args,) = parser.parse_args_and_config(argv)
     except (ValueError, OSError) as error:  # unknown flags and keys, values of a wrong kind, no such file
         parser.error(str(error))
-    try:
-        run(args)
-    except (ScoreError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    run(args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .main import main as trl_ext
+
+    sys.exit(trl_ext(["score", *sys.argv[1:]]))

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from trl_ext.data.prefix_layout import build_layout, split_prefix
-from trl_ext.data.tokenization import common_prefix_length
 
 
 FLAT_BELOW = 0.95
@@ -75,37 +74,35 @@ class GroupCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not rows:
             raise ValueError("a batch needs at least one row, found none")
-        sizes = [len(row["candidate_ids"]) for row in rows]
-        largest = max(sizes)
-        ratings = torch.zeros(len(rows), largest)  # (B, K)
-        group_mask = torch.zeros(len(rows), largest, dtype=torch.bool)  # (B, K)
-        lengths = torch.zeros(len(rows), largest, dtype=torch.int64)  # (B, K)
-        for position, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        largest = max(len(row["candidate_ids"]) for row in rows)
+        ratings, group_mask, lengths, parts = [], [], [], []
+        for row in rows:
+            size = len(row["candidate_ids"])
             if len(row["candidate_ratings"]) != size:
                 raise ValueError(
                     f"row {row['row_index']} has {size} candidates and {len(row['candidate_ratings'])} ratings; "
                     "prepare the data set with prepare_groups"
                 )
-            ratings[position, :size] = torch.tensor(row["candidate_ratings"], dtype=torch.float32)
-            group_mask[position, :size] = True
-            shared = common_prefix_length(row["candidate_ids"])
-            lengths[position, :size] = torch.tensor([len(ids) - shared for ids in row["candidate_ids"]])
+            parts.append(split_prefix(row["candidate_ids"]))
+            missing = [0] * (largest - size)
+            ratings.append([*row["candidate_ratings"], *missing])
+            group_mask.append([*[True] * size, *missing])
+            lengths.append([*map(len, parts[-1][1]), *missing])
 
         batch = {
-            "ratings": ratings,
-            "group_mask": group_mask,
-            "completion_lengths": lengths,
+            "ratings": torch.tensor(ratings, dtype=torch.float32),  # (B, K)
+            "group_mask": torch.tensor(group_mask, dtype=torch.bool),  # (B, K)
+            "completion_lengths": torch.tensor(lengths),  # (B, K)
             "row_index": torch.tensor([row["row_index"] for row in rows]),
         }
         for name, column in (("margin", "group_margin"), ("target", "group_target")):
             if column in rows[0]:
                 batch[name] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
 
-        if self.shared_prefix:
-            layout = build_layout([split_prefix(row["candidate_ids"]) for row in rows])
-            if layout.num_tokens < FLAT_BELOW * layout.padded_tokens:
-                return {**batch, "prefix_layout": layout}
         sequences = [ids for row in rows for ids in row["candidate_ids"]]
+        flat_tokens = sum(map(len, sequences)) - sum((len(own) - 1) * len(prefix) for prefix, own in parts)
+        if self.shared_prefix and flat_tokens < FLAT_BELOW * len(sequences) * max(map(len, sequences)):
+            return {**batch, "prefix_layout": build_layout(parts)}
         return {**batch, **_padded(sequences, self.pad_token_id, self.pad_to_multiple_of)}
 
 
@@ -117,6 +114,8 @@ class SpanCollator:
         pad_token_id (`int`): id that fills `input_ids` (any valid id: the attention mask says what is real).
         num_categories (`int`, *optional*, defaults to `1`): G, the number of categories.
         pad_to_multiple_of (`int`, *optional*): round T up to a multiple of this.
+        shared_prefix (`bool`, *optional*, defaults to `False`): lay a batch out as one flat row as well, with the
+            prompt of its rows once where they have the same, wherever that saves at least 5 % of the tokens.
 
     Returns (by `__call__`), in this order:
         - `token_labels` (B, T, G) float32, 0 where there is no label
@@ -125,6 +124,8 @@ class SpanCollator:
         - `completion_start` (B,) int64: position of the completion's first token
         - `row_index` (B,) int64
         - `input_ids` (B, T) int64 and `attention_mask` (B, T) int64, padded on the right
+        - for a flat row, `prefix_layout` ([`PrefixLayout`]) and `token_index` (B, T) int64: where each token is in it
+          (0 where there is none)
 
     Raises:
         `ValueError`: no rows, or a label of a category that is not below `num_categories`.
@@ -165,8 +166,9 @@ class SpanCollator:
     pad_token_id: int
     num_categories: int = 1
     pad_to_multiple_of: int | None = None
+    shared_prefix: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not rows:
             raise ValueError("a batch needs at least one row, found none")
         padded = _padded([row["span_input_ids"] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
@@ -191,7 +193,29 @@ class SpanCollator:
             "completion_start": torch.tensor([row["completion_start"] for row in rows]),
             "row_index": torch.tensor([row["row_index"] for row in rows]),
             **padded,
+            **(_flat(rows, padded["input_ids"].shape[1]) if self.shared_prefix else {}),
         }
+
+
+def _flat(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
+    """`prefix_layout` and `token_index` of rows with labelled spans, or nothing if that saves too little."""
+    groups: dict[tuple[int, ...] | int, list[int]] = {}
+    for number, row in enumerate(rows):
+        ids, start = row["span_input_ids"], row["completion_start"]
+        groups.setdefault(tuple(ids[:start]) if 0 < start < len(ids) else number, []).append(number)
+    parts = [split_prefix([rows[number]["span_input_ids"] for number in numbers]) for numbers in groups.values()]
+    layout = build_layout(parts)
+    if layout.num_tokens >= FLAT_BELOW * layout.padded_tokens:
+        return {}
+    index = torch.zeros(len(rows), width, dtype=torch.int64)  # (B, T)
+    place = 0  # in the row: a prompt, its completions, the next prompt, ...
+    for numbers, (prefix, completions) in zip(groups.values(), parts, strict=True):
+        index[numbers, : len(prefix)] = torch.arange(place, place + len(prefix))
+        place += len(prefix)
+        for number, own in zip(numbers, completions, strict=True):
+            index[number, len(prefix) : len(prefix) + len(own)] = torch.arange(place, place + len(own))
+            place += len(own)
+    return {"prefix_layout": layout, "token_index": index}
 
 
 def _padded(sequences: list[list[int]], pad_token_id: int, multiple: int | None) -> dict[str, torch.Tensor]:
@@ -199,9 +223,6 @@ def _padded(sequences: list[list[int]], pad_token_id: int, multiple: int | None)
     width = max(len(ids) for ids in sequences)
     if multiple is not None:
         width = -(-width // multiple) * multiple
-    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)  # (N, T)
-    attention_mask = torch.zeros(len(sequences), width, dtype=torch.int64)  # (N, T)
-    for position, ids in enumerate(sequences):
-        input_ids[position, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        attention_mask[position, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    input_ids = torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for ids in sequences])  # (N, T)
+    lengths = torch.tensor([len(ids) for ids in sequences])  # (N,)
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}

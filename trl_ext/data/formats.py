@@ -34,6 +34,7 @@ def prepare_groups(
     num_proc: int | None = None,
     min_survival: float = 0.5,
     loss_needs_ratings: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Validate and tokenize the rows of a data set into groups.
 
@@ -62,6 +63,7 @@ def prepare_groups(
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
         min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
         loss_needs_ratings (`bool`, *optional*, defaults to `False`): refuse `ranks`, whose distances mean nothing.
+        vocab_size (`int`, *optional*): refuse rows that were tokenized before with an id that is not below it.
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
@@ -82,6 +84,7 @@ def prepare_groups(
         "schema": schema,
         "max_length": max_length,
         "dataset_name": dataset_name,
+        "vocab_size": vocab_size,
         "cache_version": _CACHE_VERSION,
     }
     return map_rows(dataset, prepare_row, arguments, _new_features(schema), report, min_survival, num_proc), report
@@ -95,10 +98,11 @@ def prepare_row(
     schema: Schema,
     max_length: int | None,
     dataset_name: str,
+    vocab_size: int | None,
     cache_version: int,
 ) -> dict[str, Any]:
     """The new columns of one row, with its counts; `candidate_ids` is empty where the group does not survive."""
-    checks = RowChecks(index, dataset_name)
+    checks = RowChecks(index, dataset_name, vocab_size)
     group = check_row(row, schema, checks)
     ids = group.completions if schema.tokenized else _encode(group, tokenizer, policy, schema, checks)
     fits = [max_length is None or len(candidate) <= max_length for candidate in ids]

@@ -59,6 +59,22 @@ class Located:
         """
         return np.flatnonzero((self.starts < end) & (self.ends > start) & (start < end))
 
+    def texts(self, text: str) -> list[str]:
+        """`text`, the completion, in a piece for each token from `completion_start` on; joined they are the text.
+
+        A character that is spread over several tokens is with the first of them, and one without a token (white space
+        in BERT) with the next token; what closes a completion has an empty piece. Of a row that was cut to
+        `max_length` what was cut off is missing.
+        """
+        pieces, done = [], 0
+        for end in self.ends[self.completion_start :].tolist():
+            upto = max(done, min(end, len(text)))
+            pieces.append(text[done:upto])
+            done = upto
+        if pieces and not self.truncated:
+            pieces[-1] += text[done:]
+        return pieces
+
 
 def completion_text(completion: Completion) -> str:
     """The text that character spans count in: a string itself, of messages the content of the last one.

@@ -6,6 +6,7 @@ It knows where rows lie and in which file format. It does not know what their co
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -60,17 +61,20 @@ def load_source(name: str, config: str | None = None, streaming: bool = False) -
 
     Raises:
         FileNotFoundError: if the name of a local file was given and it does not exist.
-        ValueError: for a file of unknown format, or a `config` where there can be none.
+        ValueError: for a file of unknown format or with damaged content, or a `config` where there can be none.
     """
     builder = file_format(name)
     saved = any((Path(name) / marker).is_file() for marker in _SAVED_MARKERS)
     if config is not None and (builder is not None or saved):
         raise ValueError(f"'{name}' is local data and has no configurations, but dataset_config={config!r} was given.")
-    if builder is not None:
-        return load_dataset(builder, data_files={"train": name}, streaming=streaming)
     if saved:
         return _load_saved(name, streaming)
-    return load_dataset(name, name=config, streaming=streaming)
+    try:
+        if builder is not None:
+            return load_dataset(builder, data_files={"train": name}, streaming=streaming)
+        return load_dataset(name, name=config, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"'{name}' cannot be read as a data set: {error.__cause__ or error}") from error
 
 
 def select_split(splits: DatasetDict | IterableDatasetDict, split: str, argument: str) -> Dataset | IterableDataset:

@@ -60,11 +60,19 @@ def shown(value: Any) -> str:
 
 
 class RowChecks:
-    """The checks for one row; remembers where it is, so that each error can say so."""
+    """
+    The checks for one row; remembers where it is, so that each error can say so.
 
-    def __init__(self, row: int, dataset: str):
+    Args:
+        row (`int`): its index, from 0.
+        dataset (`str`): name of its data set.
+        vocab_size (`int`, *optional*): token ids that the model knows are below it; not checked by default.
+    """
+
+    def __init__(self, row: int, dataset: str, vocab_size: int | None = None):
         self.row = row
         self.dataset = dataset
+        self.vocab_size = vocab_size
 
     def error(self, column: str, found: str, needed: str, fix: str) -> DataError:
         """A `DataError` at this row."""
@@ -128,6 +136,13 @@ class RowChecks:
             or not all(isinstance(item, int) and item >= 0 for item in value)
         ):
             raise self.error(column, shown(value), "a non-empty list of token ids", "Tokenize the row again.")
+        if self.vocab_size is not None and max(value) >= self.vocab_size:
+            raise self.error(
+                column,
+                f"the token id {max(value)}",
+                f"ids below {self.vocab_size}, the size of the model's vocabulary",
+                "Tokenize the rows with the tokenizer of this model.",
+            )
         return list(value)
 
     def candidate_list(self, value: Any, column: str) -> list[Any]:

@@ -1,15 +1,18 @@
-"""How good is the answer that a rule picks from K samples: at random, by majority, by a model's scores, by an oracle.
+"""How good is the answer that a rule picks from K samples: at random, by a vote, by a model's scores, by an oracle.
 
-Pure Python on lists of whether answers are right; it knows nothing of models or of the task.
+Lists of whether answers are right go in; it knows nothing of models or of the task.
 
 Every figure is the mean over prompts of the chance that the pick is right, with the standard error of that mean. Ties
-are broken at random and the chance is computed, not drawn, so no figure depends on a seed. Two figures on the same
+are broken at random and the chance is computed, not drawn, so no figure depends on a seed (only in a weighted vote,
+where ties are rare, the answer that was given first wins). Two figures on the same
 prompts are compared prompt by prompt ([`paired_gain`]): the difficulty of prompts, which both share, then cancels out.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+
+from trl_ext.metrics.voting import best_of_k, weighted_vote
 
 
 def random_pick(right: Sequence[bool]) -> float:
@@ -35,45 +38,21 @@ def majority_pick(right: Sequence[bool], answers: Sequence[Hashable]) -> float:
     return sum(is_right[answer] for answer in leaders) / len(leaders)
 
 
-def oracle_pick(right: Sequence[bool]) -> float:
-    """1 if any answer is right, else 0: the best that any pick can do."""
-    return float(any(right))
-
-
-def best_of_n_pick(right: Sequence[bool], scores: Sequence[float], n: int | None = None) -> float:
-    r"""
-    The chance that the highest-scored of `n` answers, drawn without replacement from all K, is right.
-
-    With distinct scores the chance is \\( \sum_r \binom{K - r}{n - 1} / \binom{K}{n} \\) over the right answers' ranks
-    \\( r \\) (1 = highest score); equally scored answers share their ranks' chances equally. `n=1` is a random pick.
-
-    Args:
-        right (`Sequence[bool]`):
-            Whether each of the K answers is right.
-        scores (`Sequence[float]`):
-            The K scores, higher is better.
-        n (`int`, *optional*):
-            How many are drawn, from 1 to K. All of them by default.
+def weighted_pick(right: Sequence[bool], answers: Sequence[Hashable], weights: Sequence[float]) -> float:
+    """
+    1 if the answer with the largest sum of weights is right, else 0; see [`~trl_ext.metrics.voting.weighted_vote`].
 
     Example:
 
-    >>> best_of_n_pick([False, True, True], [3.0, 2.0, 1.0], n=2)
-    0.3333333333333333
+    >>> weighted_pick([True, False, False], ["4", "5", "5"], [0.9, 0.3, 0.4])
+    1.0
     """
-    size = len(right)
-    n = size if n is None else n
-    if not 1 <= n <= size:
-        raise ValueError(f"cannot draw n={n} of {size} answers; needed: a number from 1 to {size}")
-    order = sorted(range(size), key=lambda index: -scores[index])
-    chance, start = 0.0, 0
-    while start < size:
-        end = start
-        while end < size and scores[order[end]] == scores[order[start]]:
-            end += 1
-        weight = sum(math.comb(size - 1 - rank, n - 1) for rank in range(start, end)) / math.comb(size, n)
-        chance += weight * sum(right[index] for index in order[start:end]) / (end - start)
-        start = end
-    return chance
+    return float(dict(zip(answers, right, strict=True))[weighted_vote(answers, weights)])
+
+
+def oracle_pick(right: Sequence[bool]) -> float:
+    """1 if any answer is right, else 0: the best that any pick can do."""
+    return float(any(right))
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:
@@ -91,7 +70,10 @@ def paired_gain(values: Sequence[float], baseline: Sequence[float]) -> dict[str,
 
 
 def compare_picks(
-    right: Sequence[Sequence[bool]], answers: Sequence[Sequence[Hashable]], scores: Sequence[Sequence[float]]
+    right: Sequence[Sequence[bool]],
+    answers: Sequence[Sequence[Hashable]],
+    scores: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]],
 ) -> dict[str, object]:
     """
     All picks side by side.
@@ -100,20 +82,23 @@ def compare_picks(
         right (`Sequence[Sequence[bool]]`):
             For each prompt and each of its K answers, whether it is right.
         answers (`Sequence[Sequence[Hashable]]`):
-            The answers, for the majority vote.
+            The answers, for the votes.
         scores (`Sequence[Sequence[float]]`):
             The model's scores.
+        weights (`Sequence[Sequence[float]]`):
+            What each answer weighs in the model's vote.
 
     Returns:
-        `dict`: `random`, `majority`, `best_of_n`, `oracle` and the paired gain `best_of_n_over_random`, each with
-        `mean` and `standard_error`; and `curve`: for each power of two n up to K the means of `best_of_n` and of
-        `oracle`.
+        `dict`: `random`, `majority`, `best_of_n`, `weighted_vote`, `oracle` and the paired gain
+        `best_of_n_over_random`, each with `mean` and `standard_error`; and `curve`: for each power of two n up to K
+        the means of `best_of_n` and of `oracle`.
     """
     size = len(right[0])
     picks: dict[str, list[float]] = {
         "random": [random_pick(row) for row in right],
         "majority": [majority_pick(row, given) for row, given in zip(right, answers, strict=True)],
-        "best_of_n": [best_of_n_pick(row, score) for row, score in zip(right, scores, strict=True)],
+        "best_of_n": [best_of_k(row, score, size) for row, score in zip(right, scores, strict=True)],
+        "weighted_vote": [weighted_pick(*row) for row in zip(right, answers, weights, strict=True)],
         "oracle": [oracle_pick(row) for row in right],
     }
     report: dict[str, object] = {name: mean_and_error(values) for name, values in picks.items()}
@@ -121,8 +106,8 @@ def compare_picks(
     report["curve"] = [
         {
             "n": n,
-            "best_of_n": _mean(lambda i, n=n: best_of_n_pick(right[i], scores[i], n), len(right)),
-            "oracle": _mean(lambda i, n=n: best_of_n_pick(right[i], [float(x) for x in right[i]], n), len(right)),
+            "best_of_n": _mean(lambda i, n=n: best_of_k(right[i], scores[i], n), len(right)),
+            "oracle": _mean(lambda i, n=n: best_of_k(right[i], [float(x) for x in right[i]], n), len(right)),
         }
         for n in (2**power for power in range(size.bit_length()))
         if n <= size

@@ -2,17 +2,22 @@
 
     policy -> samples -> reward        Plackett-Luce, LoRA on the policy
                       -> reward_nf4    the same, shorter, on the policy quantized to 4 bits
+                      -> orm           right and wrong answers, LoRA on the policy
+                      -> prm           lines up to the first wrong one, LoRA on the policy
 
 A further stage is a [`~trl_ext.demo.stages.Stage`] appended to [`plan`]: it names the stages that it needs and finds
-their files in `context.folders`. It knows names and numbers; what a stage does is in `policy_stages` and
-`reward_stages`.
+their files in `context.folders`. It knows names and numbers; what a stage does is in `policy_stages`,
+`reward_stages` and `token_stages`.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from .policy_stages import run_policy, run_samples
 from .reward_stages import run_reward
-from .stages import Stage
+from .stages import Stage, StageContext
+from .token_stages import run_orm, run_prm
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Sizes:
     num_samples: int = 8
     reward_steps: int = 1500
     nf4_steps: int = 700
+    orm_steps: int = 400
+    prm_steps: int = 350
 
 
 # Whether everything runs, not whether it learns.
@@ -38,12 +45,16 @@ SMOKE = Sizes(
     held_out_prompts=12,
     reward_steps=4,
     nf4_steps=2,
+    orm_steps=2,
+    prm_steps=2,
 )
 
 TEMPERATURE = 0.8
 BATCH_SIZE = 8  # groups; with 4 one of three seeds stayed on its plateau for 1,500 steps
 LEARNING_RATE = 1e-3
 LORA_RANK = 16
+TOKEN_BATCH_SIZE = 64  # completions
+TOKEN_LEARNING_RATE = 1e-3
 
 
 def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
@@ -62,16 +73,28 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
     def chosen(*names: str) -> dict[str, int]:
         return {name: sizes[name] for name in names}
 
-    def reward(name: str, title: str, steps: int, quantized: bool, seconds: float) -> Stage:
+    def model(
+        name: str,
+        title: str,
+        run: Callable[[StageContext], dict[str, Any]],
+        steps: int,
+        seconds: float,
+        batch_size: int = BATCH_SIZE,
+        learning_rate: float = LEARNING_RATE,
+        **more: bool,
+    ) -> Stage:
         settings = {
             "seed": seed,
             "steps": steps,
-            "quantized": quantized,
-            "batch_size": BATCH_SIZE,
-            "learning_rate": LEARNING_RATE,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
             "lora_rank": LORA_RANK,
+            **more,
         }
-        return Stage(name, title, run_reward, settings, needs=("policy", "samples"), seconds=seconds, trains=True)
+        return Stage(name, title, run, settings, needs=("policy", "samples"), seconds=seconds, trains=True)
+
+    def token_model(name: str, title: str, run: Callable[[StageContext], dict[str, Any]], seconds: float) -> Stage:
+        return model(name, title, run, sizes[f"{name}_steps"], seconds, TOKEN_BATCH_SIZE, TOKEN_LEARNING_RATE)
 
     # The seconds were measured on one busy core; only their ratios matter once the first stage is under way.
     return [
@@ -91,6 +114,15 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
             needs=("policy",),
             seconds=1 if smoke else 30,
         ),
-        reward("reward", "reward model (LoRA)", sizes["reward_steps"], False, 2 if smoke else 55),
-        reward("reward_nf4", "reward model (LoRA on NF4)", sizes["nf4_steps"], True, 2 if smoke else 35),
+        model("reward", "reward model (LoRA)", run_reward, sizes["reward_steps"], 2 if smoke else 55, quantized=False),
+        model(
+            "reward_nf4",
+            "reward model (LoRA on NF4)",
+            run_reward,
+            sizes["nf4_steps"],
+            2 if smoke else 35,
+            quantized=True,
+        ),
+        token_model("orm", "outcome model (LoRA)", run_orm, 2 if smoke else 35),
+        token_model("prm", "process model (LoRA)", run_prm, 2 if smoke else 35),
     ]

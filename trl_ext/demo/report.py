@@ -104,6 +104,12 @@ def format_table(report: Mapping[str, Any]) -> str:
             + f"   gain over random {_with_error(result['best_of_n_over_random'], '+')}"
             for result in models.values()
         ),
+        *(
+            _pick_line(f"best of {result['n']} by {result['title']}, prod", result["best_of_n_prod"])
+            for result in models.values()
+            if "best_of_n_prod" in result
+        ),
+        *(_pick_line(f"vote weighted by {result['title']}", result["weighted_vote"]) for result in models.values()),
         _pick_line("oracle (any of them right)", report["oracle"]),
         "",
         f"  {'stage':<46}{'time':>6}",
@@ -132,6 +138,8 @@ def save_plot(report: Mapping[str, Any], path: Path) -> bool:
         error = SAMPLING_ERROR * result["best_of_n"]["standard_error"]
         line = axes.plot(sizes, [point["best_of_n"] for point in curve], "o-", label=f"best of n by {result['title']}")
         axes.errorbar(sizes[-1], curve[-1]["best_of_n"], yerr=error, color=line[0].get_color(), capsize=3)
+        axes.plot(1.06 * sizes[-1], result["weighted_vote"]["mean"], "x", color=line[0].get_color())
+    axes.plot([], [], "x", color="black", label=f"vote of {sizes[-1]}, weighted by that model")
     for name, style in (("majority", "-."), ("random", ":")):
         axes.axhline(report[name]["mean"], linestyle=style, color="grey", label=f"{name} (of {sizes[-1]})")
     axes.set_xscale("log", base=2)

@@ -126,7 +126,8 @@ def bradley_terry(
         first_two = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :2]
         scores, ratings, mask = (tensor.gather(-1, first_two) for tensor in (scores, ratings, mask))
     gap = ratings[:, 0] - ratings[:, 1]  # (B,)
-    delta = torch.where(gap < 0, scores[:, 1] - scores[:, 0], scores[:, 0] - scores[:, 1])  # (B,)
+    delta = scores[:, 0] - scores[:, 1]  # (B,)
+    delta = torch.where(gap < 0, -delta, delta)
 
     if margin_from_ratings:
         if margin is not None:

@@ -95,9 +95,10 @@ def bce(
     L = \sum_{t, g} -w_1 \, q \log \sigma(z) - w_0 \, (1 - q) \log \sigma(-z)
     $$
 
-    With the label of the whole solution on all of its tokens it is the verifier of *Training Verifiers to Solve Math
-    Word Problems* by K. Cobbe et al. (https://huggingface.co/papers/2110.14168). They train a language model loss
-    beside it, which is not part of this.
+    With the label of the whole solution on all of its tokens it trains the token-level verifier of *Training Verifiers
+    to Solve Math Word Problems* by K. Cobbe et al. (https://huggingface.co/papers/2110.14168), for which they report
+    [`mse`], and no notable difference to cross-entropy. They train a language model loss beside it, which is not part
+    of this.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, G, 1)`):

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -97,9 +98,16 @@ def build_reward_model(
     old_name = kwargs.pop("torch_dtype", torch.float32)
     dtype = as_dtype(kwargs.pop("dtype", old_name))
 
+    if (Path(model_id).is_absolute() or str(model_id).startswith(".")) and not Path(model_id).is_dir():
+        raise FileNotFoundError(f"{model_id} is not a folder. Needed: the folder or Hub id of a model.")
     # as in AutoModel.from_pretrained: the config takes its own fields from the arguments and returns the others
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config, kwargs = AutoConfig.from_pretrained(model_id, num_labels=num_labels, return_unused_kwargs=True, **kwargs)
+    try:
+        config, kwargs = AutoConfig.from_pretrained(
+            model_id, num_labels=num_labels, return_unused_kwargs=True, **kwargs
+        )
+    except ValueError as error:  # no model's folder, a family that transformers does not know, code of its own
+        raise ValueError(f"{model_id} cannot be loaded as a model: {error}") from error
     kwargs |= hub
     auto_class = _auto_class(config, choose_head_class(config) if head == "per_token" else head)
     quantized = quantization_config or config.__dict__.get("quantization_config")
@@ -207,6 +215,14 @@ def add_adapter(
     adapter's targets. The given config is not changed. Raises `ValueError` for an adapter type that cannot carry a
     full module (prompt learning), and for a config that names the head as a target.
     """
+    config = adapter_config(model, peft_config, head)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return peft_model
+
+
+def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[str]) -> PeftConfig:
+    """A copy of the user's config with which the head is trained and saved; raises as [`add_adapter`] does."""
     config = copy.deepcopy(peft_config)
     if config.is_prompt_learning or "modules_to_save" not in config.__dict__:
         raise ValueError(
@@ -233,9 +249,7 @@ def add_adapter(
             config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?(?:{'|'.join(map(re.escape, linear))})"
         else:
             config.exclude_modules = sorted({*(config.exclude_modules or []), *linear})
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    return peft_model
+    return config
 
 
 def _as_list(targets: list[str] | set[str] | str | None) -> list[str]:

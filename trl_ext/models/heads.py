@@ -11,6 +11,7 @@ always saved.
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -38,7 +39,8 @@ class Float32Linear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device_type=input.device.type, enabled=False):
+        kind = input.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             bias = None if self.bias is None else self.bias.float()
             return nn.functional.linear(input.float(), self.weight.float(), bias)
 
@@ -222,12 +224,17 @@ def candidate_scores(
 def token_logits_at_last(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, call: Callable | None = None
 ) -> torch.Tensor:
-    """As [`candidate_scores`] for any number of labels: fp32 logits of shape `(N, C)`."""
+    """
+    As [`candidate_scores`] for any number of labels: fp32 logits of shape `(N, C)`.
+
+    A stacked model ([`StackedRewardModel`](stacked_model)) gives those of all members: `(M * N, C)`, member by member.
+    """
     input_ids, attention_mask = _pad_right(input_ids, attention_mask)
     output, raw = run_with_head_output(model, input_ids, attention_mask, call)
     if raw.dim() == 2:  # pooled before the head: an encoder
         return output.logits.float()
     last = attention_mask.long().sum(dim=1) - 1  # (N,)
+    last = last.repeat(len(raw) // len(last))  # (M * N,)
     return raw[torch.arange(len(raw), device=raw.device), last].float()
 
 
@@ -270,10 +277,9 @@ def last_head_module(base: PreTrainedModel) -> nn.Module:
 
 def _pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move left padding to the right: absolute positions then count from the first real token."""
-    mask = attention_mask.bool()
-    if bool(mask[:, 0].all()):
+    if bool(attention_mask[:, 0].all()):
         return input_ids, attention_mask
-    order = torch.argsort((~mask).long(), dim=1, stable=True)  # real tokens first, their order kept
+    order = torch.argsort((~attention_mask.bool()).long(), dim=1, stable=True)  # real tokens first, their order kept
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 

@@ -123,6 +123,8 @@ def load_reward_model(
         key: load_kwargs.pop(key) for key in ("base_model", "quantization_config", "dtype") if key in load_kwargs
     }
     is_adapter = Path(folder, "adapter_config.json").is_file()
+    if sidecar is None and not is_adapter:
+        _refuse_language_model(path, folder)
     if sidecar is not None and sidecar.is_adapter != is_adapter:
         was, now = ("an adapter", "none") if sidecar.is_adapter else ("a full model", "an adapter")
         raise SidecarError(
@@ -161,13 +163,13 @@ def load_reward_model(
         make_head_exact(model, head)  # before the adapter's own copy is made from it
         if base.vocab_size not in (None, vocab_size(model)):  # tokens were added; their embeddings are in the adapter
             model.resize_token_embeddings(base.vocab_size, mean_resizing=False)
-        _check_head_in_files(model, head, folder)
+        check_head_in_files(model, head, folder)
         model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     else:
         model, _ = build_reward_model(folder, quantization_config=overrides.get("quantization_config"), **load_kwargs)
         head = sidecar.head_modules if sidecar is not None else head_modules(model)
         make_head_exact(model, head)
-        saved = _check_head_in_files(model, head, folder)
+        saved = check_head_in_files(model, head, folder)
         for key, parameter in head_parameters(model, head).items():  # bf16 loading rounded them
             parameter.data.copy_(saved[key])
     make_head_exact(model, head)
@@ -176,7 +178,7 @@ def load_reward_model(
         logger.info(f"{path} has no reward_model.json: base and dtype are taken from its other files, unchecked.")
     else:
         set_sidecar(model, sidecar)
-        _check_probes(model, sidecar, path, allow_base_mismatch)
+        check_probes(model, sidecar, path, allow_base_mismatch)
     return model
 
 
@@ -185,7 +187,7 @@ def local_folder(path: str | Path, revision: str | None) -> str:
     if Path(path).is_dir():
         return str(path)
     if Path(path).is_absolute() or str(path).startswith("."):
-        raise FileNotFoundError(f"{path} is not a folder. Needed: the folder or Hub id of a saved reward model.")
+        raise FileNotFoundError(f"{path} is not a folder. Needed: the folder or Hub id of a saved model.")
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
         return snapshot_download(str(path), revision=revision, allow_patterns=files)
@@ -208,7 +210,20 @@ def _tensors(folder: str | Path, head: list[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _check_head_in_files(model: nn.Module, head: list[str], folder: str | Path) -> dict[str, torch.Tensor]:
+def _refuse_language_model(path: str | Path, folder: str) -> None:
+    """Raise [`HeadError`] if the config says that this is a language model, which has no head to score with."""
+    config = Path(folder, "config.json")
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    for name in names or []:
+        if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")):
+            raise HeadError(
+                f"{path} is a language model ({name}) without a reward head. Needed: a reward model as a trainer saved "
+                "it. Train one on this model first, e.g. with `trl-ext reward --model_name_or_path`."
+            )
+
+
+def check_head_in_files(model: nn.Module, head: list[str], folder: str | Path) -> dict[str, torch.Tensor]:
+    """The head's saved tensors. Raises [`HeadError`] unless there is one of the right shape for each in memory."""
     saved = _tensors(folder, head)
     for key, parameter in head_parameters(model, head).items():
         if key not in saved or saved[key].numel() == 0:
@@ -297,7 +312,32 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _check_probes(model: nn.Module, sidecar: Sidecar, path: str | Path, allow_base_mismatch: bool) -> None:
+def check_same_base(model: nn.Module, sidecar: Sidecar, path: str | Path) -> None:
+    """Raise [`BaseMismatchError`] if a model in memory says of itself that it is not the recorded base."""
+    here = describe_base(model)
+    differences = _differences(
+        sidecar.base,
+        {
+            "base_model": here.id,
+            "dtype": here.dtype,
+            "quantization_config": _quantization_config(here.quantization),
+        },
+    )
+    if sidecar.base.vocab_size not in (None, here.vocab_size):
+        differences.append(f"{sidecar.base.vocab_size} token embeddings, found {here.vocab_size}")
+    if differences:
+        raise BaseMismatchError(
+            f"{path} was trained on another base than the model in memory: {'; '.join(differences)}. Its scores would "
+            "change. Load that model as the reward model's base was loaded."
+        )
+
+
+def check_probes(model: nn.Module, sidecar: Sidecar, path: str | Path, allow_base_mismatch: bool) -> None:
+    """
+    Log by how much the scores of the probes moved since the model was saved.
+
+    Raises [`BaseMismatchError`] if that is more than rounding, unless `allow_base_mismatch`.
+    """
     drift = probe_drift(model, sidecar)
     if drift is None:
         return

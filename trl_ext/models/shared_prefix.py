@@ -2,7 +2,8 @@
 
 Knows transformers' attention interface and [`PrefixLayout`]. Knows nothing of text, losses or data sets. Everything in
 a decoder but attention is token-wise and stays untouched; the registered attention function regroups queries, keys and
-values by index and calls SDPA twice: prompts causally among themselves, each completion over its prompt and itself.
+values by index and calls SDPA once for prompts and completions of similar lengths: prompts causally among themselves,
+each completion over its prompt and itself.
 """
 
 import logging
@@ -55,21 +56,19 @@ def shared_prefix_attention(
     Returns:
         `torch.Tensor` of shape `(1, N, H, D)`, and `None` for the weights.
     """
-    layout = prefix_layout
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (N, H, D)
     options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
-    parts = []
-    if layout.prompt_index.shape[1]:
-        index = layout.prompt_index
-        windowed = sliding_window is not None and sliding_window < index.shape[1]
-        mask = layout.prompt_mask(sliding_window) if windowed else None
-        parts.append(_attend(query[index], key[index], value[index], mask, **options))  # (G * P, H, D)
-    windowed = sliding_window is not None and sliding_window < layout.key_index.shape[1]
-    mask = layout.completion_mask(sliding_window if windowed else None)
-    parts.append(
-        _attend(query[layout.completion_index], key[layout.key_index], value[layout.key_index], mask, **options)
-    )  # (S * C, H, D)
-    return torch.cat(parts)[layout.inverse][None], None
+    outputs = [
+        _attend(
+            query[block.query_index],
+            key[block.key_index],
+            value[block.key_index],
+            block.mask(sliding_window),
+            **options,
+        )
+        for block in prefix_layout.blocks
+    ]  # (A * Q, H, D) each
+    return torch.cat(outputs)[prefix_layout.inverse][None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
@@ -81,8 +80,12 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     """Attention of (B, T, H, D) states; causal where `mask` is None. Returns (B * T, H, D)."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, H, T, D)
-    grouped = query.shape[1] != key.shape[1]
-    if softcap is None and sinks is None:
+    repeats = query.shape[1] // key.shape[1]
+    plain = softcap is None and sinks is None
+    # on a GPU no fast kernel takes both a mask and fewer heads of keys than of queries
+    if repeats > 1 and not (plain and (mask is None or query.device.type == "cpu")):
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    if plain:
         output = scaled_dot_product_attention(
             query,
             key,
@@ -91,12 +94,9 @@ def _attend(
             is_causal=mask is None,
             dropout_p=dropout,
             scale=scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return output.transpose(1, 2).flatten(0, 1)
-    if grouped:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -164,13 +164,19 @@ def flat_token_logits(model: nn.Module, layout: PrefixLayout, call: Callable | N
         )
     finally:
         handle.remove()
-    return captured["output"][0].float()
+    return captured["output"].flatten(0, 1).float()  # GPT-2 gives the row of each member of a stacked model apart
 
 
 def flat_scores(model: nn.Module, layout: PrefixLayout, call: Callable | None = None) -> torch.Tensor:
-    """The logits at the last token of each sequence: fp32 `(S, C)`, groups in order."""
+    """
+    The logits at the last token of each sequence: fp32 `(S, C)`, groups in order.
+
+    A stacked model ([`StackedRewardModel`](stacked_model)) gives those of all members: `(M * S, C)`, member by member.
+    """
     logits = flat_token_logits(model, layout, call)
-    return logits[layout.last.to(logits.device)]
+    last = layout.last.to(logits.device)
+    rows = torch.arange(0, len(logits), layout.num_tokens, device=logits.device)  # where each member's row begins
+    return logits[(rows[:, None] + last).flatten()]
 
 
 def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> SharedPrefixSupport:

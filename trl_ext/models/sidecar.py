@@ -130,9 +130,9 @@ def read_sidecar(folder: str | Path) -> Sidecar | None:
         raise SidecarError(
             f"{path} has schema version {version!r}; this trl_ext reads up to {SCHEMA_VERSION}. Upgrade trl-ext."
         )
-    content = _known(Sidecar, content, path)
+    content = known_fields(Sidecar, content, path)
     try:
-        content["base"] = BaseModel(**_known(BaseModel, content["base"], path))
+        content["base"] = BaseModel(**known_fields(BaseModel, content["base"], path))
         return Sidecar(**content)
     except (KeyError, TypeError) as error:
         raise SidecarError(f"{path} lacks a field: {error}. Restore it from a checkpoint of the same run.") from error
@@ -165,7 +165,8 @@ def probe_scores(model: nn.Module, probes: list[list[int]]) -> list[float]:
     """
     Scores of the probes in eval mode, one sequence at a time, outside autocast. The model's mode is put back.
 
-    A head of C outputs gives C numbers for each probe, one after the other: those at its last token.
+    A head of C outputs gives C numbers for each probe, one after the other: those at its last token. A stacked model
+    gives those of each member, member after member.
 
     A model that a trainer prepared carries an autocast wrapper on its own `forward`; the class's forward has none.
     """
@@ -177,7 +178,7 @@ def probe_scores(model: nn.Module, probes: list[list[int]]) -> list[float]:
         for ids in probes:
             input_ids = torch.tensor([ids], device=device)
             logits = token_logits_at_last(model, input_ids, torch.ones_like(input_ids), call=_plain_call(model))
-            scores.extend(logits[0].tolist())
+            scores.extend(logits.flatten().tolist())
     finally:
         for module in training:
             module.training = True
@@ -208,7 +209,8 @@ def _plain_call(model: nn.Module) -> Callable:
     return lambda **inputs: type(model).forward(model, **inputs)
 
 
-def _known(cls: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
+def known_fields(cls: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What of a JSON object a dataclass has a field for; the rest is ignored with a warning."""
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(content) - names)
     if unknown:

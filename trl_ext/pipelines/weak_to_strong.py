@@ -24,6 +24,8 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
+from trl_ext.models.fingerprint import fingerprint
+
 from .cached_stages import Outcome, Stage, StageContext, run_stages
 from .records import canonical
 from .weak_to_strong_config import WeakToStrongArguments
@@ -96,6 +98,9 @@ def weak_to_strong(
     isolate = config.isolate == "always" or (config.isolate == "auto" and torch.cuda.is_available())
     report_to = "wandb" if "wandb" in (args.report_to or []) else "none"
 
+    names = {*config.weak_model_name_or_path, *config.strong_model_name_or_path}
+    identities = {name: model_identity(name) for name in names}
+
     def leg(model: str, seed: int, weak: bool, loss: str) -> Leg:
         return Leg(
             task=config.task,
@@ -114,7 +119,7 @@ def weak_to_strong(
 
     def stage(name: str, title: str, job: Leg, rows: str, judged: Sequence[str], needs: tuple[str, ...]) -> Stage:
         settings = {
-            "leg": describe(job),
+            "leg": describe(job, identities[job.model]),
             "rows": content_hash(splits[rows]),
             "judged": {split: content_hash(splits[split]) for split in judged},
             "hard_labels": config.hard_labels if needs else None,
@@ -319,8 +324,8 @@ def check_splits(splits: dict[str, list[Row]]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- identity
-def describe(leg: Leg) -> dict[str, Any]:
-    """Everything of a leg that its result depends on, as JSON values."""
+def describe(leg: Leg, identity: str) -> dict[str, Any]:
+    """Everything of a leg that its result depends on, as JSON values; `identity` is that of its model."""
     arguments = {
         name: value
         for name, value in leg.args.to_dict().items()
@@ -330,7 +335,7 @@ def describe(leg: Leg) -> dict[str, Any]:
     metric = None if leg.metric is None else f"{leg.metric.__module__}.{leg.metric.__qualname__}"
     described = {
         "task": leg.task,
-        "model": model_identity(leg.model),
+        "model": identity,
         "arguments": {**arguments, **leg.overrides},
         "seed": leg.seed,
         "peft": None if peft is None else peft.to_dict(),
@@ -346,17 +351,5 @@ def _plain(value: Any) -> Any:
 
 
 def model_identity(name: str) -> str:
-    """A Hub id as it is; a folder by the names, sizes and first and last MiB of its files."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            if size > 2**20:
-                file.seek(max(2**20, size - 2**20))
-                digest.update(file.read())
-    return digest.hexdigest()
+    """A Hub id as it is; a folder by its content."""
+    return fingerprint(Path(name)) if Path(name).is_dir() else name

@@ -1,6 +1,7 @@
-"""Scoring text with a reward model: `scorer` turns a model into a TRL reward function."""
+"""Scoring text with reward models: `scorer` turns one into a TRL reward function, `ensemble` several."""
 
+from .ensemble import RewardEnsemble
 from .scorer import RewardScorer
 
 
-__all__ = ["RewardScorer"]
+__all__ = ["RewardEnsemble", "RewardScorer"]

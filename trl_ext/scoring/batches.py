@@ -73,7 +73,10 @@ class BatchRunner:
                 module.training = True
 
     def scores(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[float | None]:
-        """The scalar score of each list of token ids; `None` for an empty list. To be called within `mode`."""
+        """
+        The scalar score of each list of token ids; `None` for an empty list. To be called within `mode`. A stacked
+        model gives a list of the scores by its members.
+        """
         groups = share_prompts(prompts, ids)
         if groups and self._pays_flat(groups, ids):
             return self._run(groups, len(ids), self._flat_batch, flat=True)
@@ -124,13 +127,13 @@ class BatchRunner:
         """Most tokens and most rows of a batch."""
         return (self._limit, None) if self._by_tokens else (None, self._limit)
 
-    def _flat_batch(self, batch: list[SharedRows]) -> list[float]:
+    def _flat_batch(self, batch: list[SharedRows]) -> list[Any]:
         device = next(self._model.parameters()).device
         layout = build_layout([(group.prefix, group.own) for group in batch]).to(device)
-        return flat_scores(self._model, layout, call=self._plain_call())[:, 0].tolist()
+        return _by_row(flat_scores(self._model, layout, call=self._plain_call())[:, 0], len(layout.last))
 
-    def _padded_batch(self, ids: list[Sequence[int]]) -> list[float]:
-        return candidate_scores(self._model, *self._pad(ids), call=self._plain_call()).tolist()
+    def _padded_batch(self, ids: list[Sequence[int]]) -> list[Any]:
+        return _by_row(candidate_scores(self._model, *self._pad(ids), call=self._plain_call()), len(ids))
 
     def _token_batch(self, ids: list[Sequence[int]]) -> list[torch.Tensor]:
         _, raw = run_with_head_output(self._model, *self._pad(ids), call=self._plain_call())
@@ -169,6 +172,11 @@ class BatchRunner:
             f"{self._limit} {'tokens' if self._by_tokens else 'rows'} a batch, halved again where needed.",
             "memory",
         )
+
+
+def _by_row(scores: torch.Tensor, rows: int) -> list[Any]:
+    """Scores (N,) as numbers; those of a stacked model (M * N,), member after member, as a list of M for each row."""
+    return scores.tolist() if len(scores) == rows else scores.view(-1, rows).T.tolist()
 
 
 def _single(groups: list[SharedRows], ids: Sequence[list[int]]) -> list[SharedRows]:

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_ext.data.offsets import completion_text
 from trl_ext.data.segmentation import CharSpan
 from trl_ext.data.tokenization import Completion, Prompt, TokenPolicy
 from trl_ext.data.validation import DataError
@@ -80,8 +81,12 @@ class RewardScorer:
             each category, by default `"sum"`, and adds up the categories: weighted, if this maps each to its weight.
             A callable gets what `score_steps` or `score_segments` gives for a completion.
         segmenter (`str` or `Callable`, *optional*):
-            What cuts a completion for the scalar call of a process or segment model, see `trl_ext.data.segmentation`.
-            Defaults to the step separator of training, and to sentences.
+            What cuts a completion for the scalar call of a process or segment model, see `trl_ext.data.segmentation`;
+            `score_steps` and `score_segments` are told the steps and spans. Default for a process model: cut behind
+            each step separator of training, where an empty line belongs to the step before it (in `score_steps` it is
+            a step of its own); an empty separator has no default. Default for a segment model: English sentences, for
+            all categories alike, since training may have had segments of any size in each; pass
+            `functools.partial(sentences, language=...)` or your own for others. An outcome model needs none.
         shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
             Run rows with the same prompt as one flat row that holds the prompt once, where that saves at least 5 % of
             the tokens. `"auto"` does so if the model passes a numerical check; `True` raises if it does not.
@@ -146,6 +151,8 @@ class RewardScorer:
         self._kind = "scalar" if sidecar is None else sidecar.kind
         if self._kind == "scalar" and (aggregation is not None or segmenter is not None):
             raise ValueError("A scalar model has nothing to aggregate: leave `aggregation` and `segmenter` out.")
+        if self._kind == "outcome" and segmenter is not None:
+            raise ValueError("An outcome model is read at each token and not by segment: leave `segmenter` out.")
         self._views = None if self._kind == "scalar" else TokenViews(sidecar, aggregation, segmenter)
         self._gives_scalars = self._views is None or self._views.is_scalar  # the last token's output is all
         if sidecar is None:
@@ -263,6 +270,23 @@ class RewardScorer:
         refuse("score_tokens", self._kind, self.__name__)
         cuts = [Cut(completion, []) for completion in completions]
         return self._read(prompts, cuts, columns, lambda located, outputs, spans: self._views.tokens(located, outputs))
+
+    def token_texts(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> list[list[str]]:
+        """
+        The piece of the completion behind each output of `score_tokens`, empty for what closes it. Joined they are the
+        completion (up to `max_length`). Arguments and errors as there; the model is not run.
+        """
+        refuse("score_tokens", self._kind, self.__name__)
+        given = {"prompts": prompts, "completions": completions}
+        given |= {name: columns.get(name) for name in ("tools", "chat_template_kwargs")}
+        self._check_lengths(len(completions), given)
+        rows = [[v if v is None else v[row] for v in given.values()] for row in range(len(completions))]
+        return [
+            self._encoder.locate(number, *row).texts(completion_text(row[1]) if row[1] else "")
+            for number, row in enumerate(rows)
+        ]
 
     def score_steps(
         self,

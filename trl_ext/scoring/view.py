@@ -1,7 +1,7 @@
 """A scored completion to look at: each token, step or segment on a colour from red to green, as HTML or as text.
 
 Knows texts and numbers between them. Knows nothing of models; what is shown comes from `RewardScorer.score_steps`,
-`.score_segments` or `.score_tokens`.
+`.score_segments` or `.score_tokens`, and for the last from `.token_texts`. A PNG is made by `picture.to_png`.
 """
 
 import html
@@ -45,14 +45,14 @@ def to_html(
     Path("steps.html").write_text(to_html([step + "\\n" for step in steps], scores, prompt=prompt), encoding="utf-8")
     ```
     """
-    shares = _shares(pieces, scores, low, high)
+    places = shares(pieces, scores, low, high)
     spans = []
-    for piece, score, share in zip(pieces, scores, shares, strict=True):
+    for piece, score, share in zip(pieces, scores, places, strict=True):
         text = html.escape(piece)
         if share is None:
             spans.append(text)
         else:
-            spans.append(f'<span style="background: rgb{_colour(share)}" title="{score:.4g}">{text}</span>')
+            spans.append(f'<span style="background: rgb{colour(share)}" title="{score:.4g}">{text}</span>')
     front = f'<span style="color: #666">{html.escape(prompt)}</span>' if prompt else ""
     return (
         f'<!DOCTYPE html>\n<html><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>\n'
@@ -69,7 +69,7 @@ def to_text(pieces: Sequence[str], scores: Sequence[float | None]) -> str:
     '3 + 4 = 7[0.98]\\\\n7 * 2 = 15[0.03]\\\\n'
     ```
     """
-    _shares(pieces, scores, 0.0, 1.0)
+    shares(pieces, scores, 0.0, 1.0)
     parts = []
     for piece, score in zip(pieces, scores, strict=True):
         text = piece.rstrip()
@@ -77,8 +77,8 @@ def to_text(pieces: Sequence[str], scores: Sequence[float | None]) -> str:
     return "".join(parts)
 
 
-def _shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, high: float) -> list[float | None]:
-    """Where each score lies between `low` and `high`, 0 to 1."""
+def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, high: float) -> list[float | None]:
+    """Where each score lies between `low` and `high`, 0 to 1. Raises `ValueError` as `to_html`."""
     if len(pieces) != len(scores):
         raise ValueError(f"Found {len(pieces)} pieces and {len(scores)} scores; needed: one score for each piece.")
     if not low < high:
@@ -89,8 +89,8 @@ def _shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, h
     return [None if score is None else (min(max(score, low), high) - low) / (high - low) for score in scores]
 
 
-def _colour(share: float) -> tuple[int, int, int]:
-    """From red over a pale yellow to green."""
+def colour(share: float) -> tuple[int, int, int]:
+    """From red over a pale yellow to green; red, green and blue from 0 to 255."""
     start, end, part = (_RED, _MIDDLE, 2 * share) if share < 0.5 else (_MIDDLE, _GREEN, 2 * share - 1)
     red, green, blue = (round(a + part * (b - a)) for a, b in zip(start, end, strict=True))
     return red, green, blue

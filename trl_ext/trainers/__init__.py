@@ -5,6 +5,8 @@ from trl_ext.upstream import check_upstream
 
 check_upstream()
 
+from .ensemble_config import RewardEnsembleConfig  # noqa: E402
+from .ensemble_trainer import RewardEnsembleTrainer  # noqa: E402
 from .orm_config import ORMConfig  # noqa: E402
 from .orm_trainer import ORMTrainer  # noqa: E402
 from .prm_config import PRMConfig  # noqa: E402
@@ -13,6 +15,8 @@ from .reward_config import RewardConfig  # noqa: E402
 from .reward_trainer import RewardTrainer  # noqa: E402
 from .segment_config import SegmentRewardConfig  # noqa: E402
 from .segment_trainer import SegmentRewardTrainer  # noqa: E402
+from .weak_to_strong_config import WeakToStrongConfig  # noqa: E402
+from .weak_to_strong_trainer import WeakToStrongTrainer  # noqa: E402
 
 
 __all__ = [
@@ -21,7 +25,11 @@ __all__ = [
     "PRMConfig",
     "PRMTrainer",
     "RewardConfig",
+    "RewardEnsembleConfig",
+    "RewardEnsembleTrainer",
     "RewardTrainer",
     "SegmentRewardConfig",
     "SegmentRewardTrainer",
+    "WeakToStrongConfig",
+    "WeakToStrongTrainer",
 ]

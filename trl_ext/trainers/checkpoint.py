@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 from peft import PeftModel
 from transformers import Trainer
 
 from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.models.ensemble_files import EnsembleFile, write_ensemble
 from trl_ext.models.loading import describe_base, save_sidecar
 from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar, vocab_size
+from trl_ext.models.stacked_model import MEMBER
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,10 @@ class SidecarWriter:
             ids = make_probes(vocab_size(trainer.model))
             probes = {"input_ids": ids, "scores": probe_scores(trainer.model, ids)}
         sidecar = self._describe(trainer, probes)
+        self._warn_of_pad(sidecar)
+        save_sidecar(trainer.model, sidecar, folder)
+
+    def _warn_of_pad(self, sidecar: Sidecar) -> None:
         if sidecar.pad_is_eos and not self._warned_of_pad:
             self._warned_of_pad = True
             logger.warning(
@@ -66,7 +73,6 @@ class SidecarWriter:
                 "by comparing with the pad id and ignores a final EOS, so its scores can differ. "
                 f"({SIDECAR_NAME} says so too.)"
             )
-        save_sidecar(trainer.model, sidecar, folder)
 
     def _describe(self, trainer: Trainer, probes: dict[str, list] | None) -> Sidecar:
         model, tokenizer = trainer.model, trainer.processing_class
@@ -80,3 +86,27 @@ class SidecarWriter:
             probes=probes,
             **self._described,
         )
+
+
+class EnsembleWriter(SidecarWriter):
+    """
+    The same for a [`StackedRewardModel`](~trl_ext.models.stacked_model.StackedRewardModel): each member's folder gets
+    a tokenizer and a `reward_model.json` of its own, and the ensemble's its `reward_ensemble.json`.
+    """
+
+    def write(self, trainer: Trainer, folder: str | Path) -> None:
+        if not trainer.args.should_save:
+            return
+        model = trainer.model
+        model.use_rows()
+        ids = make_probes(vocab_size(model))
+        scores = torch.tensor(probe_scores(model, ids)).view(len(ids), model.members)
+        names = [MEMBER.format(member) for member in range(model.members)]
+        for member, name in enumerate(names):
+            model.check_saved(member, Path(folder, name))
+            trainer.processing_class.save_pretrained(Path(folder, name))
+            probes = {"input_ids": ids, "scores": scores[:, member].tolist()}
+            sidecar = self._describe(trainer, probes)
+            sidecar.save(Path(folder, name))
+        self._warn_of_pad(sidecar)
+        write_ensemble(folder, EnsembleFile(members=names, branch_layer=model.branch_layer))

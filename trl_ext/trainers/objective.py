@@ -89,6 +89,17 @@ class RankingObjective:
                     column=source,
                     dataset=name,
                 ) from error
+        if columns.issuperset(PER_GROUP.values()):
+            try:
+                self._try(**dict.fromkeys(PER_GROUP, torch.tensor([0.5, 0.25])))
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"'margin' beside 'preference_probability', and the loss '{self.name}' cannot use both ({error})",
+                    "one of the two",
+                    "Drop the other with dataset.remove_columns.",
+                    column="margin",
+                    dataset=name,
+                ) from error
         if self._loss is bradley_terry and isinstance(dataset, Dataset):  # of a stream the first batch tells
             columns = dataset.select_columns(["candidate_ratings", "row_index"]).with_format("arrow")[:]
             sizes = pc.list_value_length(columns["candidate_ratings"]).to_numpy()

@@ -27,6 +27,8 @@ class ScoredBatch(NamedTuple):
     lengths: torch.Tensor
     losses: torch.Tensor
     rows: torch.Tensor
+    more: dict[str, torch.Tensor] = {}
+    """Other numbers of each group, (B,) each, NaN where undefined; their means become metrics."""
 
 
 class GroupRecorder:
@@ -45,6 +47,7 @@ class GroupRecorder:
         self._evaluation = evaluation
         self._seen: set[int] | None = set() if stream else None
         self._pending: list[ScoredBatch] = []
+        self._more: dict[str, None] = {}  # names, in order
         self._metrics = StreamedMetrics()
         self._new_tokens = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.tokens = 0
@@ -64,7 +67,9 @@ class GroupRecorder:
         """Compute what was collected. With several processes a collective operation: all call it, or none."""
         if not self._pending:
             return
-        columns = {**self._columns(), "loss": torch.cat([batch.losses.float() for batch in self._pending])}
+        more = {name: torch.cat([batch.more[name] for batch in self._pending]) for name in self._pending[0].more}
+        self._more.update(dict.fromkeys(more))
+        columns = {**self._columns(), **more, "loss": torch.cat([batch.losses.float() for batch in self._pending])}
         values = torch.stack(list(columns.values()), dim=1)  # (B, columns)
         rows = torch.cat([batch.rows for batch in self._pending])  # (B,)
         self._pending.clear()
@@ -88,6 +93,7 @@ class GroupRecorder:
         if not metrics.count("candidates"):
             return {}
         values = {"loss": metrics.mean("loss"), **ranking_summary(metrics)}
+        values |= {name: metrics.mean(name) for name in self._more}
         return {name: value for name, value in values.items() if value == value}
 
     def _columns(self) -> dict[str, torch.Tensor]:

@@ -24,6 +24,10 @@ class RewardConfig(trl.RewardConfig):
             Run the candidates of a group as one flat row that holds their common prompt once and no padding, wherever
             that saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
             model passes a numerical check at the start; `True` raises if it does not; `False` never does.
+        max_tokens_per_batch (`int`, *optional*):
+            Make batches of as many groups as have at most so many tokens: those that go through the model, a shared
+            prompt once and padding included. A group is never split. `per_device_train_batch_size` then has no
+            meaning.
         min_survival (`float`, *optional*, defaults to `0.5`):
             Training is refused if a smaller share of the rows is left after the over-long ones were dropped.
         log_table_size (`int`, *optional*, defaults to `16`):
@@ -51,6 +55,13 @@ class RewardConfig(trl.RewardConfig):
         metadata={
             "help": "Run the candidates of a group as one flat row with their common prompt once: 'auto' (if the "
             "model passes a numerical check), True (raise if it does not) or False."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Make batches of as many whole groups as have at most so many tokens (a shared prompt once, "
+            "padding included); per_device_train_batch_size then has no meaning."
         },
     )
     min_survival: float = field(

@@ -29,23 +29,28 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
 from trl_ext.data.report import DataReport
+from trl_ext.data.token_batches import group_sizes
 from trl_ext.data.tokenization import TokenPolicy, common_prefix_length
 from trl_ext.models.building import is_quantized
 from trl_ext.models.heads import candidate_scores, check_head_trains
-from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, use_shared_prefix
+from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention
+from trl_ext.models.sidecar import vocab_size
 
+from .batching import make_train_dataloader, set_up_batching, use_flat_rows
 from .checkpoint import SidecarWriter, picklable_loss
 from .health import GradientCallback, HealthMonitor, check_finite
 from .objective import RankingObjective
 from .recording import GroupRecorder, RecordingCallback, ScoredBatch
 from .reward_config import RewardConfig
-from .setup import is_template_file, set_up_model
+from .setup import TrainableModel, is_template_file, set_up_model
 from .tracking import ScoredGroup, log_evaluation, open_run, use_safe_callback, without_missing_wandb
 
 
 logger = logging.getLogger(__name__)
 
 EvalDataset = Dataset | IterableDataset
+
+GROUP_COLUMNS = ["candidate_ids", "candidate_ratings", "row_index", "group_margin", "group_target"]
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -83,6 +88,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     _tag_names = ["trl", "reward-trainer", "trl-ext"]
     loss_is_scaled_for_ga = True
+    _writer_class = SidecarWriter
 
     def __init__(
         self,
@@ -108,14 +114,13 @@ class RewardTrainer(trl.RewardTrainer):
         self._objective = RankingObjective(args.loss_type, args.loss_kwargs, args.center_rewards_coefficient)
         self._reports: list[DataReport] = []
         self._policy: TokenPolicy | None = None
+        self._flat_rows = False
+        set_up_batching(args, train_dataset)
         without_missing_wandb(args)
-        if args.accelerator_config.dispatch_batches:
-            logger.warning("`dispatch_batches=True` would cut groups apart, so it is set to False.")
-        args.accelerator_config.dispatch_batches = False
 
         set_seed(args.seed)  # the head is drawn next: same seed, same head as TRL
-        model, processing_class, head = set_up_model(model, args, processing_class, quantization_config, peft_config)
-        check_head_trains(model, head)
+        model, processing_class, head = self._set_up(model, args, processing_class, quantization_config, peft_config)
+        self._vocab_size = vocab_size(model)
         # TRL casts the trainable weights of a quantized model to bf16: they are copied before and put back after
         exact = (
             {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -147,16 +152,11 @@ class RewardTrainer(trl.RewardTrainer):
             if name in exact:
                 parameter.data = exact.pop(name).to(parameter.device)
         training = {"loss_type": self._objective.name, "loss_kwargs": self._objective.loss_kwargs}
-        self._writer = SidecarWriter(self, head, self._policy, training=training)
+        self._writer = self._writer_class(self, head, self._policy, training=training)
         if data_collator is None:
-            # sharded weights cannot be run for the check, and Neuron compiles once per padded shape
-            plain = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.pad_to_multiple_of is not None
-            if plain and args.shared_prefix is True:
-                raise ValueError(
-                    "shared_prefix=True does not go with FSDP, DeepSpeed or pad_to_multiple_of. Leave it at 'auto'."
-                )
-            shared = not plain and use_shared_prefix(self.model, args.shared_prefix, args.max_length)
-            self.data_collator = GroupCollator(self.processing_class.pad_token_id, args.pad_to_multiple_of, shared)
+            self._flat_rows = use_flat_rows(self)
+            pad_token_id, multiple = self.processing_class.pad_token_id, args.pad_to_multiple_of
+            self.data_collator = GroupCollator(pad_token_id, multiple, self._flat_rows)
         self._attention = current_attention(self.model)
         self._recorders = {
             "train": GroupRecorder(self.accelerator, evaluation=False),
@@ -167,6 +167,19 @@ class RewardTrainer(trl.RewardTrainer):
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(RecordingCallback(self._recorders["train"]))
         use_safe_callback(self)
+
+    def _set_up(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig,
+        processing_class: PreTrainedTokenizerBase | None,
+        quantization_config: BitsAndBytesConfig | None,
+        peft_config: PeftConfig | None,
+    ) -> TrainableModel:
+        """What is trained, its tokenizer and its head."""
+        trainable = set_up_model(model, args, processing_class, quantization_config, peft_config)
+        check_head_trains(trainable.model, trainable.head)
+        return trainable
 
     # -------------------------------------------------------------------------------------------------------- data
     def _prepare_dataset(
@@ -189,6 +202,7 @@ class RewardTrainer(trl.RewardTrainer):
                 num_proc=args.dataset_num_proc,
                 min_survival=args.min_survival,
                 loss_needs_ratings=self._objective.needs_ratings,
+                vocab_size=self._vocab_size,
             )
             self._objective.check_data(prepared, dataset_name)
         if "row_index" not in (dataset.column_names or []):  # else it was prepared, and reported, before
@@ -197,13 +211,13 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [
-                "candidate_ids",
-                "candidate_ratings",
-                "row_index",
-                "group_margin",
-                "group_target",
-            ]
+            self._signature_columns = [*GROUP_COLUMNS]
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.max_tokens_per_batch is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        sizes = group_sizes(self.train_dataset, self._flat_rows)
+        return make_train_dataloader(self, sizes, GROUP_COLUMNS, self._flat_rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -224,11 +238,7 @@ class RewardTrainer(trl.RewardTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask = inputs["group_mask"]
-        flat = self._candidate_scores(model, inputs)  # (N,)
-        if flat.numel() == mask.numel():  # every group has K candidates
-            scores = flat.view(mask.shape)  # (B, K)
-        else:
-            scores = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)  # (B, K)
+        scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
         losses = self._objective(scores, inputs)  # (B,)
         if self.model.training and num_items_in_batch is not None:
             # groups of the whole accumulation window; DDP averages over processes
@@ -382,3 +392,10 @@ class RewardTrainer(trl.RewardTrainer):
         with picklable_loss(self.args, self._objective.name):
             super().save_model(output_dir, _internal_call)
         self._writer.write(self, output_dir or self.args.output_dir)
+
+
+def in_groups(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores (N,) of the candidates where the mask (B, K) has them; 0 elsewhere."""
+    if scores.numel() == mask.numel():  # every group has K candidates
+        return scores.view(mask.shape)
+    return torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)

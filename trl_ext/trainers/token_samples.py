@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ["row", "prompt", "completion", "scores", "labels"]
 
+_READ = ["token_labels", "label_mask", "label_steps", "completion_start", "row_index", "input_ids", "attention_mask"]
+
 MOST_SCORES = 8192
 """Scores to keep for a histogram, the first ones: bounds the memory."""
 
@@ -44,7 +46,7 @@ class SampleTable:
         if room > 0:
             self.scores.extend(scores[batch["label_mask"]][:room].tolist())
         for number in range(min(len(scores), self.size - len(self.rows))):
-            self.rows.append(self._row(scores[number].cpu(), {name: batch[name][number].cpu() for name in batch}))
+            self.rows.append(self._row(scores[number].cpu(), {name: batch[name][number].cpu() for name in _READ}))
 
     def _row(self, scores: torch.Tensor, row: dict[str, torch.Tensor]) -> list:
         ids = row["input_ids"][: int(row["attention_mask"].sum())].tolist()

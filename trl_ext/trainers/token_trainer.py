@@ -28,11 +28,13 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from trl_ext.data.collators import SpanCollator
 from trl_ext.data.span_rows import SpanKind
+from trl_ext.data.token_batches import span_sizes
 from trl_ext.data.tokenization import TokenPolicy
-from trl_ext.models.building import choose_head_class
-from trl_ext.models.heads import HeadError, check_head_trains, head_class, run_with_head_output, unwrap
-from trl_ext.models.sidecar import Sidecar, get_sidecar, read_sidecar
+from trl_ext.models.heads import check_head_trains, head_class, unwrap
+from trl_ext.models.shared_prefix import current_attention, select_attention
+from trl_ext.models.sidecar import Sidecar
 
+from .batching import make_train_dataloader, set_up_batching, use_flat_rows
 from .checkpoint import SidecarWriter, picklable_loss
 from .health import GradientCallback, HealthMonitor, check_finite
 from .recording import RecordingCallback
@@ -40,6 +42,7 @@ from .setup import finish_set_up, set_up_model
 from .token_collator import TokenRewardCollator
 from .token_config import TokenRewardConfig
 from .token_data import LabelledData, Rows
+from .token_model import as_predictions, check_token_model, known_sidecar, token_outputs
 from .token_objective import TokenObjective
 from .token_recording import EvaluationRecorder, Evaluator, TrainingRecorder, labelled_points, real_scores
 from .token_samples import COLUMNS, SampleTable
@@ -126,12 +129,10 @@ class TokenRewardTrainer(Trainer, ABC):
             args = self.config_class(f"{Path(name).name}-{type(self).__name__.removesuffix('Trainer')}")
         elif not isinstance(args, self.config_class):
             raise TypeError(f"args is a {type(args).__name__}. Needed: a `{self.config_class.__name__}` of trl_ext.")
+        set_up_batching(args, train_dataset, args.group_by_prompt)
         without_missing_wandb(args)
-        if args.accelerator_config.dispatch_batches:
-            logger.warning("`dispatch_batches=True` would cut batches apart, so it is set to False.")
-        args.accelerator_config.dispatch_batches = False
 
-        known = _sidecar_of(model)
+        known = known_sidecar(model)
         self._categories = self._find_categories(args, train_dataset, known)
         self._objective = TokenObjective(
             args.loss_type,
@@ -146,7 +147,7 @@ class TokenRewardTrainer(Trainer, ABC):
             model, args, processing_class, quantization_config, peft_config,
             num_labels=self._objective.categories * self._objective.outputs, head="per_token",
         )  # fmt: skip
-        self._check_model(model, known)
+        check_token_model(model, self._objective, self.kind, known)
         check_head_trains(model, head)
         finish_set_up(model, processing_class, args)
         policy = TokenPolicy.for_training(processing_class)
@@ -158,9 +159,6 @@ class TokenRewardTrainer(Trainer, ABC):
         if train_dataset is not None:
             train_dataset = self._data.prepare(train_dataset, "train", training=True)
         eval_dataset = self._data.prepare_all(eval_dataset)
-        if data_collator is None:
-            spans = SpanCollator(processing_class.pad_token_id, self._objective.categories, args.pad_to_multiple_of)
-            data_collator = TokenRewardCollator(spans, self.rows)
         super().__init__(
             model=model,
             args=args,
@@ -179,6 +177,14 @@ class TokenRewardTrainer(Trainer, ABC):
                 f"{args.n_gpu} GPUs are visible to one process, which `Trainer` would use through `nn.DataParallel`. "
                 "Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
+        self._flat_rows = False
+        if data_collator is None:
+            self._flat_rows = use_flat_rows(self)
+            spans = SpanCollator(
+                processing_class.pad_token_id, self._objective.categories, args.pad_to_multiple_of, self._flat_rows
+            )
+            self.data_collator = TokenRewardCollator(spans, self.rows)
+        self._attention = current_attention(self.model)
         unwrap(self.model).add_model_tags(self._tag_names)
         self._writer = SidecarWriter(self, head, policy, **self._describe())
         self._recorder: EvaluationRecorder | None = None
@@ -222,27 +228,17 @@ class TokenRewardTrainer(Trainer, ABC):
             "training": {"loss_kwargs": self._objective.loss_kwargs, "averaging": self._objective.averaging},
         }
 
-    def _check_model(self, model: nn.Module, known: Sidecar | None) -> None:
-        """Raise [`HeadError`] unless the head gives as many outputs as needed, for every token."""
-        base, needed = unwrap(model), self._objective.categories * self._objective.outputs
-        if base.config.num_labels != needed:
-            raise HeadError(
-                f"The head of {type(base).__name__} has {base.config.num_labels} outputs. Needed: {needed} "
-                f"({self._objective.categories} categories of {self._objective.outputs}). Load it with "
-                f"`num_labels={needed}`, or change the trainer's arguments."
-            )
-        if head_class(model) == "sequence" and choose_head_class(base.config) == "token":
-            raise HeadError(
-                f"{type(base).__name__} pools the tokens before its head, so there is no output for each of them. "
-                "Load it with `AutoModelForTokenClassification`, or pass its path to the trainer."
-            )
-        if known is not None and known.kind not in (self.kind, "scalar"):
-            logger.warning(f"The model was trained as {known.kind!r} and is now trained further as {self.kind!r}.")
-
     # --------------------------------------------------------------------------------------------------------- data
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = self._data.columns
+
+    def get_train_dataloader(self) -> DataLoader:
+        by_prompt = self.args.group_by_prompt
+        if self.train_dataset is None or (self.args.max_tokens_per_batch is None and not by_prompt):
+            return super().get_train_dataloader()
+        sizes = span_sizes(self.train_dataset)
+        return make_train_dataloader(self, sizes, self._data.columns, self._flat_rows, by_prompt)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -257,14 +253,17 @@ class TokenRewardTrainer(Trainer, ABC):
     # --------------------------------------------------------------------------------------------------------- loss
     def _outputs_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The head's output for every token, (B, T, G, C), fp32."""
-        _, raw = run_with_head_output(model, inputs["input_ids"], inputs["attention_mask"])
-        if raw.dim() != 3:
-            raise HeadError(
-                f"The head of {type(unwrap(model)).__name__} runs after pooling (output {tuple(raw.shape)}), so there "
-                "is no output for each token. Use a model of another family."
-            )
-        shape = (*raw.shape[:2], self._objective.categories, self._objective.outputs)
-        return raw.float().view(shape)
+        try:
+            return token_outputs(model, inputs, self._objective)
+        finally:
+            if not self.model.training:  # in training the backward pass may run the layers again
+                select_attention(self.model, self._attention)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            select_attention(self.model, self._attention)
 
     def compute_loss(
         self,
@@ -307,25 +306,19 @@ class TokenRewardTrainer(Trainer, ABC):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         inputs = self._prepare_inputs(inputs)
-        mask = inputs["label_mask"]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             logits = outputs["logits"]  # (B, T, G, C)
             sums = self._objective.sums(logits, inputs)  # (B,)
         scores = self._objective.scores(logits)  # (B, T, G)
         check_finite(real_scores(scores, inputs)[0], sums, inputs["row_index"])
-        labels_of_row = mask.flatten(1).sum(1)  # (B,)
+        labels_of_row = inputs["label_mask"].flatten(1).sum(1)  # (B,)
         self._recorder.add(labelled_points(logits, inputs), sums, labels_of_row, inputs["row_index"])
         if self.is_world_process_zero() and "wandb" in self.args.report_to:
             self._samples.add(scores, inputs)
         if prediction_loss_only:
             return None, None, None
-        labels = inputs["token_labels"] + (1.0 if self._objective.outputs == 3 else 0.0)
-        labels = labels.masked_fill(~mask, -100.0)  # (B, T, G)
-        logits = logits.masked_fill(~inputs["attention_mask"].bool()[..., None, None], -100.0)
-        if self._objective.categories == 1:
-            logits, labels = logits[:, :, 0], labels[:, :, 0]
-        return loss, logits, labels
+        return loss, *as_predictions(logits, inputs, self._objective)
 
     # ------------------------------------------------------------------------------------- training and evaluation
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -402,10 +395,3 @@ class TokenRewardTrainer(Trainer, ABC):
         with picklable_loss(self.args, self._objective.name):
             super().save_model(output_dir, _internal_call)
         self._writer.write(self, output_dir or self.args.output_dir)
-
-
-def _sidecar_of(model: str | nn.Module) -> Sidecar | None:
-    """What a model that is to be trained further says of itself."""
-    if isinstance(model, str):
-        return read_sidecar(model) if Path(model).is_dir() else None
-    return get_sidecar(model)

@@ -143,3 +143,49 @@ def log_table(trainer: Trainer, columns: list[str], rows: list[list], scores: li
         wandb.log({**rewrite_logs(content), "train/global_step": trainer.state.global_step})
     except Exception as error:
         logger.warning(f"The evaluation's table could not be logged to Weights & Biases: {error!r}")
+
+
+def log_disagreement(trainer: Trainer, groups: list[tuple[float, float]], prefix: str) -> None:
+    """
+    Log how an ensemble's disagreement (first) goes with its errors (second, a share of wrong pairs) in groups.
+
+    `<prefix>_disagreement_histogram`, and `<prefix>_disagreement_deciles`: groups in ten parts by disagreement, with
+    the error rate of each. As `log_evaluation`, nothing where nobody listens.
+    """
+    if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero() or not groups:
+        return
+    try:
+        import wandb
+
+        if wandb.run is None:
+            return
+        content = {
+            f"{prefix}_disagreement_histogram": wandb.Histogram([spread for spread, _ in groups]),
+            f"{prefix}_disagreement_deciles": wandb.Table(
+                columns=["decile", "groups", "mean_disagreement", "error_rate"], data=error_by_decile(groups)
+            ),
+        }
+        wandb.log({**rewrite_logs(content), "train/global_step": trainer.state.global_step})
+    except Exception as error:
+        logger.warning(f"The ensemble's disagreement could not be logged to Weights & Biases: {error!r}")
+
+
+def error_by_decile(groups: list[tuple[float, float]]) -> list[list[float]]:
+    """
+    Rows of (decile, groups, mean disagreement, error rate), from the least disagreement on; NaN errors are left out.
+
+    Example:
+
+    ```python
+    >>> error_by_decile([(0.1, 0.0), (0.4, 1.0)])[-1]
+    [10, 1, 0.4, 1.0]
+    ```
+    """
+    known = sorted(group for group in groups if group[1] == group[1])
+    rows = []
+    for decile in range(10):
+        part = known[decile * len(known) // 10 : (decile + 1) * len(known) // 10]
+        if part:
+            spread, errors = (sum(values) / len(part) for values in zip(*part, strict=True))
+            rows.append([decile + 1, len(part), spread, errors])
+    return rows

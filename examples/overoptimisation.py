@@ -1,0 +1,188 @@
+"""Does an ensemble resist over-optimisation? The gold reward of best-of-n by one reward model and by four together.
+
+    python examples/overoptimisation.py            # three seeds, minutes on two CPU cores
+    python examples/overoptimisation.py --smoke    # whether it runs, not what comes out
+
+The setting is that of *Reward Model Ensembles Help Mitigate Overoptimization* by T. Coste et al.
+(https://huggingface.co/papers/2310.02743) in small: a policy of the demo's task (sorting digits), members that differ
+in their seed (head, adapter, order of rows) and share a small set of pairs with a quarter of the labels flipped, and
+as gold the exact verifier: share of right lines, plus 1 for a right answer. The best of n by a proxy is computed over
+all subsets of the samples of a prompt, so no figure depends on a draw. The KL is the bound log n - (n - 1) / n.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import tempfile
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+from trl_ext import RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer
+from trl_ext.demo.policy import sample_solutions, train_policy
+from trl_ext.demo.task import make_problems, verify
+from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement
+from trl_ext.metrics.voting import best_of_k_curve, kl_bound
+
+
+REDUCERS = {
+    "mean": {"reduce": "mean"},
+    "median": {"reduce": "median"},
+    "min (WCO)": {"reduce": "min"},
+    "mean - 0.5 std": {"reduce": "mean_minus_std", "coefficient": 0.5},
+    "mean - 0.5 var (UWO)": {"reduce": "mean_minus_var", "coefficient": 0.5},
+}
+
+
+def noisy_pairs(problems: list, samples: list[list[str]], noise: float, seed: int) -> list[dict]:
+    """One pair of different quality a problem, the labels of a share of them flipped."""
+    rng, rows = random.Random(seed), []
+    for problem, texts in zip(problems, samples, strict=True):
+        ratings = {text: verify(problem, text).rating for text in texts}
+        pairs = [(a, b) for a in ratings for b in ratings if ratings[a] > ratings[b]]
+        if pairs:
+            better, worse = rng.choice(pairs)
+            if rng.random() < noise:
+                better, worse = worse, better
+            rows.append({"prompt": problem.prompt, "chosen": better, "rejected": worse})
+    return rows
+
+
+def train_members(base: str, rows: list[dict], folder: str, args: argparse.Namespace, seed: int) -> str:
+    """The same pairs, another seed for each member, one run."""
+    config = RewardEnsembleConfig(
+        output_dir=f"{folder}/ensemble",
+        num_members=args.members,
+        max_steps=args.steps,
+        per_device_train_batch_size=16,
+        learning_rate=1e-3,
+        seed=1000 * seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = RewardEnsembleTrainer(
+        model=base,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    return config.output_dir
+
+
+def run(args: argparse.Namespace, seed: int, folder: str) -> dict:
+    """One seed: for each proxy the curve of the gold reward over n, and how disagreement goes with errors."""
+    base = f"{folder}/policy"
+    report = train_policy(
+        make_problems(args.policy_prompts, "policy", seed),
+        make_problems(100, "trial", seed),
+        base,
+        seed=seed,
+        max_steps=args.policy_steps,
+    )
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    train, held_out = make_problems(args.train_prompts, "train", seed), make_problems(args.prompts, "held_out", seed)
+    shown = sample_solutions(policy, tokenizer, train, 8, seed=seed, temperature=1.0)
+    samples = sample_solutions(
+        policy, tokenizer, held_out, args.samples, seed=seed + 1, temperature=1.0, batch_size=64
+    )
+    rows = noisy_pairs(train, shown, args.noise, seed)
+    ensemble = RewardEnsemble(train_members(base, rows, folder, args, seed))
+    ensemble.fit_normalizer([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+
+    different = [(p, text) for p, texts in zip(held_out, samples, strict=True) for text in dict.fromkeys(texts)]
+    found = ensemble.score_members([p.prompt for p, _ in different], [text for _, text in different])
+    members = dict(zip(different, found, strict=True))
+    gold = [[verify(p, text).rating for text in texts] for p, texts in zip(held_out, samples, strict=True)]
+
+    def curve(score) -> dict[int, float]:
+        by_prompt = [[score[p, text] for text in texts] for p, texts in zip(held_out, samples, strict=True)]
+        return best_of_k_curve(gold, by_prompt)
+
+    curves = {"oracle": curve({(p, text): verify(p, text).rating for p, text in different})}
+    alone = [curve({key: own[member] for key, own in members.items()}) for member in range(args.members)]
+    curves["single (mean of the members)"] = {n: statistics.fmean(one[n] for one in alone) for n in alone[0]}
+    curves["single (best member at n = max)"] = max(alone, key=lambda one: one[max(one)])
+    for name, settings in REDUCERS.items():
+        ensemble.set_reducer(**settings)
+        curves[name] = curve(dict(zip(members, ensemble.combine(list(members.values())), strict=True)))
+
+    pairs = noisy_pairs(held_out, samples, 0.0, seed)
+    scores = {(problem.prompt, text): torch.tensor(own) for (problem, text), own in members.items()}
+    differences = torch.stack([scores[r["prompt"], r["chosen"]] - scores[r["prompt"], r["rejected"]] for r in pairs])
+    margins, spread = differences.mean(dim=1), pair_disagreement(differences)
+    return {
+        "policy": report.get("trial_accuracy", math.nan),
+        "pairs": len(rows),
+        "accuracy": [(differences[:, m] > 0).double().mean().item() for m in range(args.members)],
+        "ensemble_accuracy": (margins > 0).double().mean().item(),
+        "curves": curves,
+        "deciles": error_by_disagreement(margins, spread, min(10, len(margins))),
+        "auc": error_auc(margins, spread),
+    }
+
+
+def with_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--members", type=int, default=4, help="the paper finds four to five to be enough")
+    parser.add_argument("--noise", type=float, default=0.25, help="share of flipped labels; the paper's 0.25")
+    parser.add_argument("--train_prompts", type=int, default=1000, help="a pair each")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--prompts", type=int, default=200, help="held-out problems")
+    parser.add_argument("--samples", type=int, default=128, help="a held-out problem: the largest n")
+    parser.add_argument("--policy_prompts", type=int, default=4000)
+    parser.add_argument("--policy_steps", type=int, default=1000)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    if args.smoke:
+        small = dict(seeds=1, members=2, train_prompts=24, steps=2, prompts=8, samples=8, policy_prompts=400)
+        vars(args).update(small, policy_steps=80)
+
+    runs = []
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(run(args, seed, folder))
+        one = runs[-1]
+        accuracies = ", ".join(f"{value:.3f}" for value in one["accuracy"])
+        print(
+            f"seed {seed}: a sample is right with {one['policy']:.2f}; {one['pairs']} pairs; held-out pairs in order: "
+            f"members {accuracies}, mean {one['ensemble_accuracy']:.3f}; disagreement tells errors with AUC "
+            f"{one['auc'] if one['auc'] is None else round(one['auc'], 3)}",
+            flush=True,
+        )
+
+    names, sizes = list(runs[0]["curves"]), list(runs[0]["curves"]["oracle"])
+    print(f"\ngold reward of the best of n, mean over {args.seeds} seeds (± standard error over seeds)")
+    print("| n (KL at most) | " + " | ".join(f"{n} ({kl_bound(n):.2f})" for n in sizes) + " |")
+    print("|---" * (len(sizes) + 1) + "|")
+    for name in names:
+        print(f"| {name} | " + " | ".join(with_error([one["curves"][name][n] for one in runs]) for n in sizes) + " |")
+    print("\nless the mean of single members, seed by seed")
+    for name in REDUCERS:
+        gains = [
+            [one["curves"][name][n] - one["curves"]["single (mean of the members)"][n] for one in runs] for n in sizes
+        ]
+        print(f"| {name} | " + " | ".join(map(with_error, gains)) + " |")
+    print("\nerror rate of the mean by decile of disagreement (held-out pairs, all seeds)")
+    deciles = list(zip(*(one["deciles"] for one in runs), strict=True))
+    print(" ".join(f"{statistics.fmean(own['error'] for own in part):.3f}" for part in deciles))
+
+
+if __name__ == "__main__":
+    main()

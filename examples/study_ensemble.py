@@ -1,0 +1,216 @@
+"""Ensembles of reward models on real rankings, beside their members; and an ensemble of aspects.
+
+    python examples/study_ensemble.py                    # minutes on a CPU; README ('Ensembles') has the table
+    python examples/study_ensemble.py --data oasst --folds 1
+    python examples/study_ensemble.py --smoke            # a few rows and steps
+
+Four members (LoRA on stories260K, other seeds, the same rows) are trained in one run on four fifths of the training
+prompts; the last fifth scales them and fits the fusion. `accuracy` is the share of a prompt's decided pairs in order,
+mean over unseen prompts of all folds, with a 95 % bootstrap interval over prompts; `gain` is less that of a single
+member (the mean of the four), prompt by prompt. For topical_chat there is a second ensemble: one member for each of
+five aspects that people rated, which together predict the overall rating.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from study_rankings import COMPLETIONS_A_STEP, FILES, pairs, ranked
+from study_tools import data_folder, folds, read, settings, train_quietly
+
+from trl_ext import RewardConfig, RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer, RewardTrainer
+from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement
+from trl_ext.metrics.ranking import pair_accuracy
+from trl_ext.metrics.voting import bootstrap_interval
+
+
+ASPECTS = ("understandability", "naturalness", "coherence", "engagingness", "groundedness")
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+OF_SEEDS = {
+    "mean": dict(reduce="mean"),
+    "median": dict(reduce="median"),
+    "min (worst case)": dict(reduce="min"),
+    "mean - 0.5 std": dict(reduce="mean_minus_std", coefficient=0.5),
+    "mean - 0.5 var (UWO)": dict(reduce="mean_minus_var", coefficient=0.5),
+    "fusion, logistic": dict(method="logistic"),
+    "fusion, BMA": dict(method="bma"),
+}
+OF_ASPECTS = {
+    "all aspects, equal weights": dict(reduce="weighted", weights=[1 / len(ASPECTS)] * len(ASPECTS)),
+    "all aspects, min": dict(reduce="min"),
+    "fusion of aspects": dict(method="logistic"),
+}
+Values = dict[str, list[float]]
+
+
+def data(rows: list[dict], ratings: str = "ratings") -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": r["prompt"], "completions": r["completions"], "ratings": r[ratings]} for r in rows]
+    )
+
+
+def aspect_ratings(row: dict) -> dict[str, list[float]]:
+    """Ratings of the completions by aspect, where there are any."""
+    found = row.get("aspect_scores", [])
+    return {aspect: [float(own[aspect]) for own in found] for aspect in ASPECTS if found}
+
+
+def config(args: argparse.Namespace, folder: str, rows: list[dict], completions: int) -> dict[str, Any]:
+    k = sum(len(row["completions"]) for row in rows) / len(rows)
+    return {
+        "loss_type": "plackett_luce",
+        "per_device_train_batch_size": max(1, round(completions / k)),
+        **settings(args, folder, args.max_length),
+        "save_only_model": True,
+    }
+
+
+def scored(ensemble: RewardEnsemble, rows: list[dict]) -> list[list[list[float]]]:
+    """By prompt, completion and member."""
+    texts = [(row["prompt"], text) for row in rows for text in row["completions"]]
+    found = iter(ensemble.score_members(*zip(*texts, strict=True)))
+    return [[next(found) for _ in row["completions"]] for row in rows]
+
+
+def accuracies(rows: list[dict], scores: list[list[float]]) -> list[float]:
+    """Of each prompt, the share of its decided pairs in order."""
+    return [
+        pair_accuracy(torch.tensor([own]), torch.tensor([row["ratings"]]), torch.ones(1, len(own)).bool()).item()
+        for row, own in zip(rows, scores, strict=True)
+    ]
+
+
+def compare(ensemble: RewardEnsemble, calibration: list[dict], test: list[dict], reducers: dict[str, dict]) -> Values:
+    """Accuracy on each test prompt by the members and by each reducer."""
+    flat = [(row["prompt"], text) for row in calibration for text in row["completions"]]
+    ensemble.fit_normalizer([prompt for prompt, _ in flat], [text for _, text in flat])
+    members = scored(ensemble, test)
+    values = {
+        name: accuracies(test, [[own[m] for own in row] for row in members]) for m, name in enumerate(ensemble.members)
+    }
+    for name, arguments in reducers.items():
+        if name.startswith("fusion"):
+            ensemble.fit_fusion(*(list(column) for column in zip(*pairs(calibration), strict=True)), **arguments)
+        else:
+            ensemble.set_reducer(**arguments)
+        values[name] = accuracies(test, [ensemble.combine(row) for row in members])
+    return values
+
+
+def of_seeds(
+    args: argparse.Namespace, completions: int, train: list[dict], calibration: list[dict], test: list[dict]
+) -> tuple[Values, list[torch.Tensor]]:
+    """Members that differ in their seed; also the members' score differences of the decided test pairs."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RewardEnsembleTrainer(
+            model=args.model,
+            args=RewardEnsembleConfig(num_members=args.members, **config(args, folder, train, completions)),
+            train_dataset=data(train),
+            peft_config=LORA,
+        )
+        train_quietly(trainer)
+        trainer.save_model()
+        ensemble = RewardEnsemble(folder, scorer_kwargs={"max_length": trainer.args.max_length})
+        values = compare(ensemble, calibration, test, OF_SEEDS)
+    single = [values.pop(name) for name in ensemble.members]
+    values = {"single member": [statistics.fmean(own) for own in zip(*single, strict=True)], **values}
+    differences = []
+    for row, own in zip(test, scored(ensemble, test), strict=True):
+        for a, better in enumerate(row["ratings"]):
+            for b, worse in enumerate(row["ratings"]):
+                if better > worse:
+                    differences.append(torch.tensor(own[a]) - torch.tensor(own[b]))
+    return values, differences
+
+
+def of_aspects(
+    args: argparse.Namespace, completions: int, train: list[dict], calibration: list[dict], test: list[dict]
+) -> Values:
+    """One member an aspect and one for the overall rating, which is not in the ensemble; tested on the latter."""
+    with tempfile.TemporaryDirectory() as folder:
+        for aspect in ("ratings", *ASPECTS):
+            rows = [row for row in train if len(set(row[aspect])) > 1]
+            trainer = RewardTrainer(
+                model=args.model,
+                args=RewardConfig(**config(args, f"{folder}/{aspect}", rows, completions)),
+                train_dataset=data(rows, aspect),
+                peft_config=LORA,
+            )
+            train_quietly(trainer)
+            trainer.save_model()
+        limit = {"max_length": trainer.args.max_length}
+        overall = RewardEnsemble([f"{folder}/ratings"], scorer_kwargs=limit)
+        ensemble = RewardEnsemble([f"{folder}/{aspect}" for aspect in ASPECTS], scorer_kwargs=limit)
+    alone = accuracies(test, [overall.combine(row) for row in scored(overall, test)])
+    found = compare(ensemble, calibration, test, OF_ASPECTS)
+    return {"one model of the overall rating": alone, **found}
+
+
+def show(title: str, values: Values, reference: str) -> None:
+    """A table: accuracy and gain over the first method, with intervals."""
+    print(f"| {title} ({len(values[reference])} prompts) | accuracy | gain |\n|---|---|---|")
+    for name, own in values.items():
+        low, high = bootstrap_interval(own)
+        cell = f"{statistics.fmean(own):.3f} [{low:.3f}, {high:.3f}]"
+        gain = ""
+        if name != reference:
+            differences = [value - base for value, base in zip(own, values[reference], strict=True)]
+            low, high = bootstrap_interval(differences)
+            gain = f"{statistics.fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
+        print(f"| {name} | {cell} | {gain} |")
+    print(flush=True)
+
+
+def extend(all_values: Values, values: Values) -> None:
+    for name, own in values.items():
+        all_values.setdefault(name, []).extend(own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="a model's folder; default: stories260K of the data")
+    parser.add_argument("--data", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--folds", type=int, default=5, help="of five")
+    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--smoke", action="store_true", help="a few rows, one fold, two steps")
+    args = parser.parse_args()
+    root = data_folder([FILES[name] for name in args.data] + ([] if args.model else ["stories260K"]))
+    args.model = args.model or str(root / "stories260K")
+    for name in args.data:
+        rows = [ranked(row) | aspect_ratings(row) for row in read(root / FILES[name])]
+        rows = [row for row in rows if len(set(row["ratings"])) > 1]
+        seeds: Values = {}
+        aspects: Values = {}
+        differences: list[torch.Tensor] = []
+        for train, test in folds([row["group"] for row in rows], 1 if args.smoke else args.folds):
+            train, test = [rows[i] for i in train], [rows[i] for i in test]
+            if args.smoke:
+                train, test = train[:15], test[:6]
+            fit, calibration = next(folds([row["group"] for row in train], 1, seed=1))
+            split = [train[i] for i in fit], [train[i] for i in calibration]
+            values, found = of_seeds(args, COMPLETIONS_A_STEP[name], *split, test)
+            extend(seeds, values)
+            differences += found
+            if name == "topical_chat":
+                extend(aspects, of_aspects(args, COMPLETIONS_A_STEP[name], *split, test))
+        show(name, seeds, "single member")
+        table = torch.stack(differences)
+        margins, spread = table.mean(dim=1), pair_disagreement(table)
+        bins = error_by_disagreement(margins, spread)
+        auc = error_auc(margins, spread)
+        print(f"{name}: error rate of the mean by decile of disagreement ({len(margins)} pairs):")
+        print(*(f"{one['error']:.2f}" for one in bins), f"AUC {math.nan if auc is None else auc:.3f}\n", flush=True)
+        if aspects:
+            show(f"{name}, aspects", aspects, "one model of the overall rating")
+
+
+if __name__ == "__main__":
+    main()

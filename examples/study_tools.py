@@ -1,0 +1,140 @@
+"""What the two studies share: the real data, folds, baselines, training settings, and a table of means with errors."""
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded and nothing sent
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoConfig, PrinterCallback, Trainer
+
+
+def data_folder(needed: Sequence[str]) -> Path:
+    """The folder named by TRL_EXT_DATA, else shared/data beside the project; ends the program if data are missing."""
+    named = os.environ.get("TRL_EXT_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing:
+        sys.exit(
+            f"{folder} has no {', '.join(missing)}. Set TRL_EXT_DATA to a folder with them; README ('On real data') "
+            "says where they come from and what their columns are."
+        )
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def folds(
+    groups: Sequence[Hashable], number: int, of: int = 5, seed: int = 0
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Row numbers for training and for testing, `number` times of `of`; rows of one group are always together."""
+    names = sorted(set(groups), key=str)
+    order = np.random.default_rng(seed).permutation(len(names))
+    fold_of = {names[name]: place % of for place, name in enumerate(order)}
+    for fold in range(number):
+        test = [row for row, group in enumerate(groups) if fold_of[group] == fold]
+        train = [row for row, group in enumerate(groups) if fold_of[group] != fold]
+        yield train, test
+
+
+def by_number(train: Sequence[float], labels: Sequence[int], test: Sequence[float]) -> list[float]:
+    """Scores of a logistic regression on one number; it only has to find out whether more is better."""
+    model = make_pipeline(StandardScaler(), LogisticRegression())
+    model.fit(np.array(train, dtype=float)[:, None], labels)
+    return model.decision_function(np.array(test, dtype=float)[:, None]).tolist()
+
+
+def ngrams() -> TfidfVectorizer:
+    """Words and pairs of words (numbers and signs too), weighted by TF-IDF."""
+    return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", sublinear_tf=True, min_df=2)
+
+
+def by_ngrams(train: Sequence[str], labels: Sequence[int], test: Sequence[str]) -> list[float]:
+    """Scores of a logistic regression on n-grams."""
+    model = make_pipeline(ngrams(), LogisticRegression(max_iter=1000))
+    return model.fit(train, labels).decision_function(test).tolist()
+
+
+def settings(args: Any, folder: str, max_length: int) -> dict[str, Any]:
+    """Arguments that all trainers of the studies get: all weights, on the CPU, nothing reported or saved."""
+    config = AutoConfig.from_pretrained(args.model)
+    positions, longer = config.max_position_embeddings, {}
+    if max_length > positions and config.to_dict().get("rope_parameters"):  # rotary positions go on, learnt ones end
+        longer, positions = {"model_init_kwargs": {"max_position_embeddings": max_length}}, max_length
+    return {
+        "output_dir": folder,
+        "max_steps": 2 if args.smoke else args.steps,
+        "learning_rate": args.learning_rate,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "max_length": min(max_length, positions),
+        "min_survival": 0.0,  # rows that are longer are left out of training; the report counts them
+        "seed": 0,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        **longer,
+    }
+
+
+def train_quietly(trainer: Trainer) -> None:
+    """Train without printing logs; one line on standard error says how long it took."""
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    print(
+        f"{type(trainer).__name__}: {trainer.state.global_step} steps, {time.perf_counter() - start:.0f} s",
+        file=sys.stderr,
+    )
+
+
+class Results:
+    """Values of methods, fold by fold, and their table."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._values: dict[str, dict[str, list[float]]] = {}
+
+    def add(self, method: str, **values: float) -> None:
+        """One fold of a method."""
+        for name, value in values.items():
+            self._values.setdefault(method, {}).setdefault(name, []).append(value)
+
+    def print(self) -> None:
+        """Means over the folds, and standard errors where there are several."""
+        names = list(dict.fromkeys(name for values in self._values.values() for name in values))
+        rows = [[self._title, *names]]
+        rows += [[method, *(_cell(values.get(name, [])) for name in names)] for method, values in self._values.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for number, row in enumerate(rows):
+            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+            if number == 0:
+                print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        print(flush=True)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"

@@ -1,0 +1,115 @@
+"""A weak model labels what a strong one learns from: how much of the gap to ground truth does the student recover?
+
+    python examples/weak_to_strong.py            # offline; outcomes and generation, three seeds, CPU
+    python examples/weak_to_strong.py --smoke    # the same in seconds, too short to learn
+
+The task is sorting digits, with right and wrong solutions made in code. The strong model was pretrained on other
+problems, the weak one was not and is smaller, as in Burns et al. (https://huggingface.co/papers/2312.09390) the weak
+supervisor is an earlier generation. To use your own data, give `weak_to_strong` a data set with the columns of the
+task, and paths or Hub ids of two models.
+"""
+
+import random
+import sys
+import tempfile
+
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from trl_ext import ORMConfig, WeakToStrongArguments, WeakToStrongConfig, WeakToStrongTrainer, weak_to_strong
+from trl_ext.demo.model import tiny_reward_base
+from trl_ext.demo.task import Problem, make_problems
+
+
+COMMON = {
+    "per_device_train_batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_steps": 20,
+    "logging_steps": 50,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def corrupted(problem: Problem, rng: random.Random) -> str:
+    """A wrong solution: two lines swapped, one left out, or one digit changed."""
+    lines = problem.steps
+    place = rng.randrange(len(lines) - 1)
+    kind = rng.choice(("swap", "drop", "change"))
+    if kind == "swap":
+        lines[place], lines[place + 1] = lines[place + 1], lines[place]
+    elif kind == "drop":
+        del lines[place]
+    else:
+        others = [f"{digit}\n" for digit in range(10) if f"{digit}\n" not in lines]
+        lines[place] = rng.choice(others)
+    return "".join(lines)
+
+
+def outcome_rows(number: int) -> Dataset:
+    """Solutions, half of them right."""
+    rng, rows = random.Random(0), []
+    for problem in make_problems(number, "train", 0):
+        right = rng.random() < 0.5
+        completion = problem.solution if right else corrupted(problem, rng)
+        rows.append({"prompt": problem.prompt, "completion": completion, "label": right})
+    return Dataset.from_list(rows)
+
+
+def solution_rows(number: int, split: str) -> Dataset:
+    """Right solutions."""
+    return Dataset.from_list(
+        [{"prompt": problem.prompt, "completion": problem.solution} for problem in make_problems(number, split, 0)]
+    )
+
+
+def pretrained(folder: str, steps: int) -> str:
+    """A strong model that has seen the format, but of other problems."""
+    base = tiny_reward_base(f"{folder}/untrained", hidden_size=96, num_layers=2)
+    args = WeakToStrongConfig(f"{folder}/pretraining", max_steps=steps, kd_weight=0.0, save_strategy="no", **COMMON)
+    trainer = WeakToStrongTrainer(base, args=args, train_dataset=solution_rows(4000, "policy"))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model(f"{folder}/strong")
+    return f"{folder}/strong"
+
+
+def main() -> None:
+    smoke = "--smoke" in sys.argv[1:]
+    folder = tempfile.mkdtemp() if smoke else "outputs/weak_to_strong"
+    seeds = [0] if smoke else [0, 1, 2]
+    strong = pretrained(folder, 5 if smoke else 120)
+    weak = tiny_reward_base(f"{folder}/weak", hidden_size=32, num_layers=1)
+
+    for loss in ("xent", "logconf"):
+        config = WeakToStrongArguments(
+            [weak],
+            [strong],
+            task="outcome",
+            student_loss=loss,
+            seeds=seeds,
+            weak_training={"max_steps": 3 if smoke else 150},
+        )
+        args = ORMConfig(f"{folder}/outcome-{loss}", max_steps=3 if smoke else 400, **COMMON)
+        print(weak_to_strong(config, args, outcome_rows(60 if smoke else 8000)).markdown())
+
+    for loss in ("sft", "kd"):
+        config = WeakToStrongArguments(
+            [weak],
+            [strong],
+            task="generation",
+            student_loss=loss,
+            seeds=seeds,
+            weak_training={"max_steps": 3 if smoke else 600},
+            max_completion_length=24,
+        )
+        args = WeakToStrongConfig(f"{folder}/generation-{loss}", max_steps=3 if smoke else 300, **COMMON)
+        print(weak_to_strong(config, args, solution_rows(60 if smoke else 4000, "train")).markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""best_of_n on a tiny model: picks, ties, votes, columns, chats, and what is refused; answers read off texts."""
+
+import json
+import math
+
+import pytest
+from datasets import Dataset
+
+from trl_ext import best_of_n
+from trl_ext.cli.main import main
+from trl_ext.data.validation import DataError
+from trl_ext.demo.model import tiny_reward_base
+from trl_ext.pipelines.answers import last_line, last_number, math_answers
+from trl_ext.pipelines.best_of_n import Best, Picker
+from trl_ext.pipelines.generation import Completion
+from trl_ext.pipelines.rewards import RewardError
+
+
+SAMPLING = dict(max_completion_length=6, backend_kwargs={"generation_batch_size": 256})
+PROMPTS = ["one:", "a longer prompt, two:", "3:"]
+
+
+def length(prompts, completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def nothing(prompts, completions, **kwargs):
+    return [None] * len(completions)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_reward_base(tmp_path_factory.mktemp("base"), hidden_size=32)
+
+
+def test_picks_have_the_highest_score_and_the_order_of_the_prompts(base):
+    picks = best_of_n(base, length, PROMPTS, n=5, return_candidates=True, **SAMPLING)
+    assert [pick.prompt for pick in picks] == PROMPTS
+    for pick in picks:
+        scores = [sample.score for sample in pick.candidates]
+        assert len(scores) == 5 and pick.score == max(scores) == len(pick.completion)
+        assert pick.sample_index == scores.index(max(scores))  # of equals the first
+        assert pick.completion == pick.candidates[pick.sample_index].completion
+    again = best_of_n(base, length, PROMPTS, n=5, **SAMPLING)
+    assert [pick.completion for pick in again] == [pick.completion for pick in picks]
+    assert again[0].candidates is None
+    other = best_of_n(base, length, PROMPTS, n=5, seed=1, return_candidates=True, **SAMPLING)
+    assert [s.completion for s in other[0].candidates] != [s.completion for s in picks[0].candidates]
+
+
+def test_rewards_are_weighted_and_get_the_columns(base):
+    seen = []
+
+    def wanted(prompts, completions, target, **kwargs):
+        seen.extend(target)
+        return [-abs(len(text) - size) for text, size in zip(completions, target, strict=True)]
+
+    rows = Dataset.from_list(
+        [{"prompt": prompt, "target": size} for prompt, size in zip(PROMPTS, (2, 3, 4), strict=True)]
+    )
+    picks = best_of_n(
+        base,
+        [wanted, length],
+        Dataset.from_list(rows),
+        n=4,
+        reward_weights=[2.0, 0.5],
+        return_candidates=True,
+        **SAMPLING,
+    )
+    assert seen == [2] * 4 + [3] * 4 + [4] * 4
+    for sample in picks[1].candidates:
+        assert sample.score == 2 * sample.scores["wanted"] + 0.5 * sample.scores["length"]
+
+
+def test_chats_give_messages(base):
+    def chat_length(prompts, completions, **kwargs):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    (pick,) = best_of_n(base, chat_length, [[{"role": "user", "content": "hello"}]], n=3, **SAMPLING)
+    assert pick.completion[0]["role"] == "assistant" and pick.score == len(pick.completion[0]["content"])
+
+
+def test_without_a_score_the_first_is_given_and_counted(base, caplog):
+    picks = best_of_n(base, nothing, PROMPTS, n=3, **SAMPLING)
+    assert [(pick.score, pick.sample_index) for pick in picks] == [(None, 0)] * 3
+    assert "3 of 3 prompts have no candidate with a score" in caplog.text
+
+
+class Texts:
+    """A generator that gives the same texts for each prompt."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def generate(self, prompts, num_generations, seed, columns=None):
+        return [[Completion(text, None, "stop", None, seed, 0.0) for text in self.texts] for _ in prompts]
+
+
+def pick_from(base, texts, scores, **kwargs):
+    def given(prompts, completions, **_):
+        return scores
+
+    picker = Picker(base, given, n=len(texts), **kwargs)
+    picker._generator = Texts(texts)
+    return picker(["q"])[0]
+
+
+class TestVotes:
+    TEXTS = ["so 4", "it is 5", "no idea", "5, I say", "4"]
+    SCORES = [2.0, -1.0, 9.0, -2.0, 1.0]
+
+    def test_majority_takes_the_best_scored_of_the_winning_answer(self, base):
+        pick = pick_from(base, self.TEXTS, self.SCORES, vote="majority", answers="number")
+        assert (pick.answer, pick.completion, pick.score) == (4.0, "so 4", 2.0)
+        pick = pick_from(base, self.TEXTS, [-3.0, 1.0, 0.0, 0.5, -4.0], vote="majority", answers="number")
+        assert (pick.answer, pick.completion) == (4.0, "so 4")  # a tie goes to the answer given first
+        pick = pick_from(base, self.TEXTS, [None] * 5, vote="majority", answers="number")
+        assert (pick.answer, pick.score, pick.sample_index) == (4.0, None, 0)
+
+    def test_weighted_and_softmax(self, base):
+        pick = pick_from(base, self.TEXTS, [0.1, 0.4, 0.9, 0.3, 0.2], vote="weighted", answers="number")
+        assert (pick.answer, pick.completion) == (5.0, "it is 5")
+        pick = pick_from(base, self.TEXTS, self.SCORES, vote="softmax", answers="number")
+        assert pick.answer == 4.0 and math.exp(2) + math.exp(1) > math.exp(-1) + math.exp(-2)
+        with pytest.raises(ValueError, match="the weight -1.0 is negative"):
+            pick_from(base, self.TEXTS, self.SCORES, vote="weighted", answers="number")
+
+    def test_nobody_answers(self, base):
+        pick = pick_from(base, ["no", "none"], [0.0, 1.0], vote="majority", answers="number")
+        assert pick == Best("q", "none", 1.0, 1)
+
+    def test_a_function_reads_answers(self, base):
+        pick = pick_from(base, self.TEXTS, self.SCORES, vote="majority", answers=lambda texts: ["x"] * len(texts))
+        assert (pick.answer, pick.completion) == ("x", "no idea")
+
+
+class TestAnswers:
+    def test_math_groups_equal_values(self):
+        pytest.importorskip("math_verify")
+        texts = ["so \\boxed{1/2}", "The answer is 0.5", "A: 3", "I do not know", "$x = 3$", "\\boxed{\\frac{2}{4}}"]
+        answers = math_answers(texts)
+        assert answers[0] == answers[1] == answers[5] and answers[2] == answers[4] and answers[3] is None
+        assert len(set(answers)) == 3
+
+    def test_number_and_line(self):
+        assert last_number(["12 left.\nA: 1,234", "#### -3.50", "none", "3."]) == [1234.0, -3.5, None, 3.0]
+        assert last_line(["because\n  Paris \n", "", " \n"]) == ["Paris", None, None]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "n=0"),
+        ({"temperature": 0.0}, ValueError, "temperature=0 gives the same completion 4 times"),
+        ({"vote": "mean"}, ValueError, "vote='mean'"),
+        ({"answers": "words"}, ValueError, "answers='words'"),
+        ({"reward_funcs": []}, ValueError, "no reward function"),
+        ({"reward_weights": [1.0, 2.0]}, ValueError, "2 reward_weights for 1"),
+        ({"prompts": []}, ValueError, "no prompts"),
+        ({"prompts": [""]}, DataError, "empty prompt"),
+        ({"prompts": [{"question": "x"}]}, DataError, "a column 'prompt'"),
+        ({"max_new_tokens": 4}, TypeError, "Unknown sampling argument 'max_new_tokens'"),
+        ({"reward_funcs": lambda prompts, completions, **_: [1.0]}, RewardError, "gave 1 scores for 4"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(base, kwargs, error, message):
+    arguments = {"model": base, "reward_funcs": length, "prompts": ["x"], "n": 4, **SAMPLING, **kwargs}
+    with pytest.raises(error, match=message):
+        best_of_n(**arguments)
+
+
+def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests_rewards.py").write_text(
+        "def length(prompts, completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_ext.cli.best_of_n.CHUNK_ROWS", 2)
+    rows = [{"prompt": f"{number}:", "id": number} for number in range(5)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["best-of-n", "--model_name_or_path", str(base), "--reward_funcs", "tests_rewards.length"]
+    arguments += ["--input", "in.jsonl", "--n", "3", "--max_completion_length", "5", "--output"]
+    assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 5
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    found = [json.loads(line) for line in whole.splitlines()]
+    assert [row["id"] for row in found] == list(range(5))
+    assert all(row["score"] == max(item["score"] for item in row["candidates"]) for row in found)
+
+    # killed in the middle of the fourth line: the second chunk is made again
+    (tmp_path / "whole.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + whole.splitlines()[3][:20])
+    assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 0
+    assert json.loads(capsys.readouterr().out)["earlier"] == 2
+    assert (tmp_path / "whole.jsonl").read_bytes() == whole
+    assert main([*arguments, "whole.jsonl"]) == 1
+    assert "other arguments (return_candidates)" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\nno\n')
+    assert main([*arguments, "other.jsonl"]) == 1
+    assert "line 2 is no JSON" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""The stages `orm` and `prm`: token-level reward models from the verifier's verdicts, reloaded, and what they pick.
+
+The outcome model learns from whether a whole answer is right, the process model from whether each line is; the lines
+after the first wrong one are left out, as an annotator who stops there would leave them. To end is a step as well, an
+empty line, which is wrong where lines are missing: a solution that ends too early has no other wrong step.
+"""
+
+import math
+from typing import Any
+
+from datasets import Dataset
+
+from trl_ext import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, RewardScorer
+from trl_ext.scoring.aggregation import aggregators
+
+from .policy_stages import read_rows
+from .stages import StageContext
+from .training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback, train_and_reload
+
+
+# What is reported of the trainers' own evaluation.
+OUTCOME_METRICS = ("auc", "question_auc", "balanced_accuracy")
+STEP_METRICS = ("auc_to_first_error", "step_index_auc", "balanced_accuracy", "processbench_f1")
+
+EVAL_BATCH_SIZE = 256
+
+
+def run_orm(context: StageContext) -> dict[str, Any]:
+    """
+    Trains an outcome model on samples that are right or wrong.
+
+    The label is on the last token only: with one on every token, as is the default of `ORMConfig`, so short a training
+    picks little better than at random, because at the first tokens there is nothing to be learnt yet.
+
+    Best-of-n is by the log-odds at the last token; in the vote a sample weighs as much as its probability to be right.
+
+    Returns:
+        `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give, and
+        `OUTCOME_METRICS`.
+    """
+    train_rows, held_out_rows = _rows(context)
+
+    def dataset(rows: Rows) -> Dataset:
+        return Dataset.from_list(
+            [
+                {"prompt": row["prompt"], "completion": text, "label": right}
+                for row in rows
+                for text, right in zip(row["completions"], row["answer_right"], strict=True)
+            ]
+        )
+
+    trainer = ORMTrainer(
+        model=str(context.folders["policy"].resolve()),
+        args=ORMConfig(label_placement="last", **arguments(context, EVAL_BATCH_SIZE)),
+        train_dataset=dataset(train_rows),
+        eval_dataset=dataset(held_out_rows[:EVALUATED_PROMPTS]),
+        peft_config=adapter(context),
+        callbacks=[progress_callback(context)],
+    )
+    report, scores = train_and_reload(context, trainer, held_out_rows, _log_odds, OUTCOME_METRICS)
+    by_prompt = [[score for (score,) in row] for row in scores]
+    probabilities = [[1 / (1 + math.exp(-score)) for score in row] for row in by_prompt]
+    return {**picks(held_out_rows, by_prompt, probabilities), **report}
+
+
+def run_prm(context: StageContext) -> dict[str, Any]:
+    """
+    Trains a process model on lines that are right or wrong, and on whether it was right to end.
+
+    Best-of-n is by the least sure step (`min`, the scorer's default) and, as `prod`, by the product over the steps,
+    which also is what a sample weighs in the vote: the probability that every step is right.
+
+    Returns:
+        `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give,
+        `best_of_n_prod`, and `STEP_METRICS`.
+    """
+    columns = ("completions", "steps_right", "answer_right")
+    train_rows, held_out_rows = _rows(context)
+
+    def dataset(rows: Rows) -> Dataset:
+        return Dataset.from_list(
+            [
+                {"prompt": row["prompt"], "completions": _lines(text), "labels": [*steps, answer]}
+                for row in rows
+                for text, steps, answer in zip(*(row[name] for name in columns), strict=True)
+            ]
+        )
+
+    trainer = PRMTrainer(
+        model=str(context.folders["policy"].resolve()),
+        args=PRMConfig(mask_after_first_error=True, **arguments(context, EVAL_BATCH_SIZE)),
+        train_dataset=dataset(train_rows),
+        eval_dataset=dataset(held_out_rows[:EVALUATED_PROMPTS]),
+        peft_config=adapter(context),
+        callbacks=[progress_callback(context)],
+    )
+    report, scores = train_and_reload(context, trainer, held_out_rows, _steps, STEP_METRICS)
+    least, product = ([[aggregators.get(name)(steps) for steps in row] for row in scores] for name in ("min", "prod"))
+    by_product = picks(held_out_rows, product, product)
+    return {**picks(held_out_rows, least, product), "best_of_n_prod": by_product["best_of_n"], **report}
+
+
+def _rows(context: StageContext) -> tuple[Rows, Rows]:
+    """Rows to train on, no more than the steps need, and the held-out ones."""
+    settings, samples = context.settings, context.folders["samples"]
+    train_rows = read_rows(samples, "train")
+    needed = math.ceil(settings["steps"] * settings["batch_size"] / len(train_rows[0]["completions"]))
+    return train_rows[:needed], read_rows(samples, "held_out")
+
+
+def _log_odds(scorer: RewardScorer, prompts: list[str], completions: list[str]) -> list[list[float]]:
+    return [[score] for score in scorer(prompts, completions)]
+
+
+def _steps(scorer: RewardScorer, prompts: list[str], completions: list[str]) -> list[list[float]]:
+    return scorer.score_steps(prompts, [_lines(text) for text in completions])
+
+
+def _lines(completion: str) -> list[str]:
+    return [*completion.splitlines(), ""]

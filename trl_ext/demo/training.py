@@ -1,0 +1,125 @@
+"""What the stages that train a reward model have in common: arguments, adapter, training, and the checked reload.
+
+It knows trainers, folders and scorers. What a model is trained on, and how its scores are used, is in the stages.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PrinterCallback, Trainer
+
+from trl_ext import RewardScorer
+
+from .picking import compare_picks
+from .progress import ProgressCallback
+from .stages import StageContext
+from .task import final_answer
+
+
+# Held-out prompts that the trainer itself evaluates, for the run's table and histogram of scores.
+EVALUATED_PROMPTS = 100
+
+# Completions that are scored before saving too.
+RELOADED = 256
+
+# The share of a stage that is training; the rest is evaluation and scoring.
+TRAINING_SHARE = 0.85
+
+Rows = Sequence[Mapping[str, Any]]
+# Of a scorer, prompts and completions: the scores of each completion, one or several.
+Score = Callable[[RewardScorer, list[str], list[str]], list[list[float]]]
+
+
+def arguments(context: StageContext, eval_batch_size: int) -> dict[str, Any]:
+    """The arguments that all configs share, from the settings `steps`, `batch_size`, `learning_rate` and `seed`."""
+    settings = context.settings
+    return {
+        "output_dir": str(context.folder),
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": settings["batch_size"],
+        "per_device_eval_batch_size": eval_batch_size,
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(50, settings["steps"] // 4),
+        "logging_steps": max(1, min(25, settings["steps"] // 4)),
+        "save_strategy": "no",
+        "report_to": context.report_to,
+        "seed": settings["seed"],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def adapter(context: StageContext) -> LoraConfig:
+    """LoRA on all linear layers, of the setting `lora_rank`."""
+    rank = context.settings["lora_rank"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def progress_callback(context: StageContext) -> ProgressCallback:
+    """Tells the stage's progress while its trainer trains."""
+    return ProgressCallback(lambda share: context.progress(TRAINING_SHARE * share))
+
+
+def train_and_reload(
+    context: StageContext, trainer: Trainer, rows: Rows, score: Score, metrics: Sequence[str]
+) -> tuple[dict[str, Any], list[list[list[float]]]]:
+    """
+    Trains, evaluates, saves to the stage's folder, and scores rows with what is loaded from that folder alone.
+
+    Args:
+        context ([`StageContext`]): the stage.
+        trainer ([`~transformers.Trainer`]): ready to train.
+        rows (`Sequence[Mapping]`): held-out rows, each with `prompt` and K `completions`.
+        score (`Callable`): what is asked of a scorer, see `Score`.
+        metrics (`Sequence[str]`): which metrics of the trainer's evaluation are reported, where the rows define them.
+
+    Returns:
+        What is worth reporting: mean `loss`, these metrics, the largest change of a score by saving and reloading
+        (`reload_difference`, beside `score_std`), seconds of training and of scoring. And the scores of each
+        completion of each row.
+    """
+    trainer.remove_callback(PrinterCallback)
+    start = time.monotonic()
+    loss = trainer.train().training_loss
+    train_seconds = time.monotonic() - start
+    evaluation = trainer.evaluate()
+    trainer.save_model(str(context.folder))
+
+    prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+    completions = [text for row in rows for text in row["completions"]]
+    in_memory = RewardScorer(trainer.model, processing_class=trainer.processing_class)
+    before = _flat(score(in_memory, prompts[:RELOADED], completions[:RELOADED]))
+    del in_memory
+
+    start = time.monotonic()
+    scores = score(RewardScorer(context.folder), prompts, completions)
+    score_seconds = time.monotonic() - start
+    context.progress(1.0)
+    report = {
+        "loss": loss,
+        **{name: evaluation[f"eval_{name}"] for name in metrics if f"eval_{name}" in evaluation},
+        "reload_difference": (_flat(scores[:RELOADED]) - before).abs().max().item(),
+        "score_std": _flat(scores).std().item(),
+        "train_seconds": train_seconds,
+        "score_seconds": score_seconds,
+    }
+    remaining = iter(scores)
+    return report, [[next(remaining) for _ in row["completions"]] for row in rows]
+
+
+def picks(rows: Rows, scores: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """[`~trl_ext.demo.picking.compare_picks`] on rows of the stage `samples`, and `n`, the number of their samples."""
+    answers = [[final_answer(text) for text in row["completions"]] for row in rows]
+    found = compare_picks([row["answer_right"] for row in rows], answers, scores, weights)
+    return {**found, "n": len(scores[0])}
+
+
+def _flat(scores: Sequence[Sequence[float]]) -> torch.Tensor:
+    return torch.tensor([number for several in scores for number in several])

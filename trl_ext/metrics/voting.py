@@ -1,0 +1,216 @@
+r"""Several answers to one question: votes, and what a metric of one answer becomes when the best of k is picked.
+
+Pure Python and torch, on lists; it knows nothing of models or of how answers are read off texts.
+
+All curves use every sample: the value at k is the expectation over subsets of k of the n samples, computed and not
+drawn.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+
+
+def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
+    """
+    The answer that is given most often; of several given equally often, the one that appears first.
+
+    See *Self-Consistency Improves Chain of Thought Reasoning in Language Models* by Wang et al.
+    (https://huggingface.co/papers/2203.11171).
+
+    Args:
+        answers (`Sequence[Hashable or None]`):
+            Answers in a form in which equal ones are equal. `None`: no answer was found, no vote.
+
+    Returns:
+        `Hashable` or `None`: the answer, or `None` if nobody voted.
+
+    Example:
+
+    >>> majority_vote(["4", "5", None, "5"])
+    '5'
+    """
+    return weighted_vote(answers, [1.0] * len(answers))
+
+
+def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float | None]) -> Hashable | None:
+    """
+    The answer with the largest sum of weights; of several with the same sum, the one that appears first.
+
+    See *Solving math word problems with process- and outcome-based feedback* by Uesato et al.
+    (https://huggingface.co/papers/2211.14275).
+
+    Args:
+        answers (`Sequence[Hashable or None]`):
+            As for [`majority_vote`].
+        weights (`Sequence[float or None]`):
+            A weight of at least 0 for each, such as a verifier's probability. `None` or NaN: no vote.
+
+    Returns:
+        `Hashable` or `None`: the answer, or `None` if nobody voted.
+
+    Raises:
+        ValueError: if there are not as many weights as answers, or one is negative: with negative weights an answer
+            would lose by being given often.
+
+    Example:
+
+    >>> weighted_vote(["4", "5", "5"], [0.9, 0.3, 0.4])
+    '4'
+    """
+    if len(answers) != len(weights):
+        raise ValueError(f"found {len(answers)} answers and {len(weights)} weights; needed: a weight for each answer")
+    sums: dict[Hashable, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is None or weight is None or math.isnan(weight):
+            continue
+        if weight < 0:
+            raise ValueError(
+                f"the weight {weight} is negative; needed: 0 or more. Turn scores into probabilities or exponentials "
+                "first."
+            )
+        sums[answer] = sums.get(answer, 0.0) + weight
+    return max(sums, key=sums.__getitem__) if sums else None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    r"""
+    The chance that at least one of `k` samples is right, from `n` samples of which `c` are right.
+
+    $$ 1 - \binom{n - c}{k} / \binom{n}{k} $$
+
+    See *Evaluating Large Language Models Trained on Code* by Chen et al. (https://huggingface.co/papers/2107.03374):
+    this estimator is unbiased, `1 - (1 - c/n)^k` is not.
+
+    Args:
+        n (`int`): Samples.
+        c (`int`): Right ones, from 0 to `n`.
+        k (`int`): From 1 to `n`.
+
+    Example:
+
+    >>> pass_at_k(n=4, c=1, k=2)
+    0.5
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"found n={n}, c={c}, k={k}; needed: 0 <= c <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def best_of_k(values: Sequence[float], scores: Sequence[float], k: int) -> float:
+    r"""
+    What the highest-scored of `k` samples is worth on average, `k` drawn without replacement from all n.
+
+    With distinct scores \\( \sum_r v_r \binom{n - r}{k - 1} / \binom{n}{k} \\), over the ranks \\( r \\) by score (1 =
+    highest); equally scored samples share their ranks' weights equally. With `values` as `scores` it is the oracle,
+    and for values of 0 and 1 the oracle is [`pass_at_k`]; `k=1` is the mean of `values`.
+
+    Args:
+        values (`Sequence[float]`):
+            What each sample is really worth: 0 or 1 of a verifier, or a gold reward.
+        scores (`Sequence[float]`):
+            What it is picked by, higher is better.
+        k (`int`):
+            From 1 to n.
+
+    Example:
+
+    >>> best_of_k([0.0, 1.0, 1.0], [3.0, 2.0, 1.0], k=2)
+    0.3333333333333333
+    """
+    n = len(values)
+    if len(scores) != n:
+        raise ValueError(f"found {n} values and {len(scores)} scores; needed: a score for each value")
+    if not 1 <= k <= n:
+        raise ValueError(f"cannot draw k={k} of {n} samples; needed: a number from 1 to {n}")
+    if any(math.isnan(score) for score in scores):
+        raise ValueError("a score is NaN, which has no rank; leave unscorable samples out")
+    order = sorted(range(n), key=lambda index: -scores[index])
+    expected, start = 0.0, 0
+    while start < n:
+        end = start
+        while end < n and scores[order[end]] == scores[order[start]]:
+            end += 1
+        weight = sum(math.comb(n - 1 - rank, k - 1) for rank in range(start, end)) / math.comb(n, k)
+        expected += weight * math.fsum(values[index] for index in order[start:end]) / (end - start)
+        start = end
+    return expected
+
+
+def best_of_k_curve(
+    values: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], ks: Sequence[int] | None = None
+) -> dict[int, float]:
+    """
+    [`best_of_k`] as a mean over questions, for several k.
+
+    Args:
+        values, scores (`Sequence[Sequence[float]]`):
+            For each question those of its samples.
+        ks (`Sequence[int]`, *optional*):
+            By default the powers of two up to the smallest number of samples of a question.
+
+    Returns:
+        `dict[int, float]`: the mean for each k.
+    """
+    if not values:
+        raise ValueError("found no questions; needed: at least one")
+    fewest = min(len(row) for row in values)
+    if ks is None:
+        ks = [2**power for power in range(fewest.bit_length()) if 2**power <= fewest]
+    pairs = list(zip(values, scores, strict=True))
+    return {k: math.fsum(best_of_k(value, score, k) for value, score in pairs) / len(pairs) for k in ks}
+
+
+def kl_bound(n: int) -> float:
+    r"""
+    An upper bound on how far best-of-`n` moves from the policy: \\( KL \le \log n - (n - 1) / n \\), in nats.
+
+    See *Theoretical guarantees on the best-of-n alignment policy* by Beirami et al.
+    (https://huggingface.co/papers/2401.01879): it is exact only where no two samples are alike.
+
+    Example:
+
+    >>> round(kl_bound(16), 4)
+    1.8351
+    """
+    if n < 1:
+        raise ValueError(f"n={n}; needed: 1 or more samples")
+    return math.log(n) - (n - 1) / n
+
+
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """
+    An interval for the mean: the percentiles of means of as many values drawn with replacement.
+
+    To compare two rules on the same questions, pass the differences, question by question.
+
+    Args:
+        values (`Sequence[float]`):
+            One value a question; not one a sample, because samples of a question are not independent.
+        level (`float`, *optional*, defaults to `0.95`):
+            Share of the resampled means inside.
+        resamples (`int`, *optional*, defaults to `2000`):
+            How often to draw.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws; the global random state is left alone.
+
+    Returns:
+        `tuple[float, float]`: the lower and the upper end.
+    """
+    if not values:
+        raise ValueError("found no values; needed: at least one")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}; needed: a number between 0 and 1, e.g. 0.95")
+    data = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, 4_000_000 // len(data))
+    means = [
+        data[torch.randint(len(data), (min(at_once, resamples - done), len(data)), generator=generator)].mean(1)
+        for done in range(0, resamples, at_once)
+    ]
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(torch.cat(means), ends).tolist()
+    return low, high

@@ -1,0 +1,401 @@
+"""`RewardEnsemble`: several reward models and functions as one TRL reward function, with what they disagree on.
+
+Knows normalising, reducing and ensemble folders. What a member is, `members` knows; how scores become one, `reducers`.
+Knows nothing of training.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.models.ensemble_files import (
+    EnsembleFile,
+    EnsembleFileError,
+    check_normalizer,
+    member_folders,
+    read_ensemble,
+    write_ensemble,
+)
+from trl_ext.models.loading import local_folder
+
+from .fusion import FusionMethod, fit_fusion_weights
+from .member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
+from .members import Member, check_finite, make_sources
+from .reducers import combine, disagreement, reducers, takes_weights
+from .scorer import RewardScorer
+
+
+logger = logging.getLogger(__name__)
+
+Normalizer = dict[str, float]
+
+
+class ScoreWithInterval(NamedTuple):
+    """The score of a row, and the lowest and highest of its members, `None` where there is no score."""
+
+    reward: float | None
+    lower: float | None
+    upper: float | None
+
+
+class RewardEnsemble:
+    """
+    Scores completions with several reward models, reward functions or both. It is a TRL reward function:
+    `reward_funcs=[ensemble]`.
+
+    Each member's scores are normalised (less its mean, over its standard deviation, where it has a stored or fitted
+    normaliser), then a reducer makes one number of them. Scores come back in the order of the rows and do not depend
+    on the batch. Members that are adapters on one base, quantized in one way, share one copy of it in memory.
+
+    A member may give `None` for a row it does not apply to. The row is then reduced over the other members; `weighted`
+    and `fusion` add nothing for it, as TRL does among several reward functions. `None` comes out where no member has a
+    score. A score that is not finite raises.
+
+    As a reward function in `GRPOTrainer` or `RLOOTrainer` it logs `<name>/disagreement` (population standard deviation
+    of the members, mean over the batch) and `<name>/<member>` (mean score) as metrics, and the disagreement and the
+    score by each member as columns of the completions table.
+
+    Args:
+        members (`str`, `Path`, `PeftModel`, or a sequence):
+            The folder of a saved ensemble (with `reward_ensemble.json`), or a list in which each member is the path of
+            a reward model, a reward model in memory, a [`RewardScorer`] (for arguments of its own), a TRL reward
+            function, or another ensemble.
+        reduce (`str` or `Callable`, *optional*):
+            Reducer, see `trl_ext.scoring.reducers`: `"mean"`, `"weighted"`, `"min"`, `"median"`, `"mean_minus_std"`,
+            `"mean_minus_var"`, `"fusion"`, the name of a plugin, or a function of scores (N, M). Defaults to what the
+            folder says, else `"mean"`.
+        weights (`Sequence[float]`, *optional*):
+            One a member, for `"weighted"` and `"fusion"`. [`~RewardEnsemble.fit_fusion`] learns those of the latter.
+        normalize (`bool`, *optional*):
+            Whether normalisers are applied. Defaults to what the folder says, else `True`.
+        name (`str`, *optional*):
+            Its name in messages and metrics. Defaults to `"RewardEnsemble"`.
+        base_model (`PreTrainedModel` or `PeftModel`, *optional*):
+            A model in memory on whose backbone the adapters are put in place of a base of their own, e.g. the policy
+            that is trained with this ensemble: one 4-bit base then serves both. The policy itself stays as it is.
+        scorer_kwargs (`dict`, *optional*):
+            Arguments for the [`RewardScorer`]s made of paths and models, e.g. `{"max_length": 1024}`.
+        **reduce_kwargs:
+            Arguments of the reducer, e.g. `coefficient=0.1`.
+
+    Attributes:
+        members (`list[str]`): names of the members, in order.
+        normalizers (`list[dict | None]`): `{"mean", "std"}` by which each member is normalised.
+        num_truncated (`int`): rows cut by a member to its `max_length` so far, over all members.
+
+    Raises:
+        `ValueError`: no member, weights that do not fit, or an unknown reducer.
+        `TypeError`: something that is no member, or arguments that the reducer does not have.
+
+    Example:
+
+    ```python
+    >>> ensemble = RewardEnsemble(["outputs/a", "outputs/b"], reduce="mean_minus_std", coefficient=0.5)
+    >>> ensemble(prompts=["2 + 2 =", "2 + 2 ="], completions=[" 4", " 5"])
+    [0.9310, -1.2054]
+    >>> ensemble.score_with_interval(["2 + 2 ="], [" 4"])
+    [ScoreWithInterval(reward=0.9310, lower=0.9002, upper=1.1207)]
+    ```
+    """
+
+    def __init__(
+        self,
+        members: str | Path | Sequence[Member],
+        reduce: str | Callable | None = None,
+        weights: Sequence[float] | None = None,
+        normalize: bool | None = None,
+        *,
+        name: str | None = None,
+        base_model: nn.Module | None = None,
+        scorer_kwargs: dict[str, Any] | None = None,
+        **reduce_kwargs: Any,
+    ):
+        self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
+        self._folder: Path | None = None
+        self._file = EnsembleFile(members=["none"])
+        if isinstance(members, (str, Path)):
+            self._folder, self._file = _read(members)
+            members = member_folders(self._folder, self._file)
+            if reduce is None:
+                weights = self._file.weights if weights is None else weights
+                reduce_kwargs = self._file.reduce_kwargs | reduce_kwargs
+            reduce = self._file.reduce if reduce is None else reduce
+        members = list(members)
+        if not members:
+            raise ValueError("An ensemble without members; needed: at least one.")
+        self.normalize = self._file.normalize if normalize is None else normalize
+        self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
+
+        nested = [RewardEnsemble(m, name=Path(m).name) if _is_ensemble(m) else m for m in members]
+        self._sources = make_sources(nested, base_model, scorer_kwargs or {})
+        by_place = {place: (source, number) for source, places in self._sources for number, place in enumerate(places)}
+        self._members = [by_place[place] for place in range(len(members))]
+        self.members = _unique([source.names[number] for source, number in self._members])
+        stored = [source.normalizers[number] for source, number in self._members]
+        if self._folder is not None:
+            stored = [mine or own for mine, own in zip(self._file.normalizers, stored, strict=True)]
+        self.normalizers: list[Normalizer | None] = stored
+        self._scales_checked = False
+
+    # ---------------------------------------------------------------------------------------------------------- scores
+    def __call__(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> list[float | None]:
+        """
+        Score each completion after its prompt. Arguments as of [`RewardScorer`]; reward functions among the members
+        get all columns.
+
+        Returns:
+            `list[float | None]`: a score a row, in the order of the rows.
+        """
+        table = self._table(prompts, completions, columns)
+        log_members(table, self.members, self.__name__, columns)
+        return to_list(self._combine(table))
+
+    def score_members(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> list[list[float | None]]:
+        """
+        The score by each member, normalised as for the reducer: for each row a list of M. Arguments as in a call.
+        """
+        return [to_list(row) for row in self._table(prompts, completions, columns)]
+
+    def score_with_interval(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> list[ScoreWithInterval]:
+        """
+        Each score with the range of the members behind it. Arguments as in a call.
+
+        `lower` and `upper` are the lowest and highest member, normalised as for the reducer, before weights: a wide
+        range says that the members do not agree. With `"min"` the reward is `lower`.
+        """
+        table = self._table(prompts, completions, columns)
+        present = ~table.isnan().all(dim=1)
+        lower = table.nan_to_num(nan=torch.inf).amin(dim=1).where(present, torch.nan)
+        upper = table.nan_to_num(nan=-torch.inf).amax(dim=1).where(present, torch.nan)
+        parts = (to_list(self._combine(table)), to_list(lower), to_list(upper))
+        return [ScoreWithInterval(*row) for row in zip(*parts, strict=True)]
+
+    def combine(self, member_scores: Sequence[Sequence[float | None]]) -> list[float | None]:
+        """The scores that the reducer makes of what [`~RewardEnsemble.score_members`] returned."""
+        return to_list(self._combine(to_table(member_scores, len(self.members))))
+
+    def disagreement(self, member_scores: Sequence[Sequence[float | None]]) -> list[float | None]:
+        """
+        The population standard deviation of the members of each row, of what [`~RewardEnsemble.score_members`]
+        returned; 0 where only one has a score, `None` where none has.
+        """
+        return to_list(combine(to_table(member_scores, len(self.members)), disagreement))
+
+    # --------------------------------------------------------------------------------------------------------- fitting
+    def set_reducer(
+        self,
+        reduce: str | Callable,
+        weights: Sequence[float] | None = None,
+        *,
+        size: int | None = None,
+        **reduce_kwargs: Any,
+    ) -> None:
+        """
+        From now on reduce in another way. Arguments as of the class.
+
+        Raises:
+            `ValueError`: an unknown reducer, or weights that are missing, too many, or not taken.
+            `TypeError`: an argument that the reducer does not have.
+        """
+        size = len(self.members) if size is None else size
+        reducer = reducers.get(reduce)
+        wanted = takes_weights(reducer)
+        if weights is None and wanted and reduce != "fusion":
+            raise ValueError(f"The reducer {reduce!r} needs `weights`: a number for each of the {size} members.")
+        if weights is not None:
+            if not wanted:
+                raise ValueError(
+                    f"The reducer {reduce!r} takes no weights. Leave them out, or pass reduce='weighted'."
+                )
+            weights = [float(weight) for weight in weights]
+            if len(weights) != size or not torch.tensor(weights).isfinite().all():
+                raise ValueError(f"weights={weights}; needed: {size} finite numbers, one for each member.")
+        self._reduce, self._reducer, self._reduce_kwargs, self.weights = reduce, reducer, reduce_kwargs, weights
+        # finds wrong arguments now and not after the first batch was scored
+        if not (wanted and weights is None):
+            combine(torch.zeros(2, size), reducer, weights, **reduce_kwargs)
+
+    def fit_normalizer(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> list[Normalizer]:
+        """
+        From now on scale each member so that these rows have mean 0 and (population) standard deviation 1 by it.
+
+        If the ensemble was made from its folder, `reward_ensemble.json` is updated; the members' own files are not.
+        Rows for which a member has no score do not count for it. Arguments as in a call.
+
+        Returns:
+            `list[dict[str, float]]`: `mean` and `std` of the raw scores by each member.
+
+        Raises:
+            `ValueError`: a member has a score for fewer than two rows, or the same score for all.
+        """
+        raw = self._raw_table(prompts, completions, columns)
+        normalizers = []
+        for name, column in zip(self.members, raw.T, strict=True):
+            scores = column[~column.isnan()].tolist()
+            if len(scores) < 2:
+                raise ValueError(
+                    f"{len(scores)} of {len(completions)} rows have a score by the member {name}; a normaliser needs "
+                    "at least 2."
+                )
+            mean = statistics.fmean(scores)
+            std = statistics.pstdev(scores, mean)
+            if std <= 1e-6 * max(1.0, abs(mean)):
+                raise ValueError(
+                    f"The standard deviation of the {len(scores)} scores by the member {name} is {std:.3g} around "
+                    f"{mean:.4g}: there is nothing to scale by. Give rows of different quality, and check that it was "
+                    "trained."
+                )
+            normalizers.append({"mean": mean, "std": std})
+        self.normalizers = normalizers
+        self._update_file(normalizers=[dict(one) for one in normalizers])
+        return [dict(one) for one in normalizers]
+
+    def fit_fusion(
+        self,
+        prompts: Sequence[Prompt] | None,
+        chosen: Sequence[Completion],
+        rejected: Sequence[Completion],
+        method: FusionMethod = "logistic",
+        l2: float = 1.0,
+        **columns: Any,
+    ) -> list[float]:
+        """
+        From now on combine the members by weights that are learned from preferences (`reduce="fusion"`).
+
+        The preferences must not be among those that members were trained on. If the ensemble was made from its folder,
+        `reward_ensemble.json` is updated.
+
+        Args:
+            prompts (sequence or `None`): one for each pair, as in a call.
+            chosen, rejected (sequences): the completions.
+            method (`str`, *optional*, defaults to `"logistic"`):
+                `"logistic"` or `"bma"`, see [`~trl_ext.scoring.fusion.fit_fusion_weights`].
+            l2 (`float`, *optional*, defaults to `1.0`): strength of the penalty.
+            **columns: as in a call, a value for each pair.
+
+        Returns:
+            `list[float]`: a weight for each member.
+        """
+        if len(chosen) != len(rejected):
+            raise ValueError(f"{len(chosen)} chosen and {len(rejected)} rejected completions; needed: pairs.")
+        difference = self._table(prompts, chosen, columns) - self._table(prompts, rejected, columns)  # (P, M)
+        whole = ~difference.isnan().any(dim=1)
+        if not whole.all():
+            logger.warning(
+                f"{self.__name__}: {int((~whole).sum())} of {len(chosen)} pairs were left out of the fusion, because "
+                "a member has no score for one of their texts."
+            )
+        weights = fit_fusion_weights(difference[whole].numpy(), method, l2)
+        self.set_reducer("fusion", weights)
+        self._update_file(reduce="fusion", weights=weights, reduce_kwargs={})
+        return list(weights)
+
+    def save(self, folder: str | Path) -> None:
+        """
+        Write the ensemble: a folder `member-<i>` for each, and `reward_ensemble.json`.
+
+        Adapters stay adapters: their base is not copied. What `scorer_kwargs` said is not stored.
+
+        Raises:
+            `ValueError`: a member is a reward function, or `reduce` is one without a name.
+        """
+        file = EnsembleFile(
+            members=[f"member-{place}" for place in range(len(self._members))],
+            reduce=self._reduce,
+            reduce_kwargs=dict(self._reduce_kwargs),
+            weights=self.weights,
+            normalize=self.normalize,
+            normalizers=list(self.normalizers),
+            branch_layer=self._file.branch_layer,
+        )
+        for name, (source, number) in zip(file.members, self._members, strict=True):
+            source.save(number, Path(folder, name))
+        write_ensemble(folder, file)
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(source.num_truncated for source, _ in self._sources)
+
+    # --------------------------------------------------------------------------------------------------------- private
+    def _raw_table(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> torch.Tensor:
+        """Raw scores (N, M), fp64, NaN where a member has none."""
+        table = torch.full((len(completions), len(self._members)), torch.nan, dtype=torch.float64)
+        for source, places in self._sources:
+            for place, scores in zip(places, source.raw_scores(prompts, completions, columns), strict=True):
+                check_finite(scores, self.members[place])
+                table[:, place] = to_table([scores], len(completions))[0]
+        return table
+
+    def _table(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> torch.Tensor:
+        """Normalised scores (N, M), fp64, NaN where a member has none."""
+        table = self._raw_table(prompts, completions, columns)
+        if self.normalize:
+            for place, normalizer in enumerate(self.normalizers):
+                check_normalizer(normalizer)
+                if normalizer is not None:
+                    table[:, place] = (table[:, place] - normalizer["mean"]) / normalizer["std"]
+            if not self._scales_checked and len(table) >= ROWS_TO_TELL:
+                self._scales_checked = True
+                check_scales(table, self.members, self.normalizers, self.__name__)
+        return table
+
+    def _combine(self, table: torch.Tensor) -> torch.Tensor:
+        if self.weights is None and takes_weights(self._reducer):
+            raise ValueError(
+                f"The reducer {self._reduce!r} has no weights yet: call `fit_fusion` first, or pass them."
+            )
+        return combine(table, self._reducer, self.weights, **self._reduce_kwargs)
+
+    def _update_file(self, **fields: Any) -> None:
+        if self._folder is None:
+            logger.info(f"{self.__name__}: what was fitted lasts as long as this object; `save` writes it.")
+            return
+        for name, value in fields.items():
+            setattr(self._file, name, value)
+        write_ensemble(self._folder, self._file)
+
+
+def load_scorer(path: str | Path, name: str | None = None, **scorer_kwargs: Any) -> "RewardScorer | RewardEnsemble":
+    """The [`RewardEnsemble`] saved at a path, or the [`RewardScorer`] of the one model there, with its arguments."""
+    folder = local_folder(path, None)
+    if read_ensemble(folder) is not None:
+        return RewardEnsemble(folder, name=name, scorer_kwargs=scorer_kwargs)
+    return RewardScorer(path, name=name, **scorer_kwargs)
+
+
+def _is_ensemble(member: Member) -> bool:
+    return isinstance(member, (str, Path)) and Path(member).is_dir() and read_ensemble(member) is not None
+
+
+def _read(path: str | Path) -> tuple[Path, EnsembleFile]:
+    folder = Path(local_folder(path, None))
+    file = read_ensemble(folder)
+    if file is None:
+        raise EnsembleFileError(
+            f"{path} has no reward_ensemble.json. Needed: the folder of a saved ensemble, or a list of members, e.g. "
+            f"[{str(path)!r}]."
+        )
+    return folder, file
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names that occur more than once get their place behind them."""
+    return [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names)]

@@ -1,0 +1,312 @@
+"""What a user calls a member of an ensemble -> something that gives raw scores, adapters of one base together.
+
+Knows paths, models, scorers and reward functions. Knows nothing of normalising or reducing.
+"""
+
+import inspect
+import logging
+import math
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.models.loading import check_probes, local_folder, save_sidecar
+from trl_ext.models.shared_base import base_key, load_adapters, use_adapter
+from trl_ext.models.sidecar import get_sidecar, read_sidecar
+from trl_ext.models.stacked_model import StackedRewardModel
+
+from .rows import load_tokenizer, row_error
+from .scorer import RewardScorer
+
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Sequence[float | None]]
+Member = str | Path | PreTrainedModel | PeftModel | RewardScorer | RewardFunction
+Scores = list[float | None]
+
+
+class Source(ABC):
+    """
+    One or several members that score together.
+
+    Attributes:
+        names (`list[str]`): of its members.
+        normalizers (`list[dict | None]`): what each has stored.
+        num_truncated (`int`): rows cut to `max_length` so far, over its members.
+    """
+
+    names: list[str]
+    normalizers: list[dict[str, float] | None]
+    num_truncated: int
+
+    @abstractmethod
+    def raw_scores(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[Scores]:
+        """For each member its scores of all rows, not normalised."""
+
+    @abstractmethod
+    def save(self, number: int, folder: Path) -> None:
+        """Write one of its members as an ordinary reward model folder. Raises `ValueError` if it is none."""
+
+
+class FunctionSource(Source):
+    """A TRL reward function."""
+
+    num_truncated = 0
+
+    def __init__(self, function: RewardFunction):
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+            raise TypeError(
+                f"The reward function {function_name(function)} is asynchronous, and an ensemble calls its members "
+                "one after the other. Pass a function that waits for the result itself."
+            )
+        self._function = function
+        self.names, self.normalizers = [function_name(function)], [None]
+
+    def raw_scores(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[Scores]:
+        found = list(self._function(prompts=prompts, completions=completions, **columns))
+        if len(found) != len(completions):
+            raise ValueError(
+                f"The reward function {self.names[0]} returned {len(found)} rewards for {len(completions)} "
+                "completions; needed: one each, None where it does not apply."
+            )
+        return [[None if value is None else float(value) for value in found]]
+
+    def save(self, number: int, folder: Path) -> None:
+        raise ValueError(
+            f"The member {self.names[0]} is a reward function, which cannot be saved. Save an ensemble of the reward "
+            "models alone, and add the function in code: RewardEnsemble([folder, function])."
+        )
+
+
+class ScorerSource(Source):
+    """A reward model of its own."""
+
+    def __init__(self, scorer: RewardScorer):
+        self._scorer = scorer
+        self.names, self.normalizers = [scorer.__name__], [scorer.normalizer]
+
+    @property
+    def num_truncated(self) -> int:
+        return self._scorer.num_truncated
+
+    def raw_scores(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[Scores]:
+        return [self._scorer._raw_scores(prompts, completions, columns)]
+
+    def save(self, number: int, folder: Path) -> None:
+        if self._scorer._folder is not None:
+            copy_model(self._scorer._folder, folder)
+            return
+        model = self._scorer.model
+        model.save_pretrained(folder)
+        self._scorer._encoder.tokenizer.save_pretrained(folder)
+        sidecar = get_sidecar(model)
+        if sidecar is not None:
+            save_sidecar(model, sidecar, folder)
+
+
+class StackedSource(Source):
+    """
+    Adapters of one LoRA configuration on one base: all members score in one pass, the layers below the first adapter
+    only once.
+
+    Args:
+        folders (`list[Path]`): the adapters.
+        scorer_kwargs (`dict`): arguments of their scorer.
+
+    Raises:
+        `ValueError`: they cannot be stacked.
+    """
+
+    def __init__(self, folders: list[Path], scorer_kwargs: dict[str, Any]):
+        kwargs = dict(scorer_kwargs)
+        sidecars = [read_sidecar(folder) for folder in folders]
+        scalar = all(one.kind == "scalar" or (one.kind == "outcome" and one.num_labels == 1) for one in sidecars)
+        if not scalar or kwargs.get("aggregation") is not None:
+            raise ValueError("Only members whose score is the output at the last token are stacked.")
+        policies = [one.token_policy for one in sidecars]
+        if any(policy != policies[0] for policy in policies) or len(set(map(_tokenizer_files, folders))) > 1:
+            raise ValueError("The members were trained on different token ids of a text.")
+        device = torch.device(kwargs.pop("device", None) or PartialState().device)
+        model = StackedRewardModel.from_folders(folders, device_map={"": device})
+        for number, (folder, sidecar) in enumerate(zip(folders, sidecars, strict=True)):
+            model.use_rows(alone=number)
+            try:
+                check_probes(model, sidecar, folder, allow_base_mismatch=False)
+            finally:
+                model.use_rows()
+        kwargs["processing_class"] = kwargs.get("processing_class") or load_tokenizer(str(folders[0]))
+        self._scorer = RewardScorer(model, **kwargs)
+        self._folders, self._model = folders, model
+        self.names = [folder.name for folder in folders]
+        self.normalizers = [sidecar.normalizer for sidecar in sidecars]
+
+    @property
+    def num_truncated(self) -> int:
+        return len(self._folders) * self._scorer.num_truncated
+
+    def raw_scores(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[Scores]:
+        def read(row: int, encoded: Any, scores: list[float] | None) -> Scores:
+            return [None] * len(self._folders) if scores is None else scores
+
+        rows = self._scorer._map(
+            prompts, completions, columns, self._scorer._encoder, self._scorer._runner.scores, read
+        )
+        return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in self._folders]
+
+    def save(self, number: int, folder: Path) -> None:
+        copy_model(self._folders[number], folder)
+
+
+class SharedBaseSource(Source):
+    """
+    Adapters on one base, which is in memory once. They score one after the other.
+
+    Args:
+        folders (`list[Path]`): the adapters.
+        base_model (`nn.Module`, *optional*): a model in memory whose backbone is the base.
+        scorer_kwargs (`dict`): arguments of their scorers.
+    """
+
+    def __init__(self, folders: list[Path], base_model: nn.Module | None, scorer_kwargs: dict[str, Any]):
+        kwargs = dict(scorer_kwargs)
+        device = torch.device(kwargs.pop("device", None) or PartialState().device)
+        load_kwargs = {} if base_model is not None else {"device_map": {"": device}}
+        self._model, self._adapters = load_adapters(folders, base_model, **load_kwargs)
+        self._folders, self._sidecars = folders, [read_sidecar(folder) for folder in folders]
+        self._scorers = []
+        for number, folder in enumerate(folders):
+            with self._member(number):
+                tokenizer = kwargs.get("processing_class") or load_tokenizer(str(folder))
+                arguments = kwargs | {"processing_class": tokenizer, "name": folder.name}
+                self._scorers.append(RewardScorer(self._model, **arguments))
+        self.names = [folder.name for folder in folders]
+        self.normalizers = [scorer.normalizer for scorer in self._scorers]
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(scorer.num_truncated for scorer in self._scorers)
+
+    def raw_scores(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[Scores]:
+        scores = []
+        for number, scorer in enumerate(self._scorers):
+            with self._member(number):
+                scores.append(scorer._raw_scores(prompts, completions, columns))
+        return scores
+
+    def save(self, number: int, folder: Path) -> None:
+        copy_model(self._folders[number], folder)
+
+    def _member(self, number: int) -> AbstractContextManager:
+        return use_adapter(self._model, self._adapters[number], self._sidecars[number])
+
+
+def make_sources(
+    members: Sequence[Member], base_model: nn.Module | None, scorer_kwargs: dict[str, Any]
+) -> list[tuple[Source, list[int]]]:
+    """
+    Sources, each with the places of its members among all.
+
+    Adapters that were trained on one base are put on one base. Raises `TypeError` for what is no member, `ValueError`
+    if `base_model` is given and no member is an adapter.
+    """
+    sources: list[tuple[Source, list[int]]] = []
+    shared: dict[str, list[tuple[int, Path]]] = {}
+    for place, member in enumerate(members):
+        if isinstance(member, (str, Path)):
+            folder = Path(local_folder(member, None))
+            key = base_key(folder)
+            if key is None:
+                scorer = RewardScorer(folder, **(scorer_kwargs | {"name": folder.name}))
+                sources.append((ScorerSource(scorer), [place]))
+            else:
+                shared.setdefault(key, []).append((place, folder))
+        elif isinstance(member, (PreTrainedModel, PeftModel)):
+            scorer = RewardScorer(member, **({"name": f"member-{place}"} | scorer_kwargs))
+            sources.append((ScorerSource(scorer), [place]))
+        elif isinstance(member, RewardScorer):
+            sources.append((ScorerSource(member), [place]))
+        elif callable(member) and not isinstance(member, (nn.Module, type)):
+            sources.append((FunctionSource(member), [place]))
+        else:
+            raise TypeError(
+                f"Member {place} is a {type(member).__name__}; needed: a reward model's path, a `PreTrainedModel` or "
+                "`PeftModel`, a `RewardScorer`, or a function (prompts, completions, **columns) -> list of rewards."
+            )
+    if base_model is not None and not shared:
+        raise ValueError("`base_model` was given, but no member is an adapter with a reward_model.json to put on it.")
+    for group in shared.values():
+        places, folders = [place for place, _ in group], [folder for _, folder in group]
+        if len(folders) == 1 and base_model is None:
+            scorer = RewardScorer(folders[0], **(scorer_kwargs | {"name": folders[0].name}))
+            sources.append((ScorerSource(scorer), places))
+        else:
+            sources.append((_shared_source(folders, base_model, scorer_kwargs), places))
+    return sources
+
+
+def _shared_source(folders: list[Path], base_model: nn.Module | None, scorer_kwargs: dict[str, Any]) -> Source:
+    """Adapters on one base, stacked if that can be."""
+    if base_model is None:
+        try:
+            return StackedSource(folders, scorer_kwargs)
+        except ValueError as error:
+            logger.info(f"The members score one after the other, not in one pass. {error}")
+    return SharedBaseSource(folders, base_model, scorer_kwargs)
+
+
+def _tokenizer_files(folder: Path) -> tuple[bytes, ...]:
+    """What the token ids of a text depend on beside the token policy."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+    return tuple((folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names)
+
+
+def function_name(function: Callable) -> str:
+    """The name of a reward function, as TRL takes it; of a partial function that of what it calls."""
+    if isinstance(function, partial):
+        return function_name(function.func)
+    if inspect.isroutine(function):
+        return function.__name__
+    return function.__dict__.get("__name__", type(function).__name__)
+
+
+def check_finite(scores: Scores, name: str) -> None:
+    """Raise [`DataError`] for a score that is not finite, naming the member and the row."""
+    for row, score in enumerate(scores):
+        if score is not None and not math.isfinite(score):
+            raise row_error(
+                row,
+                f"the score {score} by the member {name}",
+                "a finite score, or None where a member does not apply",
+                "Correct the member, or choose another aggregation (`sum_log` of a probability of 0 is infinite).",
+            )
+
+
+def copy_model(origin: Path, folder: Path) -> None:
+    """Copy the files that a saved reward model consists of, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"):
+        for file in origin.glob(pattern):
+            if file.name != "trainer_state.json" and file.resolve() != (folder / file.name).resolve():
+                shutil.copy2(file, folder / file.name)

@@ -1,0 +1,147 @@
+"""How the training batches of all trainers are made: as flat rows or not, by tokens, with prompts together.
+
+Knows arguments, loaders and processes. Which rows make up a batch is decided in `trl_ext.data.token_batches`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import trl
+from datasets import Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from transformers import Trainer
+
+from trl_ext.data.token_batches import (
+    RowSize,
+    fill_processes,
+    order_rows,
+    pack_by_rows,
+    pack_by_tokens,
+    tokens_alone,
+)
+from trl_ext.models.shared_prefix import use_shared_prefix
+
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_batching(
+    args: trl.RewardConfig, train_dataset: Dataset | IterableDataset | None, group_by_prompt: bool = False
+) -> None:
+    """
+    Have every process load its own batches, which then stay whole.
+
+    Raises `ValueError` if what `max_tokens_per_batch` and `group_by_prompt` ask for cannot be had.
+    """
+    if args.accelerator_config.dispatch_batches:
+        logger.warning("`dispatch_batches=True` would cut batches apart, so it is set to False.")
+    args.accelerator_config.dispatch_batches = False
+    if args.max_tokens_per_batch is None and not group_by_prompt:
+        return
+    wish = "group_by_prompt" if args.max_tokens_per_batch is None else "max_tokens_per_batch"
+    if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
+        raise ValueError(f"max_tokens_per_batch={args.max_tokens_per_batch} is no budget. Needed: 1 token or more.")
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"{wish} needs the lengths of all rows before training, and train_dataset is a stream. Load it without "
+            f"`streaming`, or leave {wish} out and set per_device_train_batch_size."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(f"auto_find_batch_size looks for a number of rows, and {wish} fixes the batches. Set one.")
+    if args.accelerator_config.split_batches:
+        raise ValueError(f"`split_batches=True` would cut batches apart, which {wish} does not allow. Leave it out.")
+    known = ("random", "sequential") if group_by_prompt else ("random", "sequential", "group_by_length")
+    if args.train_sampling_strategy not in known:
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} and "
+            f"{'group_by_prompt' if group_by_prompt else wish} both decide which rows make up a batch. Needed: one of "
+            f"{', '.join(known)}."
+        )
+
+
+def use_flat_rows(trainer: Trainer) -> bool:
+    """Whether batches may be flat rows, from the trainer's `shared_prefix`; see [`use_shared_prefix`]."""
+    args = trainer.args
+    # sharded weights cannot be run for the check, and Neuron compiles once per padded shape
+    plain = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.pad_to_multiple_of is not None
+    if plain and args.shared_prefix is True:
+        raise ValueError(
+            "shared_prefix=True does not go with FSDP, DeepSpeed or pad_to_multiple_of. Leave it at 'auto'."
+        )
+    return not plain and use_shared_prefix(trainer.model, args.shared_prefix, args.max_length)
+
+
+class FixedBatches(BatchSampler):
+    """
+    Batches that are made once; what changes from epoch to epoch is their order.
+
+    Their number is then known from the start, and a resumed run meets the same ones. `sampler` draws the order:
+    Accelerate seeds it by the epoch and hands each process every n-th batch, as it does with plain batches.
+
+    Args:
+        batches (`Sequence[list[int]]`): the rows of each.
+        shuffle (`bool`): whether their order is random.
+    """
+
+    batch_size = None  # tells Accelerate that sizes differ
+    drop_last = False
+
+    def __init__(self, batches: Sequence[list[int]], shuffle: bool):
+        self.batches = batches
+        self.sampler = RandomSampler(batches) if shuffle else SequentialSampler(batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self.batches[number] for number in self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def make_train_dataloader(
+    trainer: Trainer, sizes: Sequence[RowSize], columns: Sequence[str], flat_rows: bool, group_by_prompt: bool = False
+) -> DataLoader:
+    """
+    The loader for `max_tokens_per_batch` and `group_by_prompt`.
+
+    Args:
+        trainer (`Trainer`): its arguments, data set, collator and accelerator are used.
+        sizes (`Sequence[RowSize]`): of the rows of its data set.
+        columns (`Sequence[str]`): what the collator needs of a row.
+        flat_rows (`bool`): whether its collator lays out flat rows.
+        group_by_prompt (`bool`): whether rows of one prompt stay together.
+    """
+    args, strategy = trainer.args, trainer.args.train_sampling_strategy
+    seed = args.seed if args.data_seed is None else args.data_seed
+    order = order_rows(sizes, strategy, seed, group_by_prompt)
+    if args.max_tokens_per_batch is None:
+        batches = pack_by_rows(order, args.train_batch_size, args.dataloader_drop_last)
+    else:
+        limit, multiple = args.max_tokens_per_batch, args.pad_to_multiple_of
+        batches = pack_by_tokens(sizes, order, limit, flat_rows, multiple)
+        _tell([tokens_alone(size, flat_rows, multiple) for size in sizes], batches, limit)
+    batches = fill_processes(batches, trainer.accelerator.num_processes, args.dataloader_drop_last)
+    dataset = trainer.train_dataset
+    if args.remove_unused_columns:
+        dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
+    loader = DataLoader(
+        dataset,
+        batch_sampler=FixedBatches(batches, shuffle=strategy != "sequential"),
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+    )
+    return trainer.accelerator.prepare(loader)
+
+
+def _tell(alone: Sequence[int], batches: Sequence[list[int]], max_tokens: int) -> None:
+    logger.info(f"max_tokens_per_batch={max_tokens}: {len(alone)} rows in {len(batches)} batches.")
+    longer = [tokens for tokens in alone if tokens > max_tokens]
+    if longer:
+        logger.warning(
+            f"{len(longer)} of {len(alone)} rows take more than max_tokens_per_batch={max_tokens} tokens (at most "
+            f"{max(longer)}). Each is a batch of its own. Lower `max_length` if memory is short."
+        )
