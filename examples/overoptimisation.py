@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl_ext import RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer
 from trl_ext.demo.policy import sample_solutions, train_policy
 from trl_ext.demo.task import make_problems, verify
-from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement
+from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement, relative_disagreement
 from trl_ext.metrics.voting import best_of_k_curve, kl_bound
 
 
@@ -56,6 +56,7 @@ def train_members(base: str, rows: list[dict], folder: str, args: argparse.Names
     config = RewardEnsembleConfig(
         output_dir=f"{folder}/ensemble",
         num_members=args.members,
+        data_strategy=args.data_strategy,
         max_steps=args.steps,
         per_device_train_batch_size=16,
         learning_rate=1e-3,
@@ -128,8 +129,13 @@ def run(args: argparse.Namespace, seed: int, folder: str) -> dict:
         "ensemble_accuracy": (margins > 0).double().mean().item(),
         "curves": curves,
         "deciles": error_by_disagreement(margins, spread, min(10, len(margins))),
-        "auc": error_auc(margins, spread),
+        "auc": rounded(error_auc(margins, spread)),
+        "relative_auc": rounded(error_auc(margins, relative_disagreement(differences))),
     }
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def with_error(values: list[float]) -> str:
@@ -141,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--members", type=int, default=4, help="the paper finds four to five to be enough")
+    parser.add_argument("--data_strategy", default="shuffle", help="shuffle: the same pairs for all; bootstrap; kfold")
     parser.add_argument("--noise", type=float, default=0.25, help="share of flipped labels; the paper's 0.25")
     parser.add_argument("--train_prompts", type=int, default=1000, help="a pair each")
     parser.add_argument("--steps", type=int, default=300)
@@ -163,7 +170,7 @@ def main() -> None:
         print(
             f"seed {seed}: a sample is right with {one['policy']:.2f}; {one['pairs']} pairs; held-out pairs in order: "
             f"members {accuracies}, mean {one['ensemble_accuracy']:.3f}; disagreement tells errors with AUC "
-            f"{one['auc'] if one['auc'] is None else round(one['auc'], 3)}",
+            f"{one['auc']}, over the mean difference with {one['relative_auc']}",
             flush=True,
         )
 

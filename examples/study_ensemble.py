@@ -24,7 +24,7 @@ from study_rankings import COMPLETIONS_A_STEP, FILES, pairs, ranked
 from study_tools import data_folder, folds, read, settings, train_quietly
 
 from trl_ext import RewardConfig, RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer, RewardTrainer
-from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement
+from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement, relative_disagreement
 from trl_ext.metrics.ranking import pair_accuracy
 from trl_ext.metrics.voting import bootstrap_interval
 
@@ -205,9 +205,13 @@ def main() -> None:
         table = torch.stack(differences)
         margins, spread = table.mean(dim=1), pair_disagreement(table)
         bins = error_by_disagreement(margins, spread)
-        auc = error_auc(margins, spread)
+        aucs = error_auc(margins, spread), error_auc(margins, relative_disagreement(table))
         print(f"{name}: error rate of the mean by decile of disagreement ({len(margins)} pairs):")
-        print(*(f"{one['error']:.2f}" for one in bins), f"AUC {math.nan if auc is None else auc:.3f}\n", flush=True)
+        print(*(f"{one['error']:.2f}" for one in bins))
+        print(
+            "AUC {:.3f}; of disagreement over the mean difference {:.3f}\n".format(*(a or math.nan for a in aucs)),
+            flush=True,
+        )
         if aspects:
             show(f"{name}, aspects", aspects, "one model of the overall rating")
 

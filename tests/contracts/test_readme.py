@@ -162,3 +162,12 @@ def test_every_field_loss_and_metric_of_token_level_trainers_is_documented():
     table = text.split("### Their metrics\n")[1]
     right = {f"right_{name}" for name in ("precision", "recall", "f1")}
     assert not {name for name in metrics - right if f"`{name}`" not in table}
+
+
+def test_every_reducer_is_documented():
+    from trl_ext.scoring.reducers import reducers
+
+    text = section("Ensembles").split("### Score with an ensemble\n")[1]
+    names = [name for name, origin in reducers.available() if origin.startswith("trl_ext")]
+    assert len(names) >= 7
+    assert not [name for name in names if f'`"{name}"`' not in text]

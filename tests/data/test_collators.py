@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_ext.data.collators import GroupCollator, SpanCollator
+from trl_ext.data.prefix_layout import build_layout
 
 
 ROWS = [
@@ -155,3 +156,24 @@ def test_a_prompt_without_a_completion_is_a_row_of_its_own():
     assert batch["prefix_layout"].num_tokens == 20 + 2 + 1 + 20
     real = batch["attention_mask"].bool()
     assert torch.equal(batch["prefix_layout"].input_ids[0][batch["token_index"]][real], batch["input_ids"][real])
+
+
+def test_a_repeated_layout_is_that_of_the_repeated_groups():
+    groups = [([7, 8, 9], [[1], [2, 3]]), ([], [[4, 5]]), ([5] * 90, [[6] * 70, [7] * 3])]
+    repeated, expected = build_layout(groups).repeated(3), build_layout(groups * 3)
+    assert torch.equal(repeated.input_ids, expected.input_ids) and torch.equal(repeated.last, expected.last)
+    assert torch.equal(repeated.position_ids, expected.position_ids)
+    assert repeated.completions == expected.completions and repeated.sequences() == expected.sequences()
+    assert repeated.sequence_tokens == expected.sequence_tokens and repeated.padded_tokens == expected.padded_tokens
+    queries = torch.cat([block.query_index.flatten() for block in repeated.blocks])
+    assert torch.equal(queries[repeated.inverse], torch.arange(repeated.num_tokens))
+    seen = []  # what each token sees, block by block
+    for layout in (repeated, expected):
+        keys = {}
+        for block in layout.blocks:
+            causal = torch.ones(block.query_index.shape[1], block.key_index.shape[1], dtype=torch.bool).tril()
+            mask = causal.expand(len(block.query_index), -1, -1) if block.mask() is None else block.mask()[:, 0]
+            for query, key, sees in zip(block.query_index, block.key_index, mask, strict=True):
+                keys |= {int(q): sorted(set(key[row].tolist())) for q, row in zip(query, sees, strict=True)}
+        seen.append(keys)
+    assert seen[0] == seen[1]

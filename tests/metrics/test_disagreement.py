@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement
+from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement, relative_disagreement
 
 
 def test_by_hand():
@@ -44,6 +44,8 @@ def test_pair_disagreement_is_the_population_s():
     differences = torch.tensor([[1.0, 2.0, 4.0], [3.0, 3.0, 3.0]])
     assert pair_disagreement(differences).tolist() == pytest.approx([statistics.pstdev([1, 2, 4]), 0.0])
     assert pair_disagreement(differences[:, :1]).tolist() == [0.0, 0.0]
+    relative = relative_disagreement(torch.tensor([[1.0, -3.0], [2.0, 2.0], [1.0, -1.0]]))
+    assert relative.tolist() == [2.0, 0.0, float("inf")]
 
 
 def test_what_cannot_be_asked():

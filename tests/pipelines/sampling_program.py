@@ -26,7 +26,7 @@ PROMPTS = [{"prompt": f"Question: how many apples are left when {n} of 12 are ea
 
 def slow_length(prompts, completions, **columns):
     """Characters of a completion; slow enough to be killed in."""
-    time.sleep(0.02)
+    time.sleep(0.05)
     return [None if len(text) % 5 == 0 else float(len(text)) for text in completions]
 
 
@@ -89,9 +89,11 @@ def killed_runs(root: Path, model: str, kills: int, seed: int) -> dict:
     while stages.total() < kills or not finished:
         result.unlink(missing_ok=True)
         pid = forked(lambda: write(model, folder, result))
-        # A kill comes a moment after so many further shards are there, or while it selects; at last there is none.
-        wanted = min(2 * SHARDS, shards(folder) + rng.randint(0, 3)) if stages.total() < kills else 2 * SHARDS + 1
-        moment, deadline = rng.uniform(0.0, 0.2), math.inf
+        # A kill comes a moment after so many further shards are there, or while it selects, where some runs may end.
+        wanted = min(2 * SHARDS, shards(folder) + rng.randint(1, 3))
+        if stages.total() == kills or (shards(folder) == 2 * SHARDS and rng.random() < 0.4):
+            wanted = math.inf
+        moment, deadline = rng.uniform(0.0, 0.05), math.inf
         gone = os.waitpid(pid, os.WNOHANG)
         while gone == (0, 0) and time.monotonic() < deadline:
             if deadline == math.inf and shards(folder) >= wanted:

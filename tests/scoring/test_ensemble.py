@@ -20,7 +20,10 @@ from trl_ext import RewardEnsemble, RewardScorer, load_reward_model
 from trl_ext.data.validation import DataError
 from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.ensemble_files import EnsembleFileError, read_ensemble
+from trl_ext.models.fingerprint import fingerprint
 from trl_ext.models.loading import BaseMismatchError
+from trl_ext.pipelines.rewards import load_reward, reward_identity
+from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.members import SharedBaseSource, StackedSource
 
 
@@ -242,6 +245,23 @@ def test_saved_and_loaded(members, tmp_path):
     file = read_ensemble(tmp_path / "ensemble")
     assert file.normalizers == loaded.normalizers and file.reduce == "mean_minus_var"
     assert json.loads((tmp_path / "ensemble" / "member-0" / "reward_model.json").read_text())["normalizer"] is None
+
+
+def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):
+    RewardEnsemble(members[:2]).save(tmp_path)
+    ensemble = load_scorer(tmp_path, name="quality", batch_size=2)
+    assert isinstance(ensemble, RewardEnsemble) and ensemble.__name__ == "quality"
+    one = load_scorer(tmp_path / "member-0", batch_size=2)
+    assert isinstance(one, RewardScorer)
+    assert one(*rows()) == pytest.approx([row[0] for row in ensemble.score_members(*rows())], abs=1e-6)
+    assert isinstance(load_reward(str(tmp_path)), RewardEnsemble)
+    # what decides whether stored scores may be used again
+    assert reward_identity(ensemble) is None
+    folder, path = fingerprint(tmp_path), tmp_path / "reward_ensemble.json"
+    path.write_text(path.read_text().replace('"mean"', '"min"', 1))
+    changed = fingerprint(tmp_path)
+    (tmp_path / "member-1" / "adapter_model.safetensors").write_bytes(b"other weights")
+    assert len({folder, changed, fingerprint(tmp_path)}) == 3
 
 
 def test_models_in_memory_are_saved_too(members, tmp_path):

@@ -1,6 +1,10 @@
 """What an ensemble's evaluation tells Weights & Biases, read from an offline run."""
 
-import wandb
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -10,25 +14,24 @@ from tests.trainers.test_tracking import points_of
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
 
 
-def test_disagreement_is_logged_as_histogram_and_by_decile(base, tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_DISABLED")
-    run = wandb.init(mode="offline", dir=str(tmp_path), project="testing")
-    try:
-        args = config(tmp_path / "out", RewardEnsembleConfig, num_members=2, loss_type="plackett_luce")
-        data = Dataset.from_list(ranked_rows(15, k=3))
-        peft = LoraConfig(target_modules=["q_proj"], r=2)
-        trainer = trainer_for(
-            base, args, ranked_rows(8, k=3), RewardEnsembleTrainer, peft_config=peft, eval_dataset=data
-        )
-        trainer.args.report_to = ["wandb"]
-        trainer.evaluate()
-        folder = run.dir
-        print("RT", trainer.args.report_to, wandb.run, trainer._disagreements)
-    finally:
-        run.finish()
-    points = points_of(folder)
-    print("PTS", [sorted(p) for p in points], folder)
-    (point,) = [point for point in points if "eval/disagreement_histogram" in str(sorted(point))]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def evaluate(base: str, folder: str) -> None:
+    """Run in a process of its own, at whose end the run's file is complete."""
+    kwargs = {"num_members": 2, "loss_type": "plackett_luce", "report_to": "wandb"}
+    args = config(Path(folder, "out"), RewardEnsembleConfig, **kwargs)
+    data, peft = Dataset.from_list(ranked_rows(15, k=3)), LoraConfig(target_modules=["q_proj"], r=2)
+    trainer_for(base, args, ranked_rows(8, k=3), RewardEnsembleTrainer, peft_config=peft, eval_dataset=data).evaluate()
+
+
+def test_disagreement_is_logged_as_histogram_and_by_decile(base, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    code = f"from tests.trainers.test_ensemble_tracking import evaluate; evaluate({str(base)!r}, {str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (files,) = (tmp_path / "wandb").glob("offline-run-*/files")
+    (point,) = [point for point in points_of(files) if "disagreement_histogram" in str(sorted(point))]
     assert any("disagreement_deciles" in name for name in point)
-    tables = list((tmp_path / "wandb").rglob("*disagreement_deciles*.table.json"))
-    assert len(tables) == 1
+    assert list(files.rglob("*disagreement_deciles*.table.json"))

@@ -20,6 +20,7 @@ from .bench_tools import (
     dtype_of,
     forget_peak,
     formatted,
+    keep_freed_memory,
     peak,
     plot_bars,
     save_model,
@@ -79,6 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.warmup < 1 or args.steps < 1 or args.repeats < 1 or args.members < 2:
         raise ValueError("--warmup, --steps and --repeats must be at least 1, --members at least 2.")
+    keep_freed_memory()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     cases = []

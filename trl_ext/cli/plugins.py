@@ -18,6 +18,7 @@ BUILT_IN = (  # the modules that make a registry
     "trl_ext.data.segmentation",
     "trl_ext.scoring.aggregation",
     "trl_ext.scoring.reducers",
+    "trl_ext.pipelines.selection",
 )
 
 

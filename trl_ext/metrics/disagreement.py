@@ -20,6 +20,20 @@ def pair_disagreement(differences: torch.Tensor) -> torch.Tensor:
     return differences.std(dim=1, correction=0)
 
 
+def relative_disagreement(differences: torch.Tensor) -> torch.Tensor:
+    """
+    [`pair_disagreement`] over the size of the mean difference: how sure members are of which text is better.
+
+    The standard deviation alone grows with the difference itself, so that pairs of very different texts, which are the
+    easiest, can have the most of it.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`, infinite where the mean difference is 0.
+    """
+    size = differences.mean(dim=1).abs()
+    return torch.where(size > 0, pair_disagreement(differences) / size, torch.inf)
+
+
 def error_by_disagreement(margins: torch.Tensor, disagreement: torch.Tensor, bins: int = 10) -> list[dict[str, float]]:
     """
     The share of wrongly ordered pairs, from the pairs that members agree on most to those they agree on least.

@@ -163,7 +163,7 @@ class RejectionSampler:
                 "prompts": self._prompts.content_key,
                 "reward": identity,
             }
-            store = ShardStore(self.output_dir / "scores", manifest, self._prompts.sizes)
+            store = ShardStore(self.output_dir / "scores" / name, manifest, self._prompts.sizes)
             stages.append(ScoreStage(self._prompts, self._generate.store, store, spec, name))
         return stages
 

@@ -178,9 +178,7 @@ def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
     try:
         status = subprocess.run([sys.executable, "-m", __name__, str(given), str(result)], check=False).returncode
         if status:
-            raise RuntimeError(
-                f"The leg in {folder.name} failed in its own process (exit status {status})."
-            )
+            raise RuntimeError(f"The leg in {folder.name} failed in its own process (exit status {status}).")
         return json.loads(result.read_text(encoding="utf-8"))
     finally:
         given.unlink()

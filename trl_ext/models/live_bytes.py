@@ -1,0 +1,64 @@
+"""How many bytes of tensors are alive while code runs, and their peak, on any device and for fake tensors too.
+
+Knows tensors and their storages. What a kernel allocates for itself and what an allocator rounds up is not seen.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """
+    Counts the storages that operations make while it is active, each once, until they are freed.
+
+    Args:
+        known (`Iterable[torch.Tensor]`): tensors that were there before and are not counted (weights, inputs).
+
+    Attributes:
+        live (`int`): bytes alive now. peak (`int`): the most there ever were.
+
+    Example:
+
+    ```python
+    >>> with LiveBytes() as count:
+    ...     a = torch.ones(1024)
+    ...     b = (a + 1).sum()
+    >>> count.peak, count.live
+    (8192, 4100)
+    ```
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+        for tensor in known:
+            self._note(tensor, counts=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf)
+        return output
+
+    def _note(self, tensor: torch.Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._seen and self._seen[key]() is storage:
+            return
+        size = storage.nbytes() if counts else 0
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed(_: Any, key: int = key, size: int = size) -> None:
+            self.live -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, freed)
