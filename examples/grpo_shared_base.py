@@ -41,8 +41,8 @@ def train(model: str, ensemble_folder: str, prompts: Dataset, args: GRPOConfig, 
     with_policy = bytes_of(policy)
     # the adapters of the ensemble go beside the policy's; the worst of the members is what it is paid for
     ensemble = RewardEnsemble(ensemble_folder, reduce="min", base_model=policy, name="ensemble")
-    with_both = bytes_of(policy, *(source._model for source, _ in ensemble._sources))
-    apart = bytes_of(*(source._model for source, _ in RewardEnsemble(ensemble_folder)._sources))
+    with_both = bytes_of(policy, *ensemble.models)
+    apart = bytes_of(*RewardEnsemble(ensemble_folder).models)
     print(
         f"MB: base {base / 1e6:.3f}, policy's adapter {(with_policy - base) / 1e6:.3f}, "
         f"{len(ensemble.members)} reward models {(with_both - with_policy) / 1e6:.3f}; "

@@ -1,14 +1,15 @@
-"""Ensembles of reward models on real rankings, beside their members; and an ensemble of aspects.
+"""Ensembles of reward models on real rankings and pairs, beside their members; branching; an ensemble of aspects.
 
-    python examples/study_ensemble.py                    # minutes on a CPU; README ('Ensembles') has the table
-    python examples/study_ensemble.py --data oasst --folds 1
-    python examples/study_ensemble.py --smoke            # a few rows and steps
+    python examples/study_ensemble.py --data topical_chat     # minutes on a CPU; README ('Ensembles') has the table
+    python examples/study_ensemble.py --data hh_harmless --folds 1
+    python examples/study_ensemble.py --smoke                 # a few rows and steps
 
 Four members (LoRA on stories260K, other seeds, the same rows) are trained in one run on four fifths of the training
 prompts; the last fifth scales them and fits the fusion. `accuracy` is the share of a prompt's decided pairs in order,
 mean over unseen prompts of all folds, with a 95 % bootstrap interval over prompts; `gain` is less that of a single
-member (the mean of the four), prompt by prompt. For topical_chat there is a second ensemble: one member for each of
-five aspects that people rated, which together predict the overall rating.
+member (the mean of the four), prompt by prompt. The same again for members branched at each of `--branch_at`, with
+adapters in the layers above only. For topical_chat there is one more ensemble: a member for each of five aspects that
+people rated, which together predict the overall rating.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from study_rankings import COMPLETIONS_A_STEP, FILES, pairs, ranked
+from study_rankings import FILES, pairs, ranked
 from study_tools import data_folder, folds, read, settings, train_quietly
 
 from trl_ext import RewardConfig, RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer, RewardTrainer
@@ -29,6 +30,8 @@ from trl_ext.metrics.ranking import pair_accuracy
 from trl_ext.metrics.voting import bootstrap_interval
 
 
+FILES = {**FILES, "hh_harmless": "pairs_hh_harmless/split_test.jsonl"}
+COMPLETION = 250  # characters: the beginning of a completion
 ASPECTS = ("understandability", "naturalness", "coherence", "engagingness", "groundedness")
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 OF_SEEDS = {
@@ -52,6 +55,16 @@ def data(rows: list[dict], ratings: str = "ratings") -> Dataset:
     return Dataset.from_list(
         [{"prompt": r["prompt"], "completions": r["completions"], "ratings": r[ratings]} for r in rows]
     )
+
+
+def group(row: dict) -> dict:
+    """A row of any of the files as a ranked group."""
+    if "chosen" in row:
+        texts = [row[name][-1]["content"] for name in ("chosen", "rejected")]
+        first = row["prompt"][0]["content"]  # dialogues that begin alike stay in one fold
+        row = {"id": first, "prompt": row["prompt"], "completions": texts, "ranks": [0, 1]}
+    found = ranked(row) | aspect_ratings(row)
+    return found | {"completions": [text[:COMPLETION] for text in found["completions"]]}
 
 
 def aspect_ratings(row: dict) -> dict[str, list[float]]:
@@ -102,23 +115,42 @@ def compare(ensemble: RewardEnsemble, calibration: list[dict], test: list[dict],
     return values
 
 
-def of_seeds(
-    args: argparse.Namespace, completions: int, train: list[dict], calibration: list[dict], test: list[dict]
-) -> tuple[Values, list[torch.Tensor]]:
-    """Members that differ in their seed; also the members' score differences of the decided test pairs."""
+def members_and_reducers(
+    args: argparse.Namespace,
+    completions: int,
+    train: list[dict],
+    calibration: list[dict],
+    test: list[dict],
+    reducers: dict[str, dict],
+    branch_at: float | None = None,
+) -> tuple[Values, RewardEnsemble]:
+    """Members that differ in their seed: what one reaches (the mean of all), and what reducers do."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardEnsembleTrainer(
             model=args.model,
-            args=RewardEnsembleConfig(num_members=args.members, **config(args, folder, train, completions)),
+            args=RewardEnsembleConfig(
+                num_members=args.members, branch_at=branch_at, **config(args, folder, train, completions)
+            ),
             train_dataset=data(train),
             peft_config=LORA,
         )
         train_quietly(trainer)
         trainer.save_model()
         ensemble = RewardEnsemble(folder, scorer_kwargs={"max_length": trainer.args.max_length})
-        values = compare(ensemble, calibration, test, OF_SEEDS)
+        values = compare(ensemble, calibration, test, reducers)
     single = [values.pop(name) for name in ensemble.members]
-    values = {"single member": [statistics.fmean(own) for own in zip(*single, strict=True)], **values}
+    return {"single member": [statistics.fmean(own) for own in zip(*single, strict=True)], **values}, ensemble
+
+
+def of_seeds(
+    args: argparse.Namespace, completions: int, train: list[dict], calibration: list[dict], test: list[dict]
+) -> tuple[Values, list[torch.Tensor]]:
+    """Full-depth and branched members; also the score differences of the former on the decided test pairs."""
+    rows = completions, train, calibration, test
+    values, ensemble = members_and_reducers(args, *rows, OF_SEEDS)
+    for share in args.branch_at:
+        branched, _ = members_and_reducers(args, *rows, {"mean": OF_SEEDS["mean"]}, share)
+        values |= {f"branched at {share}: {name}": own for name, own in branched.items()}
     differences = []
     for row, own in zip(test, scored(ensemble, test), strict=True):
         for a, better in enumerate(row["ratings"]):
@@ -177,34 +209,37 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--folds", type=int, default=5, help="of five")
     parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--branch_at", type=float, nargs="*", default=[0.6], help="shares of the layers")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--completions", type=int, default=16, help="a step, of each member")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=120, help="of a fold, to test, and to calibrate, at most")
     parser.add_argument("--smoke", action="store_true", help="a few rows, one fold, two steps")
     args = parser.parse_args()
     root = data_folder([FILES[name] for name in args.data] + ([] if args.model else ["stories260K"]))
     args.model = args.model or str(root / "stories260K")
     for name in args.data:
-        rows = [ranked(row) | aspect_ratings(row) for row in read(root / FILES[name])]
+        rows = [group(row) for row in read(root / FILES[name]) if row.get("clean", True)]
         rows = [row for row in rows if len(set(row["ratings"])) > 1]
         seeds: Values = {}
         aspects: Values = {}
         differences: list[torch.Tensor] = []
         for train, test in folds([row["group"] for row in rows], 1 if args.smoke else args.folds):
-            train, test = [rows[i] for i in train], [rows[i] for i in test]
+            train, test = [rows[i] for i in train], [rows[i] for i in test[: args.prompts]]
             if args.smoke:
                 train, test = train[:15], test[:6]
             fit, calibration = next(folds([row["group"] for row in train], 1, seed=1))
-            split = [train[i] for i in fit], [train[i] for i in calibration]
-            values, found = of_seeds(args, COMPLETIONS_A_STEP[name], *split, test)
+            split = [train[i] for i in fit], [train[i] for i in calibration[: args.prompts]]
+            values, found = of_seeds(args, args.completions, *split, test)
             extend(seeds, values)
             differences += found
             if name == "topical_chat":
-                extend(aspects, of_aspects(args, COMPLETIONS_A_STEP[name], *split, test))
+                extend(aspects, of_aspects(args, args.completions, *split, test))
         show(name, seeds, "single member")
         table = torch.stack(differences)
         margins, spread = table.mean(dim=1), pair_disagreement(table)
-        bins = error_by_disagreement(margins, spread)
+        bins = error_by_disagreement(margins, spread, min(10, len(margins)))
         aucs = error_auc(margins, spread), error_auc(margins, relative_disagreement(table))
         print(f"{name}: error rate of the mean by decile of disagreement ({len(margins)} pairs):")
         print(*(f"{one['error']:.2f}" for one in bins))

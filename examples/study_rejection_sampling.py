@@ -25,9 +25,7 @@ from trl_ext.demo.task import Problem, make_problems, verify
 from trl_ext.metrics.voting import best_of_k, bootstrap_interval, majority_vote
 
 
-SIZES = dict(
-    policy=8000, trial=200, prompts=1000, held_out=500, policy_steps=1000, rounds=3, samples=8, eval_samples=4
-)
+SIZES = dict(policy=8000, trial=200, prompts=600, held_out=500, policy_steps=1000, rounds=3, samples=8, eval_samples=4)
 SMOKE = dict(policy=200, trial=10, policy_steps=40, prompts=8, samples=4, rounds=1, held_out=6, eval_samples=2)
 ARMS = {
     "verifier": {"selection": "threshold", "selection_kwargs": {"min_score": 1.0, "n": 4}},

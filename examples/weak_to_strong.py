@@ -1,12 +1,13 @@
 """A weak model labels what a strong one learns from: how much of the gap to ground truth does the student recover?
 
-    python examples/weak_to_strong.py            # offline; outcomes and generation, three seeds, CPU
+    python examples/weak_to_strong.py            # offline; preferences and generation, three seeds, CPU
     python examples/weak_to_strong.py --smoke    # the same in seconds, too short to learn
 
-The task is sorting digits, with right and wrong solutions made in code. The strong model was pretrained on other
-problems, the weak one was not and is smaller, as in Burns et al. (https://huggingface.co/papers/2312.09390) the weak
-supervisor is an earlier generation. To use your own data, give `weak_to_strong` a data set with the columns of the
-task, and paths or Hub ids of two models.
+The task is sorting digits, with right and wrong solutions made in code. The weak model is small and starts from
+nothing. The strong one was pretrained on other problems, so that it has met what it is to be taught, as in Burns et
+al. (https://huggingface.co/papers/2312.09390): texts with verdicts before it learns to judge, solutions before it
+learns to write. To use your own data, give `weak_to_strong` a data set with the columns of the task, and paths or Hub
+ids of two models.
 """
 
 import random
@@ -16,10 +17,12 @@ import tempfile
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from trl_ext import ORMConfig, WeakToStrongArguments, WeakToStrongConfig, WeakToStrongTrainer, weak_to_strong
+from trl_ext import RewardConfig, WeakToStrongArguments, WeakToStrongConfig, WeakToStrongTrainer, weak_to_strong
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.demo.task import Problem, make_problems
 
+
+LENGTHS = (5, 6)  # digits to sort
 
 COMMON = {
     "per_device_train_batch_size": 32,
@@ -50,28 +53,35 @@ def corrupted(problem: Problem, rng: random.Random) -> str:
     return "".join(lines)
 
 
-def outcome_rows(number: int) -> Dataset:
-    """Solutions, half of them right."""
+def pair_rows(number: int) -> Dataset:
+    """Right solutions and wrong ones of the same problems."""
     rng, rows = random.Random(0), []
-    for problem in make_problems(number, "train", 0):
-        right = rng.random() < 0.5
-        completion = problem.solution if right else corrupted(problem, rng)
-        rows.append({"prompt": problem.prompt, "completion": completion, "label": right})
+    for problem in make_problems(number, "train", 0, lengths=LENGTHS):
+        rows.append({"prompt": problem.prompt, "chosen": problem.solution, "rejected": corrupted(problem, rng)})
     return Dataset.from_list(rows)
 
 
-def solution_rows(number: int, split: str) -> Dataset:
+def solution_rows(number: int, split: str = "train") -> Dataset:
     """Right solutions."""
-    return Dataset.from_list(
-        [{"prompt": problem.prompt, "completion": problem.solution} for problem in make_problems(number, split, 0)]
-    )
+    problems = make_problems(number, split, 0, lengths=LENGTHS)
+    return Dataset.from_list([{"prompt": problem.prompt, "completion": problem.solution} for problem in problems])
 
 
-def pretrained(folder: str, steps: int) -> str:
-    """A strong model that has seen the format, but of other problems."""
+def verdict_rows(number: int, split: str) -> Dataset:
+    """Solutions, half of them wrong, each followed by a verdict."""
+    rng, rows = random.Random(0), []
+    for problem in make_problems(number, split, 0, lengths=LENGTHS):
+        right = rng.random() < 0.5
+        solution = problem.solution if right else corrupted(problem, rng)
+        rows.append({"prompt": problem.prompt + solution, "completion": "1" if right else "0"})
+    return Dataset.from_list(rows)
+
+
+def pretrained(folder: str, steps: int, rows: Dataset) -> str:
+    """A strong language model that knows texts of the kind, about other problems."""
     base = tiny_reward_base(f"{folder}/untrained", hidden_size=96, num_layers=2)
     args = WeakToStrongConfig(f"{folder}/pretraining", max_steps=steps, kd_weight=0.0, save_strategy="no", **COMMON)
-    trainer = WeakToStrongTrainer(base, args=args, train_dataset=solution_rows(4000, "policy"))
+    trainer = WeakToStrongTrainer(base, args=args, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(f"{folder}/strong")
@@ -82,33 +92,36 @@ def main() -> None:
     smoke = "--smoke" in sys.argv[1:]
     folder = tempfile.mkdtemp() if smoke else "outputs/weak_to_strong"
     seeds = [0] if smoke else [0, 1, 2]
-    strong = pretrained(folder, 5 if smoke else 120)
-    weak = tiny_reward_base(f"{folder}/weak", hidden_size=32, num_layers=1)
+    weak = tiny_reward_base(f"{folder}/weak", hidden_size=48, num_layers=1)
 
+    judge = pretrained(f"{folder}/judge", 5 if smoke else 800, verdict_rows(4000, "policy"))
     for loss in ("xent", "logconf"):
         config = WeakToStrongArguments(
             [weak],
-            [strong],
-            task="outcome",
+            [judge],
+            task="preference",
             student_loss=loss,
             seeds=seeds,
-            weak_training={"max_steps": 3 if smoke else 150},
+            weak_training={"max_steps": 3 if smoke else 150, "learning_rate": 2e-3},
         )
-        args = ORMConfig(f"{folder}/outcome-{loss}", max_steps=3 if smoke else 400, **COMMON)
-        print(weak_to_strong(config, args, outcome_rows(60 if smoke else 8000)).markdown())
+        args = RewardConfig(f"{folder}/preference-{loss}", max_steps=3 if smoke else 300, **COMMON)
+        print(weak_to_strong(config, args, pair_rows(60 if smoke else 6000)).markdown())
 
+    writer = pretrained(f"{folder}/writer", 5 if smoke else 600, solution_rows(4000, "policy"))
     for loss in ("sft", "kd"):
         config = WeakToStrongArguments(
             [weak],
-            [strong],
+            [writer],
             task="generation",
             student_loss=loss,
             seeds=seeds,
-            weak_training={"max_steps": 3 if smoke else 600},
+            weak_share=0.2,
+            weak_training={"max_steps": 3 if smoke else 600, "learning_rate": 2e-3},
             max_completion_length=24,
         )
-        args = WeakToStrongConfig(f"{folder}/generation-{loss}", max_steps=3 if smoke else 300, **COMMON)
-        print(weak_to_strong(config, args, solution_rows(60 if smoke else 4000, "train")).markdown())
+        training = COMMON | {"learning_rate": 2e-4}  # the writer knows the task: few and small steps
+        args = WeakToStrongConfig(f"{folder}/generation-{loss}", max_steps=3 if smoke else 100, **training)
+        print(weak_to_strong(config, args, solution_rows(60 if smoke else 4000)).markdown())
 
 
 if __name__ == "__main__":

@@ -175,6 +175,16 @@ def test_studies_print_each_method_beside_the_baselines(
         assert names and all(0 <= float(cell) <= 1 for _, *cells in rows for cell in cells)
 
 
+def test_ensemble_study_prints_members_reducers_and_aspects(data_dir, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
+    lines = run(EXAMPLES / "study_ensemble.py", monkeypatch, capsys, "--data", "topical_chat", "--members", "2")
+    seeds, aspects = tables(["", *lines])
+    assert (seeds[0][0], aspects[0][0]) == ("topical_chat (6 prompts)", "topical_chat, aspects (6 prompts)")
+    assert {"single member", "mean", "fusion, BMA", "branched at 0.6: mean"} <= {row[0] for row in seeds}
+    assert aspects[1][0] == "one model of the overall rating" and aspects[-1][0] == "fusion of aspects"
+    assert all(0 <= float(row[1].split()[0]) <= 1 for row in [*seeds[1:], *aspects[1:]])
+
+
 def test_studies_say_which_data_are_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TRL_EXT_DATA", str(tmp_path))
     with pytest.raises(SystemExit, match="has no orm_gsm8k, stories260K. Set TRL_EXT_DATA"):

@@ -40,6 +40,8 @@ _REWARD = "trl.trainer.reward_trainer:RewardTrainer"
 _OURS = "trl_ext.trainers.reward_trainer"
 _TRAINER = "transformers:Trainer"
 _TOKENS = "trl_ext.trainers.token_trainer"
+_SFT = "trl.trainer.sft_trainer:SFTTrainer"
+_STUDENT = "trl_ext.trainers.weak_to_strong_trainer"
 
 PRIVATE_NAMES = (
     UpstreamName(
@@ -74,6 +76,9 @@ PRIVATE_NAMES = (
     ),
     UpstreamName(_REWARD, "_total_train_tokens", "instance", _OURS, "tokens seen, which TRL logs as num_tokens"),
     UpstreamName(_REWARD, "_tp_size", "instance", _OURS, "tensor-parallel ranks that were given the same batch"),
+    UpstreamName(_SFT, "_metrics", "instance", _STUDENT, "mode to name to values, which TRL averages when it logs"),
+    UpstreamName(_SFT, "_total_train_tokens", "instance", _STUDENT, "tokens seen, which TRL logs as num_tokens"),
+    UpstreamName(_SFT, "_tp_size", "instance", _STUDENT, "tensor-parallel ranks that were given the same batch"),
     UpstreamName(
         _TRAINER,
         "_set_signature_columns_if_needed",

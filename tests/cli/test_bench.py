@@ -37,7 +37,10 @@ def test_reward_measures_both_sides_of_each_shape(tmp_path, capsys):
     for case in report["cases"]:
         ours, padded = case["sides"]["trl_ext"], case["sides"]["padded"]
         assert case["losses_compared"] == 3 and case["loss_max_difference"] < 1e-5
-        assert case["speedup"] == pytest.approx(padded["seconds_per_step"] / ours["seconds_per_step"])
+        turns = case["speedup_of_turns"]
+        assert len(turns["wall"]) == len(turns["cpu"]) == 2 and min(turns["wall"] + turns["cpu"]) > 0
+        assert case["speedup"] == pytest.approx(sum(turns["wall"]) / 2)  # the median of two
+        assert case["cpu_speedup"] == pytest.approx(sum(turns["cpu"]) / 2)
         assert case["fraction_of_bound"] == pytest.approx(case["cpu_speedup"] / case["token_bound"])
         assert all(side["seconds_per_step"] > 0 and side["tokens_per_second"] > 0 for side in (ours, padded))
         assert case["name"] in printed

@@ -115,7 +115,8 @@ def test_every_selector_field_and_metric_of_rejection_sampling_is_documented():
     import trl_ext
     from trl_ext.pipelines.diagnostics import evaluation_metrics, round_metrics
     from trl_ext.pipelines.records import Sample
-    from trl_ext.pipelines.selection import Scored, select, selectors
+    from trl_ext.pipelines.scored import Scored
+    from trl_ext.pipelines.selection import select, selectors
 
     text = section("Rejection sampling")
     assert all(f"| `{name}` |" in text for name, origin in selectors.available() if "trl_ext" in origin)

@@ -29,6 +29,18 @@ def identify(entry):
 
 
 @pytest.fixture(scope="module")
+def sft_trainer(tmp_path_factory):
+    """TRL's SFTTrainer on a tiny model: instance attributes are looked up on it."""
+    import trl
+
+    folder = tmp_path_factory.mktemp("upstream_sft")
+    model = save_tiny_model(folder / "model", "llama")
+    args = trl.SFTConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none")
+    rows = [{"prompt": "2+2=", "completion": "4"}] * 4
+    return trl.SFTTrainer(model=str(model), args=args, train_dataset=Dataset.from_list(rows))
+
+
+@pytest.fixture(scope="module")
 def trl_trainer(tmp_path_factory):
     """TRL's own trainer on a tiny model: the instance attributes are looked up on it."""
     import trl
@@ -45,7 +57,7 @@ def test_the_list_is_not_empty():
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=identify)
-def test_private_name_is_as_we_rely_on_it(entry, trl_trainer):
+def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer):
     owner = owner_of(entry)
     if entry.kind == "method":
         parameters = list(inspect.signature(inspect.getattr_static(owner, entry.name)).parameters)
@@ -54,8 +66,8 @@ def test_private_name_is_as_we_rely_on_it(entry, trl_trainer):
         inspect.getattr_static(owner, entry.name)
     else:
         assert entry.kind == "instance"
-        (instance,) = (item for item in (trl_trainer, trl_trainer.model.config) if isinstance(item, owner))
-        assert entry.name in vars(instance)
+        instances = [item for item in (trl_trainer, sft_trainer, trl_trainer.model.config) if isinstance(item, owner)]
+        assert instances and all(entry.name in vars(instance) for instance in instances)
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=identify)

@@ -88,6 +88,15 @@ def test_fixed_length_tiles_and_has_the_length(kind):
             assert len(spans) == -(-tokens // length)
 
 
+def test_half_a_surrogate_pair_is_a_character_as_any_other():
+    """A JSON escape brings it in; libraries that want UTF-8 must not see it."""
+    text = "Half \ud83d a pair. \ude42\ud83d!"
+    assert texts_of(text, sentences(text)) == ["Half \ud83d a pair. ", "\ude42\ud83d!"]
+    check_tiles(text, fixed_length(text, tokenizer=tiny_tokenizer("gpt2"), length=2))
+    check_tiles(text, steps(text, separator=". "))
+    assert change_points(text, reward=lambda prefixes: [0.0] * len(prefixes), penalty=1.0) == [(0, len(text))]
+
+
 def test_fixed_length_by_hand():
     tokenizer = tiny_tokenizer("gpt2")
     text = "t answer is clear"

@@ -8,11 +8,11 @@ from trl_ext.cli import demo
 from trl_ext.demo import token_stages
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.demo.picking import compare_picks
-from trl_ext.demo.stages import StageContext
 from trl_ext.demo.task import SPLITS, Problem, final_answer, make_problems, verify
+from trl_ext.pipelines.cached_stages import StageContext
 
 
-MODELS = ("reward", "reward_nf4", "orm", "prm")
+MODELS = ("reward", "reward_nf4", "orm", "prm", "ensemble")
 
 
 def test_the_verifier_knows_every_line():
@@ -31,6 +31,7 @@ def test_problems_are_drawn_once_and_never_from_another_split():
     assert len({problem for problems in drawn.values() for problem in problems}) == 200 * len(SPLITS)
     for split, problems in drawn.items():
         assert make_problems(200, split, seed=1) == problems
+        assert make_problems(150, split, seed=1) == problems[:150]  # what a stage draws further on is new
     with pytest.raises(ValueError, match="unknown split 'exam'"):
         make_problems(1, "exam", seed=1)
 
@@ -53,7 +54,7 @@ def test_picks_by_hand():
 def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, capsys):
     assert demo.main(["--smoke", "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["stages"]) == ["policy", "samples", *MODELS]
+    assert list(report["stages"]) == ["policy", "samples", *MODELS, "rejection"]
     assert report["passed"] is None  # a smoke run gives no verdict
     assert not any(stage["cached"] for stage in report["stages"].values())
     for name in MODELS:
@@ -61,11 +62,16 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
         assert {"random", "majority", "best_of_n", "weighted_vote", "oracle"} <= set(stage)
         assert stage["oracle"] == report["oracle"] and stage["majority"] == report["majority"]  # the same samples
         assert stage["reload_difference"] <= 1e-2 * max(1.0, stage["score_std"])
-        assert (tmp_path / name / "reward_model.json").is_file()
+        sidecar = "member-0/reward_model.json" if name == "ensemble" else "reward_model.json"
+        assert (tmp_path / name / sidecar).is_file()
     assert len(list((tmp_path / "wandb").rglob("*.wandb"))) == 1 + len(MODELS)  # with the policy, all offline
-    kinds = {name: json.loads((tmp_path / name / "reward_model.json").read_text())["kind"] for name in MODELS}
+    kinds = {name: json.loads((tmp_path / name / "reward_model.json").read_text())["kind"] for name in MODELS[:-1]}
     assert kinds == {"reward": "scalar", "reward_nf4": "scalar", "orm": "outcome", "prm": "process"}
     assert {"mean", "standard_error"} == set(report["stages"]["prm"]["best_of_n_prod"])
+    assert list(report["stages"]["ensemble"]["best_of_n_by"]) == ["member-0", "member-1", "member-2", "min", "uwo"]
+    arms = report["stages"]["rejection"]["arms"]
+    assert list(arms) == ["random", "verifier", "orm", "reward"] and {arm["rows"] for arm in arms.values()} == {32}
+    assert arms["random"]["right"] <= arms["verifier"]["right"]
     printed = capsys.readouterr().out
     assert "no verdict" in printed
     for line in ("by outcome model (LoRA)", "by process model (LoRA), prod", "vote weighted by process model (LoRA)"):

@@ -175,8 +175,10 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("trl_ext.cli.best_of_n.CHUNK_ROWS", 2)
-    rows = [{"prompt": f"{number}:", "id": number} for number in range(5)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # U+2028 ends a line for Python's `splitlines`, not in JSON lines
+    rows = [{"prompt": f"{number}:", "id": number, "note": "one\u2028text"} for number in range(5)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
     arguments = ["best-of-n", "--model_name_or_path", str(base), "--reward_funcs", "tests_rewards.length"]
     arguments += ["--input", "in.jsonl", "--n", "3", "--max_completion_length", "5", "--output"]
     assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 0

@@ -385,7 +385,7 @@ def transformers_server(tiny):
     code = f"import sys; from transformers.cli.transformers import main; sys.argv = {arguments!r}; main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://localhost:{port}"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while True:
         try:
             urllib.request.urlopen(url + "/health", timeout=1).close()

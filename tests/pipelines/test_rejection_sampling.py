@@ -22,7 +22,7 @@ from trl_ext.pipelines.generation import GenerationError
 from trl_ext.pipelines.records import Sample
 from trl_ext.pipelines.rejection_sampling import RejectionSampler
 from trl_ext.pipelines.rewards import RewardError, call_reward, load_reward, reward_identity, reward_names
-from trl_ext.pipelines.store import StoreError
+from trl_ext.pipelines.store import ShardStore, StoreError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,24 @@ def test_the_best_of_each_prompt_ready_for_sft(tiny, tmp_path):
 
     args = SFTConfig(tmp_path / "sft", max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
     assert SFTTrainer(str(tiny), args=args, train_dataset=best).train().global_step == 1
+
+
+def test_only_prompts_that_something_is_selected_of_are_read(tiny, tmp_path, monkeypatch):
+    sample(tiny, tmp_path)
+    made = sampler(tiny, tmp_path)
+    known = {(item.prompt_id, item.sample_index): item for group in made.samples() for item in group}
+    read = []
+    of_store = ShardStore.read
+    monkeypatch.setattr(
+        ShardStore, "read", lambda store, shard, places=None: read.append(places) or of_store(store, shard, places)
+    )
+    best = made.select("top_k_overall", {"k": 4}).dataset
+    assert len(best) == 4 and min(best["score"]) >= sorted(item.score for item in known.values())[-5]
+    for row in best:
+        item = known[row["prompt_id"], row["sample_index"]]
+        assert (row["completion"], row["score"]) == (item.completion, item.score)
+    places = [row for row in read if row is not None]
+    assert sum(map(len, places)) == len(set(best["prompt_id"])) < len(ROWS)
 
 
 def test_pairs_and_groups_and_chats(tiny, tmp_path):

@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from trl_ext.pipelines.selection import Scored, Selection, select, selectors, text_hash
+from trl_ext.pipelines.scored import Scored, Selection, text_hash
+from trl_ext.pipelines.selection import select, selectors
 
 
 # The worked example of the chapter on rejection sampling in Nathan Lambert's RLHF book (https://rlhfbook.com).

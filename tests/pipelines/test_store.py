@@ -85,6 +85,7 @@ def test_missing_damaged_and_short_shards_are_made_again(tmp_path, caplog):
     for shard, rows in ((0, ROWS[:2]), (1, ROWS[2:]), (2, ROWS[:2])):
         made.write(shard, rows)
     assert made.missing() == []
+    assert list(made.read(0, [1])) == ROWS[1:2]
     made.path(0).unlink()
     made.path(1).write_bytes(made.path(1).read_bytes()[:-3])
     write_lines(made.path(2), ROWS[:1])

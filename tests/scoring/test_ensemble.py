@@ -46,8 +46,8 @@ def alone(paths):
 
 def backbones(ensemble):
     """The distinct backbone weights that an ensemble holds."""
-    models = [source.__dict__.get("_model") or source._scorer.model for source, _ in ensemble._sources]
-    return {p.data_ptr() for m in models for n, p in m.named_parameters() if n.endswith("embed_tokens.weight")}
+    named = [pair for model in ensemble.models for pair in model.named_parameters()]
+    return {parameter.data_ptr() for name, parameter in named if name.endswith("embed_tokens.weight")}
 
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -300,6 +300,13 @@ def test_fusion_is_fitted_stored_and_used(members, tmp_path):
     assert again.weights == weights
     assert again(*rows()) == pytest.approx(want, abs=1e-6)
     assert len(ensemble.fit_fusion(prompts, chosen, rejected, method="bma")) == 3
+
+
+def test_a_fusion_that_turns_the_members_round_is_said(caplog):
+    ensemble = RewardEnsemble([by_length])
+    weights = ensemble.fit_fusion(None, ["a" * n for n in range(1, 9)], ["a" * 2 * n for n in range(1, 9)])
+    assert weights[0] < 0 and ensemble(None, ["a", "aa"]) == sorted(ensemble(None, ["a", "aa"]), reverse=True)
+    assert "turn the members round, as on these 8 pairs" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- user mistakes

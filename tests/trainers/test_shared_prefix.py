@@ -125,10 +125,12 @@ def test_lora_on_an_nf4_base(tmp_path, passes, checkpointing):
 
 @pytest.mark.parametrize("loss", ["plackett_luce", "pairwise", "listnet"])
 def test_ragged_rankings(loss, base, tmp_path, passes):
+    # SGD: Adam's first step is as large for a gradient of 1e-9 as for one of 1, so that rounding decides its sign; of
+    # ten such steps the scores were off by 1.1e-5 here (listnet), and by 3e-7 in float64
     rows = ranked_rows(44, k=5, ragged=True)
-    flat, padded = flat_and_padded(passes, tmp_path, base, rows, loss_type=loss)
-    assert history(flat, "max_reward")[0] == pytest.approx(history(padded, "max_reward")[0], abs=1e-6)
-    assert_same_training(flat, padded, tolerance=2e-5)  # Adam enlarges rounding: a score's drift after ten steps
+    flat, padded = flat_and_padded(passes, tmp_path, base, rows, loss_type=loss, optim="sgd", learning_rate=0.1)
+    assert_same_training(flat, padded, tolerance=2e-6)
+    assert history(flat, "loss")[-1] != pytest.approx(history(flat, "loss")[0], abs=1e-3)
     assert history(flat, "kendall_tau") == pytest.approx(history(padded, "kendall_tau"))
     assert history(flat, "length_accuracy") == pytest.approx(history(padded, "length_accuracy"))
 

@@ -42,10 +42,28 @@ def train(
     Raises:
         ValueError: if no model or no dataset was named, or a split does not exist.
     """
-    from trl import get_peft_config, get_quantization_config
-
     if model_args.model_name_or_path is None:
         raise ValueError("No model was named. Give `--model_name_or_path` a Hub id or a folder.")
+    train_dataset, eval_dataset = _load(script_args, dataset_args, training_args.eval_strategy != "no")
+    trainer = build_trainer(trainer_class, training_args, model_args, train_dataset, eval_dataset)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved the reward model to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def build_trainer(
+    trainer_class: "type[Trainer]",
+    training_args: "RewardConfig",
+    model_args: "ModelConfig",
+    train_dataset: Any,
+    eval_dataset: Any = None,
+) -> "Trainer":
+    """The trainer of a command, with the model, quantization and adapter that its arguments name."""
+    from trl import get_peft_config, get_quantization_config
+
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -53,8 +71,7 @@ def train(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    train_dataset, eval_dataset = _load(script_args, dataset_args, training_args.eval_strategy != "no")
-    trainer = trainer_class(
+    return trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
@@ -62,12 +79,6 @@ def train(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Saved the reward model to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
 
 
 def _load(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool) -> tuple[Any, Any]:

@@ -11,13 +11,14 @@ import logging
 import sys
 from pathlib import Path
 
-from . import bench_ensemble, bench_generate, bench_reward, bench_score, bench_token
+from . import bench_ensemble, bench_fit, bench_generate, bench_reward, bench_score, bench_token
 
 
 MEASURED = {
     "reward": (bench_reward, "RewardTrainer beside trl.RewardTrainer, over shapes and over your data"),
     "token": (bench_token, "ORMTrainer on flat rows beside padded rows, for K answers to a question"),
     "ensemble": (bench_ensemble, "M members trained and scored in one pass beside single members"),
+    "fit": (bench_fit, "whether a training config fits on a card, what takes the memory, what would change that"),
     "generate": (bench_generate, "our backend beside a plain generate loop, with and without the store"),
     "score": (bench_score, "RewardScorer beside padded rows, for N completions of a prompt"),
 }

@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         `dict` with `cases` and the circumstances. A case has `baseline` (what the other side is), `sides` (`"padded"`
         and `"trl_ext"`: seconds and CPU seconds of a step, sequence tokens per second, peak memory in MiB, tokens
         through the model, share of the batches that were flat rows), `speedup` and `cpu_speedup` (padded over ours,
-        above 1 is faster: the median of the turns), `token_bound` (padded tokens over tokens of ours),
+        above 1 is faster: the median of `speedup_of_turns`), `token_bound` (padded tokens over tokens of ours),
         `fraction_of_bound`, and `loss_max_difference`.
     """
     import datasets
@@ -159,7 +159,8 @@ def _measure_case(case: Case, model: str, args: argparse.Namespace) -> dict[str,
     report = {side: _summary(runs[side], sequence_tokens / (args.warmup + args.steps)) for side in sides}
     padded, ours = report["padded"], report["trl_ext"]
     bound = padded["model_tokens"] / ours["model_tokens"]
-    cpu_speedup = _ratio(runs, "cpu")
+    turns = {clock: _ratios(runs, clock) for clock in ("wall", "cpu")}
+    cpu_speedup = statistics.median(turns["cpu"])
     return {
         "name": case.name,
         "baseline": "trl.RewardTrainer"
@@ -167,8 +168,9 @@ def _measure_case(case: Case, model: str, args: argparse.Namespace) -> dict[str,
         else "padded rows (trl_ext.RewardTrainer, shared_prefix=False, plackett_luce)",
         "groups_per_batch": case.batch_size,
         "sides": report,
-        "speedup": _ratio(runs, "wall"),
+        "speedup": statistics.median(turns["wall"]),
         "cpu_speedup": cpu_speedup,
+        "speedup_of_turns": turns,
         "token_bound": bound,
         "formula": case.formula,
         "fraction_of_bound": cpu_speedup / bound,
@@ -265,10 +267,10 @@ def _summary(runs: list[dict[str, Any]], sequence_tokens: float) -> dict[str, fl
     }
 
 
-def _ratio(runs: dict[str, list[dict[str, Any]]], clock: str) -> float:
-    """Their time over ours: the median over the turns, since the two runs of a turn meet the same load."""
+def _ratios(runs: dict[str, list[dict[str, Any]]], clock: str) -> list[float]:
+    """Their time over ours, turn by turn: the two runs of a turn meet the same load."""
     turns = zip(runs["padded"], runs["trl_ext"], strict=True)
-    return statistics.median(sum(theirs[clock]) / sum(ours[clock]) for theirs, ours in turns)
+    return [sum(theirs[clock]) / sum(ours[clock]) for theirs, ours in turns]
 
 
 def _line(case: dict[str, Any]) -> str:

@@ -55,11 +55,11 @@ def synthetic_groups(number: int, prompt: int, completion: int, candidates: int,
     return Dataset.from_list(rows)
 
 
-def words_tokenizer() -> "PreTrainedTokenizerBase":
-    """A tokenizer for texts of the words w3, w4, ...: one token each."""
+def words_tokenizer(size: int = VOCABULARY) -> "PreTrainedTokenizerBase":
+    """A tokenizer for texts of the words w3, w4, ...: one token each, `size` of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{n}": n for n in range(FIRST_WORD, VOCABULARY)}
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{n}": n for n in range(FIRST_WORD, size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _wrapped(words)

@@ -127,7 +127,8 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # split at line feeds only: a text may hold other characters that Python takes for the end of a line
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -19,11 +19,12 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
         prog=prog,
         description="Train a tiny policy to sort digits, sample and rate its solutions, train reward models on the "
         "rankings, on right and wrong answers and on right and wrong lines, reload them, and compare the answers that "
-        "they pick with a random pick, a majority vote and an oracle. Offline, on two CPU cores, a few minutes. Ends "
-        "with a table, report.json, a plot (if matplotlib is installed) and offline runs of Weights & Biases.",
+        "they pick with a random pick, a majority vote and an oracle; then fine-tune the policy on its own samples, "
+        "chosen by the verifier and by models. Offline, on two CPU cores, a few minutes. Ends with a table, "
+        "report.json, a plot (if matplotlib is installed) and offline runs of Weights & Biases.",
         epilog="Exit status: 0 if every reward model beat the random pick by more than the sampling error (1.96 "
-        "standard errors of the paired difference) and scored the same after a reload, else 1. A smoke run gives no "
-        "verdict.",
+        "standard errors of the paired difference) and scored the same after a reload, and the policy learnt more "
+        "from what the verifier chose than from a random choice, else 1. A smoke run gives no verdict.",
     )
     parser.add_argument(
         "--output_dir", help="default: outputs/demo_seed<N>, for a smoke run outputs/demo_smoke_seed<N>"
@@ -155,7 +156,9 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool) -> in
     if smoke:
         print("\nSmoke run: everything ran. Its figures mean nothing, so there is no verdict.")
     elif report["passed"]:
-        print("\nPassed: every reward model beats the random pick by more than the sampling error.")
+        print(
+            "\nPassed: every reward model, and the verifier's choice, beats a random one by more than sampling error."
+        )
     for failure in report["failures"]:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if report["failures"] else 0

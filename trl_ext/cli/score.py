@@ -52,7 +52,10 @@ class ScoreArguments:
     max_length: int | None = field(default=None, metadata={"help": "cut rows to so many tokens (default: no limit)"})
     aggregation: str | None = field(
         default=None,
-        metadata={"help": "how a token-level model gives one number a completion: min, prod, last, mean, sum ..."},
+        metadata={
+            "help": "how a token-level model gives one number a completion: min, prod, last, mean, sum ...; or, of a "
+            """segment model, weights of the categories as JSON: '{"factuality": 0.5, "relevance": 0.3}'"""
+        },
     )
     member_scores: bool = field(
         default=False,
@@ -71,6 +74,14 @@ class ScoreArguments:
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
             self.batch_size = int(self.batch_size)
+        if isinstance(self.aggregation, str) and self.aggregation.lstrip().startswith("{"):
+            try:
+                self.aggregation = json.loads(self.aggregation)
+            except ValueError as error:
+                raise ValueError(
+                    f"--aggregation is {self.aggregation!r}, which is not JSON ({error}). Needed: the name of an "
+                    "aggregator, or a weight for each category."
+                ) from error
 
 
 def make_parser(prog: str | None = "trl-ext score") -> "TrlParser":

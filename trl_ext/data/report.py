@@ -108,8 +108,8 @@ class DataReport:
         """Raise `DataError` with the counts if less than the share `min_survival` of the rows is used, or none."""
         if self.rows and (self.kept == 0 or self.kept < min_survival * self.rows):
             raise DataError(
-                found=self.summary(),
-                needed=f"at least {min_survival:.0%} of the rows, and one row",
+                found=self.summary().removeprefix(f"{self.name} data: "),  # the error begins with it
+                needed=f"at least {min_survival:.0%} of the rows, and at least one row",
                 fix="Raise max_length, shorten or label the rows, or lower min_survival if the loss is intended.",
                 dataset=self.name,
             )

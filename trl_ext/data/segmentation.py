@@ -26,6 +26,7 @@ _NUMBERED_LINE = re.compile(
     r"^[ \t]*[#*]*[ \t]*(?:step[ \t]+\d+\b|\(\d+\)(?=\s|$)|\d+[.):](?=\s|\*|$))", re.MULTILINE | re.IGNORECASE
 )
 _WORD = re.compile(r"\S+")
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # a JSON escape can hold it, UTF-8 and the libraries cannot
 
 
 @segmenters.register("fixed_length")
@@ -52,7 +53,7 @@ def fixed_length(text: str, *, tokenizer: Tokenizer, length: int) -> list[CharSp
         raise ValueError(f"length must be at least 1 token, found {length}")
     if not tokenizer.is_fast:
         raise ValueError(f"fixed_length needs a fast tokenizer; {type(tokenizer).__name__} knows no offsets")
-    encoding = tokenizer(text=[text], add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(text=[_encodable(text)], add_special_tokens=False, return_offsets_mapping=True)
     return _tiles(text, (start for start, _ in encoding["offset_mapping"][0][length::length]))
 
 
@@ -79,8 +80,9 @@ def sentences(text: str, *, language: str = "en") -> list[CharSpan]:
         from sentencex import segment
     except ImportError as error:
         raise ImportError("the segmenter 'sentences' needs sentencex: pip install 'trl-ext[segment]'") from error
-    pieces = segment(language, text)
-    if "".join(pieces) != text:
+    encodable = _encodable(text)
+    pieces = segment(language, encodable)
+    if "".join(pieces) != encodable:
         raise RuntimeError(
             f"sentencex gave sentences that do not add up to the text {text[:60]!r}; use another segmenter for it, "
             "and report it to github.com/wikimedia/sentencex"
@@ -165,6 +167,11 @@ def change_points(
         )
     ends = Pelt(model="l2", min_size=1, jump=1).fit(rewards).predict(pen=penalty)
     return _tiles(text, (spans[end][0] for end in ends[:-1]))
+
+
+def _encodable(text: str) -> str:
+    """The text, as long as it is, with the replacement character for each half of a surrogate pair."""
+    return _HALF_A_PAIR.sub("\ufffd", text)
 
 
 def _tiles(text: str, starts: Iterable[int], after: int = 0) -> list[CharSpan]:

@@ -4,19 +4,24 @@
                       -> reward_nf4    the same, shorter, on the policy quantized to 4 bits
                       -> orm           right and wrong answers, LoRA on the policy
                       -> prm           lines up to the first wrong one, LoRA on the policy
+                      -> ensemble      three members in one run, LoRA on the last layer of the policy
+           reward, orm -> rejection    the policy on its own best samples, and on as many at random
 
-A further stage is a [`~trl_ext.demo.stages.Stage`] appended to [`plan`]: it names the stages that it needs and finds
-their files in `context.folders`. It knows names and numbers; what a stage does is in `policy_stages`,
-`reward_stages` and `token_stages`.
+A further stage is a [`~trl_ext.pipelines.cached_stages.Stage`] appended to [`plan`]: it names the stages that it needs
+and finds their files in `context.folders`. It knows names and numbers; what a stage does is in the `..._stages`
+modules.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_ext.pipelines.cached_stages import Stage, StageContext
+
+from .ensemble_stages import run_ensemble
 from .policy_stages import run_policy, run_samples
+from .rejection_stages import run_rejection
 from .reward_stages import run_reward
-from .stages import Stage, StageContext
 from .token_stages import run_orm, run_prm
 
 
@@ -34,6 +39,10 @@ class Sizes:
     nf4_steps: int = 700
     orm_steps: int = 400
     prm_steps: int = 350
+    ensemble_steps: int = 300
+    rejection_prompts: int = 1500
+    kept: int = 2
+    eval_samples: int = 4
 
 
 # Whether everything runs, not whether it learns.
@@ -47,6 +56,9 @@ SMOKE = Sizes(
     nf4_steps=2,
     orm_steps=2,
     prm_steps=2,
+    ensemble_steps=2,
+    rejection_prompts=16,
+    eval_samples=1,
 )
 
 TEMPERATURE = 0.8
@@ -55,6 +67,7 @@ LEARNING_RATE = 1e-3
 LORA_RANK = 16
 TOKEN_BATCH_SIZE = 64  # completions
 TOKEN_LEARNING_RATE = 1e-3
+ENSEMBLE = {"learning_rate": 2e-3, "members": 3, "branch_at": 0.5}
 
 
 def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
@@ -81,7 +94,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
         seconds: float,
         batch_size: int = BATCH_SIZE,
         learning_rate: float = LEARNING_RATE,
-        **more: bool,
+        **more: float,
     ) -> Stage:
         settings = {
             "seed": seed,
@@ -125,4 +138,18 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
         ),
         token_model("orm", "outcome model (LoRA)", run_orm, 2 if smoke else 35),
         token_model("prm", "process model (LoRA)", run_prm, 2 if smoke else 35),
+        model("ensemble", "ensemble of three", run_ensemble, sizes["ensemble_steps"], 2 if smoke else 35, **ENSEMBLE),
+        Stage(
+            "rejection",
+            "rejection sampling, four arms",
+            run_rejection,
+            {
+                **common,
+                **chosen(
+                    "train_prompts", "held_out_prompts", "rejection_prompts", "num_samples", "kept", "eval_samples"
+                ),
+            },
+            needs=("policy", "samples", "reward", "orm"),
+            seconds=6 if smoke else 50,
+        ),
     ]

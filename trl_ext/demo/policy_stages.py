@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_ext.pipelines.cached_stages import StageContext
+
 from .policy import sample_solutions, train_policy
 from .progress import ProgressCallback
-from .stages import StageContext
 from .task import Problem, make_problems, verify
 
 

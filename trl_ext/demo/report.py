@@ -8,11 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_ext.pipelines.cached_stages import Outcome
+
 from .progress import clock
-from .stages import Outcome
 
 
 PICKS = ("random", "majority", "best_of_n", "oracle")
+
+# What chose the rows of the stage `rejection`.
+ARMS = {
+    "random": "a draw: the control",
+    "verifier": "the verifier",
+    "orm": "the outcome model",
+    "reward": "the reward model (Plackett-Luce)",
+}
 
 # How many standard errors a gain must be larger than to count (two-sided 95 %).
 SAMPLING_ERROR = 1.96
@@ -69,7 +78,10 @@ def make_report(
 
 
 def find_failures(outcomes: Mapping[str, Outcome]) -> list[str]:
-    """One sentence for each reward model that does not beat a random pick, or scores otherwise after a reload."""
+    """
+    One sentence for each reward model that does not beat a random pick, or scores otherwise after a reload, and if
+    fine-tuning on what the verifier chose is no better than on what was drawn at random.
+    """
     failures = []
     for name, outcome in _with_picks(outcomes).items():
         gain = outcome.result["best_of_n_over_random"]
@@ -85,6 +97,13 @@ def find_failures(outcomes: Mapping[str, Outcome]) -> list[str]:
                 f"{name}: scores moved by up to {outcome.result['reload_difference']:.2g} when the checkpoint was "
                 f"reloaded; allowed: {limit:.2g}"
             )
+    gain = outcomes["rejection"].result["arms"]["verifier"]["over_random"]
+    bound = SAMPLING_ERROR * gain["standard_error"]
+    if not gain["mean"] > bound:
+        failures.append(
+            f"rejection: trained on the verifier's choice the policy is right {gain['mean']:+.3f} more often than "
+            f"trained on a random one; needed: more than {bound:.3f}, the sampling error"
+        )
     return failures
 
 
@@ -109,8 +128,15 @@ def format_table(report: Mapping[str, Any]) -> str:
             for result in models.values()
             if "best_of_n_prod" in result
         ),
+        *(
+            _pick_line(f"best of {result['n']} by {result['title']}, {name}", figure)
+            for result in models.values()
+            for name, figure in result.get("best_of_n_by", {}).items()
+        ),
         *(_pick_line(f"vote weighted by {result['title']}", result["weighted_vote"]) for result in models.values()),
         _pick_line("oracle (any of them right)", report["oracle"]),
+        "",
+        *_rejection_lines(report["stages"]["rejection"]),
         "",
         f"  {'stage':<46}{'time':>6}",
     ]
@@ -161,6 +187,17 @@ def _with_picks(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
 
 def _models(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {name: result for name, result in stages.items() if "best_of_n" in result}
+
+
+def _rejection_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = ["Right samples of the policy on the same prompts, fine-tuned on its own samples, chosen by", ""]
+    lines.append(_pick_line("nothing yet: before", result["before"]))
+    for name, arm in result["arms"].items():
+        line = _pick_line(ARMS[name], arm["exact_match"]) + f"   of its {arm['rows']} rows {arm['right']:.2f} right"
+        if name != "random":
+            line += f"; gain over random {_with_error(arm['over_random'], '+')}"
+        lines.append(line)
+    return lines
 
 
 def _with_error(figure: Mapping[str, float], sign: str = "") -> str:

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 from trl_ext import RewardConfig, RewardScorer, RewardTrainer
+from trl_ext.pipelines.cached_stages import StageContext
 
 from .policy_stages import read_rows
-from .stages import StageContext
 from .training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback, train_and_reload
 
 
@@ -47,14 +47,15 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     report, scores = train_and_reload(context, trainer, held_out_rows, _score, metrics=("accuracy",))
     by_prompt = [[score for (score,) in row] for row in scores]
     report["pair_accuracy"] = report.pop("accuracy")
-    return {**picks(held_out_rows, by_prompt, [_softmax(row) for row in by_prompt]), **report}
+    return {**picks(held_out_rows, by_prompt, [softmax(row) for row in by_prompt]), **report}
 
 
 def _score(scorer: RewardScorer, prompts: list[str], completions: list[str]) -> list[list[float]]:
     return [[score] for score in scorer(prompts, completions)]
 
 
-def _softmax(scores: Sequence[float]) -> list[float]:
+def softmax(scores: Sequence[float]) -> list[float]:
+    """The probability of each candidate to be the best by a Plackett-Luce model."""
     largest = max(scores)
     weights = [math.exp(score - largest) for score in scores]
     return [weight / math.fsum(weights) for weight in weights]

@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, RewardScorer
+from trl_ext.pipelines.cached_stages import StageContext
 from trl_ext.scoring.aggregation import aggregators
 
 from .policy_stages import read_rows
-from .stages import StageContext
 from .training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback, train_and_reload
 
 

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from transformers import PrinterCallback, Trainer
 
 from trl_ext import RewardScorer
+from trl_ext.pipelines.cached_stages import StageContext
 
 from .picking import compare_picks
 from .progress import ProgressCallback
-from .stages import StageContext
 from .task import final_answer
 
 

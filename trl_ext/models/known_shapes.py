@@ -69,7 +69,7 @@ def config_of(model: str) -> tuple[PretrainedConfig, str]:
     if plain not in KNOWN_SHAPES:
         raise ValueError(
             f"{model} is neither a folder with a config.json nor one of the models whose shape is known here "
-            f"({', '.join(KNOWN_SHAPES)}). Nothing is downloaded: give --model_config a folder or one of these names."
+            f"({', '.join(KNOWN_SHAPES)}). Nothing is downloaded: name a folder with a config.json or one of these."
         )
     fields = dict(KNOWN_SHAPES[plain])
     return AutoConfig.for_model(fields.pop("model_type"), **fields), f"the published config of {plain}, built in"

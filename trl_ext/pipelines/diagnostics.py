@@ -11,7 +11,7 @@ import numpy as np
 
 from .records import Sample
 from .rewards import weighted_total
-from .selection import Scored, Selection, group_numbers
+from .scored import Scored, Selection, group_numbers
 from .stages import length_of
 
 

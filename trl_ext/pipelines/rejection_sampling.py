@@ -1,7 +1,7 @@
 """Rejection sampling: generate N completions a prompt, score them, keep the best; stopped and resumed at any moment.
 
-Knows the order of the stages and what their results depend on. `stages` makes completions and scores, `selection`
-decides on arrays of them, `store` keeps files. Texts are read in a stream; of all samples only numbers are held.
+Knows the order of the stages and what their results depend on. `stages` makes completions and scores, `sample_table`
+reads them as arrays, `selection` decides on these, `store` keeps files.
 """
 
 import hashlib
@@ -25,9 +25,11 @@ from .diagnostics import round_metrics
 from .generation import BACKENDS, Backend, Sampling
 from .prompts import write_prompts
 from .records import Sample, canonical
-from .rewards import RewardFunc, reward_identity, reward_names, weighted_total
-from .selection import Scored, Selection, select, text_hash
-from .stages import GenerateStage, OwnProcess, ScoreStage, Workers, read_samples, run_stage, text_of_sample
+from .rewards import RewardFunc, reward_identity, reward_names
+from .sample_table import StoredSamples
+from .scored import Scored, Selection
+from .selection import select
+from .stages import GenerateStage, OwnProcess, ScoreStage, Workers, run_stage
 from .store import ShardStore, StoreError, key_of, write_json, write_lines
 
 
@@ -45,8 +47,8 @@ class Selected:
 
     Args:
         dataset (`Dataset`): the selected rows, see [`rejection_sample`].
-        scored ([`~trl_ext.pipelines.selection.Scored`]): all samples as arrays.
-        selection ([`~trl_ext.pipelines.selection.Selection`]): which of them are in the data set.
+        scored ([`~trl_ext.pipelines.scored.Scored`]): all samples as arrays.
+        selection ([`~trl_ext.pipelines.scored.Selection`]): which of them are in the data set.
         report (`dict`): counts and where things lie, as in `report.json` beside the rows.
         path (`Path`): the JSON lines of the rows.
     """
@@ -191,58 +193,18 @@ class RejectionSampler:
     # ------------------------------------------------------------------------------------------------------ selecting
     def scored(self) -> Scored:
         """All samples as arrays, from the files of scores alone."""
-        return self._read_scores()[0]
-
-    def _read_scores(self) -> tuple[Scored, dict[str, int]]:
-        """All samples as arrays, and how many of them have no score, by function."""
-        self._need(self._generate.store, "generate")
-        for stage in self._score:
-            self._need(stage.store, "score")
-        weights = np.array(list(self.reward_weights.values()))  # (M,)
-        parts: list[list[np.ndarray]] = []
-        unscorable = np.zeros(len(weights), dtype=np.int64)  # (M,)
-        at = 0
-        for shard, size in enumerate(self._prompts.sizes):
-            columns = [list(stage.store.read(shard)) for stage in self._score]
-            lines = columns[0]
-            scores = np.array(
-                [[score for line in column for score in line["scores"]] for column in columns], dtype=np.float64
-            )  # (M, N)
-            absent = np.isnan(scores)  # None
-            unscorable += absent.sum(1)
-            total = np.where(absent, 0.0, scores * weights[:, None]).sum(0)  # (N,)
-            total[absent.all(0)] = np.nan
-            parts.append(
-                [
-                    np.repeat(np.arange(at, at + size), self.num_generations),
-                    np.tile(np.arange(self.num_generations), size),
-                    total,
-                    np.array([value for line in lines for value in line["text_hash"]], dtype=np.uint64),
-                    np.array([value for line in lines for value in line["length"]], dtype=np.int64),
-                    np.array([value for line in lines for value in line["finished"]], dtype=bool),
-                ]
-            )
-            at += size
-        scored = Scored(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return scored, dict(zip(self.reward_names, unscorable.tolist(), strict=True))
+        return self._stored().table().scored
 
     def samples(self) -> Iterator[list[Sample]]:
         """The samples of each prompt with their scores, in the order of the prompts, read as they are asked for."""
-        for shard, rows in self._prompts.shards(range(len(self._prompts.sizes))):
-            scores = [stage.store.read(shard) for stage in self._score]
-            for group, *lines in zip(read_samples(rows, self._generate.store.read(shard)), *scores, strict=True):
-                for sample in group:
-                    index = sample.sample_index
-                    if lines[0]["text_hash"][index] != text_hash(text_of_sample(sample)):
-                        raise StoreError(
-                            f"{self._score[0].store.path(shard)} holds scores of other texts than are in "
-                            f"{self._generate.store.path(shard)}. Delete the scores, and run the same again."
-                        )
-                    sample.scores = {
-                        name: line["scores"][index] for name, line in zip(self.reward_names, lines, strict=True)
-                    }
-                    sample.score = weighted_total(sample.scores, self.reward_weights)
-                yield group
+        yield from self._stored().samples()
+
+    def _stored(self) -> StoredSamples:
+        self._need(self._generate.store, "generate")
+        for stage in self._score:
+            self._need(stage.store, "score")
+        scores = dict(zip(self.reward_names, (stage.store for stage in self._score), strict=True))
+        return StoredSamples(self._prompts, self._generate.store, scores, self.reward_weights, self.num_generations)
 
     def select(
         self,
@@ -251,7 +213,10 @@ class RejectionSampler:
         drop_truncated: bool = False,
     ) -> Selected:
         """Select from the scored samples, and write the rows. See [`~trl_ext.pipelines.selection.select`]."""
-        scored, unscorable = self._read_scores()
+        stored = self._stored()
+        table = stored.table()
+        scored = table.scored
+        unscorable = dict(zip(self.reward_names, np.isnan(table.scores).sum(1).tolist(), strict=True))
         kwargs = selection_kwargs or {}
         chosen = select(scored, selection, drop_truncated=drop_truncated, **kwargs)
         name = selection if isinstance(selection, str) else selection.__name__
@@ -264,7 +229,7 @@ class RejectionSampler:
         }
         folder = self.output_dir / "selected" / f"{name}-{key_of(manifest)}"
         path = folder / "rows.jsonl"
-        counts = write_lines(path, self._rows(scored, chosen), checksums=False)
+        counts = write_lines(path, stored.rows(table, chosen), checksums=False)
         report = {
             **manifest,
             "counts": chosen.counts,
@@ -283,36 +248,6 @@ class RejectionSampler:
             )
         dataset = Dataset.from_json(str(path), cache_dir=str(folder / "cache"))
         return Selected(dataset, scored, chosen, report, path)
-
-    def _rows(self, scored: Scored, chosen: Selection) -> Iterator[dict[str, Any]]:
-        """A row for each selected sample, pair or group, in the order of the prompts."""
-        if chosen.kind == "pairs":
-            items = list(np.stack([chosen.rows, chosen.rejected], axis=1))
-        else:
-            items = chosen.groups if chosen.kind == "groups" else list(chosen.rows[:, None])
-        first = np.array([item[0] for item in items], dtype=np.int64)
-        order = np.lexsort((scored.sample[first], scored.prompt[first]))
-        place = 0
-        for number, group in enumerate(self.samples()):
-            while place < len(order) and scored.prompt[first[order[place]]] == number:
-                members = [group[scored.sample[row]] for row in items[order[place]]]
-                yield _row(chosen.kind, members)
-                place += 1
-
-
-def _row(kind: str, members: list[Sample]) -> dict[str, Any]:
-    best = members[0]
-    row: dict[str, Any] = {"prompt": best.prompt}
-    if kind == "pairs":
-        row |= {"chosen": best.completion, "rejected": members[1].completion}
-        row |= {"chosen_rating": best.score, "rejected_rating": members[1].score}
-        row["score_margin"] = best.score - members[1].score
-    elif kind == "groups":
-        row |= {"completions": [item.completion for item in members], "ratings": [item.score for item in members]}
-    else:
-        row |= {"completion": best.completion, "score": best.score, "scores": best.scores}
-        row |= {"sample_index": best.sample_index, "finish_reason": best.finish_reason}
-    return row | {"prompt_id": best.prompt_id} | best.columns
 
 
 def rejection_sample(

@@ -30,7 +30,6 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from trl_ext.models.fingerprint import fingerprint_in_memory
-from trl_ext.scoring import RewardScorer
 from trl_ext.trainers.tracking import open_run, use_safe_callback, without_missing_wandb
 
 from .diagnostics import evaluation_metrics, hacking_warning, log_rounds, plot_rounds, round_metrics
@@ -38,7 +37,7 @@ from .in_process import load_policy
 from .records import canonical
 from .rejection_sampling import RejectionSampler
 from .rejection_sampling_config import RejectionSamplingConfig
-from .rewards import RewardFunc, reward_identity, reward_names
+from .rewards import RewardFunc, reward_identity, reward_names, with_tokenizers
 from .rounds import Rounds, best_round
 from .store import write_json
 
@@ -126,7 +125,7 @@ class RejectionSamplingTrainer:
         without_missing_wandb(args)
         self.args = args
         self.history: list[dict[str, Any]] = []
-        self._rewards = _with_tokenizers(reward_funcs, reward_processing_classes)
+        self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
         self._verifier = verifier
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
@@ -410,20 +409,6 @@ class RejectionSamplingTrainer:
             peft = self._peft_config.to_dict()
             settings["peft"] = {name: sorted(v) if isinstance(v, set) else str(v) for name, v in peft.items()}
         return settings
-
-
-def _with_tokenizers(reward_funcs: RewardFunc | list[RewardFunc], tokenizers: Any) -> list[RewardFunc]:
-    """The reward functions, with a scorer in place of a model that comes with a tokenizer."""
-    rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    given = tokenizers if isinstance(tokenizers, (list, tuple)) else [tokenizers]
-    given = [None] * len(rewards) if tokenizers is None else list(given)
-    if len(given) != len(rewards):
-        raise ValueError(f"Found {len(given)} reward_processing_classes for {len(rewards)} reward functions.")
-    return [
-        reward if tokenizer is None or callable(reward) and not isinstance(reward, torch.nn.Module)
-        else RewardScorer(reward, processing_class=tokenizer)
-        for reward, tokenizer in zip(rewards, given, strict=True)
-    ]  # fmt: skip
 
 
 def _digest(dataset: Iterable[dict[str, Any]]) -> str:

@@ -195,3 +195,17 @@ def weighted_total(scores: dict[str, float | None], weights: dict[str, float]) -
     """The weighted sum of the scores that are there, as in TRL's GRPO; `None` where there is none."""
     given = [weights[name] * score for name, score in scores.items() if score is not None]
     return sum(given) if given else None
+
+
+def with_tokenizers(reward_funcs: RewardFunc | list[RewardFunc], tokenizers: Any) -> list[RewardFunc]:
+    """The reward functions, with a scorer in place of a model that comes with a tokenizer."""
+    rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    given = tokenizers if isinstance(tokenizers, (list, tuple)) else [tokenizers]
+    given = [None] * len(rewards) if tokenizers is None else list(given)
+    if len(given) != len(rewards):
+        raise ValueError(f"Found {len(given)} reward_processing_classes for {len(rewards)} reward functions.")
+    return [
+        reward if tokenizer is None or callable(reward) and not isinstance(reward, (PreTrainedModel, PeftModel))
+        else RewardScorer(reward, processing_class=tokenizer)
+        for reward, tokenizer in zip(rewards, given, strict=True)
+    ]  # fmt: skip

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from trl_ext.data.validation import DataError
 
@@ -28,7 +28,7 @@ from .generation import Generator, Sampling, make_generator, sample_seed
 from .prompts import PromptFile
 from .records import Sample
 from .rewards import RewardFunc, call_reward, is_by_name, load_reward
-from .selection import text_hash
+from .scored import text_hash
 from .store import ShardStore, StoreError, write_json
 
 
@@ -282,7 +282,7 @@ def run_stage(stage: Stage, own_process: OwnProcess = "auto", wait_for_others: b
 def _run_here(stage: Stage, shards: list[int], workers: Workers) -> None:
     prompts = sum(stage.prompts.sizes[shard] for shard in shards)
     title = stage.name if isinstance(stage, GenerateStage) else f"{stage.name} ({stage.reward_name})"
-    with tqdm(total=prompts, unit=" prompts", desc=title, disable=workers.rank > 0, file=sys.stderr) as bar:
+    with hf_logging.tqdm(total=prompts, unit=" prompts", desc=title, disable=workers.rank > 0, file=sys.stderr) as bar:
         stage.run(shards, bar.update)
 
 

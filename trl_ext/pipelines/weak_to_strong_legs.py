@@ -187,4 +187,8 @@ def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     outcome = run_leg(*pickle.loads(Path(sys.argv[1]).read_bytes()))  # written by `in_own_process` just now
+    if sys.platform == "linux":  # on a CPU, what the whole process took (counted in KiB there)
+        import resource
+
+        outcome.setdefault("peak_memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     Path(sys.argv[2]).write_text(json.dumps(outcome), encoding="utf-8")

@@ -137,7 +137,8 @@ class WeakToStrongReport:
         rows (`dict[str, int]`): rows of each split.
         pairs (`list[PairReport]`): strong models in order, with each weak one.
         seconds (`dict[str, float]`): of each leg, when it ran.
-        peak_memory_gib (`dict[str, float]`): GPU memory of each leg; empty on CPU.
+        peak_memory_gib (`dict[str, float]`):
+            of each leg: GPU memory; on CPU that of its process, where it has one of its own (Linux).
     """
 
     task: str

@@ -5,7 +5,6 @@ Knows nothing of training.
 """
 
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from trl_ext.models.loading import local_folder
 from .fusion import FusionMethod, fit_fusion_weights
 from .member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
 from .members import Member, check_finite, make_sources
+from .normalizer import mean_and_std
 from .reducers import combine, disagreement, reducers, takes_weights
 from .scorer import RewardScorer
 
@@ -88,6 +88,7 @@ class RewardEnsemble:
         members (`list[str]`): names of the members, in order.
         normalizers (`list[dict | None]`): `{"mean", "std"}` by which each member is normalised.
         num_truncated (`int`): rows cut by a member to its `max_length` so far, over all members.
+        models (`list[nn.Module]`): what is in memory behind the members.
 
     Raises:
         `ValueError`: no member, weights that do not fit, or an unknown reducer.
@@ -243,23 +244,8 @@ class RewardEnsemble:
             `ValueError`: a member has a score for fewer than two rows, or the same score for all.
         """
         raw = self._raw_table(prompts, completions, columns)
-        normalizers = []
-        for name, column in zip(self.members, raw.T, strict=True):
-            scores = column[~column.isnan()].tolist()
-            if len(scores) < 2:
-                raise ValueError(
-                    f"{len(scores)} of {len(completions)} rows have a score by the member {name}; a normaliser needs "
-                    "at least 2."
-                )
-            mean = statistics.fmean(scores)
-            std = statistics.pstdev(scores, mean)
-            if std <= 1e-6 * max(1.0, abs(mean)):
-                raise ValueError(
-                    f"The standard deviation of the {len(scores)} scores by the member {name} is {std:.3g} around "
-                    f"{mean:.4g}: there is nothing to scale by. Give rows of different quality, and check that it was "
-                    "trained."
-                )
-            normalizers.append({"mean": mean, "std": std})
+        columns_of = zip(self.members, raw.T, strict=True)
+        normalizers = [mean_and_std(to_list(column), f"the member {name}") for name, column in columns_of]
         self.normalizers = normalizers
         self._update_file(normalizers=[dict(one) for one in normalizers])
         return [dict(one) for one in normalizers]
@@ -300,6 +286,12 @@ class RewardEnsemble:
                 "a member has no score for one of their texts."
             )
         weights = fit_fusion_weights(difference[whole].numpy(), method, l2)
+        if sum(weights) < 0:
+            logger.warning(
+                f"{self.__name__}: the weights {[round(weight, 3) for weight in weights]} turn the members round, as on "
+                f"these {int(whole.sum())} pairs they prefer the rejected text more often. Check which text is which, "
+                "give more pairs, or take another reducer."
+            )
         self.set_reducer("fusion", weights)
         self._update_file(reduce="fusion", weights=weights, reduce_kwargs={})
         return list(weights)
@@ -329,6 +321,11 @@ class RewardEnsemble:
     @property
     def num_truncated(self) -> int:
         return sum(source.num_truncated for source, _ in self._sources)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models behind the members; one for adapters on one base, none for reward functions."""
+        return [model for source, _ in self._sources for model in source.models]
 
     # --------------------------------------------------------------------------------------------------------- private
     def _raw_table(

@@ -45,8 +45,10 @@ class Source(ABC):
         names (`list[str]`): of its members.
         normalizers (`list[dict | None]`): what each has stored.
         num_truncated (`int`): rows cut to `max_length` so far, over its members.
+        models (`list[nn.Module]`): what it runs.
     """
 
+    models: list[nn.Module]
     names: list[str]
     normalizers: list[dict[str, float] | None]
     num_truncated: int
@@ -74,6 +76,7 @@ class FunctionSource(Source):
                 "one after the other. Pass a function that waits for the result itself."
             )
         self._function = function
+        self.models = []
         self.names, self.normalizers = [function_name(function)], [None]
 
     def raw_scores(
@@ -99,6 +102,7 @@ class ScorerSource(Source):
 
     def __init__(self, scorer: RewardScorer):
         self._scorer = scorer
+        self.models = [scorer.model]
         self.names, self.normalizers = [scorer.__name__], [scorer.normalizer]
 
     @property
@@ -154,7 +158,7 @@ class StackedSource(Source):
                 model.use_rows()
         kwargs["processing_class"] = kwargs.get("processing_class") or load_tokenizer(str(folders[0]))
         self._scorer = RewardScorer(model, **kwargs)
-        self._folders, self._model = folders, model
+        self._folders, self.models = folders, [model]
         self.names = [folder.name for folder in folders]
         self.normalizers = [sidecar.normalizer for sidecar in sidecars]
 
@@ -192,6 +196,7 @@ class SharedBaseSource(Source):
         device = torch.device(kwargs.pop("device", None) or PartialState().device)
         load_kwargs = {} if base_model is not None else {"device_map": {"": device}}
         self._model, self._adapters = load_adapters(folders, base_model, **load_kwargs)
+        self.models = [self._model]
         self._folders, self._sidecars = folders, [read_sidecar(folder) for folder in folders]
         self._scorers = []
         for number, folder in enumerate(folders):

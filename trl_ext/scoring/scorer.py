@@ -6,7 +6,6 @@ token-level models; building, loading and the head are `trl_ext.models`. Knows n
 
 import logging
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from trl_ext.models.loading import load_reward_model
 from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar, vocab_size
 
 from .batches import BatchRunner
+from .normalizer import mean_and_std
 from .rows import RowEncoder, load_tokenizer, max_positions, row_error
 from .token_views import Aggregation, Cut, Neutral, Segmenter, TokenViews, Value, refuse
 
@@ -232,19 +232,7 @@ class RewardScorer:
         Raises:
             `ValueError`: fewer than two rows have a score, or all have the same.
         """
-        scores = [score for score in self._raw_scores(prompts, completions, columns) if score is not None]
-        if not all(map(math.isfinite, scores)):
-            raise ValueError("A score is minus infinity (`sum_log` of a probability of 0): nothing scales that.")
-        if len(scores) < 2:
-            raise ValueError(f"{len(scores)} of {len(completions)} rows have a score; a normaliser needs at least 2.")
-        mean = statistics.fmean(scores)
-        std = statistics.pstdev(scores, mean)
-        if std <= 1e-6 * max(1.0, abs(mean)):
-            raise ValueError(
-                f"The standard deviation of the {len(scores)} scores is {std:.3g} around {mean:.4g}: there is nothing "
-                "to scale by. Give rows of different quality, and check that the model was trained."
-            )
-        self.normalizer = {"mean": mean, "std": std}
+        self.normalizer = mean_and_std(self._raw_scores(prompts, completions, columns))
         sidecar = None if self._folder is None else read_sidecar(self._folder)
         if sidecar is None:
             logger.info(f"{self.__name__}: the normaliser is not saved: no local reward_model.json to hold it.")

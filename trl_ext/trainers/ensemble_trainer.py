@@ -269,12 +269,12 @@ class RewardEnsembleTrainer(RewardTrainer):
 
     @contextmanager
     def _member_clipping(self) -> Iterator[None]:
-        """Have the callback clip in place of Trainer, which knows one norm only."""
-        self._clipping.max_norm, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
+        """Give back the `max_grad_norm` that the callback takes away."""
+        max_norm = self.args.max_grad_norm
         try:
             yield
         finally:
-            self.args.max_grad_norm = self._clipping.max_norm
+            self.args.max_grad_norm = max_norm
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._disagreements = []
@@ -294,10 +294,18 @@ class RewardEnsembleTrainer(RewardTrainer):
 
 
 class MemberClipping(TrainerCallback):
-    """Clips each member's gradients to `max_norm` by their own norm, before the optimizer step."""
+    """
+    Clips each member's gradients by their own norm, before the optimizer step, in place of Trainer, which knows one
+    norm only. Trackers have noted `max_grad_norm` by then.
+    """
 
     def __init__(self):
         self.max_norm = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs

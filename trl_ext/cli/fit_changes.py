@@ -1,0 +1,85 @@
+"""Which single change of a training config would make it fit, or faster: each is estimated, none is taken on faith.
+
+Knows the arguments of a command and what a change of one does to a run. Estimates nothing itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class Change(NamedTuple):
+    """
+    A change of one thing.
+
+    Args:
+        name (`str`): for the table.
+        values (`dict`): the arguments that it sets.
+        same_result (`bool`): whether the run learns the same but for rounding, and for rows in other batches.
+    """
+
+    name: str
+    values: dict[str, Any]
+    same_result: bool
+
+
+def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
+    """The changes that are possible, from the configs of TRL's parser."""
+    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if training.gradient_checkpointing:
+        yield Change("no gradient checkpointing", {"gradient_checkpointing": False}, True)
+    else:
+        yield Change("gradient checkpointing", {"gradient_checkpointing": True}, True)
+    if training.max_tokens_per_batch is not None:
+        half = training.max_tokens_per_batch // 2
+        yield Change("half the tokens in a batch", {"max_tokens_per_batch": half}, True)
+    else:
+        if rows > 1:
+            halved = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
+            yield Change("half the rows in a batch, twice the accumulation", halved, True)
+        if steps > 1 and steps % 2 == 0:
+            doubled = {"per_device_train_batch_size": 2 * rows, "gradient_accumulation_steps": steps // 2}
+            yield Change("twice the rows in a batch, half the accumulation", doubled, True)
+    if training.shared_prefix is False:
+        yield Change("flat rows", {"shared_prefix": "auto"}, True)
+    if "8bit" not in str(training.optim):
+        yield Change("8-bit optimizer", {"optim": "paged_adamw_8bit"}, False)
+    if not model.use_peft and command != "ensemble":
+        yield Change("LoRA", {"use_peft": True, "lora_target_modules": "all-linear"}, False)
+    if model.use_peft and not model.load_in_4bit:
+        yield Change("4-bit base", {"load_in_4bit": True}, False)
+    if model.dtype in (None, "float32") and model.use_peft:
+        yield Change("base in bf16", {"dtype": "bfloat16"}, False)
+    if command == "ensemble" and training.branch_at is None:
+        yield Change("members branch at 3/4 of the layers", {"branch_at": 0.75}, False)
+    if training.max_length is not None and training.max_length > 1:
+        yield Change("half the max_length", {"max_length": training.max_length // 2}, False)
+
+
+def advise(cases: list[dict[str, Any]], now: dict[str, Any]) -> str:
+    """
+    The change to make: to fit, with what learns the same first and then with the fewest operations for a row; where it
+    fits already, the one with the fewest operations that still fits.
+
+    Args:
+        cases (`list[dict]`): the changes, each with `name`, `same_result`, `gib`, `flops_per_row` and `fits`.
+        now (`dict`): the config as it is, likewise.
+    """
+    fitting = [case for case in cases if case["fits"]]
+    if not now["fits"]:
+        if not fitting:
+            return "No single change makes it fit: combine those that save most."
+        best = min(fitting, key=lambda case: (not case["same_result"], case["flops_per_row"], case["gib"]))
+        return f"To make it fit: {best['name']} ({_flags(best)}), {best['gib']:.1f} GiB."
+    faster = [case for case in fitting if case["same_result"] and case["flops_per_row"] < 0.98 * now["flops_per_row"]]
+    if not faster:
+        return "It fits, and none of the changes that learn the same computes less."
+    best = min(faster, key=lambda case: case["flops_per_row"])
+    share = best["flops_per_row"] / now["flops_per_row"]
+    return (
+        f"It fits. To make it faster: {best['name']} ({_flags(best)}), {share:.0%} of the operations, "
+        f"{best['gib']:.1f} GiB."
+    )
+
+
+def _flags(case: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in case["values"].items())

@@ -1,0 +1,152 @@
+"""The stage `rejection`: the policy fine-tuned on its own samples, chosen by the verifier, by models, and blindly.
+
+All arms share one set of samples of prompts that no reward model was trained on, and keep as many of each prompt; the
+control draws its ones without looking at scores. What the policy learns from any text of its own is in the control, so
+the gain over it is what the choice is worth.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_ext.pipelines.cached_stages import StageContext
+from trl_ext.pipelines.rejection_sampling import RejectionSampler
+from trl_ext.pipelines.rewards import RewardFunc
+
+from .picking import mean_and_error, paired_gain
+from .policy import sample_solutions
+from .task import Problem, make_problems, verify
+
+
+CONTROL = "random"
+BATCH_SIZE = 16
+LEARNING_RATE = 3e-4
+GENERATION_BATCH_SIZE = 1024  # completions
+
+
+def verifier_rating(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """The verifier as a reward function: the rating of each solution."""
+    problems = [Problem(tuple(map(int, prompt.removesuffix(":\n")))) for prompt in prompts]
+    return [verify(*pair).rating for pair in zip(problems, completions, strict=True)]
+
+
+def run_rejection(context: StageContext) -> dict[str, Any]:
+    """
+    Samples once, selects in several ways, fine-tunes the policy on each selection, and measures it.
+
+    Of each prompt the `kept` best are taken: by the verifier's rating, by the outcome model, by the Plackett-Luce
+    model; and as many at random. Copies are left out before, for all alike, so what is drawn at random is a little
+    worse than what the policy writes most often.
+
+    Returns:
+        `dict`: `before`, the chance that one of the policy's samples is right; `arms`: by name `exact_match` after
+        fine-tuning, the paired gains `over_before` and `over_random` (all over held-out prompts), and of the rows that
+        were trained on their number and `right`, the share of right ones.
+    """
+    settings = context.settings
+    policy = context.folders["policy"].resolve()
+    problems = make_problems(settings["train_prompts"] + settings["rejection_prompts"], "train", settings["seed"])
+    problems = problems[settings["train_prompts"] :]  # the first ones are those of the stage `samples`
+    held_out = make_problems(settings["held_out_prompts"], "held_out", settings["seed"])
+    rewards: dict[str, RewardFunc] = {
+        "verifier": verifier_rating,
+        "orm": str(context.folders["orm"].resolve()),
+        "reward": str(context.folders["reward"].resolve()),
+    }
+    select = _selections(context, policy, problems, rewards)
+
+    before = _exact_match(policy, held_out, settings)
+    arms: dict[str, Any] = {}
+    found: dict[str, list[float]] = {}
+    for number, name in enumerate([CONTROL, *rewards]):
+        rows = select(name)
+        target = context.folder / name
+        _fine_tune(policy, rows, target, settings)
+        found[name] = _exact_match(target, held_out, settings)
+        right = [rating > 1 for rating in verifier_rating(rows["prompt"], rows["completion"])]
+        arms[name] = {
+            "exact_match": mean_and_error(found[name]),
+            "over_before": paired_gain(found[name], before),
+            "over_random": paired_gain(found[name], found[CONTROL]),
+            "rows": len(rows),
+            "right": sum(right) / len(right),
+        }
+        context.progress((number + 2) / (len(rewards) + 2))
+    return {"before": mean_and_error(before), "arms": arms}
+
+
+def _selections(
+    context: StageContext, policy: Path, problems: Sequence[Problem], rewards: dict[str, RewardFunc]
+) -> Callable[[str], Dataset]:
+    """A function that gives the rows of an arm. Samples are made once, and scored once by each reward."""
+    settings = context.settings
+    prompts = [{"prompt": problem.prompt} for problem in problems]
+
+    def select(name: str) -> Dataset:
+        sampler = RejectionSampler(
+            str(policy),
+            rewards["verifier" if name == CONTROL else name],
+            prompts,
+            context.folder / "samples",
+            settings["num_samples"],
+            seed=settings["seed"],
+            shard_size=GENERATION_BATCH_SIZE // settings["num_samples"],
+            generation_batch_size=GENERATION_BATCH_SIZE,
+            temperature=settings["temperature"],
+            max_completion_length=2 * max(len(problem.digits) for problem in problems) + 4,
+            generation_kwargs={"min_new_tokens": 1},
+            own_process=False,
+        )
+        sampler.generate()
+        sampler.score()
+        if name == CONTROL:
+            return sampler.select("random_per_prompt", {"n": settings["kept"], "seed": settings["seed"]}).dataset
+        return sampler.select("top_per_prompt", {"n": settings["kept"]}).dataset
+
+    return select
+
+
+def _fine_tune(policy: Path, rows: Dataset, target: Path, settings: dict[str, Any]) -> None:
+    """One epoch of `trl.SFTTrainer` from the policy's weights."""
+    args = SFTConfig(
+        output_dir=str(target),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        report_to="none",
+        seed=settings["seed"],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = SFTTrainer(model=str(policy), args=args, train_dataset=rows.select_columns(["prompt", "completion"]))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model(str(target))
+
+
+def _exact_match(policy: Path, problems: Sequence[Problem], settings: dict[str, Any]) -> list[float]:
+    """For each problem the share of right samples."""
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    samples = sample_solutions(
+        model,
+        tokenizer,
+        problems,
+        settings["eval_samples"],
+        seed=settings["seed"],
+        temperature=settings["temperature"],
+    )
+    verdicts = [
+        [verify(problem, text).answer_right for text in texts]
+        for problem, texts in zip(problems, samples, strict=True)
+    ]
+    return [sum(row) / len(row) for row in verdicts]
