@@ -214,3 +214,18 @@ def test_overoptimisation_example_runs(monkeypatch, capsys):
     lines = run(EXAMPLES / "overoptimisation.py", monkeypatch, capsys)
     table = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
     assert {"oracle", "mean", "min (WCO)", "mean - 0.5 var (UWO)"} <= set(table)
+
+
+def test_weak_to_strong_example_reports_four_experiments(monkeypatch, capsys):
+    found = tables(["", *run(EXAMPLES / "weak_to_strong.py", monkeypatch, capsys)])
+    assert len(found) == 4
+    for _, _, row in found:
+        assert all(0 <= float(cell) <= 1 for cell in row[2:5]) and row[-1] == "1"
+
+
+def test_selection_study_keeps_and_trains(monkeypatch, capsys):
+    (table,) = tables(["", *run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "selection")])
+    assert [row[0] for row in table] == ["kept", "25%", "50%", "70%", "100%"]
+    assert all(0 <= float(cell) <= 1 for row in table[1:] for cell in row[1:])
+    with pytest.raises(SystemExit, match="has no legs"):
+        run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "cascade", "--output_dir", "nowhere")

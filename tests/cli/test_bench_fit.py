@@ -20,7 +20,7 @@ SHAPE = dict(
     vocab_size=512,
     hidden_size=64,
     intermediate_size=192,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -51,9 +51,14 @@ def fit(tmp_path, shape, config, *arguments, override=()):
     "config,override,flat",
     [
         ("reward/rankings_qlora_8b.yaml", (), True),
-        ("reward/pairs_full_0.5b.yaml", ("per_device_train_batch_size=2",), True),
-        ("reward/rankings_lora_0.6b.yaml", ("gradient_checkpointing=false", "shared_prefix=false"), False),
-        ("ensemble/rankings_qlora_8b.yaml", (), True),
+        pytest.param("reward/pairs_full_0.5b.yaml", ("per_device_train_batch_size=2",), True, marks=pytest.mark.slow),
+        pytest.param(
+            "reward/rankings_lora_0.6b.yaml",
+            ("gradient_checkpointing=false", "shared_prefix=false"),
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("ensemble/rankings_qlora_8b.yaml", (), True, marks=pytest.mark.slow),
         pytest.param("ensemble/rankings_lora_0.6b.yaml", (), True, marks=pytest.mark.slow),
         pytest.param("orm/orm_lora_0.6b.yaml", (), False, marks=pytest.mark.slow),
         ("prm/prm_qlora_8b.yaml", (), False),
@@ -74,7 +79,7 @@ def test_the_estimate_is_what_real_steps_take(config, override, flat, tmp_path, 
 
 
 def test_changes_are_estimated_and_one_is_advised(tmp_path, shape, capsys):
-    config = "reward/rankings_lora_0.6b.yaml"
+    config = "prm/prm_lora_0.6b.yaml"
     plain = fit(tmp_path, shape, config, "--estimate")
     assert plain["measured"] is None and "Not measured: --estimate" in capsys.readouterr().out
     by_name = {case["name"]: case for case in plain["changes"]}

@@ -54,7 +54,7 @@ def test_picks_by_hand():
 def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, capsys):
     assert demo.main(["--smoke", "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["stages"]) == ["policy", "samples", *MODELS, "rejection"]
+    assert list(report["stages"]) == ["policy", "samples", *MODELS, "weak_to_strong", "rejection"]
     assert report["passed"] is None  # a smoke run gives no verdict
     assert not any(stage["cached"] for stage in report["stages"].values())
     for name in MODELS:
@@ -72,8 +72,10 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
     arms = report["stages"]["rejection"]["arms"]
     assert list(arms) == ["random", "verifier", "orm", "reward"] and {arm["rows"] for arm in arms.values()} == {32}
     assert arms["random"]["right"] <= arms["verifier"]["right"]
+    legs = report["stages"]["weak_to_strong"]
+    assert legs["test_pairs"] == 12 and all(0 <= legs[name] <= 1 for name in ("weak", "student", "ceiling"))
     printed = capsys.readouterr().out
-    assert "no verdict" in printed
+    assert "no verdict" in printed and "performance gap recovered" in printed
     for line in ("by outcome model (LoRA)", "by process model (LoRA), prod", "vote weighted by process model (LoRA)"):
         assert line in printed
     assert (tmp_path / "plot.png").stat().st_size > 10_000

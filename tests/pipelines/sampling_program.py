@@ -52,7 +52,7 @@ SHARDS = 8  # of each kind
 
 def shards(folder: Path) -> int:
     """Shards of completions and of scores that are there."""
-    return len(list(folder.glob("*/*/shard-*.jsonl")))
+    return sum(1 for _ in folder.rglob("shard-*.jsonl"))
 
 
 def stage_of(folder: Path) -> str:

@@ -18,6 +18,7 @@ from trl_ext import (
     weak_to_strong,
 )
 from trl_ext.pipelines.weak_to_strong import describe, group_of, make_splits, model_identity
+from trl_ext.pipelines.weak_to_strong_labels import combine, learnt_weights
 from trl_ext.pipelines.weak_to_strong_legs import Leg, in_own_process, read_judgements, run_leg
 from trl_ext.pipelines.weak_to_strong_report import pair_report
 from trl_ext.pipelines.weak_to_strong_tasks import (
@@ -142,10 +143,51 @@ def test_two_weak_models_alone_and_together(models, tmp_path):
     assert [pair.weak_models for pair in report.pairs] == [[models[0]], [models[1]]]
     with pytest.raises(ValueError, match="2 pairs"):
         _ = report.pgr
-    together = weak_to_strong(
-        WeakToStrongArguments(models, models[1:], task="outcome", weak_ensemble=True), args, rows
-    )
-    assert together.pairs[0].weak_models == models and together.ceiling == report.pairs[0].ceiling
+    for how in ("mean", "vote"):
+        config = WeakToStrongArguments(models, models[1:], task="outcome", weak_ensemble=how)
+        together = weak_to_strong(config, args, rows)
+        assert together.pairs[0].weak_models == models and together.ceiling == report.pairs[0].ceiling
+        assert together.pairs[0].by_seed[0]["weights"] is None
+
+
+def test_weights_of_weak_models_are_learnt_from_rows_that_none_saw(models, tmp_path):
+    pytest.importorskip("sklearn")
+    rows, args = make_rows("outcome"), trainer_config(tmp_path / "run", ORMConfig, max_steps=2)
+    config = WeakToStrongArguments(models, models[1:], task="outcome", weak_ensemble="learned", fusion_share=0.4)
+    splits = make_splits(config, rows, None)
+    report = weak_to_strong(config, args, rows)
+    assert report.rows["fusion"] == len(splits["fusion"]) > 1
+    held_back = [read_judgements(tmp_path / "run" / f"weak-{i}-seed-0", "fusion") for i in (0, 1)]
+    weights = learnt_weights(OutcomeTask(), splits["fusion"], held_back)
+    assert report.pairs[0].by_seed[0]["weights"] == pytest.approx(weights) and len(weights) == 2
+
+
+def test_combined_labels_by_hand():
+    rows = [{"label": 1}, {"label": 0}]
+    one, two, three = ([Judgement(1.0, p) for p in outputs] for outputs in ((0.9, 0.2), (0.6, 0.4), (0.3, 0.9)))
+    assert combine(OutcomeTask(), rows, [one]) == one
+    mean = combine(OutcomeTask(), rows, [one, two, three], "mean")
+    assert [label.output for label in mean] == pytest.approx([0.6, 0.5]) and [label.right for label in mean] == [1, 1]
+    vote = combine(OutcomeTask(), rows, [one, two, three], "vote")
+    assert [label.output for label in vote] == pytest.approx([2 / 3, 1 / 3])
+    learned = combine(OutcomeTask(), rows, [one, three], "learned", weights=[2.0, -1.0])
+    odds = [(0.9 / 0.1) ** 2 * (0.7 / 0.3), (0.2 / 0.8) ** 2 * (0.1 / 0.9)]
+    assert [label.output for label in learned] == pytest.approx([x / (1 + x) for x in odds])
+    steps = [{"labels": [1, None, 0]}]
+    both = combine(StepTask(), steps, [[Judgement(0.0, [1.0, 0.5, 0.0])], [Judgement(0.0, [0.5, 0.5, 0.8])]], "mean")
+    assert both == [Judgement(1.0, pytest.approx([0.75, 0.5, 0.4]))]
+
+
+def test_a_model_that_knows_nothing_gets_no_weight():
+    pytest.importorskip("sklearn")
+    rows = [{"label": n % 2} for n in range(400)]
+    knows = [Judgement(1.0, 0.9 if row["label"] else 0.1) for row in rows]
+    knows[:40] = [Judgement(0.0, 1 - judgement.output) for judgement in knows[:40]]  # is wrong now and then
+    guesses = [Judgement(0.0, 0.9 if n % 4 < 2 else 0.1) for n in range(400)]
+    certain, random = learnt_weights(OutcomeTask(), rows, [knows, guesses])
+    assert certain == pytest.approx(1.0, abs=0.1) and abs(random) < 0.05  # log(9) says 0.9, and it is right 0.9
+    steps = learnt_weights(StepTask(), [{"labels": [1, None, 0]}] * 20, [[Judgement(1.0, [0.9, 0.1, 0.1])] * 20])
+    assert steps[0] > 0
 
 
 # --------------------------------------------------------------------------------------- what a student sees
@@ -215,7 +257,9 @@ def test_missing_columns_are_named(models):
         ({"seeds": [1, 1]}, "each once"),
         ({"student_loss": "kd"}, "does not go with task='preference'"),
         ({"student_loss_kwargs": {"alpha": 0.1}}, "of 'logconf'"),
-        ({"task": "generation", "weak_ensemble": True}, "texts cannot be averaged"),
+        ({"task": "generation", "weak_ensemble": "mean"}, "texts cannot be averaged"),
+        ({"weak_ensemble": True}, "weak_ensemble=True"),
+        ({"fusion_share": 0.0}, "fusion_share=0.0"),
         ({"weak_training": "{"}, "not JSON"),
     ],
 )

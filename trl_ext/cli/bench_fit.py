@@ -272,7 +272,9 @@ def _measured(command: str, args: argparse.Namespace, config: Any, sizes: Sizes,
         try:
             found = _run(command, args, model, sizes, False)
             if not on_gpu:
-                found |= {name: value for name, value in _run(command, args, model, sizes, True).items() if "gib" in name}
+                found |= {
+                    name: value for name, value in _run(command, args, model, sizes, True).items() if "gib" in name
+                }
         except torch.OutOfMemoryError as error:
             return {"fits": False, "out_of_memory": str(error).splitlines()[0]}
         finally:
@@ -371,16 +373,18 @@ def table(report: dict[str, Any]) -> str:
     verdict = "fits" if report["fits"] else "does not fit"
     parts.append(
         f"{report['command']} {report['config']}: {report['model']} ({report['shape']}), {batch['rows']} row(s) of "
-        f"{batch['candidates']} x ({batch['prompt']} + {batch['completion']}) tokens, {batch['model_tokens']:,} through "
-        f"the model.\nBy the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which {report['reserve']:g} are "
-        f"left to CUDA and the allocator (not estimated). Most of it: {report['dominates']}."
+        f"{batch['candidates']} x ({batch['prompt']} + {batch['completion']}) tokens, {batch['model_tokens']:,} "
+        f"through the model.\nBy the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which "
+        f"{report['reserve']:g} are left to CUDA and the allocator (not estimated). Most of it: {report['dominates']}."
     )
     if report["changes"]:
         rows = [["change", "GiB", "fits", "operations a row", "learns the same"]]
         base = estimate["flops"] / batch["rows"]
         for case in report["changes"]:
             words = ["yes" if case[name] else "no" for name in ("fits", "same_result")]
-            rows.append([case["name"], f"{case['gib']:.2f}", words[0], f"{case['flops_per_row'] / base:.0%}", words[1]])
+            rows.append(
+                [case["name"], f"{case['gib']:.2f}", words[0], f"{case['flops_per_row'] / base:.0%}", words[1]]
+            )
         parts += [formatted(rows), report["advice"]]
     measured = report["measured"]
     if measured is None:

@@ -73,7 +73,7 @@ def rows_for(command: str, sizes: Sizes, number: int, categories: list[str] | No
 
 
 def _group(ids: Any, rng: random.Random, sizes: Sizes) -> dict[str, Any]:
-    """A tokenized ranking. The last candidate is a token shorter, so that padded rows have padding, as real ones do."""
+    """A tokenized ranking. The last candidate is a token shorter, so that padded rows have padding, as real ones."""
     prompt, first = ids(sizes.prompt), rng.sample(range(FIRST_WORD, sizes.words), sizes.candidates)
     candidates = [[*prompt, own, *ids(sizes.completion - 1)] for own in first]
     candidates[-1] = candidates[-1][:-1] if sizes.completion > 1 else candidates[-1]

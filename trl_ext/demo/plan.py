@@ -5,6 +5,7 @@
                       -> orm           right and wrong answers, LoRA on the policy
                       -> prm           lines up to the first wrong one, LoRA on the policy
                       -> ensemble      three members in one run, LoRA on the last layer of the policy
+                      -> weak_to_strong    a small model labels pairs for the policy's base
            reward, orm -> rejection    the policy on its own best samples, and on as many at random
 
 A further stage is a [`~trl_ext.pipelines.cached_stages.Stage`] appended to [`plan`]: it names the stages that it needs
@@ -23,6 +24,7 @@ from .policy_stages import run_policy, run_samples
 from .rejection_stages import run_rejection
 from .reward_stages import run_reward
 from .token_stages import run_orm, run_prm
+from .weak_to_strong_stages import run_weak_to_strong
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Sizes:
     orm_steps: int = 400
     prm_steps: int = 350
     ensemble_steps: int = 300
+    weak_steps: int = 150
+    student_steps: int = 250
     rejection_prompts: int = 1500
     kept: int = 2
     eval_samples: int = 4
@@ -57,6 +61,8 @@ SMOKE = Sizes(
     orm_steps=2,
     prm_steps=2,
     ensemble_steps=2,
+    weak_steps=2,
+    student_steps=2,
     rejection_prompts=16,
     eval_samples=1,
 )
@@ -67,6 +73,7 @@ LEARNING_RATE = 1e-3
 LORA_RANK = 16
 TOKEN_BATCH_SIZE = 64  # completions
 TOKEN_LEARNING_RATE = 1e-3
+WEAK_TO_STRONG_BATCH_SIZE = 32  # pairs
 ENSEMBLE = {"learning_rate": 2e-3, "members": 3, "branch_at": 0.5}
 
 
@@ -139,6 +146,20 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
         token_model("orm", "outcome model (LoRA)", run_orm, 2 if smoke else 35),
         token_model("prm", "process model (LoRA)", run_prm, 2 if smoke else 35),
         model("ensemble", "ensemble of three", run_ensemble, sizes["ensemble_steps"], 2 if smoke else 35, **ENSEMBLE),
+        Stage(
+            "weak_to_strong",
+            "weak to strong, three models",
+            run_weak_to_strong,
+            {
+                "seed": seed,
+                "steps": sizes["student_steps"],
+                "weak_steps": sizes["weak_steps"],
+                "batch_size": WEAK_TO_STRONG_BATCH_SIZE,
+                "learning_rate": LEARNING_RATE,
+            },
+            needs=("policy", "samples"),
+            seconds=2 if smoke else 35,
+        ),
         Stage(
             "rejection",
             "rejection sampling, four arms",

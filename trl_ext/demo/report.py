@@ -138,6 +138,8 @@ def format_table(report: Mapping[str, Any]) -> str:
         "",
         *_rejection_lines(report["stages"]["rejection"]),
         "",
+        *_weak_to_strong_lines(report["stages"]["weak_to_strong"]),
+        "",
         f"  {'stage':<46}{'time':>6}",
     ]
     for stage in report["stages"].values():
@@ -198,6 +200,20 @@ def _rejection_lines(result: Mapping[str, Any]) -> list[str]:
             line += f"; gain over random {_with_error(arm['over_random'], '+')}"
         lines.append(line)
     return lines
+
+
+def _weak_to_strong_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = [f"Pairs in order, of {result['test_pairs']} held-out ones", ""]
+    titles = {
+        "weak": "a smaller model, trained on the truth",
+        "student": "the policy's base, trained on its labels",
+        "ceiling": "the policy's base, trained on the truth",
+    }
+    lines += [f"  {title:<46}{result[name]:.3f}" for name, title in titles.items()]
+    if result["pgr"] is None:
+        return [*lines, f"  performance gap recovered: undefined, {result['reason']}"]
+    low, high = result["pgr_interval"]
+    return [*lines, f"  {'performance gap recovered':<46}{result['pgr']:.2f} (95 %: {low:.2f} to {high:.2f})"]
 
 
 def _with_error(figure: Mapping[str, float], sign: str = "") -> str:

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig
 
 from .building import as_dtype, build_reward_model
@@ -68,9 +69,11 @@ def check_saved_head(model: nn.Module, head: list[str], folder: str | Path) -> N
     """Raise [`HeadError`], naming the key, unless every head tensor in memory is in the folder's files bit for bit."""
     saved = _tensors(folder, head)
     for key, parameter in head_parameters(model, head).items():
-        if parameter.numel() == 0:  # sharded by ZeRO-3 or FSDP: this process holds no copy to compare with
+        if parameter.numel() == 0 or isinstance(parameter, DTensor):  # sharded by ZeRO-3 or FSDP: no copy to compare
             if key not in saved or saved[key].numel() == 0:
                 raise HeadError(f"{folder}: the head tensor `{key}` was not saved or is empty.")
+            if parameter.numel() and saved[key].shape != parameter.shape:
+                raise HeadError(f"{folder}: the head tensor `{key}` was saved as a part, {tuple(saved[key].shape)}.")
         elif key not in saved or saved[key].numel() == 0:
             raise HeadError(
                 f"{folder}: the head tensor `{key}` was not saved or is empty; saved head tensors: {sorted(saved)}. "
@@ -217,8 +220,8 @@ def _refuse_language_model(path: str | Path, folder: str) -> None:
     for name in names or []:
         if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")):
             raise HeadError(
-                f"{path} is a language model ({name}) without a reward head. Needed: a reward model as a trainer saved "
-                "it. Train one on this model first, e.g. with `trl-ext reward --model_name_or_path`."
+                f"{path} is a language model ({name}) without a reward head. Needed: a reward model as a trainer "
+                "saved it. Train one on this model first, e.g. with `trl-ext reward --model_name_or_path`."
             )
 
 

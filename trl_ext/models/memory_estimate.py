@@ -1,8 +1,8 @@
 """How much memory a training step takes, and how much it computes, found without a GPU and without weights.
 
 The model is built with tensors that have a shape, a dtype and no numbers, and runs a real forward and backward pass on
-them: LoRA, gradient checkpointing, flat rows, members of an ensemble, autocast. Every tensor that an operation makes is
-counted until it is freed ([`LiveBytes`]). 4-bit layers are stand-ins of the same size that make the same tensors.
+them: LoRA, gradient checkpointing, flat rows, members of an ensemble, autocast. Every tensor that an operation makes
+is counted until it is freed ([`LiveBytes`]). 4-bit layers are stand-ins of the same size that make the same tensors.
 
 Not seen: what a kernel allocates for itself, what the allocator rounds up and keeps, the CUDA context.
 """

@@ -29,9 +29,10 @@ from trl_ext.models.fingerprint import fingerprint
 from .cached_stages import Outcome, Stage, StageContext, run_stages
 from .records import canonical
 from .weak_to_strong_config import WeakToStrongArguments
+from .weak_to_strong_labels import combine, learnt_weights
 from .weak_to_strong_legs import Leg, in_own_process, read_judgements, run_leg
 from .weak_to_strong_report import WeakToStrongReport, pair_report
-from .weak_to_strong_tasks import TASKS, Metric, Row
+from .weak_to_strong_tasks import TASKS, Judgement, Metric, Row
 
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def weak_to_strong(
             "leg": describe(job, identities[job.model]),
             "rows": content_hash(splits[rows]),
             "judged": {split: content_hash(splits[split]) for split in judged},
-            "hard_labels": config.hard_labels if needs else None,
+            "labels": [config.weak_ensemble, config.hard_labels] if needs else None,
         }
         work = partial(_run, job, splits, rows, judged, needs, config, isolate)
         return Stage(name, title, work, settings, needs, trains=True)
@@ -132,7 +133,8 @@ def weak_to_strong(
         for i, model in enumerate(config.weak_model_name_or_path):
             job = leg(model, seed, weak=True, loss="gold")
             title = f"weak model {model}, seed {seed}"
-            stages.append(stage(f"weak-{i}-seed-{seed}", title, job, "weak", ("labelled", "test"), ()))
+            judged = tuple(name for name in splits if name != "weak")
+            stages.append(stage(f"weak-{i}-seed-{seed}", title, job, "weak", judged, ()))
         for j, model in enumerate(config.strong_model_name_or_path):
             job = leg(model, seed, weak=False, loss="gold")
             title = f"ceiling {model}, seed {seed}"
@@ -153,13 +155,14 @@ def weak_to_strong(
             weak_names = [config.weak_model_name_or_path[i] for i in teachers]
             runs = []
             for seed in config.seeds:
-                weak_test = [read_judgements(outcomes[f"weak-{i}-seed-{seed}"].folder, "test") for i in teachers]
-                weak_labels = [read_judgements(outcomes[f"weak-{i}-seed-{seed}"].folder, "labelled") for i in teachers]
+                folders = [outcomes[f"weak-{i}-seed-{seed}"].folder for i in teachers]
+                weak, weights = _labels(config, splits, folders, "test")
                 runs.append(
                     {
                         "seed": seed,
-                        "weak": _combine(config, splits["test"], weak_test),
-                        "labels": _combine(config, splits["labelled"], weak_labels),
+                        "weak": weak,
+                        "weights": weights,
+                        "labels": _labels(config, splits, folders, "labelled")[0],
                         "student": read_judgements(outcomes[f"student-{label}-{j}-seed-{seed}"].folder, "test"),
                         "ceiling": read_judgements(outcomes[f"ceiling-{j}-seed-{seed}"].folder, "test"),
                     }
@@ -213,7 +216,7 @@ def _run(
     training = splits[rows]
     teacher_folder = None
     if teachers:
-        labels = _combine(config, training, [read_judgements(context.folders[name], "labelled") for name in teachers])
+        labels, _ = _labels(config, splits, [context.folders[name] for name in teachers], rows)
         task = TASKS[config.task]()
         training = [
             task.relabel(row, label.output, config.hard_labels) for row, label in zip(training, labels, strict=True)
@@ -230,21 +233,16 @@ def _has_text(completion: str | list[dict]) -> bool:
     return bool(completion if isinstance(completion, str) else completion[-1]["content"])
 
 
-def _combine(config: WeakToStrongArguments, rows: Sequence[Row], judgements: list[list]) -> list:
-    """The judgements of one weak model, or the mean of several (of hard labels: their vote)."""
-    if len(judgements) == 1:
-        return judgements[0]
-    task = TASKS[config.task]()
-    combined = []
-    for row, own in zip(rows, zip(*judgements, strict=True), strict=True):
-        outputs = [judgement.output for judgement in own]
-        lists = [output if isinstance(output, list) else [output] for output in outputs]
-        if config.hard_labels:
-            lists = [[float(p > 0.5) for p in values] for values in lists]
-        means = [sum(values) / len(values) for values in zip(*lists, strict=True)]
-        output = means if isinstance(outputs[0], list) else means[0]
-        combined.append(task.judge_output(row, output))
-    return combined
+def _labels(
+    config: WeakToStrongArguments, splits: dict[str, list[Row]], folders: Sequence[Path], split: str
+) -> tuple[list[Judgement], list[float] | None]:
+    """What the weak models of these legs say of a split, as one, and the weights that were learnt for it."""
+    task, weights = TASKS[config.task](), None
+    if config.weak_ensemble == "learned":
+        held_back = [read_judgements(folder, "fusion") for folder in folders]
+        weights = learnt_weights(task, splits["fusion"], held_back)
+    judgements = [read_judgements(folder, split) for folder in folders]
+    return combine(task, splits[split], judgements, config.weak_ensemble, weights), weights
 
 
 # ----------------------------------------------------------------------------------------------------------- splits
@@ -267,6 +265,7 @@ def make_splits(
 ) -> dict[str, list[Row]]:
     """
     Split A (`"weak"`), split B (`"labelled"`) and `"test"`: every prompt is in one of them, by a hash of its content.
+    Where the weights of weak models are learnt, a part of A is `"fusion"`.
 
     Raises:
         ValueError: a column is missing, a split is empty, a test row's prompt is also trained on, or a split of right
@@ -287,6 +286,12 @@ def make_splits(
             splits["weak" if other < config.weak_share else "labelled"].append(row)
     if test_dataset is not None:
         splits["test"] = list(test_dataset)
+    if config.weak_ensemble == "learned":
+        whole, splits["weak"], splits["fusion"] = splits["weak"], [], []
+        for row in whole:
+            digest = hashlib.sha256(f"{config.split_seed} fusion {group_of(row)}".encode()).digest()
+            held_back = int.from_bytes(digest[:6], "big") / 2**48 < config.fusion_share
+            splits["fusion" if held_back else "weak"].append(row)
     if config.task == "steps":
         for name, rows in splits.items():
             labelled = [row for row in rows if any(label is not None for label in row["labels"])]

@@ -25,8 +25,12 @@ class WeakToStrongArguments:
             Arguments of `logconf`, as JSON on the command line.
         hard_labels (`bool`, *optional*, defaults to `False`):
             Round the weak labels to 0 and 1. By default they stay probabilities.
-        weak_ensemble (`bool`, *optional*, defaults to `False`):
-            All weak models label together, by the mean of their probabilities (of `hard_labels`, by vote).
+        weak_ensemble (`str`, *optional*):
+            All weak models label together: by the `"mean"` of their probabilities, by `"vote"` (the share that says
+            more than 0.5), or with `"learned"` weights of their log-odds (extra `fusion`). By default each labels
+            alone.
+        fusion_share (`float`, *optional*, defaults to `0.2`):
+            Of `"learned"`: share of split A, by prompt, that no weak model is trained on and weights are learnt from.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
             Seeds of training; the splits are the same for all.
         weak_share (`float`, *optional*, defaults to `0.5`):
@@ -65,7 +69,12 @@ class WeakToStrongArguments:
         default=None, metadata={"help": "Arguments of logconf as JSON, e.g. '{\"alpha\": 0.75}'."}
     )
     hard_labels: bool = field(default=False, metadata={"help": "Round the weak labels to 0 and 1."})
-    weak_ensemble: bool = field(default=False, metadata={"help": "All weak models label together."})
+    weak_ensemble: Literal["mean", "vote", "learned"] | None = field(
+        default=None, metadata={"help": "All weak models label together: by 'mean', 'vote' or 'learned' weights."}
+    )
+    fusion_share: float = field(
+        default=0.2, metadata={"help": "Share of split A that 'learned' weights are fitted on, by prompt."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of training."})
     weak_share: float = field(
         default=0.5, metadata={"help": "Share of the training rows, by prompt, that the weak model learns from."}
@@ -91,7 +100,7 @@ class WeakToStrongArguments:
                 setattr(self, name, [self.__dict__[name]])
             if not self.__dict__[name]:
                 raise ValueError(f"No model was named. Give {name} a path or a Hub id.")
-        for name in ("weak_share", "test_share"):
+        for name in ("weak_share", "test_share", "fusion_share"):
             if not 0.0 < self.__dict__[name] < 1.0:
                 raise ValueError(f"{name}={self.__dict__[name]} is not a share. Needed: between 0 and 1.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -113,6 +122,8 @@ class WeakToStrongArguments:
             setattr(self, name, dict(value or {}))
         if self.student_loss_kwargs and self.student_loss != "logconf":
             raise ValueError(f"student_loss_kwargs are of 'logconf', and student_loss is {self.student_loss!r}.")
+        if self.weak_ensemble not in (None, "mean", "vote", "learned"):
+            raise ValueError(f"weak_ensemble={self.weak_ensemble!r}. Needed: 'mean', 'vote', 'learned', or nothing.")
         if self.weak_ensemble and self.task == "generation":
             raise ValueError("weak_ensemble averages probabilities; texts cannot be averaged. Leave it out.")
         if self.generation_temperature < 0 or self.max_completion_length < 1:

@@ -33,7 +33,7 @@ class PairReport:
         pgr_interval (`tuple[float, float]`, *optional*): 95 % bootstrap interval over prompts, paired.
         reason (`str`, *optional*): why it is undefined.
         gap_error (`float`): standard error of `ceiling - weak`.
-        by_seed (`list[dict]`): the same for each seed.
+        by_seed (`list[dict]`): the same for each seed, and the `weights` of the weak models where they were learnt.
         agreement (`dict`): how often the student does as its supervisor on test rows that the supervisor gets
             `when_right` and `when_wrong`. A high second one means that it imitates mistakes.
         weak_labels (`dict`): `accuracy` of the weak labels on split B and, of probabilities, their expected
@@ -88,7 +88,7 @@ def pair_report(
     by_seed = []
     for number, run in enumerate(runs):
         one = estimate(slice(number, number + 1))
-        by_seed.append({"seed": run["seed"], **asdict(one)})
+        by_seed.append({"seed": run["seed"], **asdict(one), "weights": run.get("weights")})
     same = (right["weak"] == right["student"]).float()  # of right or wrong: the same; of shares: the same share
     was_right = right["weak"] > 0.5
     labels = [judgement for run in runs for judgement in run["labels"]]
@@ -222,11 +222,12 @@ class WeakToStrongReport:
             self._log(folder)
 
     def plot(self, path: Path) -> None:
-        """Bars of weak, weak-to-strong and ceiling for each pair, the PGR above them."""
+        """Bars of weak, weak-to-strong and ceiling for each pair; of several pairs also the PGR with its interval."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(2.5 + 1.8 * len(self.pairs), 4), layout="constrained")
-        axes = figure.subplots()
+        several = len(self.pairs) > 1
+        figure = Figure(figsize=(2.5 + 1.8 * len(self.pairs), 7 if several else 4), layout="constrained")
+        axes, below = figure.subplots(2, 1) if several else (figure.subplots(), None)
         shown = (("weak", "#9aa5b1"), ("weak_to_strong", "#3b7dd8"), ("ceiling", "#2f9e6e"))
         for number, (name, color) in enumerate(shown):
             values = [asdict(pair)[name] for pair in self.pairs]
@@ -241,6 +242,17 @@ class WeakToStrongReport:
         axes.set_ylim(0, 1.12)
         axes.set_ylabel("performance on the test split")
         axes.legend(loc="lower right", frameon=False)
+        if below is not None:
+            for k, pair in enumerate(self.pairs):
+                if pair.pgr is None:
+                    below.text(k, 0, "undefined", ha="center", va="bottom")
+                else:
+                    low, high = pair.pgr_interval
+                    below.errorbar(k, pair.pgr, [[pair.pgr - low], [high - pair.pgr]], fmt="o", color="#3b7dd8")
+            below.set_xticks(range(len(self.pairs)), short)
+            below.set_xlim(axes.get_xlim())
+            below.axhline(0, color="#9aa5b1", linewidth=0.8)
+            below.set_ylabel("PGR, 95 % interval")
         figure.savefig(path, dpi=150)
 
     def _log(self, folder: Path) -> None:

@@ -63,6 +63,10 @@ class PreferenceTask:
     def gold_class(self, row: Row) -> str:
         return "pair"  # the two sides are interchangeable: there are no classes
 
+    def gold_labels(self, row: Row) -> list[float | None]:
+        """What outputs are to be: of each label of the row, or `None` where it is not known."""
+        return [1.0]
+
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         prompts = [row.get("prompt") for row in rows]
         scores = scorer(prompts * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
@@ -91,6 +95,9 @@ class OutcomeTask:
     def gold_class(self, row: Row) -> str:
         return "right" if row["label"] > 0.5 else "wrong"
 
+    def gold_labels(self, row: Row) -> list[float | None]:
+        return [row["label"]]
+
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         logits = scorer.score_tokens([row["prompt"] for row in rows], [row["completion"] for row in rows])
         outputs = [sigmoid(tokens[-1]) for tokens in logits]
@@ -113,6 +120,9 @@ class StepTask:
     def gold_class(self, row: Row) -> str:
         known = [label for label in row["labels"] if label is not None]
         return "right" if all(label > 0.5 for label in known) else "wrong"
+
+    def gold_labels(self, row: Row) -> list[float | None]:
+        return row["labels"]
 
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         scored = scorer.score_steps([row["prompt"] for row in rows], [row["completions"] for row in rows])

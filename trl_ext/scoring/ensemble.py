@@ -288,9 +288,9 @@ class RewardEnsemble:
         weights = fit_fusion_weights(difference[whole].numpy(), method, l2)
         if sum(weights) < 0:
             logger.warning(
-                f"{self.__name__}: the weights {[round(weight, 3) for weight in weights]} turn the members round, as on "
-                f"these {int(whole.sum())} pairs they prefer the rejected text more often. Check which text is which, "
-                "give more pairs, or take another reducer."
+                f"{self.__name__}: the weights {[round(weight, 3) for weight in weights]} turn the members round, as "
+                f"on these {int(whole.sum())} pairs they prefer the rejected text more often. Check which text is "
+                "which, give more pairs, or take another reducer."
             )
         self.set_reducer("fusion", weights)
         self._update_file(reduce="fusion", weights=weights, reduce_kwargs={})

@@ -38,7 +38,7 @@ from .health import check_finite
 from .recording import ScoredBatch
 from .reward_config import RewardConfig
 from .reward_trainer import GROUP_COLUMNS, RewardTrainer, in_groups
-from .setup import TrainableModel, is_template_file, set_up_model
+from .setup import TrainableModel, is_template_file, set_up_model, uses_fsdp
 from .tracking import log_disagreement
 
 
@@ -357,7 +357,7 @@ def _signed_ratings(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _check_arguments(args: RewardEnsembleConfig, train_dataset: Dataset | IterableDataset | None) -> None:
-    if args.deepspeed is not None or args.fsdp:
+    if args.deepspeed_plugin is not None or uses_fsdp(args):
         raise ValueError(
             "An ensemble trains with one process or DDP: FSDP and DeepSpeed cut up the stacked weights and clip all "
             "members together. Start it with plain `accelerate launch`."

@@ -56,6 +56,8 @@ def set_up_model(
             f"`peft_config` is a {type(peft_config).__name__}. Needed: a PEFT configuration, e.g. `peft.LoraConfig`."
         )
     init_kwargs = {**(args.model_init_kwargs or {})}
+    zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+    check_sharding(uses_fsdp(args), zero_stage, quantization_config or init_kwargs.get("quantization_config"))
     init_kwargs.pop("num_labels", None)  # the trainer knows: a reward is one number, token rewards may be more
     source = model if isinstance(model, str) else model.config._name_or_path
     if isinstance(model, str):
@@ -89,6 +91,30 @@ def set_up_model(
     if peft_config is not None:
         model = _adapt(model, args, names, peft_config, added_tokens)
     return TrainableModel(model, processing_class, names)
+
+
+def uses_fsdp(args: trl.RewardConfig) -> bool:
+    """Whether FSDP was asked for, in the arguments or by `accelerate launch`."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_sharding(fsdp: bool, zero_stage: int, quantization_config: BitsAndBytesConfig | None) -> None:
+    """Raise `ValueError` for a quantized base that FSDP or DeepSpeed ZeRO-3 would have to cut up and does not."""
+    if not isinstance(quantization_config, BitsAndBytesConfig):
+        return
+    if zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 does not cut up a quantized base. Use plain `accelerate launch` (DDP), FSDP with a "
+            "4-bit base, or ZeRO-3 without quantization."
+        )
+    if fsdp and quantization_config.load_in_8bit:
+        raise ValueError("FSDP does not cut up an 8-bit base. Use load_in_4bit, or no quantization.")
+    storage = quantization_config.bnb_4bit_quant_storage
+    if fsdp and not storage.is_floating_point:
+        raise ValueError(
+            f"FSDP cuts up floating-point weights only, and those of this 4-bit base are stored as {storage}: every "
+            "GPU would hold them all. Set bnb_4bit_quant_storage to the dtype of the base, e.g. bfloat16."
+        )
 
 
 def finish_set_up(model: nn.Module, processing_class: PreTrainedTokenizerBase, args: trl.RewardConfig) -> None:

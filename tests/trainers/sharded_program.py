@@ -1,0 +1,65 @@
+"""Run by `test_sharded.py`, alone or in two processes under `accelerate launch` with a config of configs/accelerate/.
+
+Accelerate does not shard on a CPU: it takes processes there for plain DDP. Told that they are GPUs, it runs the same
+FSDP2 code over gloo. The first process prints JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from transformers import BitsAndBytesConfig
+
+from tests.tiny import pair_rows
+from tests.trainers.helpers import config, history, leave_together, lora, trainer_for
+
+
+def main(base: Path, folder: Path) -> dict:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    told: dict = {"processes": processes}
+    for name, quantization in (("lora", None), ("qlora", four_bit)):
+        args = config(
+            folder / name,
+            per_device_train_batch_size=8 // processes,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=name == "lora",
+        )
+        if processes > 1:
+            assert args.distributed_state.distributed_type == DistributedType.MULTI_CPU
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        trainer = trainer_for(
+            base,
+            args,
+            pair_rows(32),
+            eval_dataset=Dataset.from_list(pair_rows(9, seed=3)),
+            peft_config=lora(),
+            quantization_config=quantization,
+        )
+        assert trainer.is_fsdp_enabled == (processes > 1)
+        trainer.train()
+        told[name] = {
+            "sharded": sorted({type(p).__name__ for p in trainer.model.parameters()}),
+            "loss": history(trainer, "loss"),
+            "grad_norm": history(trainer, "grad_norm"),
+            "eval_loss": trainer.evaluate()["eval_loss"],
+        }
+        trainer.save_model()
+    if processes == 1 or trainer.is_world_process_zero():
+        print("RESULT " + json.dumps(told), flush=True)
+    return told
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave_together(Path(sys.argv[2]))

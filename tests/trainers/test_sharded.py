@@ -1,0 +1,117 @@
+"""The files in configs/accelerate/ are read by Accelerate; a base that is sharded by FSDP2 over two processes (gloo,
+CPU) trains, evaluates and saves as one process does; what cannot be sharded is refused in a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import BitsAndBytesConfig
+
+from tests.trainers import sharded_program
+from tests.trainers.helpers import config, lora, trainer_for
+from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer, load_reward_model
+from trl_ext.models.heads import candidate_scores
+from trl_ext.trainers.setup import check_sharding, uses_fsdp
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+
+
+def launch(base, folder, config):
+    """What two processes told that `accelerate launch` started with a config."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+    ]
+    started = subprocess.Popen(
+        [*command, "--mixed_precision", "no", "-m", "tests.trainers.sharded_program", str(base), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=ROOT,
+    )
+    try:
+        output, errors = started.communicate(timeout=240)
+    finally:
+        started.terminate()
+        started.wait()
+    assert started.returncode == 0, errors[-3000:]
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_two_processes_with_a_sharded_base_train_as_one(base, tmp_path):
+    one = sharded_program.main(base, tmp_path / "one")
+    two = launch(base, tmp_path / "two", ROOT / "configs" / "accelerate" / "fsdp2_lora.yaml")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in ("lora", "qlora"):
+        assert two[name]["sharded"] == ["DTensor"] and "DTensor" not in one[name]["sharded"]
+        assert len(one[name]["loss"]) == 4
+        assert two[name]["loss"] == pytest.approx(one[name]["loss"], abs=1e-5)
+        assert two[name]["grad_norm"] == pytest.approx(one[name]["grad_norm"], abs=1e-4)
+        assert two[name]["eval_loss"] == pytest.approx(one[name]["eval_loss"], abs=1e-5)
+        ids = torch.tensor([[5, 9, 7, 30]])
+        scores = [
+            candidate_scores(load_reward_model(tmp_path / run / name).eval(), ids, torch.ones_like(ids)).item()
+            for run in ("one", "two")
+        ]
+        assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_there_are_launch_configs_and_accelerate_reads_them():
+    assert {path.stem for path in CONFIGS} >= {"ddp", "fsdp2_lora", "fsdp_qlora"}
+    for path in CONFIGS:
+        read = load_config_from_file(str(path))
+        assert read.num_processes == 2 and read.mixed_precision == "bf16"
+        assert str(read.distributed_type).rsplit(".")[-1] == ("MULTI_GPU" if path.stem == "ddp" else "FSDP")
+        header = path.read_text().split("\n\n")[0]
+        assert f"accelerate launch --config_file {path.relative_to(ROOT).as_posix()}" in header
+        assert "On GPUs: not yet run" in header
+
+
+def nf4(storage):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=storage)
+
+
+@pytest.mark.parametrize(
+    "fsdp,zero_stage,quantization,words",
+    [
+        (True, 0, nf4(torch.uint8), "bnb_4bit_quant_storage"),
+        (True, 0, BitsAndBytesConfig(load_in_8bit=True), "8-bit"),
+        (False, 3, nf4(torch.bfloat16), "ZeRO-3"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(fsdp, zero_stage, quantization, words):
+    with pytest.raises(ValueError, match=words):
+        check_sharding(fsdp, zero_stage, quantization)
+
+
+def test_what_can_be_sharded_passes():
+    check_sharding(True, 0, None)
+    check_sharding(True, 0, nf4(torch.bfloat16))
+    check_sharding(False, 2, nf4(torch.uint8))
+    check_sharding(False, 3, None)
+    check_sharding(False, 0, BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_a_launch_with_fsdp_is_seen_and_an_ensemble_refuses_it(base, tmp_path, monkeypatch):
+    args = config(tmp_path, RewardEnsembleConfig)
+    assert not uses_fsdp(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert uses_fsdp(args)
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed cut up the stacked weights"):
+        trainer_for(base, args, trainer_class=RewardEnsembleTrainer, peft_config=lora())
+    with pytest.raises(ValueError, match="every GPU would hold them all"):
+        trainer_for(base, config(tmp_path), peft_config=lora(), quantization_config=nf4(torch.uint8))
