@@ -219,7 +219,7 @@ def test_overoptimisation_example_runs(monkeypatch, capsys):
 def test_weak_to_strong_example_reports_four_experiments(monkeypatch, capsys):
     found = tables(["", *run(EXAMPLES / "weak_to_strong.py", monkeypatch, capsys)])
     assert len(found) == 4
-    for _, _, row in found:
+    for _, row in found:
         assert all(0 <= float(cell) <= 1 for cell in row[2:5]) and row[-1] == "1"
 
 
