@@ -51,8 +51,11 @@ def test_reward_measures_both_sides_of_each_shape(tmp_path, capsys):
 def test_reward_takes_the_lengths_of_a_data_set(rows, baseline, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = run(tmp_path, "reward", *STEPS, "--shapes", "--dataset_name", str(file), "--lora_r", "0")
+    report = run(tmp_path, "reward", *STEPS, "--shapes", "--dataset_name", str(file), "--lora_r", "0", "--profile")
     (case,) = report["cases"]
+    for operators in case["profile"].values():
+        assert sum(operator["share"] for operator in operators) == pytest.approx(1.0)
+        assert any(operator["name"] == "aten::mm" and operator["calls"] > 5 for operator in operators)
     assert case["name"] == "rows.jsonl" and case["baseline"].startswith(baseline) and case["formula"] is None
     assert case["token_bound"] > 1.05 and case["loss_max_difference"] < 1e-5
     with pytest.raises(SystemExit):  # 12 rows are not enough

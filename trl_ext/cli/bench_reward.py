@@ -26,6 +26,7 @@ from .bench_tools import (
     plot_bars,
     save_model,
     step_clock,
+    step_profiler,
     synthetic_groups,
     tokenizer_of,
     words_tokenizer,
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps of a run")
     parser.add_argument("--warmup", type=int, default=1, help="steps at the start of a run that are not timed")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side, in turns")
+    parser.add_argument("--profile", action="store_true", help="also: the operators that the last step's time goes to")
     parser.add_argument("--output_dir", default="outputs/bench_reward", help="where bench.json and bench.png go")
     add_model_arguments(parser)
 
@@ -84,7 +86,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         and `"trl_ext"`: seconds and CPU seconds of a step, sequence tokens per second, peak memory in MiB, tokens
         through the model, share of the batches that were flat rows), `speedup` and `cpu_speedup` (padded over ours,
         above 1 is faster: the median of `speedup_of_turns`), `token_bound` (padded tokens over tokens of ours),
-        `fraction_of_bound`, and `loss_max_difference`.
+        `fraction_of_bound`, and `loss_max_difference`; with `--profile` also `profile`, of each side `name`, `share`
+        of the step and `calls` of its operators.
     """
     import datasets
     import transformers
@@ -159,6 +162,9 @@ def _measure_case(case: Case, model: str, args: argparse.Namespace) -> dict[str,
     report = {side: _summary(runs[side], sequence_tokens / (args.warmup + args.steps)) for side in sides}
     padded, ours = report["padded"], report["trl_ext"]
     bound = padded["model_tokens"] / ours["model_tokens"]
+    profiles = {}
+    if args.profile:
+        profiles["profile"] = {side: _run(case, side, model, args, 10, profiled=True)["operators"] for side in sides}
     turns = {clock: _ratios(runs, clock) for clock in ("wall", "cpu")}
     cpu_speedup = statistics.median(turns["cpu"])
     return {
@@ -176,10 +182,13 @@ def _measure_case(case: Case, model: str, args: argparse.Namespace) -> dict[str,
         "fraction_of_bound": cpu_speedup / bound,
         "loss_max_difference": max(abs(a - b) for a, b in zip(losses["padded"], losses["trl_ext"], strict=True)),
         "losses_compared": len(losses["padded"]),
+        **profiles,
     }
 
 
-def _run(case: Case, side: str, model: str, args: argparse.Namespace, logging_steps: int) -> dict[str, Any]:
+def _run(
+    case: Case, side: str, model: str, args: argparse.Namespace, logging_steps: int, profiled: bool = False
+) -> dict[str, Any]:
     """Train once: seconds and CPU seconds of each timed step, losses, peak memory, tokens through the model."""
     import torch
     import trl
@@ -232,6 +241,9 @@ def _run(case: Case, side: str, model: str, args: argparse.Namespace, logging_st
     trainer.data_collator = counter
     clock = step_clock()
     trainer.add_callback(clock)
+    profiler = step_profiler(args.warmup + args.steps - 1) if profiled else None
+    if profiler is not None:
+        trainer.add_callback(profiler)
     forget_peak()
     trainer.train()
     skip = args.warmup - 1  # the first difference of two stamps belongs to the second step
@@ -242,6 +254,7 @@ def _run(case: Case, side: str, model: str, args: argparse.Namespace, logging_st
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "model_tokens": counter.tokens / (args.warmup + args.steps),
         "flat_batches": counter.flat / (args.warmup + args.steps),
+        "operators": [] if profiler is None else profiler.operators,
     }
 
 
@@ -326,8 +339,16 @@ def table(report: dict[str, Any]) -> str:
         "Plackett-Luce loss. Medians of a whole optimizer step; wall and CPU: theirs / ours, above 1 is faster, the "
         "median of the turns.\n"
         f"{report['machine']}, {report['dtype']}, {report['attention']} attention, in flat rows sdpa by index, "
-        f"memory {report['memory']}"
+        f"memory {report['memory']}" + "".join(_profile_lines(case) for case in report["cases"] if "profile" in case)
     )
+
+
+def _profile_lines(case: dict[str, Any], smallest: float = 0.02) -> str:
+    lines = [f"\n\n{case['name']}: where the time of a step goes"]
+    for side, operators in case["profile"].items():
+        shown = [f"{op['name']} {op['share']:.0%} ({op['calls']})" for op in operators if op["share"] >= smallest]
+        lines.append(f"  {side}: " + ", ".join(shown))
+    return "\n".join(lines)
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:

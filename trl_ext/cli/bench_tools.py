@@ -176,6 +176,37 @@ def step_clock() -> Any:
     return Clock()
 
 
+def step_profiler(step: int) -> Any:
+    """A callback that records the operators of one optimizer step (counted from 0), as `operators`, slowest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    class Profiler(TrainerCallback):
+        def __init__(self):
+            self.operators: list[dict[str, Any]] = []
+            on_gpu = torch.cuda.is_available()
+            self._clock = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+            self._profile = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                self._profile.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step != step + 1:
+                return
+            self._profile.stop()
+            found = self._profile.key_averages()
+            total = sum(getattr(event, self._clock) for event in found)
+            self.operators = [
+                {"name": event.key, "share": getattr(event, self._clock) / total, "calls": event.count}
+                for event in sorted(found, key=lambda event: -getattr(event, self._clock))
+            ]
+
+    return Profiler()
+
+
 def differences(stamps: list[float]) -> list[float]:
     """From each stamp to the next."""
     return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]

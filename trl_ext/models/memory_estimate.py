@@ -38,6 +38,8 @@ BLOCK = 64
 """Weights that share a scale in NF4 (bitsandbytes' default)."""
 NESTED_BLOCK = 256
 """Scales that share a scale when they are quantized too (double quantization)."""
+CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
+"""Not among the operations that torch counts."""
 STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
@@ -145,14 +147,13 @@ class _Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        name = func._overloadpacket
-        aten = torch.ops.aten
-        if name is aten._scaled_dot_product_flash_attention_for_cpu:
+        packet = func.overloadpacket
+        if str(packet) == CPU_ATTENTION:
             self.total += sdpa_flop_count(*(states.shape for states in args[:3]))
-        elif name is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        elif str(packet) == f"{CPU_ATTENTION}_backward":
             self.total += sdpa_backward_flop_count(*(states.shape for states in args[:4]))
-        elif name in flop_registry:
-            self.total += flop_registry[name](*args, **(kwargs or {}), out_val=output)
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
         return output
 
 
@@ -296,15 +297,13 @@ def _make_fake(model: nn.Module) -> None:
     """Tensors on the CPU without numbers in place of those on the device `meta`, on which fewer operations run."""
     new: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in new:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    new[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                tensors[name] = new[id(tensor)]
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if id(tensor) not in new:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+            setattr(module, name, new[id(tensor)])
 
 
 def _forward(model: nn.Module, step: TrainingStep, layout: PrefixLayout | None) -> torch.Tensor:
