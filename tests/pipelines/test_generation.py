@@ -16,7 +16,8 @@ from transformers.utils.import_utils import is_serve_available
 from tests.pipelines.http_server import good, serving
 from tests.tiny import save_tiny_model
 from trl_ext.data.validation import DataError
-from trl_ext.pipelines.generation import GenerationError, Sampling, cut_at_stop, make_generator
+from trl_ext.pipelines.backends import make_generator
+from trl_ext.pipelines.generation import GenerationError, Sampling, cut_at_stop
 
 
 PROMPTS = ["The quick test", "A", "Question: how many apples are left when 3 of 12 are eaten? Answer:"]

@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from trl_ext.pipelines.generation import Sampling, make_generator
+    from trl_ext.pipelines.backends import make_generator
+    from trl_ext.pipelines.generation import Sampling
     from trl_ext.pipelines.rejection_sampling import RejectionSampler
 
     if args.batch_size % args.num_generations:

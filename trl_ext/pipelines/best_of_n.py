@@ -16,7 +16,8 @@ from trl_ext.data.validation import RowChecks
 from trl_ext.metrics.voting import majority_vote, weighted_vote
 
 from .answers import CANONICALISERS, Canonicaliser
-from .generation import Backend, Generator, Sampling, make_generator
+from .backends import make_generator
+from .generation import Backend, Generator, Sampling
 from .records import Sample, prompt_id, text_of
 from .rewards import RewardFunc, call_reward, load_reward, reward_names, weighted_total
 
@@ -171,7 +172,7 @@ def best_of_n(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
         backend, processing_class, backend_kwargs:
-            See [`~trl_ext.pipelines.generation.make_generator`], which gets them all.
+            See [`~trl_ext.pipelines.backends.make_generator`], which gets them all.
         sampling:
             GRPO's names: `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p`, ...; see
             [`~trl_ext.pipelines.generation.Sampling`].

@@ -301,7 +301,7 @@ def rejection_sample(
             `reward_weights` (one number a function; 1 by default); `shard_size` (prompts that are generated and stored
             at a time, 64); `processing_class`; `generation_batch_size` (completions in a batch in this process, 32);
             `model_init_kwargs`; `server`, a `dict` of `server_base_url`, `server_timeout`, `max_concurrency`,
-            `max_retries`, `api_key_variable` (see [`~trl_ext.pipelines.generation.make_generator`]); `own_process`
+            `max_retries`, `api_key_variable` (see [`~trl_ext.pipelines.backends.make_generator`]); `own_process`
             (each stage in a process of its own: `"auto"`, where there is a GPU and everything is given by path);
             and the fields of [`~trl_ext.pipelines.generation.Sampling`]: `max_completion_length`, `temperature`,
             `top_p`, `top_k`, `min_p`, `repetition_penalty`, `stop`, `generation_kwargs`, `chat_template`,

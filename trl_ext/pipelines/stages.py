@@ -24,7 +24,8 @@ from transformers.utils import logging as hf_logging
 
 from trl_ext.data.validation import DataError
 
-from .generation import Generator, Sampling, make_generator, sample_seed
+from .backends import make_generator
+from .generation import Generator, Sampling, sample_seed
 from .prompts import PromptFile
 from .records import Sample
 from .rewards import RewardFunc, call_reward, is_by_name, load_reward

@@ -1,15 +1,18 @@
-"""Arguments of [`RewardEnsembleTrainer`]: everything of `RewardConfig`, and what members are and train on."""
+"""Arguments of the trainers of ensembles: those of the trainer of one model, and what members are and train on."""
 
 from dataclasses import dataclass, field
 
 from .ensemble_data import COLUMN_PREFIX, STRATEGIES
+from .orm_config import ORMConfig
+from .prm_config import PRMConfig
 from .reward_config import RewardConfig
+from .segment_config import SegmentRewardConfig
 
 
 @dataclass
-class RewardEnsembleConfig(RewardConfig):
+class EnsembleFields:
     """
-    Configuration of [`RewardEnsembleTrainer`]. All arguments of [`RewardConfig`] keep their meaning and defaults.
+    What the configurations of ensembles have beside the arguments for one model, which keep meaning and defaults.
 
     `max_grad_norm` applies to each member by itself. `seed` decides the order of rows that all members share.
 
@@ -18,7 +21,7 @@ class RewardEnsembleConfig(RewardConfig):
             M, the number of members.
         member_seeds (`list[int]`, *optional*):
             A seed for each member: its head, its adapter and (with `"shuffle"`) its order of rows are those of a
-            `RewardTrainer` with that seed. Defaults to `seed`, `seed + 1`, ...
+            trainer of one model with that seed. Defaults to `seed`, `seed + 1`, ...
         data_strategy (`str`, *optional*, defaults to `"shuffle"`):
             What members train on. `"shuffle"`: all rows, each in an order of its own. The others give all members the
             same batches, so that the layers below the first adapted one run once for all: `"shared"`: all rows, in one
@@ -69,3 +72,23 @@ class RewardEnsembleConfig(RewardConfig):
     def seeds(self) -> list[int]:
         """The seed of each member."""
         return self.member_seeds or [self.seed + member for member in range(self.num_members)]
+
+
+@dataclass
+class RewardEnsembleConfig(EnsembleFields, RewardConfig):
+    """Configuration of [`RewardEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`RewardConfig`]."""
+
+
+@dataclass
+class ORMEnsembleConfig(EnsembleFields, ORMConfig):
+    """Configuration of [`ORMEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`ORMConfig`]."""
+
+
+@dataclass
+class PRMEnsembleConfig(EnsembleFields, PRMConfig):
+    """Configuration of [`PRMEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`PRMConfig`]."""
+
+
+@dataclass
+class SegmentEnsembleConfig(EnsembleFields, SegmentRewardConfig):
+    """Configuration of [`SegmentEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`SegmentRewardConfig`]."""

@@ -1,51 +1,35 @@
 """`RewardEnsembleTrainer`: M reward models on one base in one run, each as if it were trained alone.
 
 The loss is the sum of the members' losses and their gradients are clipped member by member, so that no member knows of
-the others. How members run in one pass is in `trl_ext.models.stacked_model`; which rows each sees in `ensemble_data`.
+the others. What does not depend on what a member predicts is in `member_training`.
 """
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext.metrics.ranking import pair_accuracy
-from trl_ext.models.member_config import branch_at
-from trl_ext.models.stacked_lora import clip_by_member
-from trl_ext.models.stacked_model import MEMBER, StackedRewardModel
 
-from .checkpoint import EnsembleWriter
 from .ensemble_config import RewardEnsembleConfig
-from .ensemble_data import COLUMN_PREFIX, RowWeights, member_dataloader
 from .health import check_finite
+from .member_training import MemberTraining, for_members
 from .recording import ScoredBatch
-from .reward_config import RewardConfig
-from .reward_trainer import GROUP_COLUMNS, RewardTrainer, in_groups
-from .setup import TrainableModel, is_template_file, set_up_model, uses_fsdp
+from .reward_trainer import RewardTrainer, in_groups
 from .tracking import log_disagreement
 
 
-logger = logging.getLogger(__name__)
+PER_GROUP = ("ratings", "group_mask", "completion_lengths", "row_index", "margin", "target")
+"""What a loss wants to know of the groups."""
 
 
-class RewardEnsembleTrainer(RewardTrainer):
+class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
     """
     Trainer for M reward models that share one base: LoRA adapters and heads of their own, trained in one run.
 
@@ -66,7 +50,6 @@ class RewardEnsembleTrainer(RewardTrainer):
     """
 
     _tag_names = ["trl", "reward-trainer", "reward-ensemble", "trl-ext"]
-    _writer_class = EnsembleWriter
 
     def __init__(
         self,
@@ -86,10 +69,6 @@ class RewardEnsembleTrainer(RewardTrainer):
             args = RewardEnsembleConfig(f"{Path(name).name}-Reward-Ensemble")
         elif not isinstance(args, RewardEnsembleConfig):
             args = RewardEnsembleConfig.from_trl(args)
-        _check_arguments(args, train_dataset)
-        self._own_batches = args.data_strategy == "shuffle"
-        weighted = args.data_strategy not in ("shuffle", "shared")
-        self._weights = RowWeights(args.data_strategy, args.seeds, args.seed) if weighted else None
         self._disagreements: list[tuple[float, float]] = []
         super().__init__(
             model=model,
@@ -103,58 +82,8 @@ class RewardEnsembleTrainer(RewardTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        if self._own_batches and data_collator is not None:
-            raise ValueError(
-                "data_strategy='shuffle' puts the members' batches together itself. Leave `data_collator` out, or use "
-                "data_strategy='shared'."
-            )
-        self._clipping = MemberClipping()
-        self.add_callback(self._clipping)
-
-    def _set_up(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: RewardConfig,
-        processing_class: PreTrainedTokenizerBase | None,
-        quantization_config: BitsAndBytesConfig | None,
-        peft_config: PeftConfig | None,
-    ) -> TrainableModel:
-        if peft_config is None:
-            raise ValueError("The members of an ensemble are LoRA adapters. Pass `peft_config=LoraConfig(...)`.")
-        if isinstance(model, PeftModel) or (isinstance(model, str) and Path(model, "adapter_config.json").is_file()):
-            raise ValueError("The model has an adapter already. Merge it first (`merge_reward_model`).")
-        if args.chat_template_path is not None and not is_template_file(args.chat_template_path):
-            raise ValueError(
-                f"chat_template_path={args.chat_template_path!r} may add tokens, whose embeddings members would have "
-                "to train each. Give a Jinja file."
-            )
-        base, tokenizer, head = set_up_model(model, args, processing_class, quantization_config, None)
-        if args.branch_at is not None:
-            peft_config = branch_at(base, peft_config, args.branch_at)
-        stacked = StackedRewardModel(base, peft_config, head, args.num_members, args.seeds)
-        layers = base.config.get_text_config().num_hidden_layers
-        logger.info(f"{args.num_members} members; {stacked.branch_layer} of {layers} layers run once for all.")
-        return TrainableModel(stacked, tokenizer, head)
 
     # -------------------------------------------------------------------------------------------------------- data
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: RewardConfig,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        if dataset_name == "train" and self._weights is not None and self._weights.column is not None:
-            self._weights.read_column(dataset, dataset_name)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
-    def get_train_dataloader(self) -> DataLoader:
-        if not self._own_batches or self.train_dataset is None:
-            return super().get_train_dataloader()
-        data_seed = self.args.data_seed
-        seeds = self.args.seeds if data_seed is None else [data_seed + m for m in range(self.args.num_members)]
-        return member_dataloader(self, GROUP_COLUMNS, seeds)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
@@ -181,7 +110,7 @@ class RewardEnsembleTrainer(RewardTrainer):
         """The sum of the members' losses in training; in evaluation their mean."""
         members, shares = self.args.num_members, inputs.get("member_shares")
         self.model.use_rows(shares)
-        batch = inputs if shares is not None else {**inputs, **_for_members(inputs, members)}
+        batch = inputs if shares is not None else {**inputs, **for_members(inputs, PER_GROUP, members)}
         mask = batch["group_mask"]  # (M * B, K)
         scores = in_groups(self._candidate_scores(model, inputs), mask)  # (M * B, K)
         losses = self._objective(scores, batch)  # (M * B,)
@@ -202,12 +131,6 @@ class RewardEnsembleTrainer(RewardTrainer):
             return loss
         by_member = scores.masked_fill(~mask, -100.0).view(members, -1, mask.shape[1])
         return loss, {"scores": by_member.permute(1, 2, 0)}  # (B, K, M)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
-            return super().training_step(*args, **kwargs) / self.args.num_members  # what is logged is the mean
-        finally:
-            self.model.use_rows()
 
     def _observe_training(
         self, scores: torch.Tensor, losses: torch.Tensor, batch: dict[str, Any], weights: torch.Tensor | None
@@ -259,59 +182,11 @@ class RewardEnsembleTrainer(RewardTrainer):
             self._disagreements.extend(zip(spread.tolist(), errors.tolist(), strict=True))
 
     # ------------------------------------------------------------------------------------- training and evaluation
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with self._member_clipping(), _without_best_model_warning():
-            output = super().train(*args, **kwargs)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            for member in range(self.args.num_members):
-                self.model.load_member(member, Path(self.state.best_model_checkpoint, MEMBER.format(member)))
-        return output
-
-    @contextmanager
-    def _member_clipping(self) -> Iterator[None]:
-        """Give back the `max_grad_norm` that the callback takes away."""
-        max_norm = self.args.max_grad_norm
-        try:
-            yield
-        finally:
-            self.args.max_grad_norm = max_norm
-
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._disagreements = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         log_disagreement(self, self._disagreements, metric_key_prefix)
         return output
-
-    # ------------------------------------------------------------------------------------------------------ saving
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a folder per member, each an ordinary reward model, and `reward_ensemble.json`."""
-        during_training = self.args.max_grad_norm
-        self.args.max_grad_norm = self._clipping.max_norm if during_training == 0.0 else during_training
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self.args.max_grad_norm = during_training
-
-
-class MemberClipping(TrainerCallback):
-    """
-    Clips each member's gradients by their own norm, before the optimizer step, in place of Trainer, which knows one
-    norm only. Trackers have noted `max_grad_norm` by then.
-    """
-
-    def __init__(self):
-        self.max_norm = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
-    ) -> None:
-        if self.max_norm > 0:
-            clip_by_member([p for p in model.parameters() if p.requires_grad], self.max_norm)
 
 
 def disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -343,47 +218,8 @@ def disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (spread * mask).sum(-1) / count
 
 
-def _for_members(inputs: dict[str, Any], members: int) -> dict[str, torch.Tensor]:
-    """What a loss wants to know of the groups, once for each member."""
-    names = ("ratings", "group_mask", "completion_lengths", "row_index", "margin", "target")
-    return {name: inputs[name].repeat(members, *[1] * (inputs[name].dim() - 1)) for name in names if name in inputs}
-
-
 def _signed_ratings(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The ratings (B, K), turned round where a soft preference prefers the second of a pair."""
     if "target" not in batch:
         return batch["ratings"]
     return batch["ratings"] * (batch["target"][:, None] - 0.5).sign()
-
-
-def _check_arguments(args: RewardEnsembleConfig, train_dataset: Dataset | IterableDataset | None) -> None:
-    if args.deepspeed_plugin is not None or uses_fsdp(args):
-        raise ValueError(
-            "An ensemble trains with one process or DDP: FSDP and DeepSpeed cut up the stacked weights and clip all "
-            "members together. Start it with plain `accelerate launch`."
-        )
-    if args.data_strategy != "shuffle":
-        return
-    shared = f"use data_strategy='shared', 'bootstrap', 'kfold' or '{COLUMN_PREFIX}<name>'"
-    if isinstance(train_dataset, IterableDataset):
-        raise ValueError(f"data_strategy='shuffle' needs random access to the rows, and this is a stream: {shared}.")
-    if args.train_sampling_strategy != "random" or args.max_tokens_per_batch is not None:
-        raise ValueError(
-            "data_strategy='shuffle' draws each member's order itself, so that train_sampling_strategy and "
-            f"max_tokens_per_batch cannot: {shared}."
-        )
-
-
-@contextmanager
-def _without_best_model_warning() -> Iterator[None]:
-    """Trainer looks for the best checkpoint's weights beside the members' folders, finds none, and says so."""
-    upstream = logging.getLogger("transformers.trainer")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "Could not locate the best model" not in str(record.msg)
-
-    upstream.addFilter(keep)
-    try:
-        yield
-    finally:
-        upstream.removeFilter(keep)
