@@ -76,6 +76,7 @@ PRIVATE_NAMES = (
     ),
     UpstreamName(_REWARD, "_total_train_tokens", "instance", _OURS, "tokens seen, which TRL logs as num_tokens"),
     UpstreamName(_REWARD, "_tp_size", "instance", _OURS, "tensor-parallel ranks that were given the same batch"),
+    UpstreamName(_SFT, "_name", "class", _STUDENT, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_metrics", "instance", _STUDENT, "mode to name to values, which TRL averages when it logs"),
     UpstreamName(_SFT, "_total_train_tokens", "instance", _STUDENT, "tokens seen, which TRL logs as num_tokens"),
     UpstreamName(_SFT, "_tp_size", "instance", _STUDENT, "tensor-parallel ranks that were given the same batch"),
