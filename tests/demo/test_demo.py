@@ -73,10 +73,14 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
     assert list(arms) == ["random", "verifier", "orm", "reward"] and {arm["rows"] for arm in arms.values()} == {32}
     assert arms["random"]["right"] <= arms["verifier"]["right"]
     legs = report["stages"]["weak_to_strong"]
-    assert legs["test_pairs"] == 12 and all(0 <= legs[name] <= 1 for name in ("weak", "student", "ceiling"))
+    assert legs["test_rows"] == 12 and all(0 <= legs[name] <= 1 for name in ("weak", "student", "ceiling"))
     printed = capsys.readouterr().out
     assert "no verdict" in printed and "performance gap recovered" in printed
-    for line in ("by outcome model (LoRA)", "by process model (LoRA), prod", "vote weighted by process model (LoRA)"):
+    for line in (
+        "by outcome model (all weights)",
+        "by process model (all weights), prod",
+        "vote weighted by process model",
+    ):
         assert line in printed
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

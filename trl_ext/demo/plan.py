@@ -2,10 +2,10 @@
 
     policy -> samples -> reward        Plackett-Luce, LoRA on the policy
                       -> reward_nf4    the same, shorter, on the policy quantized to 4 bits
-                      -> orm           right and wrong answers, LoRA on the policy
-                      -> prm           lines up to the first wrong one, LoRA on the policy
+                      -> orm           right and wrong answers, all weights of the policy
+                      -> prm           lines up to the first wrong one, all weights of the policy
                       -> ensemble      three members in one run, LoRA on the last layer of the policy
-                      -> weak_to_strong    a small model labels pairs for the policy's base
+    policy -> weak_to_strong       a smaller model's solutions, learnt by the policy
            reward, orm -> rejection    the policy on its own best samples, and on as many at random
 
 A further stage is a [`~trl_ext.pipelines.cached_stages.Stage`] appended to [`plan`]: it names the stages that it needs
@@ -39,11 +39,12 @@ class Sizes:
     num_samples: int = 8
     reward_steps: int = 1500
     nf4_steps: int = 700
-    orm_steps: int = 400
-    prm_steps: int = 350
-    ensemble_steps: int = 300
-    weak_steps: int = 150
-    student_steps: int = 250
+    orm_steps: int = 1500
+    prm_steps: int = 1000
+    ensemble_steps: int = 600
+    weak_prompts: int = 4000
+    weak_steps: int = 700
+    student_steps: int = 60
     rejection_prompts: int = 1500
     kept: int = 2
     eval_samples: int = 4
@@ -61,6 +62,7 @@ SMOKE = Sizes(
     orm_steps=2,
     prm_steps=2,
     ensemble_steps=2,
+    weak_prompts=40,
     weak_steps=2,
     student_steps=2,
     rejection_prompts=16,
@@ -71,10 +73,10 @@ TEMPERATURE = 0.8
 BATCH_SIZE = 8  # groups; with 4 one of three seeds stayed on its plateau for 1,500 steps
 LEARNING_RATE = 1e-3
 LORA_RANK = 16
-TOKEN_BATCH_SIZE = 64  # completions
+TOKEN_BATCH_SIZE = 32  # completions
 TOKEN_LEARNING_RATE = 1e-3
-WEAK_TO_STRONG_BATCH_SIZE = 32  # pairs
-ENSEMBLE = {"learning_rate": 2e-3, "members": 3, "branch_at": 0.5}
+WEAK_TO_STRONG = {"batch_size": 32, "learning_rate": 1e-4}  # of the policy: it knows the task
+ENSEMBLE = {"learning_rate": 2e-3, "lora_rank": LORA_RANK, "members": 3, "branch_at": 0.5}
 
 
 def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
@@ -101,14 +103,13 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
         seconds: float,
         batch_size: int = BATCH_SIZE,
         learning_rate: float = LEARNING_RATE,
-        **more: float,
+        **more: float,  # `lora_rank`, and what only this stage knows
     ) -> Stage:
         settings = {
             "seed": seed,
             "steps": steps,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
-            "lora_rank": LORA_RANK,
             **more,
         }
         return Stage(name, title, run, settings, needs=("policy", "samples"), seconds=seconds, trains=True)
@@ -134,18 +135,27 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
             needs=("policy",),
             seconds=1 if smoke else 30,
         ),
-        model("reward", "reward model (LoRA)", run_reward, sizes["reward_steps"], 2 if smoke else 55, quantized=False),
+        model(
+            "reward",
+            "reward model (LoRA)",
+            run_reward,
+            sizes["reward_steps"],
+            2 if smoke else 55,
+            lora_rank=LORA_RANK,
+            quantized=False,
+        ),
         model(
             "reward_nf4",
             "reward model (LoRA on NF4)",
             run_reward,
             sizes["nf4_steps"],
             2 if smoke else 35,
+            lora_rank=LORA_RANK,
             quantized=True,
         ),
-        token_model("orm", "outcome model (LoRA)", run_orm, 2 if smoke else 35),
-        token_model("prm", "process model (LoRA)", run_prm, 2 if smoke else 35),
-        model("ensemble", "ensemble of three", run_ensemble, sizes["ensemble_steps"], 2 if smoke else 35, **ENSEMBLE),
+        token_model("orm", "outcome model (all weights)", run_orm, 2 if smoke else 60),
+        token_model("prm", "process model (all weights)", run_prm, 2 if smoke else 75),
+        model("ensemble", "ensemble of three", run_ensemble, sizes["ensemble_steps"], 2 if smoke else 60, **ENSEMBLE),
         Stage(
             "weak_to_strong",
             "weak to strong, three models",
@@ -154,11 +164,12 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
                 "seed": seed,
                 "steps": sizes["student_steps"],
                 "weak_steps": sizes["weak_steps"],
-                "batch_size": WEAK_TO_STRONG_BATCH_SIZE,
-                "learning_rate": LEARNING_RATE,
+                "train_prompts": sizes["weak_prompts"],
+                "held_out_prompts": sizes["held_out_prompts"],
+                **WEAK_TO_STRONG,
             },
-            needs=("policy", "samples"),
-            seconds=2 if smoke else 35,
+            needs=("policy",),
+            seconds=2 if smoke else 25,
         ),
         Stage(
             "rejection",

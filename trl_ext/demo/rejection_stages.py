@@ -39,8 +39,7 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
     Samples once, selects in several ways, fine-tunes the policy on each selection, and measures it.
 
     Of each prompt the `kept` best are taken: by the verifier's rating, by the outcome model, by the Plackett-Luce
-    model; and as many at random. Copies are left out before, for all alike, so what is drawn at random is a little
-    worse than what the policy writes most often.
+    model; and as many at random, from all samples, copies too, so that the control trains on what the policy writes.
 
     Returns:
         `dict`: `before`, the chance that one of the policy's samples is right; `arms`: by name `exact_match` after

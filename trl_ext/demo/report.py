@@ -203,11 +203,11 @@ def _rejection_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _weak_to_strong_lines(result: Mapping[str, Any]) -> list[str]:
-    lines = [f"Pairs in order, of {result['test_pairs']} held-out ones", ""]
+    lines = [f"Greedy answers that are right, of {result['test_rows']} held-out prompts", ""]
     titles = {
-        "weak": "a smaller model, trained on the truth",
-        "student": "the policy's base, trained on its labels",
-        "ceiling": "the policy's base, trained on the truth",
+        "weak": "a smaller model, trained on solutions",
+        "student": "the policy, trained on its solutions",
+        "ceiling": "the policy, trained on the right ones",
     }
     lines += [f"  {title:<46}{result[name]:.3f}" for name, title in titles.items()]
     if result["pgr"] is None:

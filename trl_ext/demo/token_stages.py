@@ -15,7 +15,7 @@ from trl_ext.pipelines.cached_stages import StageContext
 from trl_ext.scoring.aggregation import aggregators
 
 from .policy_stages import read_rows
-from .training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback, train_and_reload
+from .training import EVALUATED_PROMPTS, Rows, arguments, picks, progress_callback, train_and_reload
 
 
 # What is reported of the trainers' own evaluation.
@@ -54,7 +54,6 @@ def run_orm(context: StageContext) -> dict[str, Any]:
         args=ORMConfig(label_placement="last", **arguments(context, EVAL_BATCH_SIZE)),
         train_dataset=dataset(train_rows),
         eval_dataset=dataset(held_out_rows[:EVALUATED_PROMPTS]),
-        peft_config=adapter(context),
         callbacks=[progress_callback(context)],
     )
     report, scores = train_and_reload(context, trainer, held_out_rows, _log_odds, OUTCOME_METRICS)
@@ -91,7 +90,6 @@ def run_prm(context: StageContext) -> dict[str, Any]:
         args=PRMConfig(mask_after_first_error=True, **arguments(context, EVAL_BATCH_SIZE)),
         train_dataset=dataset(train_rows),
         eval_dataset=dataset(held_out_rows[:EVALUATED_PROMPTS]),
-        peft_config=adapter(context),
         callbacks=[progress_callback(context)],
     )
     report, scores = train_and_reload(context, trainer, held_out_rows, _steps, STEP_METRICS)

@@ -1,51 +1,54 @@
-"""The stage `weak_to_strong`: a smaller model labels pairs, and the policy's base learns from those labels.
+"""The stage `weak_to_strong`: a smaller model writes solutions, and the policy learns from them.
 
-The weak model starts from nothing; the strong one is the policy, which has written many solutions. Both learn to tell
-a right answer from a wrong one to the same prompt. See [`~trl_ext.weak_to_strong`].
+The weak model starts from nothing and learns from right solutions; the strong one is the policy, which has met the
+task but is mediocre at it. See [`~trl_ext.weak_to_strong`].
 """
 
 from typing import Any
 
 from datasets import Dataset
 
-from trl_ext import RewardConfig, WeakToStrongArguments, weak_to_strong
+from trl_ext import WeakToStrongArguments, WeakToStrongConfig, weak_to_strong
 from trl_ext.pipelines.cached_stages import StageContext
 
 from .model import tiny_reward_base
-from .policy_stages import read_rows
-from .task import Problem
-from .training import Rows, arguments
+from .task import make_problems
+from .training import arguments
 
 
-# The smaller model has one layer of half the width.
+# The smaller model has one layer of half the width, and learns faster than the policy forgets.
 WEAK_SIZE = {"hidden_size": 48, "num_layers": 1}
+WEAK_LEARNING_RATE = 2e-3
 
 EVAL_BATCH_SIZE = 64
+MAX_COMPLETION_LENGTH = 24  # eight lines, and some more
 
 
 def run_weak_to_strong(context: StageContext) -> dict[str, Any]:
     """
-    Trains the weak model, the student and the ceiling, and judges all on pairs of other prompts.
+    Trains the weak model, the student and the ceiling, and lets all solve the same held-out problems, greedily.
 
     Returns:
-        `dict`: the accuracies `weak`, `student` and `ceiling` on `test_pairs`, and what the student recovered, `pgr`
-        with `pgr_interval`, or why that is undefined (`reason`).
+        `dict`: the exact match of `weak`, `student` and `ceiling` on `test_rows` problems, and what the student
+        recovered, `pgr` with `pgr_interval`, or why that is undefined (`reason`).
     """
-    settings, samples = context.settings, context.folders["samples"]
+    settings = context.settings
     args = arguments(context, EVAL_BATCH_SIZE) | {"output_dir": str(context.folder), "report_to": "none"}
     report = weak_to_strong(
         WeakToStrongArguments(
             [str(tiny_reward_base(context.folder / "weak", **WEAK_SIZE))],
             [str(context.folders["policy"].resolve())],
-            student_loss="logconf",
+            task="generation",
+            student_loss="sft",
             seeds=[settings["seed"]],
-            weak_training={"learning_rate": 2 * settings["learning_rate"], "max_steps": settings["weak_steps"]},
+            weak_training={"learning_rate": WEAK_LEARNING_RATE, "max_steps": settings["weak_steps"]},
+            max_completion_length=MAX_COMPLETION_LENGTH,
             isolate="never",
         ),
-        RewardConfig(**args),
-        pairs(read_rows(samples, "train")),
-        pairs(read_rows(samples, "held_out")),
-        on_end=lambda stage, outcome: context.progress(0.3),
+        WeakToStrongConfig(**args),
+        _solutions("train", settings["train_prompts"], settings["seed"]),
+        _solutions("held_out", settings["held_out_prompts"], settings["seed"]),
+        on_end=lambda stage, outcome: context.progress(0.4),
     )
     (pair,) = report.pairs
     return {
@@ -55,17 +58,10 @@ def run_weak_to_strong(context: StageContext) -> dict[str, Any]:
         "pgr": pair.pgr,
         "pgr_interval": pair.pgr_interval,
         "reason": pair.reason,
-        "test_pairs": report.rows["test"],
+        "test_rows": report.rows["test"],
     }
 
 
-def pairs(rows: Rows) -> Dataset:
-    """A right and a wrong sample of each prompt that has a wrong one; where none is right, the solution is."""
-    found = []
-    for row in rows:
-        by_verdict = dict(zip(reversed(row["answer_right"]), reversed(row["completions"]), strict=True))
-        if False in by_verdict:
-            solution = Problem(tuple(map(int, row["prompt"].removesuffix(":\n")))).solution
-            chosen = by_verdict.get(True, solution)
-            found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": by_verdict[False]})
-    return Dataset.from_list(found)
+def _solutions(split: str, number: int, seed: int) -> Dataset:
+    problems = make_problems(number, split, seed)
+    return Dataset.from_list([{"prompt": problem.prompt, "completion": problem.solution} for problem in problems])
