@@ -5,8 +5,8 @@
     python examples/study_rejection_sampling.py rounds --smoke   # does it run?
 
 `rounds`: a mediocre policy sorts digits. Three rounds keep samples that the exact verifier finds right; the control
-keeps as many samples of the same prompts, drawn blindly. `picks`: best of 4 given solutions a question, by rules that
-need no training (a trained verifier's figure is that of `study_token_rewards.py orm`).
+keeps as many samples of the same prompts, drawn blindly from all that were made. `picks`: best of 4 given solutions a
+question, by rules that need no training (a trained verifier's figure is that of `study_token_rewards.py orm`).
 """
 
 import json
@@ -25,7 +25,7 @@ from trl_ext.demo.task import Problem, make_problems, verify
 from trl_ext.metrics.voting import best_of_k, bootstrap_interval, majority_vote
 
 
-SIZES = dict(policy=8000, trial=200, prompts=600, held_out=500, policy_steps=1000, rounds=3, samples=8, eval_samples=4)
+SIZES = dict(policy=8000, trial=200, prompts=300, held_out=250, policy_steps=1000, rounds=3, samples=8, eval_samples=4)
 SMOKE = dict(policy=200, trial=10, policy_steps=40, prompts=8, samples=4, rounds=1, held_out=6, eval_samples=2)
 ARMS = {
     "verifier": {"selection": "threshold", "selection_kwargs": {"min_score": 1.0, "n": 4}},
@@ -68,7 +68,7 @@ def run_rounds(folder: str, seed: int, sizes: dict) -> dict[str, list[dict]]:
             **selection,
             num_train_epochs=1,
             per_device_train_batch_size=16,
-            learning_rate=3e-4,
+            learning_rate=1e-4,  # at 3e-4 the first steps of a round's new optimizer undo what was learnt
             lr_scheduler_type="constant",
             save_strategy="no",
             report_to="none",

@@ -121,6 +121,8 @@ def test_a_model_too_large_for_the_cpu_is_only_estimated(tmp_path, shape, monkey
         (["--override", "load_in_4bit=false", "load_in_8bit=true"], "8-bit"),
         (["--override", "model_name_or_path=someone/else"], "whose shape is known"),
         (["--candidates", "0"], "at least 1 token"),
+        (["--gpu_memory", "-1"], "must be positive"),
+        (["--prompt_length", "1000", "--completion_length", "1000"], "Add --override max_length=2000"),
     ],
 )
 def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
@@ -131,6 +133,14 @@ def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
     with pytest.raises(SystemExit):
         main(["bench", "fit", "--estimate", "--config", config, *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_a_config_that_is_missing_or_empty_is_said(tmp_path, capsys):
+    (tmp_path / "empty.yaml").touch()
+    for name, words in (("none.yaml", "none.yaml is no file"), ("empty.yaml", "holds no arguments")):
+        with pytest.raises(SystemExit):
+            main(["bench", "fit", "--estimate", "--trainer", "orm", "--config", str(tmp_path / name)])
+        assert words in capsys.readouterr().err
 
 
 def test_a_config_elsewhere_needs_the_trainer(tmp_path, shape, capsys):

@@ -57,6 +57,26 @@ def test_a_recipe_trains_and_its_model_scores(kind, base, tmp_path, capsys):
     want = scorer([row["prompt"] for row in rows], [row["completion"] for row in rows])
     assert found == pytest.approx(want, abs=1e-6)
     assert cli.main([*command, "--aggregation", said]) == 0  # goes on, with nothing left to do
+    if kind == "prm":  # steps are not candidates
+        command[-1] = str(tmp_path / "steps.jsonl")
+        write(source, step_rows(1))
+        assert cli.main(command) == 1
+        assert "line 1: found `completions` beside `labels`" in capsys.readouterr().err
+
+
+def test_an_ensemble_from_the_recipe_of_one_model(base, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    write(data / "train.jsonl", step_rows(12))
+    write(data / "test.jsonl", step_rows(6, seed=1))
+    command = ["ensemble", "--kind", "prm", "--config", str(CONFIGS / "prm" / "prm_lora_0.6b.yaml"), *SHORT]
+    command += ["--model_name_or_path", str(base), "--dataset_name", str(data), "--output_dir", str(out)]
+    assert cli.main([*command, "--num_members", "2", "--data_strategy", "bootstrap"]) == 0
+    assert "eval_loss_member_1" in capsys.readouterr().out
+    assert {json.loads((out / f"member-{m}" / "reward_model.json").read_text())["kind"] for m in (0, 1)} == {"process"}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ensemble", "--kind", "step"])
+    assert stop.value.code == 2
 
 
 def test_weights_that_are_not_json(base, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from tests.tiny import tiny_tokenizer
-from trl_ext.data.spans import prepare_spans
+from trl_ext.data.spans import find_categories, prepare_spans
 from trl_ext.data.tokenization import TokenPolicy
 from trl_ext.data.validation import DataError
 
@@ -202,6 +202,12 @@ def test_categories_must_be_named_where_there_are_some():
         prepare(Dataset.from_list([segments(segment())]), "segment")
     prepared, _ = prepare(Dataset.from_list([segments(segment(category=None))]), "segment", categories=["x"])
     assert prepared[0]["label_categories"] == [0]
+
+
+@pytest.mark.parametrize("malformed", [["x"], "[{}]", {"start": [0], "end": [1], "label": [1.0]}, None])
+def test_looking_for_categories_leaves_malformed_segments_to_the_row_checks(malformed):
+    good = segments(segment(category="b"), segment(category="a"), segment(category=None))
+    assert find_categories([{"segments": malformed}, good]) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ def test_same_seed_same_interval_and_level():
 def test_bad_rows_are_named():
     with pytest.raises(ValueError, match="Row 1"):
         estimate_pgr(torch.tensor([0.0, math.nan]), torch.zeros(2), torch.ones(2))
+    with pytest.raises(ValueError, match="one length"):
+        estimate_pgr(torch.zeros(2), torch.zeros(3), torch.ones(2))
+    alone = estimate_pgr(torch.zeros(3), torch.ones(3), torch.ones(3), clusters=[5, 5, 5])
+    assert alone.pgr is None and "one prompt" in alone.reason
     with pytest.raises(ValueError, match="clusters"):
         estimate_pgr(torch.zeros(2), torch.zeros(2), torch.ones(2), clusters=[1])
     with pytest.raises(ValueError, match="at least one row"):

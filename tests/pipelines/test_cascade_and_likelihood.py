@@ -35,6 +35,10 @@ def test_cascade_refuses():
         cascade([0.5], [1, 0], [1])
     with pytest.raises(ValueError, match="row 1"):
         cascade([0.5, math.nan], [1, 0], [1, 1])
+    with pytest.raises(ValueError, match="confidence of row 0 is inf"):
+        cascade([math.inf, 0.5], [1, 0], [1, 1])
+    with pytest.raises(ValueError, match="small of row 1"):
+        cascade([0.6, 0.5], [1, math.nan], [1, 1])
 
 
 # --------------------------------------------------------------------------------------- likelihood
@@ -84,3 +88,13 @@ def test_choice_by_hand():
         choose_by_value([math.nan], 0.5, "likely")
     with pytest.raises(ValueError, match="which='best'"):
         choose_by_value(values, 0.5, "best")
+
+
+def test_selecting_twice_and_what_cannot_be_selected_from(model):
+    once, _ = select_by_likelihood(model, texts(), keep=0.75)
+    twice, report = select_by_likelihood(model, once, keep=0.7)
+    assert report.kept == len(twice) == 2 and set(twice["cross_entropy"]) < set(once["cross_entropy"])
+    with pytest.raises(ValueError, match="IterableDataset"):
+        select_by_likelihood(model, texts().to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"no column \['prompt'\]"):
+        select_by_likelihood(model, texts().remove_columns("prompt"))

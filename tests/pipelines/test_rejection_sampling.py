@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,36 @@ def test_a_changed_function_is_another(tmp_path, monkeypatch):
     assert identities[0]["name"] == identities[1]["name"] == "score" and identities[0] != identities[1]
 
 
+class Above:
+    def __init__(self, bar):
+        self.bar, self._calls = bar, 0
+
+    def __call__(self, completions, **columns):
+        self._calls += 1
+        return [float(len(text) > self.bar) for text in completions]
+
+    rate = __call__
+
+
+def above(bar):
+    def rate(completions, **columns):
+        return [float(len(text) > bar) for text in completions]
+
+    return rate
+
+
+@pytest.mark.parametrize("make", [Above, lambda bar: Above(bar).rate, above, lambda bar: partial(vowels, bar=bar)])
+def test_what_a_function_holds_belongs_to_it(make):
+    assert reward_identity(make(3)) == reward_identity(make(3)) != reward_identity(make(4))
+
+
+def test_a_changed_argument_of_a_scorer_scores_anew(tiny, tmp_path):
+    low, high = Above(0), Above(1000)
+    sample(tiny, tmp_path, low)
+    assert set(sample(tiny, tmp_path, high)["score"]) == {0.0}
+    assert set(sample(tiny, tmp_path, low)["score"]) == {1.0} and low._calls == high._calls == 4
+
+
 # Failures
 
 
@@ -269,6 +300,18 @@ def test_an_async_function_and_numbers_of_any_kind():
     assert call_reward(later, "later", [item(0), item(1)]) == [0.5, 1.0]
 
 
+def test_columns_that_only_some_prompts_have():
+    def notes(answer, completions, **columns):
+        seen.append(answer)
+        return [0.0] * len(completions)
+
+    seen = []
+    other = item(1)
+    other.columns = {"answer": "4"}
+    call_reward(notes, "notes", [item(0), other])
+    assert seen == [[None, "4"]]
+
+
 def test_names_of_reward_functions(scalar, monkeypatch):
     from trl.rewards import think_format_reward
 
@@ -285,14 +328,14 @@ def test_names_of_reward_functions(scalar, monkeypatch):
 def test_a_failure_in_the_middle_keeps_what_was_done(tiny, tmp_path):
     def fails_late(completions, **columns):
         calls.append(len(completions))
-        if len(calls) == 3 and broken:
+        if len(calls) == 3 and broken[0]:
             raise ConnectionError("the judge is away")
         return [1.0] * len(completions)
 
-    calls, broken = [], True
+    calls, broken = [], [True]
     with pytest.raises(RewardError, match="'fails_late' raised ConnectionError: the judge is away"):
         sample(tiny, tmp_path, fails_late)
-    broken = False
+    broken[0] = False
     assert len(sample(tiny, tmp_path, fails_late)) == 7
     assert calls == [6, 6, 6, 6, 3]  # the two that were done are not done again
 

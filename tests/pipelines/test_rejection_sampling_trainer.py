@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,32 @@ def test_more_rounds_later_are_what_an_uninterrupted_run_gives(base, whole, tmp_
     fresh = trainer(base, tmp_path, learning_rate=1e-3, max_steps=1, eval_dataset=None)
     fresh.train(resume_from_checkpoint=False)
     assert [row["round"] for row in fresh.history] == [0, 1]
+
+
+def test_other_data_or_another_model_in_the_same_place_is_refused(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    rows = Dataset.from_list([{"prompt": row["prompt"], "answer": "1"} for row in ROWS])
+    arguments = dict(max_steps=1, num_generations=2, eval_dataset=None)
+    trainer(folder, tmp_path / "out", train_dataset=rows, **arguments).train()
+    others = rows.map(lambda row: {"answer": "2"})
+    with pytest.raises(ValueError, match=r"made with other settings \(prompts: "):
+        trainer(folder, tmp_path / "out", train_dataset=others, **arguments).train()
+    tiny_reward_base(folder, hidden_size=32, seed=7)
+    with pytest.raises(ValueError, match=r"made with other settings \(model: "):
+        trainer(folder, tmp_path / "out", train_dataset=rows, **arguments).train()
+
+
+def test_a_policy_is_evaluated_before_it_is_trained_and_by_a_new_trainer_after(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    arguments = dict(processing_class=tiny_tokenizer(), max_steps=1, num_generations=2)
+    run = trainer(model, tmp_path, **arguments)
+    assert run.model is model
+    before = run.evaluate()
+    run.train()
+    assert before == {name: run.history[0][name] for name in before}
+    assert run.model is not model
+    after = trainer(model, tmp_path, **arguments).evaluate()
+    assert after == {name: run.history[1][name] for name in after} != before
 
 
 def check_same(run, folder, whole):
@@ -347,6 +374,7 @@ def test_metrics_go_to_one_wandb_run_a_round(base, tmp_path, monkeypatch):
         ({"optimizers": (object(), None)}, "new optimizer"),
         ({"verifier": has_a_digit, "eval_dataset": None}, "eval_dataset, which is missing"),
         ({"train_dataset": None}, "needs train_dataset"),
+        ({"eval_dataset": {"one": Dataset.from_list(ROWS)}}, "found a dict of them"),
         ({"push_to_hub": True}, "push_to_hub"),
         ({"fsdp": "full_shard"}, "FSDP and DeepSpeed"),
         ({"reward_processing_classes": [None, None]}, "2 reward_processing_classes for 1"),

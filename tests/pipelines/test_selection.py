@@ -218,6 +218,21 @@ class TestRandomControls:
         drawn = named(data, select(data, "random_per_prompt", seed=5).rows)
         assert named(few, select(few, "random_per_prompt", seed=5).rows) == [row for row in drawn if row[0] >= 3]
 
+    def test_a_text_is_drawn_as_often_as_it_was_written(self):
+        """Of eight samples six have one text: three in four draws are that one; the number is still matched."""
+        texts = [["right"] * 6 + ["wrong", "worse"]] * 2000
+        data = scored([[1.0] * 6 + [0.0, -1.0]] * 2000, texts)
+        best = select(data, "top_per_prompt", n=2)
+        assert best.counts["duplicates"] == 10000 and len(best.rows) == 4000
+        for name in ("random_per_prompt", "random_k_overall"):
+            like = {"like": "top_per_prompt", "n": 2}
+            drawn = select(data, name, **like)
+            assert len(drawn.rows) == len(set(drawn.rows.tolist())) == 4000 and drawn.counts["duplicates"] == 0
+            assert abs((data.sample[drawn.rows] < 6).mean() - 0.75) < 0.03  # a standard deviation is under 0.007
+        # what is matched is what the other selector would really keep, and of that the one with the lowest index
+        few = select(data, "random_per_prompt", like="threshold", min_score=1.0, n=4)
+        assert len(few.rows) == len(select(data, "threshold", min_score=1.0, n=4).rows) == 2000
+
     def test_pairs_have_no_control(self):
         with pytest.raises(ValueError, match="matches a selector of samples; 'best_worst_pairs' selects pairs"):
             select(scored(BOOK), "random_per_prompt", like="best_worst_pairs")

@@ -2,10 +2,12 @@
 
 import json
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import config as trainer_config
@@ -19,8 +21,8 @@ from trl_ext import (
 )
 from trl_ext.pipelines.weak_to_strong import describe, group_of, make_splits, model_identity
 from trl_ext.pipelines.weak_to_strong_labels import combine, learnt_weights
-from trl_ext.pipelines.weak_to_strong_legs import Leg, in_own_process, read_judgements, run_leg
-from trl_ext.pipelines.weak_to_strong_report import pair_report
+from trl_ext.pipelines.weak_to_strong_legs import Leg, in_own_process, own_arguments, read_judgements, run_leg
+from trl_ext.pipelines.weak_to_strong_report import WeakToStrongReport, pair_report
 from trl_ext.pipelines.weak_to_strong_tasks import (
     TASKS,
     GenerationTask,
@@ -245,6 +247,61 @@ def test_an_empty_split_and_a_single_class_are_refused(models):
         make_splits(arguments(models, "outcome"), rows, None)
 
 
+def test_labels_that_are_no_probabilities_are_refused_wherever_they_stand(models):
+    rows = list(make_rows("outcome"))
+    for bad in (None, 2.0, "yes"):
+        held_back = Dataset.from_list([{**rows[0], "prompt": "new", "label": bad}])
+        with pytest.raises(ValueError, match="'test' has (the|no) label"):
+            make_splits(arguments(models, "outcome"), Dataset.from_list(rows), held_back)
+    steps = make_rows("steps")
+    with pytest.raises(ValueError, match="are right"):
+        make_splits(arguments(models, "steps"), steps.map(lambda row: {"labels": [True, True]}), None)
+
+
+def test_a_stream_that_does_not_know_its_columns(models):
+    rows = make_rows("outcome")
+    stream = IterableDataset.from_generator(lambda: iter(list(rows)))
+    config = arguments(models, "outcome")
+    assert make_splits(config, stream, None) == make_splits(config, rows, None)
+    with pytest.raises(ValueError, match="no column"):
+        make_splits(config, IterableDataset.from_generator(lambda: iter([{"text": "a"}])), None)
+
+
+def test_pairs_without_a_prompt_column_stay_with_their_prompt():
+    def chat(*texts):
+        return [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(texts)]
+
+    one = {"chosen": chat("hi", "a"), "rejected": chat("hi", "b"), "score": 1.0}
+    two = {"chosen": chat("hi", "c"), "rejected": chat("hi", "d"), "score": 2.0}
+    assert group_of(one) == group_of(two) == group_of({"prompt": chat("hi")})
+    assert group_of(one) != group_of({"chosen": chat("ho", "a"), "rejected": chat("ho", "b")})
+    text = {"chosen": "Q: 1 A: 2", "rejected": "Q: 1 A: 3"}
+    assert group_of({**text, "score": 1.0}) == group_of({**text, "score": 2.0}) != group_of({**text, "chosen": "c"})
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "kwargs", "message"),
+    [
+        ("steps", "xent", {"num_labels": 3}, "three classes"),
+        ("steps", "logconf", {"num_labels": 1, "loss_type": "bce"}, "num_labels=2"),
+        ("outcome", "xent", {"loss_type": "mse"}, "no log-odds"),
+        ("preference", "xent", {"loss_type": "plackett_luce"}, "takes no probability"),
+    ],
+)
+def test_outputs_that_are_no_log_odds_are_refused(task, loss, kwargs, message, models, tmp_path):
+    args = trainer_config(tmp_path, CONFIGS[task], **kwargs)
+    with pytest.raises(ValueError, match=message):
+        weak_to_strong(arguments(models, task, student_loss=loss), args, make_rows(task))
+
+
+def test_kd_between_two_vocabularies_is_refused_before_a_leg(models, tmp_path):
+    other = str(save_tiny_model(tmp_path / "qwen", "qwen3"))  # a smaller vocabulary: sizes alone would let it pass
+    config = WeakToStrongArguments(models[:1], [other], task="generation", student_loss="kd")
+    with pytest.raises(ValueError, match="vocabularies of student and teacher"):
+        weak_to_strong(config, trainer_config(tmp_path / "run", WeakToStrongConfig), make_rows("generation"))
+    assert not (tmp_path / "run" / "weak-0-seed-0").exists()
+
+
 def test_missing_columns_are_named(models):
     with pytest.raises(ValueError, match=r"no column \['label'\]"):
         make_splits(arguments(models, "outcome"), make_rows("outcome").remove_columns("label"), None)
@@ -293,6 +350,19 @@ def test_report_by_hand():
     assert found.by_class["a"] == {"weak": 0.5, "student": 1.0, "ceiling": 1.0}
 
 
+def test_an_interval_without_an_end_is_null_in_the_report(tmp_path):
+    def judge(*right):
+        return [Judgement(float(value), 0.5 + 0.4 * value) for value in right]
+
+    run = {"seed": 0, "weak": judge(*[0] * 8), "student": judge(*[1, 0] * 4), "ceiling": judge(*[0] * 5, *[1] * 3)}
+    pair = pair_report(["w"], "s", [{**run, "labels": judge(1)}], ["a"] * 8, [str(n) for n in range(8)], True)
+    open_ended = replace(pair, pgr_interval=(pair.pgr_interval[0], float("inf")))
+    WeakToStrongReport("outcome", "xent", {}, [open_ended, pair]).save(tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    assert "Infinity" not in text and json.loads(text)["pairs"][0]["pgr_interval"][1] is None
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
 def test_calibration_error():
     assert expected_calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]) == pytest.approx(0.0)
     assert expected_calibration_error([1.0, 0.05], [0, 1]) == pytest.approx((1.0 + 0.95) / 2)
@@ -316,6 +386,25 @@ def test_identity_of_a_leg_counts_what_matters(models, tmp_path):
     assert identity(logging_steps=7) == same and identity(report_to="wandb") == same
     assert identity(learning_rate=0.5) != same and identity(seed=1) != same
     assert json.loads(json.dumps(same)) == same
+
+
+def test_the_run_of_a_leg_has_its_name(tmp_path):
+    def name(**kwargs):
+        leg = Leg("preference", "m", trainer_config(tmp_path, RewardConfig, **kwargs), {}, 0, None, None)
+        return own_arguments(leg, tmp_path / "weak-0-seed-1.partial", "wandb").run_name
+
+    assert name() == "weak-0-seed-1" and name(run_name="mine") == "mine-weak-0-seed-1"
+
+
+def test_identity_of_a_leg_without_a_teacher_has_no_weight_of_it(tmp_path):
+    def identity(loss, metric=None, **kwargs):
+        args = trainer_config(tmp_path, WeakToStrongConfig, **kwargs)
+        return describe(Leg("generation", "m", args, {}, 0, None, None, loss=loss, metric=metric), "model")
+
+    assert identity("gold", kd_weight=0.5) == identity("gold") and identity("kd", kd_weight=0.5) != identity("kd")
+    assert identity("gold", dataloader_drop_last=True) != identity("gold")
+    named = [identity("gold", metric) for metric in (None, a_metric, partial(a_metric, x=1), partial(a_metric, x=2))]
+    assert all(named.count(one) == 1 for one in named)
 
 
 def test_identity_of_a_folder_is_its_content(models, tmp_path):

@@ -1,7 +1,8 @@
 """Run by `test_sharded.py`, alone or in two processes under `accelerate launch` with a config of configs/accelerate/.
 
 Accelerate does not shard on a CPU: it takes processes there for plain DDP. Told that they are GPUs, it runs the same
-FSDP2 code over gloo. The first process prints JSON.
+FSDP2 code over gloo; DeepSpeed runs where it is told of a CPU only when the group is started. The first process prints
+JSON.
 """
 
 import json
@@ -17,6 +18,32 @@ from transformers import BitsAndBytesConfig
 
 from tests.tiny import pair_rows
 from tests.trainers.helpers import config, history, leave_together, lora, trainer_for
+
+
+def with_deepspeed(base: Path, folder: Path) -> dict:
+    """LoRA, and all weights, with the DeepSpeed plugin of `accelerate launch`; without one in one process."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    told: dict = {"processes": processes}
+    for name, adapter in (("lora", lora()), ("full", None)):
+        args = config(folder / name, per_device_train_batch_size=8 // processes, train_sampling_strategy="sequential")
+        if processes > 1:
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled; gloo does without
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+        evaluation = Dataset.from_list(pair_rows(9, seed=3))
+        trainer = trainer_for(base, args, pair_rows(32), eval_dataset=evaluation, peft_config=adapter)
+        assert trainer.is_deepspeed_enabled == (processes > 1)
+        trainer.train()
+        told[name] = {
+            "loss": history(trainer, "loss"),
+            "grad_norm": history(trainer, "grad_norm"),
+            "eval_loss": trainer.evaluate()["eval_loss"],
+        }
+        trainer.save_model()
+    if processes == 1 or trainer.is_world_process_zero():
+        print("RESULT " + json.dumps(told), flush=True)
+    return told
 
 
 def main(base: Path, folder: Path) -> dict:
@@ -61,5 +88,6 @@ def main(base: Path, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run = with_deepspeed if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else main
+    run(Path(sys.argv[1]), Path(sys.argv[2]))
     leave_together(Path(sys.argv[2]))

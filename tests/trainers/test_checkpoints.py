@@ -148,6 +148,15 @@ def test_a_save_without_a_head_tensor_fails(base, tmp_path, monkeypatch):
         trainer.save_model()
 
 
+def test_a_full_model_takes_the_place_of_an_earlier_adapter(base, tmp_path, caplog):
+    """Whoever loads a folder with both gets the adapter."""
+    trainer_for(base, config(tmp_path), pair_rows(8), peft_config=lora()).save_model()
+    full = trainer_for(base, config(tmp_path, seed=1), pair_rows(8))
+    full.save_model()
+    assert "held the adapter of an earlier run" in caplog.text
+    assert largest_difference(head_of(full), head_parameters(load_reward_model(tmp_path), ["score"])) == 0
+
+
 def test_pad_as_eos_is_said_once(tmp_path, caplog):
     base = save_tiny_model(tmp_path / "eos", tokenizer=tiny_tokenizer("llama", pad="eos"))
     trainer = trainer_for(base, config(tmp_path / "out", save_strategy="steps", save_steps=1))

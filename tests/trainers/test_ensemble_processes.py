@@ -40,15 +40,15 @@ def runs(base, tmp_path_factory):
     return one, json.loads(line.removeprefix("RESULT ")), folder
 
 
-@pytest.mark.parametrize("strategy", ensemble_process_program.RUNS)
-def test_two_processes_train_as_one_with_twice_the_batch(strategy, runs):
+@pytest.mark.parametrize("run", ensemble_process_program.RUNS)
+def test_two_processes_train_as_one_with_twice_the_batch(run, runs):
     one, two, folder = runs
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert len(one[strategy]["loss"]) == 5
-    for name, values in one[strategy].items():
-        assert two[strategy][name] == pytest.approx(values, abs=1e-4), name
+    assert len(one[run]["loss"]) == 5
+    for name, values in one[run].items():
+        assert two[run][name] == pytest.approx(values, abs=1e-4), name
     for member in range(3):
-        file = f"{strategy}/member-{member}/adapter_model.safetensors"
+        file = f"{run}/member-{member}/adapter_model.safetensors"
         alone, together = load_file(folder / "one" / file), load_file(folder / "two" / file)
         assert max((alone[name] - together[name]).abs().max().item() for name in alone) < 1e-4
-    load_reward_model(folder / "two" / strategy / "member-2")
+    load_reward_model(folder / "two" / run / "member-2")

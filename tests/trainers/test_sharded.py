@@ -1,6 +1,7 @@
 """The files in configs/accelerate/ are read by Accelerate; a base that is sharded by FSDP2 over two processes (gloo,
 CPU) trains, evaluates and saves as one process does; what cannot be sharded is refused in a sentence."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from trl_ext.trainers.setup import check_sharding, uses_fsdp
 
 
 ROOT = Path(__file__).resolve().parents[2]
+ZERO = ("zero2", "zero3")
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
@@ -39,7 +41,8 @@ def launch(base, folder, config):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        | {"DS_ACCELERATOR": "cpu"},
         cwd=ROOT,
     )
     try:
@@ -70,12 +73,31 @@ def test_two_processes_with_a_sharded_base_train_as_one(base, tmp_path):
         assert scores[1] == pytest.approx(scores[0], abs=1e-4)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", ZERO)
+def test_two_processes_under_deepspeed_train_as_one(base, tmp_path, stage):
+    one = sharded_program.with_deepspeed(base, tmp_path / "one")
+    two = launch(base, tmp_path / "two", ROOT / "configs" / "accelerate" / f"{stage}.yaml")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    ids = torch.tensor([[5, 9, 7, 30]])
+    for name in ("lora", "full"):
+        assert len(one[name]["loss"]) == 4
+        for metric in ("loss", "grad_norm", "eval_loss"):
+            assert two[name][metric] == pytest.approx(one[name][metric], abs=1e-5)
+        scores = [
+            candidate_scores(load_reward_model(tmp_path / run / name).eval(), ids, torch.ones_like(ids)).item()
+            for run in ("one", "two")
+        ]
+        assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+
+
 def test_there_are_launch_configs_and_accelerate_reads_them():
-    assert {path.stem for path in CONFIGS} >= {"ddp", "fsdp2_lora", "fsdp_qlora"}
+    assert {path.stem for path in CONFIGS} >= {"ddp", "fsdp2_lora", "fsdp_qlora", *ZERO}
     for path in CONFIGS:
         read = load_config_from_file(str(path))
         assert read.num_processes == 2 and read.mixed_precision == "bf16"
-        assert str(read.distributed_type).rsplit(".")[-1] == ("MULTI_GPU" if path.stem == "ddp" else "FSDP")
+        kind = "MULTI_GPU" if path.stem == "ddp" else "DEEPSPEED" if path.stem in ZERO else "FSDP"
+        assert str(read.distributed_type).rsplit(".")[-1] == kind
         header = path.read_text().split("\n\n")[0]
         assert f"accelerate launch --config_file {path.relative_to(ROOT).as_posix()}" in header
         assert "On GPUs: not yet run" in header

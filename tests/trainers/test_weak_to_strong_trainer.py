@@ -137,6 +137,8 @@ def test_another_vocabulary_is_refused(base, tmp_path_factory, tmp_path):
     other = str(save_tiny_model(tmp_path_factory.mktemp("other") / "gpt2", "gpt2"))
     with pytest.raises(ValueError, match="vocabularies of student and teacher"):
         make(tmp_path, str(base), other)
+    with pytest.raises(ValueError, match="vocabularies of student and teacher"):
+        make(tmp_path, str(base), AutoModelForCausalLM.from_pretrained(other))
     one = AutoTokenizer.from_pretrained(base)
     check_same_vocabulary(one, AutoTokenizer.from_pretrained(base))
 

@@ -7,7 +7,6 @@ far off the estimate is. Knows commands and their configs. Nothing is downloaded
 
 import argparse
 import copy
-import importlib
 import importlib.util
 import statistics
 import tempfile
@@ -16,16 +15,10 @@ from typing import Any
 
 from .bench_tools import CountTokens, circumstances, differences, forget_peak, formatted, peak, step_clock
 from .fit_changes import advise, changes
-from .fit_rows import SEPARATOR, Sizes, batch_for, rows_for, write_random_model
+from .fit_config import TRAINERS, Parsed, changed, parse, sizes_of, training_step
+from .fit_rows import SEPARATOR, Sizes, rows_for, write_random_model
 
 
-TRAINERS = {
-    "reward": "RewardTrainer",
-    "ensemble": "RewardEnsembleTrainer",
-    "orm": "ORMTrainer",
-    "prm": "PRMTrainer",
-    "segment": "SegmentRewardTrainer",
-}
 GIB = 2**30
 MOST_FLOPS_ON_CPU = 2e12
 """Of a micro-batch: more than that is not run without a GPU."""
@@ -68,13 +61,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.steps < 1:
         raise ValueError("--steps must be at least 1.")
+    if args.gpu_memory <= 0 or args.reserve < 0:
+        raise ValueError("--gpu_memory must be positive, and --reserve not negative.")
     transformers.utils.logging.disable_progress_bar()
+    if not Path(args.config).is_file():
+        raise ValueError(f"{args.config} is no file. Needed: the YAML file of a command that trains.")
     command = args.trainer or Path(args.config).resolve().parent.name
     if command not in TRAINERS:
         raise ValueError(f"The folder {command!r} does not say whose config it is. Give --trainer: {list(TRAINERS)}.")
     parsed = parse(command, args)
+    wanted, longest = (args.prompt_length or 0) + (args.completion_length or 0), parsed.training.max_length
+    if longest is not None and wanted > longest:
+        raise ValueError(
+            f"--prompt_length and --completion_length are {wanted} tokens, and the config's max_length is {longest}: "
+            f"the trainer would drop or cut such rows. Add --override max_length={wanted}."
+        )
     config, source = config_of(parsed.model.model_name_or_path)
-    sizes = _sizes(command, parsed, config, args)
+    sizes = sizes_of(command, parsed, config, args)
     found = _case(command, parsed, config, sizes, args)
     estimate = found.pop("estimate")
     report = {
@@ -103,8 +106,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for change in changes(command, parsed.training, parsed.model):
             case = change._asdict()
             try:
-                new = _changed(parsed, change.values)
-                own = _sizes(command, new, config, args)
+                new = changed(parsed, change.values)
+                own = sizes_of(command, new, config, args)
                 case |= _case(command, new, config, own, args)
             except ValueError:  # what the change leads to cannot be trained or estimated
                 continue
@@ -122,70 +125,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {**report, **circumstances(args)}
 
 
-class Parsed(argparse.Namespace):
-    """What TRL's parser made of a config: `training` and `model`."""
-
-
-def parse(command: str, args: argparse.Namespace) -> Parsed:
-    """The config of a command with the overrides, as the command itself reads it."""
-    import torch
-    import yaml
-
-    if not Path(args.config).is_file():
-        raise ValueError(f"{args.config} is no file. Needed: the YAML file of a command that trains.")
-    values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
-    for override in args.override:
-        name, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"--override {override} has no value. Needed: NAME=VALUE.")
-        values[name] = yaml.safe_load(value)
-    parser = importlib.import_module(f"trl_ext.cli.{command}").make_parser()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        file.write_text(yaml.safe_dump(values), encoding="utf-8")
-        flags = [] if torch.cuda.is_available() else ["--use_cpu"]
-        _, training, model, _ = parser.parse_args_and_config(["--config", str(file), *flags])
-    if model.model_name_or_path is None:
-        raise ValueError(f"{args.config} names no model. Needed: model_name_or_path.")
-    return Parsed(training=training, model=model)
-
-
-def _changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
-    new = Parsed(training=copy.copy(parsed.training), model=copy.copy(parsed.model))
-    for name, value in values.items():
-        vars(new.training if name in vars(new.training) else new.model)[name] = value
-    return new
-
-
-def _sizes(command: str, parsed: Parsed, config: Any, args: argparse.Namespace) -> Sizes:
-    """The rows that fill the config's `max_length`, and how many make up a batch."""
-    longest, training = parsed.training.max_length, parsed.training
-    if longest is None and None in (args.prompt_length, args.completion_length):
-        raise ValueError("The config has no max_length. Give --prompt_length and --completion_length.")
-    prompt = args.prompt_length
-    if prompt is None:
-        prompt = longest // 2 if args.completion_length is None else longest - args.completion_length
-    completion = longest - prompt if args.completion_length is None else args.completion_length
-    if longest is not None and prompt + completion > longest:  # as the trainer would drop it
-        prompt, completion = longest // 2, longest - longest // 2
-    candidates = args.candidates
-    if candidates is None:
-        ranked = command in ("reward", "ensemble")
-        alone = not ranked and not training.group_by_prompt
-        candidates = 1 if alone else 2 if training.loss_type == "bradley_terry" else 4
-    if min(prompt, candidates) < 1 or completion < 2:
-        raise ValueError("Needed: at least 1 token of prompt, 2 of completion and 1 candidate.")
-    rows, words = training.per_device_train_batch_size, min(4096, config.get_text_config().vocab_size)
-    if training.max_tokens_per_batch is not None:
-        flat = training.shared_prefix is not False
-        of_group = prompt + candidates * completion if flat else candidates * (prompt + completion)
-        if command in ("reward", "ensemble"):
-            rows = max(1, training.max_tokens_per_batch // of_group)
-        else:
-            rows = max(1, training.max_tokens_per_batch * candidates // of_group)
-    return Sizes(prompt, completion, candidates, rows, words)
-
-
 def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
     from trl_ext.models.memory_estimate import estimate
 
@@ -197,53 +136,6 @@ def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argpars
         "fits": gib + args.reserve <= args.gpu_memory,
         "flops_per_row": found.flops / sizes.rows,
     }
-
-
-def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gpu: bool = True) -> Any:
-    """What the estimate has to know of a command's run."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.training_args import OptimizerNames
-    from trl import get_peft_config
-
-    from trl_ext.models.building import as_dtype
-    from trl_ext.models.memory_estimate import TrainingStep
-
-    training, model = parsed.training, parsed.model
-    if model.load_in_8bit:
-        raise ValueError("8-bit bases are not estimated. Use load_in_4bit, or measure on the device.")
-    attention = model.attn_implementation or "sdpa"
-    flat = training.shared_prefix is not False and attention in ("sdpa", "eager")
-    flat = flat and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and training.pad_to_multiple_of is None
-    members = training.num_members if command == "ensemble" else None
-    own_batches = command == "ensemble" and training.data_strategy == "shuffle"
-    labels = 1
-    if command in ("prm", "segment"):
-        labels = training.num_labels
-    if command == "segment":
-        labels *= max(1, len(training.categories or []))
-    wanted = as_dtype(model.dtype)
-    return TrainingStep(
-        config=config,
-        batch=batch_for(command, sizes, flat, training.pad_to_multiple_of, members if own_batches else 1),
-        num_labels=labels,
-        token_level=command in ("orm", "prm", "segment"),
-        dtype=wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32,
-        bf16=bool(training.bf16),
-        four_bit=model.load_in_4bit,
-        nested=model.use_bnb_nested_quant,
-        peft_config=get_peft_config(model),
-        members=members,
-        branch_share=training.branch_at if command == "ensemble" else None,
-        own_batches=own_batches,
-        checkpointing=training.gradient_checkpointing,
-        reentrant=bool((training.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)),
-        accumulates=training.gradient_accumulation_steps > 1,
-        dropout=not training.disable_dropout,
-        optimizer=OptimizerNames(training.optim).value,
-        attention=attention,
-        on_gpu=on_gpu,
-    )
 
 
 def dominates(parts: dict[str, int]) -> str:

@@ -1,11 +1,14 @@
 """`trl-ext ensemble`: train an ensemble of reward models on one base in one run, with TRL's flags and ours.
 
-Rows are those of `trl-ext reward`. Also a module for launchers:
-`accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. The flow is in `_train`.
+`--kind` says what members are; rows and other flags are those of `trl-ext reward`, `orm`, `prm` or `segment`. Also a
+module for launchers: `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. The flow is in `_train`.
 """
 
+import argparse
 import sys
 from typing import TYPE_CHECKING
+
+import trl_ext
 
 from ._train import train_main, train_parser
 
@@ -14,21 +17,29 @@ if TYPE_CHECKING:
     from trl import TrlParser
 
 
-def make_parser(prog: str | None = "trl-ext ensemble") -> "TrlParser":
-    """TRL's parser over `ScriptArguments`, our `RewardEnsembleConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
-    from trl_ext import RewardEnsembleConfig
+KINDS = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}
+"""Kind of the members -> how the names of its trainer and config begin."""
 
-    return train_parser(RewardEnsembleConfig, prog)
+
+def make_parser(prog: str | None = "trl-ext ensemble", kind: str = "reward") -> "TrlParser":
+    """TRL's parser over `ScriptArguments`, our config for the kind, `ModelConfig` and `DatasetMixtureConfig`."""
+    parser = train_parser(getattr(trl_ext, f"{KINDS[kind]}EnsembleConfig"), prog)
+    parser.epilog = (
+        f"--kind {{{','.join(KINDS)}}}: what members are (default: reward). These are the options of {kind}."
+    )
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
-    from trl_ext import RewardEnsembleTrainer
-
-    return train_main(make_parser(), RewardEnsembleTrainer, argv)
+    first = argparse.ArgumentParser("trl-ext ensemble", add_help=False, allow_abbrev=False)
+    first.add_argument("--kind", choices=KINDS, default="reward")
+    chosen, rest = first.parse_known_args(argv)
+    trainer_class = getattr(trl_ext, f"{KINDS[chosen.kind]}EnsembleTrainer")
+    return train_main(make_parser(kind=chosen.kind), trainer_class, rest)
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from .main import main as trl_ext_command
 
-    sys.exit(trl_ext(["ensemble", *sys.argv[1:]]))
+    sys.exit(trl_ext_command(["ensemble", *sys.argv[1:]]))

@@ -28,7 +28,7 @@ COMMANDS = {
     "merge": "Merge an adapter into the base it was trained on.",
     "plugins": "List what is registered and which distribution it comes from.",
     "demo": "Train and compare reward models of three kinds, offline, on this machine.",
-    "bench": "Measure a step of our trainer beside TRL's own in one process.",
+    "bench": "Measure time and memory of training, scoring and sampling on this machine.",
 }
 
 # Environment variable: set it to see the traceback of an error that is otherwise one line.

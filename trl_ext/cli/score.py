@@ -120,8 +120,8 @@ def run(args: ScoreArguments) -> int:
         with tqdm(total=total, initial=done, unit=" rows", desc="Scoring", file=sys.stderr) as bar:
             for chunk in chunks(rows, CHUNK_ROWS):
                 if scorer is None:  # nothing is loaded when nothing is left to do
-                    scorer = make_scorer(args)
-                add_scores(scorer, chunk, args)
+                    scorer, judges_steps = make_scorer(args), is_process_model(args.model)
+                add_scores(scorer, chunk, args, judges_steps)
                 sink.write(b"".join(_line(row) for _, row in chunk))
                 sink.flush()
                 if to_file:
@@ -279,7 +279,18 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
     return scorer
 
 
-def add_scores(scorer: "RewardScorer | RewardEnsemble", chunk: list[tuple[int, Row]], args: ScoreArguments) -> None:
+def is_process_model(path: str) -> bool:
+    """Whether `reward_model.json` says that the model judges steps."""
+    from trl_ext.models.loading import local_folder
+    from trl_ext.models.sidecar import read_sidecar
+
+    sidecar = read_sidecar(local_folder(path, None))
+    return sidecar is not None and sidecar.kind == "process"
+
+
+def add_scores(
+    scorer: "RewardScorer | RewardEnsemble", chunk: list[tuple[int, Row]], args: ScoreArguments, judges_steps: bool
+) -> None:
     """Score the candidates of all rows in one call and write the scores into the rows."""
     from trl_ext.data.validation import DataError
 
@@ -289,6 +300,12 @@ def add_scores(scorer: "RewardScorer | RewardEnsemble", chunk: list[tuple[int, R
     for number, row in chunk:
         try:
             columns, found = _candidates(row, args.completion_column)
+            if judges_steps and columns == ("scores",) and isinstance(row.get("labels"), list):
+                raise ScoreError(
+                    "found `completions` beside `labels`, as in rows of steps, and each would be scored as a "
+                    "completion of its own; needed: the steps joined in one `completion`, each with its separator. "
+                    "Join them, or call RewardScorer.score_steps; if they are candidates, rename `labels`."
+                )
         except ScoreError as error:
             raise ScoreError(f"{args.input}, line {number}: {error}") from None
         candidates.extend(found)

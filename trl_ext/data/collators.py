@@ -115,7 +115,8 @@ class SpanCollator:
         num_categories (`int`, *optional*, defaults to `1`): G, the number of categories.
         pad_to_multiple_of (`int`, *optional*): round T up to a multiple of this.
         shared_prefix (`bool`, *optional*, defaults to `False`): lay a batch out as one flat row as well, with the
-            prompt of its rows once where they have the same, wherever that saves at least 5 % of the tokens.
+            prompt of its rows once where they have the same, wherever that saves at least 5 % of the tokens. Rows with
+            different numbers as their `member` (of an ensemble) share nothing.
 
     Returns (by `__call__`), in this order:
         - `token_labels` (B, T, G) float32, 0 where there is no label
@@ -199,10 +200,11 @@ class SpanCollator:
 
 def _flat(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
     """`prefix_layout` and `token_index` of rows with labelled spans, or nothing if that saves too little."""
-    groups: dict[tuple[int, ...] | int, list[int]] = {}
+    groups: dict[tuple[int | None, ...] | int, list[int]] = {}
     for number, row in enumerate(rows):
         ids, start = row["span_input_ids"], row["completion_start"]
-        groups.setdefault(tuple(ids[:start]) if 0 < start < len(ids) else number, []).append(number)
+        prompt = (row.get("member"), *ids[:start])
+        groups.setdefault(prompt if 0 < start < len(ids) else number, []).append(number)
     parts = [split_prefix([rows[number]["span_input_ids"] for number in numbers]) for numbers in groups.values()]
     layout = build_layout(parts)
     if layout.num_tokens >= FLAT_BELOW * layout.padded_tokens:

@@ -302,12 +302,8 @@ def _offset(value: Any, name: str, checks: RowChecks) -> int:
 
 
 def find_categories(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The categories that the segments of some rows have, sorted; reads all rows."""
-    return sorted(
-        {
-            segment["category"]
-            for row in rows
-            for segment in row["segments"] or []
-            if segment.get("category") is not None
-        }
-    )
+    """The categories that the segments of some rows have, sorted; reads all rows, and passes over malformed ones."""
+    lists = (row["segments"] for row in rows)
+    segments = (segment for listed in lists if isinstance(listed, (list, tuple)) for segment in listed)
+    found = (segment.get("category") for segment in segments if isinstance(segment, dict))
+    return sorted({category for category in found if category is not None})

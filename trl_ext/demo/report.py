@@ -115,7 +115,7 @@ def format_table(report: Mapping[str, Any]) -> str:
     lines = [
         f"Right answers on {samples['prompts']['held_out']} held-out prompts, {size} samples each (± standard error)",
         "",
-        f"  {'greedy answer of the policy':<46}{report['greedy']:.3f}",
+        f"  {'greedy answer of the policy':<50}{report['greedy']:.3f}",
         _pick_line("random pick", report["random"]),
         _pick_line("majority vote", report["majority"]),
         *(
@@ -140,12 +140,12 @@ def format_table(report: Mapping[str, Any]) -> str:
         "",
         *_weak_to_strong_lines(report["stages"]["weak_to_strong"]),
         "",
-        f"  {'stage':<46}{'time':>6}",
+        f"  {'stage':<50}{'time':>6}",
     ]
     for stage in report["stages"].values():
         note = "   (kept from an earlier run)" if stage["cached"] else ""
-        lines.append(f"  {stage['title']:<46}{clock(stage['seconds']):>6}{note}")
-    lines.append(f"  {'this run':<46}{clock(report['seconds']):>6}")
+        lines.append(f"  {stage['title']:<50}{clock(stage['seconds']):>6}{note}")
+    lines.append(f"  {'this run':<50}{clock(report['seconds']):>6}")
     return "\n".join(lines)
 
 
@@ -209,11 +209,11 @@ def _weak_to_strong_lines(result: Mapping[str, Any]) -> list[str]:
         "student": "the policy, trained on its solutions",
         "ceiling": "the policy, trained on the right ones",
     }
-    lines += [f"  {title:<46}{result[name]:.3f}" for name, title in titles.items()]
+    lines += [f"  {title:<50}{result[name]:.3f}" for name, title in titles.items()]
     if result["pgr"] is None:
         return [*lines, f"  performance gap recovered: undefined, {result['reason']}"]
     low, high = result["pgr_interval"]
-    return [*lines, f"  {'performance gap recovered':<46}{result['pgr']:.2f} (95 %: {low:.2f} to {high:.2f})"]
+    return [*lines, f"  {'performance gap recovered':<50}{result['pgr']:.2f} (95 %: {low:.2f} to {high:.2f})"]
 
 
 def _with_error(figure: Mapping[str, float], sign: str = "") -> str:
@@ -221,4 +221,4 @@ def _with_error(figure: Mapping[str, float], sign: str = "") -> str:
 
 
 def _pick_line(name: str, figure: Mapping[str, float]) -> str:
-    return f"  {name:<46}{_with_error(figure)}"
+    return f"  {name:<50}{_with_error(figure)}"

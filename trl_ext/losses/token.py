@@ -330,6 +330,19 @@ def averaging_items(mask: torch.Tensor, how: Literal["token", "sequence"] = "tok
     return counts if how == "token" else counts.clamp(max=1)
 
 
+def averaging_terms(
+    sums: torch.Tensor, mask: torch.Tensor, how: Literal["token", "sequence"] = "token"
+) -> torch.Tensor:
+    """
+    What each sequence adds to the numerator of [`average`]: its sum by token, its mean by sequence.
+
+    Args as of [`average`]. Returns a `torch.Tensor` of shape `(B,)`.
+    """
+    if sums.shape != mask.shape[:1]:
+        raise ValueError(f"sums must have the shape ({len(mask)},), found {tuple(sums.shape)}.")
+    return sums / mask.flatten(1).sum(1).clamp(min=1) if how == "sequence" else sums
+
+
 def average(
     sums: torch.Tensor,
     mask: torch.Tensor,
@@ -374,10 +387,6 @@ def average(
     (tensor(2.), tensor(3.))
     ```
     """
-    if sums.shape != mask.shape[:1]:
-        raise ValueError(f"sums must have the shape ({len(mask)},), found {tuple(sums.shape)}.")
     items = averaging_items(mask, how)  # (B,)
-    if how == "sequence":
-        sums = sums / mask.flatten(1).sum(1).clamp(min=1)  # (B,)
     total = torch.as_tensor(items.sum() if num_items is None else num_items, device=sums.device)
-    return sums.sum() / total.clamp(min=1)
+    return averaging_terms(sums, mask, how).sum() / total.clamp(min=1)

@@ -110,9 +110,10 @@ def estimate_pgr(
     Raises:
         ValueError: shapes that differ, no rows, or values that are not finite.
     """
+    shapes = [tuple(values.shape) for values in (weak, weak_to_strong, ceiling)]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or not shapes[0][0]:
+        raise ValueError(f"PGR needs three vectors of one length over at least one row, found the shapes {shapes}.")
     rows = torch.stack([values.double() for values in (weak, weak_to_strong, ceiling)], dim=1)  # (N, 3)
-    if rows.dim() != 2 or not len(rows):
-        raise ValueError(f"PGR needs three vectors of one length over at least one row, found {tuple(weak.shape)}.")
     if not rows.isfinite().all():
         bad = int((~rows.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"Row {bad} has a performance that is not finite: {rows[bad].tolist()}.")
@@ -134,9 +135,11 @@ def estimate_pgr(
     gap_error = float(gaps.std(correction=0))
     low, middle, high = (float(value) for value in means)
     gap = high - low
-    if gap <= 0 or gap < DECIDED_AT * gap_error:
+    if gap <= 0 or gap < DECIDED_AT * gap_error or number < 2:
         reason = (
-            f"ceiling - weak = {gap:.4f} is below {DECIDED_AT:g} standard errors ({gap_error:.4f} each)"
+            "one prompt has no standard error"
+            if gap > 0 and number < 2
+            else f"ceiling - weak = {gap:.4f} is below {DECIDED_AT:g} standard errors ({gap_error:.4f} each)"
             if gap > 0
             else f"the ceiling ({high:.4f}) is not above the weak model ({low:.4f})"
         )

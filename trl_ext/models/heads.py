@@ -11,7 +11,7 @@ always saved.
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 HeadClass = Literal["sequence", "token"]
@@ -48,10 +49,22 @@ class Float32Linear(nn.Linear):
     def from_linear(cls, linear: nn.Linear) -> "Float32Linear":
         with torch.device("meta"):
             module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        for name, parameter in linear.named_parameters(recurse=False):
-            copy = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
-            module.register_parameter(name, copy)
+        # under ZeRO-3, which wants one dtype of all that is trained and keeps an fp32 copy of it: that of the model
+        dtype = linear.weight.dtype if is_deepspeed_zero3_enabled() else torch.float32
+        with _whole(linear):
+            for name, parameter in linear.named_parameters(recurse=False):
+                copy = nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
+                module.register_parameter(name, copy)
         return module.train(linear.training)
+
+
+def _whole(module: nn.Module) -> AbstractContextManager:
+    """While it is open, a module's parameters are whole that DeepSpeed ZeRO-3 cut up when the model was loaded."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -169,7 +182,8 @@ def check_head_trains(model: nn.Module, names: Iterable[str]) -> None:
                 parts = parts[1:] if parts[0] == "original_module" else parts[2:]
             plain = ".".join([name, *parts])
             trainable[plain] = trainable.get(plain, 0) + int(parameter.requires_grad)
-            if parameter.requires_grad and parameter.dtype != torch.float32:
+            exact = parameter.dtype == torch.float32 or is_deepspeed_zero3_enabled()  # which keeps an fp32 copy
+            if parameter.requires_grad and not exact:
                 raise HeadError(f"The head parameter `{plain}` is {parameter.dtype}; it must be torch.float32.")
         wrong = {key: count for key, count in trainable.items() if count != 1}
         if wrong:

@@ -50,6 +50,8 @@ STATE_BYTES = {
     "sgd": 0.0,
 }
 """Bytes of optimizer state for each trained parameter (in fp32)."""
+SMALLEST_IN_8_BITS = 4096
+"""Numbers of a tensor: bitsandbytes keeps 32-bit states for smaller ones, and Trainer has it do so for embeddings."""
 
 
 @dataclass
@@ -238,10 +240,8 @@ def estimate(step: TrainingStep) -> Estimate:
             saved = count.live
             loss.backward()
     grown = 0 if step.accumulates else gradients  # they came into being during the pass
-    own = sum(weights.values()) + int(STATE_BYTES[step.optimizer] * sum(p.numel() for p in trained))
-    if step.optimizer.startswith("adamw_torch"):
-        own += sum((2 * p.element_size() - 8) * p.numel() for p in trained)  # states have the parameter's dtype
-    optimizer = own - sum(weights.values())
+    optimizer = _optimizer_bytes(model, step.optimizer)
+    own = sum(weights.values()) + optimizer
     peak = own + max(count.peak + (gradients - grown), gradients)
     return Estimate(
         weights=weights,
@@ -326,6 +326,22 @@ def _weights(model: nn.Module) -> dict[str, int]:
         kind = "base, 4-bit" if id(tensor) in packed else "trained" if tensor.requires_grad else "base"
         sizes[kind] += tensor.numel() * tensor.element_size()
     return sizes
+
+
+def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+    """What the optimizer keeps for all that is trained."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    size = 0.0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        each = STATE_BYTES[optimizer]
+        if optimizer.startswith("adamw_torch"):  # states have the parameter's dtype
+            each = 2.0 * parameter.element_size()
+        elif "8bit" in optimizer and (parameter.numel() < SMALLEST_IN_8_BITS or id(parameter) in embeddings):
+            each = STATE_BYTES["adamw_torch"]
+        size += each * parameter.numel()
+    return int(size)
 
 
 def _autocast_as_on_gpu(module: nn.Module, args: tuple) -> None:

@@ -51,7 +51,7 @@ def cascade(
         `list[CascadePoint]`, by rising threshold.
 
     Raises:
-        ValueError: lengths that differ, no rows, or a confidence that is not a number.
+        ValueError: lengths that differ, no rows, or a confidence or performance that is not a finite number.
 
     Example:
 
@@ -64,8 +64,10 @@ def cascade(
             f"Found {len(sure)} confidences and performances of {len(weak)} and {len(strong)} rows. Needed: the same "
             "number, at least one."
         )
-    if np.isnan(sure).any():
-        raise ValueError(f"The confidence of row {int(np.isnan(sure).argmax())} is not a number.")
+    for name, values in (("confidence", sure), ("small", weak), ("large", strong)):
+        if not np.isfinite(values).all():
+            row = int((~np.isfinite(values)).argmax())
+            raise ValueError(f"{name} of row {row} is {values[row]}. Needed: a finite number.")
     if thresholds is None:
         values = np.unique(sure)
         thresholds = [*values, np.nextafter(values[-1], np.inf)]

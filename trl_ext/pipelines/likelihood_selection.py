@@ -122,11 +122,18 @@ def select_by_likelihood(
         **kwargs: those of [`completion_cross_entropies`].
 
     Returns:
-        the kept rows with a column `cross_entropy`, and a [`LikelihoodReport`].
+        the kept rows with a column `cross_entropy` (which replaces one that was there), and a [`LikelihoodReport`].
 
     Raises:
-        ValueError: a share out of range, an unknown `which`, or nothing that can be judged.
+        ValueError: a share out of range, an unknown `which`, a stream, a missing column, or nothing to judge.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"Found a {type(dataset).__name__}. Needed: a `Dataset`, as a share is taken of all rows.")
+    missing = [name for name in ("prompt", "completion") if name not in dataset.column_names]
+    if missing:
+        raise ValueError(f"The data set has no column {missing}. Needed: `prompt` and `completion`.")
+    if "cross_entropy" in dataset.column_names:  # of an earlier selection
+        dataset = dataset.remove_columns("cross_entropy")
     values = np.array(completion_cross_entropies(model, dataset, **kwargs))
     kept = choose_by_value(values, keep, which)
     cut = np.setdiff1d(np.flatnonzero(~np.isnan(values)), kept)

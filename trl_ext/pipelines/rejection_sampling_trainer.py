@@ -7,6 +7,7 @@ goes on where it was stopped. Between stages nothing stays in memory; each loads
 import copy
 import gc
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -29,11 +30,13 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from trl_ext.models.fingerprint import fingerprint_in_memory
+from trl_ext.models.fingerprint import fingerprint, fingerprint_in_memory
+from trl_ext.models.loading import local_folder
 from trl_ext.trainers.tracking import open_run, use_safe_callback, without_missing_wandb
 
 from .diagnostics import evaluation_metrics, hacking_warning, log_rounds, plot_rounds, round_metrics
 from .in_process import load_policy
+from .prompts import RESERVED
 from .records import canonical
 from .rejection_sampling import RejectionSampler
 from .rejection_sampling_config import RejectionSamplingConfig
@@ -118,6 +121,8 @@ class RejectionSamplingTrainer:
         if reward_funcs is None or train_dataset is None:
             missing = "reward_funcs" if reward_funcs is None else "train_dataset"
             raise ValueError(f"RejectionSamplingTrainer needs {missing}.")
+        if isinstance(eval_dataset, dict):
+            raise ValueError("Rounds are compared on one eval_dataset, found a dict of them. Give one of them.")
         if verifier is not None and eval_dataset is None:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         if isinstance(model, PeftModel) and peft_config is not None:
@@ -163,14 +168,7 @@ class RejectionSamplingTrainer:
                 f"resume_from_checkpoint={resume_from_checkpoint!r}; needed: None, True or False. What is resumed is "
                 "in output_dir."
             )
-        state = PartialState()
-        with state.main_process_first():
-            if state.is_main_process and resume_from_checkpoint is False:
-                self._rounds.clear()
-            if state.is_main_process:
-                self._rounds.check(self._settings())
-                self._save_initial()
-        self.history = self._rounds.history()
+        self._begin(start_over=resume_from_checkpoint is False)
         self._model = None
         if not self.history:
             self._finish({"round": 0, **self._evaluate(0)})
@@ -188,6 +186,8 @@ class RejectionSamplingTrainer:
         """Evaluate the kept policy on `eval_dataset`; what is there is used again."""
         if self._eval_dataset is None:
             raise ValueError("There is no eval_dataset to evaluate on.")
+        if not self.history:
+            self._begin()
         return self._evaluate(self.best_round)
 
     @property
@@ -198,6 +198,8 @@ class RejectionSamplingTrainer:
     @property
     def model(self) -> PreTrainedModel | PeftModel:
         """The kept policy, loaded when it is asked for."""
+        if self._in_memory and self.best_round == 0:
+            return self._given
         if self._model is None:
             self._model = load_policy(self._policy(self.best_round), self._init_kwargs)
         return self._model
@@ -218,6 +220,17 @@ class RejectionSamplingTrainer:
         if PartialState().is_main_process:
             target = Path(output_dir or self.args.output_dir)
             shutil.copytree(self._rounds.policy(self.best_round), target, dirs_exist_ok=True)
+
+    def _begin(self, start_over: bool = False) -> None:
+        """Take up what is in `output_dir`, if it was made with the same settings."""
+        state = PartialState()
+        with state.main_process_first():
+            if state.is_main_process and start_over:
+                self._rounds.clear()
+            if state.is_main_process:
+                self._rounds.check(self._settings())
+                self._save_initial()
+        self.history = self._rounds.history()
 
     def _round(self, number: int) -> tuple[int, dict[str, Any]]:
         args = self.args
@@ -398,7 +411,12 @@ class RejectionSamplingTrainer:
     def _settings(self) -> dict[str, Any]:
         """What every round depends on."""
         settings = self.args.settings_of_a_round()
-        settings["model"] = fingerprint_in_memory(self._given) if self._in_memory else str(self._given)
+        if self._in_memory:
+            settings["model"] = fingerprint_in_memory(self._given)
+        else:
+            settings["model"] = fingerprint(Path(local_folder(self._given, self._init_kwargs.get("revision"))))
+        if "quantization_config" in self._init_kwargs:
+            settings["quantization_config"] = str(self._init_kwargs["quantization_config"])
         settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
         if self._verifier is not None:
             settings["verifier"] = reward_identity(self._verifier) or reward_names([self._verifier])[0]
@@ -414,5 +432,6 @@ class RejectionSamplingTrainer:
 def _digest(dataset: Iterable[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
     for row in dataset:
-        digest.update(canonical(row.get("prompt")))
+        seen = {name: value for name, value in row.items() if name == "prompt" or name not in RESERVED}
+        digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ A reward function is TRL's: `(prompts, completions, **columns) -> list[float | N
 """
 
 import asyncio
+import functools
 import hashlib
 import importlib
 import inspect
@@ -103,7 +104,9 @@ def load_reward(spec: RewardFunc) -> Callable[..., list[float | None]]:
 
 def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     """
-    What its scores depend on, as far as can be known: the content of a model, the source text of a function.
+    What its scores depend on, as far as can be known: the content of a model; the source text of a function with the
+    texts and numbers that it reads from around it; those that a partial or a callable object holds (attributes that
+    begin with an underscore are its own business).
 
     Returns:
         `dict`, or `None` for what is not known by a name or a path (a lambda, an ensemble in memory): its scores are
@@ -121,12 +124,33 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     function = load_reward(spec)
     if name == "<lambda>" or isinstance(spec, RewardEnsemble):
         return None
-    code = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    code = function.func if isinstance(function, functools.partial) else function
+    code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     try:
         source = hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
     except (OSError, TypeError):  # typed in an interpreter, or compiled
         source = None
-    return {"name": name, "function": f"{code.__module__}.{code.__qualname__}", "source": source}
+    identity = {"name": name, "function": f"{code.__module__}.{code.__qualname__}", "source": source}
+    held = {key: repr(value) for key, value in sorted(_held(function).items()) if _is_constant(value)}
+    return identity | ({"holds": held} if held else {})
+
+
+def _held(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and values that a callable carries with it or reads from around it."""
+    if isinstance(function, functools.partial):
+        given = {str(place): value for place, value in enumerate(function.args)} | function.keywords
+        return _held(function.func) | {f"({name})": value for name, value in given.items()}
+    if inspect.isfunction(function):
+        around = inspect.getclosurevars(function)
+        return {**around.nonlocals, **around.globals}
+    owner = function.__self__ if inspect.ismethod(function) else function
+    return {name: value for name, value in getattr(owner, "__dict__", {}).items() if not name.startswith("_")}
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (str, int, float, bool, type(None)))
 
 
 def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sample]) -> list[float | None]:
@@ -136,8 +160,8 @@ def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sampl
     Raises:
         [`RewardError`]: the function raises, or gives a wrong number of scores, or one that is not finite.
     """
-    first = samples[0].columns
-    columns: dict[str, Any] = {column: [sample.columns.get(column) for sample in samples] for column in first}
+    names = dict.fromkeys(name for sample in samples for name in sample.columns)
+    columns: dict[str, Any] = {name: [sample.columns.get(name) for sample in samples] for name in names}
     columns |= {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     if all(sample.token_ids is not None for sample in samples):
         columns["completion_ids"] = [sample.token_ids for sample in samples]

@@ -30,7 +30,8 @@ def select(
 
     Samples without a score are left out, then exact duplicates within a prompt (the one with the lowest sample index
     stays), and if asked for those that were cut off at the length limit. The selector gets the rest sorted by prompt,
-    then best first, then by sample index.
+    then best first, then by sample index. The random controls get the duplicates too, and leave them out themselves
+    for the selector that they match: they draw from what the policy wrote, as often as it wrote it.
 
     Args:
         scored ([`Scored`]):
@@ -74,9 +75,12 @@ def select(
 
     rows = order[~np.isnan(scored.score[order])]
     counts["unscorable"] = len(order) - len(rows)
-    distinct = _first_of_each_text(scored.prompt[rows], scored.text_hash[rows])
-    counts["duplicates"] = len(rows) - len(distinct)
-    rows = rows[distinct]
+    if function in _CONTROLS:
+        counts["duplicates"] = 0
+    else:
+        distinct = _first_of_each_text(scored.prompt[rows], scored.text_hash[rows])
+        counts["duplicates"] = len(rows) - len(distinct)
+        rows = rows[distinct]
     kept = rows[scored.finished[rows]] if drop_truncated else rows
     counts["truncated_dropped"] = len(rows) - len(kept)
     counts["candidates"] = len(kept)
@@ -136,6 +140,9 @@ def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", s
     """
     The control of a selector: of each prompt as many samples as that one selects, drawn without looking at scores.
 
+    All samples are as likely, copies too, so that a text is drawn as often as the policy writes it. (Were copies left
+    out, what the policy is surest of would be drawn too seldom, and training on the control would do harm.)
+
     Args:
         like (`str` or `Callable`, *optional*, defaults to `"top_per_prompt"`): The selector to match.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw.
@@ -143,7 +150,7 @@ def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", s
     """
     matched = _matched(like, scored, kwargs)
     group, sizes = group_numbers(scored.prompt)
-    wanted = np.bincount(group[matched.rows], minlength=len(sizes))
+    wanted = np.bincount(group[matched], minlength=len(sizes))
     shuffled = np.lexsort((_uniform(scored, seed), group))  # still prompt after prompt
     return Selection(np.sort(shuffled[_position(sizes) < np.repeat(wanted, sizes)]))
 
@@ -151,15 +158,19 @@ def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", s
 @selectors.register("random_k_overall")
 def random_k_overall(scored: Scored, like: str | Callable = "top_k_overall", seed: int = 0, **kwargs) -> Selection:
     """
-    The control of a selector: as many samples in all as that one selects, drawn without looking at scores.
+    The control of a selector: as many samples in all as that one selects, drawn without looking at scores, copies as
+    likely as any.
 
     Args:
         like (`str` or `Callable`, *optional*, defaults to `"top_k_overall"`): The selector to match.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw.
         kwargs: Options of that selector.
     """
-    wanted = len(_matched(like, scored, kwargs).rows)
+    wanted = len(_matched(like, scored, kwargs))
     return Selection(np.sort(np.argsort(_uniform(scored, seed), kind="stable")[:wanted]))
+
+
+_CONTROLS = (random_per_prompt, random_k_overall)
 
 
 @selectors.register("best_worst_pairs")
@@ -306,13 +317,16 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}={value} selects nothing. Needed: 1 or more.")
 
 
-def _matched(like: str | Callable, scored: Scored, kwargs: dict[str, Any]) -> Selection:
+def _matched(like: str | Callable, scored: Scored, kwargs: dict[str, Any]) -> np.ndarray:
+    """The rows that a selector takes of what [`select`] would show it: no copies."""
     function = selectors.get(like)
     _check_options(function, like, kwargs)
-    matched = function(scored, **kwargs)
+    order = np.lexsort((scored.sample, scored.prompt))
+    distinct = np.sort(order[_first_of_each_text(scored.prompt[order], scored.text_hash[order])])
+    matched = function(scored.take(distinct), **kwargs)
     if matched.kind != "rows":
         raise ValueError(f"A random control matches a selector of samples; {like!r} selects {matched.kind}.")
-    return matched
+    return distinct[matched.rows]
 
 
 def _none() -> np.ndarray:

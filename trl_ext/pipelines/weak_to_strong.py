@@ -5,13 +5,11 @@
     test split     ->  weak, student, ceiling judged on the same rows  ->  performance gap recovered
 
 See *Weak-to-Strong Generalization* by C. Burns et al. (https://huggingface.co/papers/2312.09390). Every leg is a stage
-that is kept and used again while nothing that it depends on changes. Knows splits and the order of legs; a leg is in
-`weak_to_strong_legs`, a task in `weak_to_strong_tasks`.
+that is kept and used again while nothing that it depends on changes. Knows the order of legs; a leg is in
+`weak_to_strong_legs`, a task in `weak_to_strong_tasks`, splits are made in `weak_to_strong_splits`.
 """
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,22 +18,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
 from trl_ext.models.fingerprint import fingerprint
+from trl_ext.trainers.weak_to_strong_trainer import check_same_vocabulary
 
 from .cached_stages import Outcome, Stage, StageContext, run_stages
-from .records import canonical
 from .weak_to_strong_config import WeakToStrongArguments
 from .weak_to_strong_labels import combine, learnt_weights
-from .weak_to_strong_legs import Leg, in_own_process, read_judgements, run_leg
+from .weak_to_strong_legs import Leg, in_own_process, name_of, read_judgements, run_leg
 from .weak_to_strong_report import WeakToStrongReport, pair_report
+from .weak_to_strong_splits import content_hash, group_of, make_splits
 from .weak_to_strong_tasks import TASKS, Judgement, Metric, Row
 
-
-logger = logging.getLogger(__name__)
 
 # Arguments of a trainer that change nothing of what is learnt.
 IRRELEVANT = (
@@ -49,13 +46,16 @@ IRRELEVANT = (
     "trackio_space_id",
 )
 IRRELEVANT_PREFIXES = ("logging_", "log_", "hub_", "push_to_hub", "save_", "eval_", "dataloader_")
+RELEVANT = ("dataloader_drop_last",)  # in spite of its prefix
+UNSOFT = ("pairwise", "plackett_luce", "listnet", "pointwise")  # losses of pairs that take no soft label
+KD_ONLY = ("kd_weight", "kd_schedule", "teacher_model_init_kwargs")
 
 
 def weak_to_strong(
     config: WeakToStrongArguments,
     args: TrainingArguments,
-    train_dataset: Dataset,
-    test_dataset: Dataset | None = None,
+    train_dataset: Dataset | IterableDataset,
+    test_dataset: Dataset | IterableDataset | None = None,
     peft_config: PeftConfig | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     weak_peft_config: PeftConfig | None = None,
@@ -73,8 +73,10 @@ def weak_to_strong(
             Arguments of the task's trainer ([`RewardConfig`], [`ORMConfig`], [`PRMConfig`] or [`WeakToStrongConfig`]),
             for every leg; `config.weak_training` changes them for weak models. `args.output_dir` holds the legs and
             the report.
-        train_dataset (`Dataset`): rows of the task's kind with ground truth, split by prompt into A and B.
-        test_dataset (`Dataset`, *optional*): rows to test on; by default a share of the prompts of `train_dataset`.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows of the task's kind with ground truth, split by prompt into A and B; a stream is read to its end.
+        test_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Rows to test on; by default a share of the prompts of `train_dataset`.
         peft_config, quantization_config (*optional*): of the strong model.
         weak_peft_config, weak_quantization_config (*optional*): of the weak model.
         metric (`Callable`, *optional*):
@@ -86,14 +88,18 @@ def weak_to_strong(
         models, `.pairs` of several; written to `report.json`, `report.md` and, with matplotlib, `report.png`.
 
     Raises:
-        ValueError: splits that share a prompt, an empty split, one class only, rows without the task's columns, or
-            several processes.
+        ValueError: splits that share a prompt, an empty split, one class only, rows without the task's columns, labels
+            that are no probabilities, a head or loss whose outputs are none, `kd` between two vocabularies, or several
+            processes.
     """
     if PartialState().num_processes > 1:
         raise ValueError(
             "weak_to_strong runs its legs one after the other: start it in one process, without a launcher."
         )
     task = TASKS[config.task]
+    check_outputs(config, args)
+    if config.student_loss == "kd":
+        check_vocabularies(config)
     splits = make_splits(config, train_dataset, test_dataset)
     folder = Path(args.output_dir)
     isolate = config.isolate == "always" or (config.isolate == "auto" and torch.cuda.is_available())
@@ -114,7 +120,7 @@ def weak_to_strong(
             loss=loss,
             loss_kwargs=config.student_loss_kwargs,
             metric=metric,
-            sampling_temperature=config.generation_temperature,
+            sampling_temperature=config.generation_temperature if weak else 0.0,
             max_completion_length=config.max_completion_length,
         )
 
@@ -245,87 +251,33 @@ def _labels(
     return combine(task, splits[split], judgements, config.weak_ensemble, weights), weights
 
 
-# ----------------------------------------------------------------------------------------------------------- splits
-def group_of(row: Row) -> str:
-    """What keeps rows together: the prompt, or for rows without one all that they hold."""
-    prompt = row.get("prompt")
-    return hashlib.sha256(canonical(row if prompt in (None, "", []) else prompt)).hexdigest()
+# ----------------------------------------------------------------------------------------------------------- checks
+def check_outputs(config: WeakToStrongArguments, args: TrainingArguments) -> None:
+    """Raise `ValueError` for a head or a loss whose outputs are no log-odds, or that takes no soft label."""
+    if config.task == "preference" and config.student_loss == "xent" and args.loss_type in UNSOFT:
+        raise ValueError(
+            f"loss_type={args.loss_type!r} takes no probability, which a weak label is. Needed: 'bradley_terry'."
+        )
+    if config.task not in ("outcome", "steps"):
+        return
+    if getattr(args, "num_labels", None) == 3:
+        raise ValueError(
+            "Weak labels are probabilities, and num_labels=3 has three classes. Map the labels to 0 and 1."
+        )
+    if config.student_loss == "logconf" and config.task == "steps" and args.num_labels != 2:
+        raise ValueError("logconf of steps needs a head of two outputs: set num_labels=2 and loss_type='ce'.")
+    if args.loss_type in ("mse", "hinge"):
+        raise ValueError(
+            f"loss_type={args.loss_type!r} gives no log-odds, which weak labels are read from. Needed: 'bce' or 'ce'."
+        )
 
 
-def content_hash(rows: Sequence[Row]) -> str:
-    """The identity of rows, in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(canonical(row))
-    return digest.hexdigest()
-
-
-def make_splits(
-    config: WeakToStrongArguments, train_dataset: Dataset, test_dataset: Dataset | None
-) -> dict[str, list[Row]]:
-    """
-    Split A (`"weak"`), split B (`"labelled"`) and `"test"`: every prompt is in one of them, by a hash of its content.
-    Where the weights of weak models are learnt, a part of A is `"fusion"`.
-
-    Raises:
-        ValueError: a column is missing, a split is empty, a test row's prompt is also trained on, or a split of right
-            and wrong rows has one class.
-    """
-    task = TASKS[config.task]()
-    for name, data in (("train", train_dataset), ("test", test_dataset)):
-        missing = [column for column in task.columns if data is not None and column not in data.column_names]
-        if missing:
-            raise ValueError(f"The {name} data set has no column {missing}. {config.task} rows need {task.columns}.")
-    splits: dict[str, list[Row]] = {"weak": [], "labelled": [], "test": []}
-    for row in train_dataset:
-        digest = hashlib.sha256(f"{config.split_seed} {group_of(row)}".encode()).digest()
-        place, other = (int.from_bytes(digest[k : k + 6], "big") / 2**48 for k in (0, 6))
-        if test_dataset is None and place < config.test_share:
-            splits["test"].append(row)
-        else:
-            splits["weak" if other < config.weak_share else "labelled"].append(row)
-    if test_dataset is not None:
-        splits["test"] = list(test_dataset)
-    if config.weak_ensemble == "learned":
-        whole, splits["weak"], splits["fusion"] = splits["weak"], [], []
-        for row in whole:
-            digest = hashlib.sha256(f"{config.split_seed} fusion {group_of(row)}".encode()).digest()
-            held_back = int.from_bytes(digest[:6], "big") / 2**48 < config.fusion_share
-            splits["fusion" if held_back else "weak"].append(row)
-    if config.task == "steps":
-        for name, rows in splits.items():
-            labelled = [row for row in rows if any(label is not None for label in row["labels"])]
-            if len(labelled) < len(rows):
-                logger.warning(f"{len(rows) - len(labelled)} rows of the split '{name}' have no label: left out.")
-            splits[name] = labelled
-    check_splits(splits)
-    if config.task == "outcome":
-        for name, rows in splits.items():
-            classes = {task.gold_class(row) for row in rows}
-            if len(classes) == 1:
-                raise ValueError(
-                    f"All {len(rows)} rows of the split '{name}' are {classes.pop()}: nothing to learn or to test. "
-                    "Give right and wrong solutions."
-                )
-    return splits
-
-
-def check_splits(splits: dict[str, list[Row]]) -> None:
-    """Raise `ValueError` for an empty split, or a prompt that is in two of them."""
-    groups = {}
-    for name, rows in splits.items():
-        if not rows:
-            raise ValueError(f"The split '{name}' has no rows. Give more prompts, or change weak_share or test_share.")
-        groups[name] = {group_of(row) for row in rows}
-    names = list(groups)
-    for k, first in enumerate(names):
-        for second in names[k + 1 :]:
-            shared = groups[first] & groups[second]
-            if shared:
-                raise ValueError(
-                    f"The splits '{first}' and '{second}' share {len(shared)} prompts, so what is tested was trained "
-                    "on. Remove them from one data set."
-                )
+def check_vocabularies(config: WeakToStrongArguments) -> None:
+    """Raise `ValueError` for models that `kd` cannot compare, before one of them is trained."""
+    for strong in config.strong_model_name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(strong)
+        for weak in config.weak_model_name_or_path:
+            check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(weak), weak)
 
 
 # --------------------------------------------------------------------------------------------------------- identity
@@ -334,10 +286,11 @@ def describe(leg: Leg, identity: str) -> dict[str, Any]:
     arguments = {
         name: value
         for name, value in leg.args.to_dict().items()
-        if name not in IRRELEVANT and not name.startswith(IRRELEVANT_PREFIXES)
+        if (name in RELEVANT or not (name in IRRELEVANT or name.startswith(IRRELEVANT_PREFIXES)))
+        and (name not in KD_ONLY or leg.loss == "kd")
     }
     quantization, peft = leg.quantization_config, leg.peft_config
-    metric = None if leg.metric is None else f"{leg.metric.__module__}.{leg.metric.__qualname__}"
+    metric = None if leg.metric is None else name_of(leg.metric)
     described = {
         "task": leg.task,
         "model": identity,

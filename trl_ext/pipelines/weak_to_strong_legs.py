@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,10 @@ class Leg:
 def own_arguments(leg: Leg, output_dir: Path, report_to: str) -> TrainingArguments:
     """The leg's copy of the trainer's arguments."""
     args = copy.copy(leg.args)
+    given = args.run_name if args.run_name != args.output_dir else None
     values = {
         "output_dir": str(output_dir),
+        "run_name": "-".join(filter(None, (given, output_dir.name.removesuffix(".partial")))),
         "seed": leg.seed,
         "data_seed": None,
         "save_strategy": "no",
@@ -154,6 +157,14 @@ def run_leg(
     return measured
 
 
+def name_of(metric: Metric) -> str:
+    """Where a function is defined, or the class of an object that is called; with what a partial one was given."""
+    if isinstance(metric, partial):
+        return f"{name_of(metric.func)} of {metric.args} {sorted(metric.keywords.items())}"
+    named = metric if hasattr(metric, "__qualname__") else type(metric)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def read_judgements(folder: Path, split: str) -> list[Judgement]:
     """What [`run_leg`] wrote."""
     return [Judgement(**record) for record in read_lines(folder / f"{split}.jsonl")]
@@ -168,9 +179,9 @@ def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
         folder (`Path`): an existing folder, where the job and its result lie for a moment.
     """
     metric = job[0].metric
-    if metric is not None and metric.__module__ == "__main__":
+    if metric is not None and name_of(metric).startswith("__main__."):
         raise ValueError(
-            f"The metric {metric.__qualname__!r} is defined in the script, which another process cannot import. "
+            f"The metric {name_of(metric)!r} is defined in the script, which another process cannot import. "
             "Put it into a module of its own, or set isolate='never'."
         )
     given, result = folder / "job.pickle", folder / "result.json"

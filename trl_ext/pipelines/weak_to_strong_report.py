@@ -3,8 +3,8 @@
 Knows judgements of rows by three models. Knows nothing of models or training.
 """
 
-import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +30,8 @@ class PairReport:
         weak_models (`list[str]`), strong_model (`str`): names; several weak models labelled together.
         weak, weak_to_strong, ceiling (`float`): mean performance over test rows and seeds.
         pgr (`float`, *optional*): performance gap recovered, not clipped; `None` where it is undefined.
-        pgr_interval (`tuple[float, float]`, *optional*): 95 % bootstrap interval over prompts, paired.
+        pgr_interval (`tuple[float, float]`, *optional*): 95 % bootstrap interval over prompts, paired; an end is
+            infinite (null in `report.json`) where the gap may be zero.
         reason (`str`, *optional*): why it is undefined.
         gap_error (`float`): standard error of `ceiling - weak`.
         by_seed (`list[dict]`): the same for each seed, and the `weights` of the weak models where they were learnt.
@@ -212,7 +213,7 @@ class WeakToStrongReport:
     def save(self, folder: Path, report_to: str = "none") -> None:
         """Write `report.json`, `report.md`, with matplotlib `report.png`, and log to W&B if asked to."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "report.json", json.loads(json.dumps(asdict(self))))
+        write_json(folder / "report.json", _plain(asdict(self)))
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
         try:
             self.plot(folder / "report.png")
@@ -247,8 +248,12 @@ class WeakToStrongReport:
                 if pair.pgr is None:
                     below.text(k, 0, "undefined", ha="center", va="bottom")
                 else:
-                    low, high = pair.pgr_interval
-                    below.errorbar(k, pair.pgr, [[pair.pgr - low], [high - pair.pgr]], fmt="o", color="#3b7dd8")
+                    lengths = [abs(end - pair.pgr) for end in pair.pgr_interval]
+                    below.plot(k, pair.pgr, "o", color="#3b7dd8")
+                    for length, sign in zip(lengths, (-1, 1), strict=True):  # an arrow where there is no end
+                        shown, arrow = (length, "none") if math.isfinite(length) else (1.0, "^" if sign > 0 else "v")
+                        ends = [pair.pgr, pair.pgr + sign * shown]
+                        below.plot([k, k], ends, color="#3b7dd8", marker=arrow, markevery=[1])
             below.set_xticks(range(len(self.pairs)), short)
             below.set_xlim(axes.get_xlim())
             below.axhline(0, color="#9aa5b1", linewidth=0.8)
@@ -265,6 +270,15 @@ class WeakToStrongReport:
                 figures = {"weak": pair.weak, "weak_to_strong": pair.weak_to_strong, "ceiling": pair.ceiling}
                 figures |= {} if pair.pgr is None else {"pgr": pair.pgr}
                 run.summary.update({f"pair_{number}/{name}": value for name, value in figures.items()})
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: lists for tuples, and null for the end of an interval that has none."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(name: str) -> str:

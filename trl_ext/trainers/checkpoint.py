@@ -23,6 +23,8 @@ from trl_ext.models.stacked_model import MEMBER
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 
 @contextmanager
 def picklable_loss(args: trl.RewardConfig, name: str) -> Iterator[None]:
@@ -57,6 +59,8 @@ class SidecarWriter:
         """Write it on the process that saves; raise [`HeadError`] if a head tensor is not in the folder's files."""
         if not trainer.args.should_save:
             return
+        if not isinstance(trainer.model, PeftModel):
+            _remove_stale_adapter(folder)
         probes = None
         if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # sharded: cannot be run on one process
             ids = make_probes(vocab_size(trainer.model))
@@ -88,6 +92,16 @@ class SidecarWriter:
         )
 
 
+def _remove_stale_adapter(folder: str | Path) -> None:
+    """Remove the adapter that an earlier run left beside a full model: whoever loads the folder would get it."""
+    stale = [path for name in ADAPTER_FILES if (path := Path(folder, name)).is_file()]
+    if stale:
+        for path in stale:
+            path.unlink()
+        names = " and ".join(path.name for path in stale)
+        logger.warning(f"{folder} held the adapter of an earlier run: {names} removed, in favour of the full model.")
+
+
 class EnsembleWriter(SidecarWriter):
     """
     The same for a [`StackedRewardModel`](~trl_ext.models.stacked_model.StackedRewardModel): each member's folder gets
@@ -100,12 +114,12 @@ class EnsembleWriter(SidecarWriter):
         model = trainer.model
         model.use_rows()
         ids = make_probes(vocab_size(model))
-        scores = torch.tensor(probe_scores(model, ids)).view(len(ids), model.members)
+        scores = torch.tensor(probe_scores(model, ids)).view(len(ids), model.members, -1)  # (probes, M, C)
         names = [MEMBER.format(member) for member in range(model.members)]
         for member, name in enumerate(names):
             model.check_saved(member, Path(folder, name))
             trainer.processing_class.save_pretrained(Path(folder, name))
-            probes = {"input_ids": ids, "scores": scores[:, member].tolist()}
+            probes = {"input_ids": ids, "scores": scores[:, member].flatten().tolist()}
             sidecar = self._describe(trainer, probes)
             sidecar.save(Path(folder, name))
         self._warn_of_pad(sidecar)

@@ -91,4 +91,4 @@ class PRMEnsembleConfig(EnsembleFields, PRMConfig):
 
 @dataclass
 class SegmentEnsembleConfig(EnsembleFields, SegmentRewardConfig):
-    """Configuration of [`SegmentEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`SegmentRewardConfig`]."""
+    """Configuration of [`SegmentEnsembleTrainer`]: [`EnsembleFields`] beside those of [`SegmentRewardConfig`]."""

@@ -4,6 +4,7 @@ Knows row numbers, seeds and columns. Knows nothing of models, scores or losses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer
 
-from trl_ext.data.tokenization import common_prefix_length
 from trl_ext.data.validation import DataError
 
 
@@ -136,8 +136,8 @@ class MemberCollator:
     """
     Tuples of rows -> one batch, all rows of member 0 first.
 
-    Beside what the collator returns the batch has `member_shares`: how many sequences of a padded batch, or tokens of
-    a flat row, are each member's.
+    Each row gets the number of its `member`. Beside what the collator returns the batch has `member_shares`: how many
+    sequences of a padded batch, or tokens of a flat row, are each member's.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -145,18 +145,14 @@ class MemberCollator:
 
     def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, Any]:
         members = list(zip(*items, strict=True))
-        batch = self.collator([row for rows in members for row in rows])
-        if "prefix_layout" not in batch:
-            shares = [sum(len(row["candidate_ids"]) for row in rows) for rows in members]
-        else:
-            shares = [sum(map(_flat_tokens, rows)) for rows in members]
+        batch = self.collator([{**row, "member": m} for m, rows in enumerate(members) for row in rows])
+        # a group has several sequences, a labelled row is one
+        shares = [sum(len(row["candidate_ids"]) if "candidate_ids" in row else 1 for row in rows) for rows in members]
+        if "prefix_layout" in batch:
+            completions = batch["prefix_layout"].completions
+            ends = [completions[sequences - 1].end for sequences in accumulate(shares)]
+            shares = [end - start for start, end in pairwise([0, *ends])]
         return {**batch, "member_shares": shares}
-
-
-def _flat_tokens(row: dict[str, Any]) -> int:
-    """Tokens of a group in a flat row."""
-    prefix = common_prefix_length(row["candidate_ids"])
-    return prefix + sum(len(ids) - prefix for ids in row["candidate_ids"])
 
 
 def member_dataloader(trainer: Trainer, columns: Sequence[str], seeds: Sequence[int]) -> DataLoader:

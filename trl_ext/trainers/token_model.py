@@ -58,11 +58,16 @@ def token_outputs(model: nn.Module, inputs: dict[str, Any], objective: TokenObje
     """
     The head's output for every token, (B, T, G, C), fp32, from a flat row or from padded rows.
 
+    A [`~trl_ext.models.stacked_model.StackedRewardModel`] gives those of all members, member by member.
+
     After a flat row the model stays on its attention, as [`~trl_ext.models.shared_prefix.flat_token_logits`] says.
     """
     if "prefix_layout" in inputs:
         index = inputs["token_index"]  # (B, T)
-        raw = flat_token_logits(model, inputs["prefix_layout"].to(index.device))[index]  # (B, T, G * C)
+        layout = inputs["prefix_layout"].to(index.device)
+        flat = flat_token_logits(model, layout)
+        rows = torch.arange(0, len(flat), layout.num_tokens, device=flat.device)  # where each member's row begins
+        raw = flat[(rows[:, None, None] + index).flatten(0, 1)]  # (B, T, G * C)
     else:
         _, raw = run_with_head_output(model, inputs["input_ids"], inputs["attention_mask"])
     if raw.dim() != 3:

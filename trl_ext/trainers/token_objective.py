@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.validation import DataError
-from trl_ext.losses.token import average, averaging_items, bce, ce, hinge, mse, token_losses
+from trl_ext.losses.token import average, averaging_items, averaging_terms, bce, ce, hinge, mse, token_losses
 from trl_ext.metrics.token import log_odds
 
 from .objective import loss_name
@@ -79,6 +79,10 @@ class TokenObjective:
         """What each sequence adds to the divisor, (B,)."""
         return averaging_items(mask, self.averaging)
 
+    def terms(self, sums: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What each sequence adds to what is divided, (B,)."""
+        return averaging_terms(sums, mask, self.averaging)
+
     def mean(
         self, sums: torch.Tensor, mask: torch.Tensor, num_items: torch.Tensor | float | None = None
     ) -> torch.Tensor:
@@ -97,6 +101,10 @@ class TokenObjective:
     def right(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels as numbers in which more than one half is right: of three classes, neutral is."""
         return (labels >= 0).to(labels.dtype) if self.outputs == 3 else labels
+
+    def hits(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whether a prediction (B, T, G) from logits (B, T, G, C) is the label; numbers count as right above 0.5."""
+        return (self.scores(logits) > self.threshold) == (self.right(batch["token_labels"]) > 0.5)
 
     @property
     def meaning(self) -> str:

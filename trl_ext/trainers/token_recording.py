@@ -93,7 +93,7 @@ class EvaluationRecorder:
         self._evaluator = evaluator
         self._by_row = by_row
         self._seen: set[int] | None = set() if stream else None
-        self._loss = ExactSum()
+        self._losses: list[ExactSum] = []  # one, or one for each member of an ensemble
         self._items = 0
 
     def add(self, points: Points, sums: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> None:
@@ -102,14 +102,17 @@ class EvaluationRecorder:
 
         Args:
             points ([`Points`]): its labelled spans.
-            sums, labels, rows (`torch.Tensor` of shape `(B,)`): loss summed over the labels of each row, their number,
-                and the row in its data set.
+            sums (`torch.Tensor` of shape `(B,)`, or `(B, M)` of M members): loss summed over the labels of each row.
+            labels, rows (`torch.Tensor` of shape `(B,)`): their number, and the row in its data set.
         """
         points, sums, labels, rows = self._gather(points, sums, labels, rows)
         self._evaluator.add(points)
+        sums = sums.double().view(len(labels), -1)  # (B, M)
         if self._by_row:
-            sums, labels = sums.double() / labels.clamp(min=1), labels.clamp(max=1)
-        self._loss.add(sums.double().tolist())
+            sums, labels = sums / labels.clamp(min=1)[:, None], labels.clamp(max=1)
+        self._losses = self._losses or [ExactSum() for _ in range(sums.shape[1])]
+        for loss, values in zip(self._losses, sums.unbind(1), strict=True):
+            loss.add(values.tolist())
         self._items += int(labels.sum())
 
     def _gather(
@@ -140,9 +143,12 @@ class EvaluationRecorder:
         return points, sums, labels, rows
 
     def summary(self) -> dict[str, float]:
-        """`loss` and the evaluator's metrics, those that are defined."""
-        loss = float(self._loss.value()) / self._items if self._items else math.nan
-        values = {"loss": loss, **self._evaluator.summary()}
+        """`loss` (of members their mean, and each) and the evaluator's metrics, those that are defined."""
+        losses = [float(loss.value()) / self._items for loss in self._losses if self._items]
+        values = {"loss": sum(losses) / len(losses) if losses else math.nan}
+        if len(losses) > 1:
+            values |= {f"loss_member_{member}": loss for member, loss in enumerate(losses)}
+        values |= self._evaluator.summary()
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
@@ -160,16 +166,16 @@ class TrainingRecorder:
         self._hits = self._labels = 0
         self.tokens = 0
 
-    def add(self, hits: torch.Tensor, mask: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    def add(self, hits: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> None:
         """
         Take a batch.
 
         Args:
             hits (`torch.BoolTensor` of shape `(B, T, G)`): whether the prediction is the label.
             mask (`torch.BoolTensor` of shape `(B, T, G)`): True where a label is given.
-            attention_mask (`torch.Tensor` of shape `(B, T)`): real tokens.
+            tokens (`torch.Tensor` of shape `()`): number of real tokens.
         """
-        counts = torch.stack([(hits & mask).sum(), mask.sum(), attention_mask.sum()])
+        counts = torch.stack([(hits & mask).sum(), mask.sum(), tokens])
         self._counts = counts if self._counts is None else self._counts + counts
 
     def flush(self) -> None:

@@ -38,7 +38,7 @@ from .batching import make_train_dataloader, set_up_batching, use_flat_rows
 from .checkpoint import SidecarWriter, picklable_loss
 from .health import GradientCallback, HealthMonitor, check_finite
 from .recording import RecordingCallback
-from .setup import finish_set_up, set_up_model
+from .setup import TrainableModel, finish_set_up, set_up_model
 from .token_collator import TokenRewardCollator
 from .token_config import TokenRewardConfig
 from .token_data import LabelledData, Rows
@@ -97,6 +97,7 @@ class TokenRewardTrainer(Trainer, ABC):
 
     _tag_names = ["trl-ext"]
     loss_is_scaled_for_ga = True
+    _writer_class = SidecarWriter
 
     config_class: ClassVar[type[TokenRewardConfig]] = TokenRewardConfig
     kind: ClassVar[str]  # of the sidecar
@@ -124,11 +125,7 @@ class TokenRewardTrainer(Trainer, ABC):
             if model_init is None:
                 raise ValueError(f"{type(self).__name__} needs a `model`: a Hub id, a folder or an instance.")
             model = model_init()
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = self.config_class(f"{Path(name).name}-{type(self).__name__.removesuffix('Trainer')}")
-        elif not isinstance(args, self.config_class):
-            raise TypeError(f"args is a {type(args).__name__}. Needed: a `{self.config_class.__name__}` of trl_ext.")
+        args = self._complete_arguments(args, model)
         set_up_batching(args, train_dataset, args.group_by_prompt)
         without_missing_wandb(args)
 
@@ -143,12 +140,11 @@ class TokenRewardTrainer(Trainer, ABC):
             outputs=self._outputs(args),
         )
         set_seed(args.seed)  # the head is drawn next
-        model, processing_class, head = set_up_model(
+        model, processing_class, head = self._set_up(
             model, args, processing_class, quantization_config, peft_config,
             num_labels=self._objective.categories * self._objective.outputs, head="per_token",
         )  # fmt: skip
         check_token_model(model, self._objective, self.kind, known)
-        check_head_trains(model, head)
         finish_set_up(model, processing_class, args)
         policy = TokenPolicy.for_training(processing_class)
         policy = policy if self.append_eos else TokenPolicy(append_eos=False)
@@ -186,14 +182,29 @@ class TokenRewardTrainer(Trainer, ABC):
             self.data_collator = TokenRewardCollator(spans, self.rows)
         self._attention = current_attention(self.model)
         unwrap(self.model).add_model_tags(self._tag_names)
-        self._writer = SidecarWriter(self, head, policy, **self._describe())
+        self._writer = self._writer_class(self, head, policy, **self._describe())
         self._recorder: EvaluationRecorder | None = None
-        self._training = TrainingRecorder(self.accelerator)
+        self._training = self._make_recorder()
         self._samples: SampleTable | None = None
         self._monitor = HealthMonitor()
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(RecordingCallback(self._training))
         use_safe_callback(self)
+
+    def _complete_arguments(self, args: TokenRewardConfig | None, model: str | nn.Module) -> TokenRewardConfig:
+        """The arguments, by default all defaults; raises `TypeError` if they are another trainer's."""
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            return self.config_class(f"{Path(name).name}-{type(self).__name__.removesuffix('Trainer')}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args is a {type(args).__name__}. Needed: a `{self.config_class.__name__}` of trl_ext.")
+        return args
+
+    def _set_up(self, *args: Any, **kwargs: Any) -> TrainableModel:
+        """What is trained, its tokenizer and its head; arguments of [`set_up_model`]."""
+        trainable = set_up_model(*args, **kwargs)
+        check_head_trains(trainable.model, trainable.head)
+        return trainable
 
     # ---------------------------------------------------------------------------------- what a kind of model decides
     def _outputs(self, args: TokenRewardConfig) -> int:
@@ -209,6 +220,10 @@ class TokenRewardTrainer(Trainer, ABC):
     def _reading(self, args: TokenRewardConfig, training: bool) -> dict[str, Any]:
         """Arguments of [`prepare_spans`] that only this kind of rows has."""
         return {}
+
+    def _make_recorder(self) -> TrainingRecorder:
+        """What counts in training."""
+        return TrainingRecorder(self.accelerator)
 
     @abstractmethod
     def _make_evaluator(self) -> Evaluator:
@@ -247,8 +262,12 @@ class TokenRewardTrainer(Trainer, ABC):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            items = items + self._objective.items(batch["label_mask"]).sum().to(device)
+            items = items + self._items(batch).to(device)
         return batches, self.accelerator.reduce(items, reduction="sum")
+
+    def _items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What a batch adds to the divisor."""
+        return self._objective.items(batch["label_mask"]).sum()
 
     # --------------------------------------------------------------------------------------------------------- loss
     def _outputs_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -280,10 +299,12 @@ class TokenRewardTrainer(Trainer, ABC):
             loss = loss * self.accelerator.num_processes  # DDP averages over processes
         if self.model.training:
             with torch.no_grad():
-                self._observe(logits.detach(), sums.detach(), inputs)
-        return (loss, {"logits": logits}) if return_outputs else loss
+                self._observe(logits.detach(), sums.detach(), inputs, inputs["attention_mask"].sum())
+        return (loss, {"logits": logits, "sums": sums}) if return_outputs else loss
 
-    def _observe(self, logits: torch.Tensor, sums: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    def _observe(
+        self, logits: torch.Tensor, sums: torch.Tensor, inputs: dict[str, torch.Tensor], tokens: torch.Tensor
+    ) -> None:
         """Check what a forward pass of the training gave and record it."""
         scores = self._objective.scores(logits)  # (B, T, G)
         flat, real = real_scores(scores, inputs)
@@ -295,8 +316,7 @@ class TokenRewardTrainer(Trainer, ABC):
             inputs["row_index"],
             chance=lambda: self._objective.sums(torch.zeros_like(logits), inputs),
         )
-        hits = (scores > self._objective.threshold) == (self._objective.right(inputs["token_labels"]) > 0.5)
-        self._training.add(hits, inputs["label_mask"], inputs["attention_mask"])
+        self._training.add(self._objective.hits(logits, inputs), inputs["label_mask"], tokens)
 
     def prediction_step(
         self,
@@ -308,17 +328,21 @@ class TokenRewardTrainer(Trainer, ABC):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            logits = outputs["logits"]  # (B, T, G, C)
-            sums = self._objective.sums(logits, inputs)  # (B,)
+        logits = self._one_output(outputs["logits"])  # (B, T, G, C)
         scores = self._objective.scores(logits)  # (B, T, G)
-        check_finite(real_scores(scores, inputs)[0], sums, inputs["row_index"])
+        check_finite(real_scores(scores, inputs)[0], outputs["sums"], inputs["row_index"])
         labels_of_row = inputs["label_mask"].flatten(1).sum(1)  # (B,)
-        self._recorder.add(labelled_points(logits, inputs), sums, labels_of_row, inputs["row_index"])
+        points = labelled_points(outputs["logits"], inputs)
+        self._recorder.add(points, outputs["sums"], labels_of_row, inputs["row_index"])
         if self.is_world_process_zero() and "wandb" in self.args.report_to:
             self._samples.add(scores, inputs)
         if prediction_loss_only:
             return None, None, None
         return loss, *as_predictions(logits, inputs, self._objective)
+
+    def _one_output(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is predicted, (B, T, G, C), from the logits of the evaluation."""
+        return logits
 
     # ------------------------------------------------------------------------------------- training and evaluation
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -3,6 +3,7 @@
 Knows a student, a teacher and the loss of `trl_ext.losses.distillation`. Data and everything else is TRL's.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from trl_ext.losses.distillation import distillation, scheduled_weight
 
 from .weak_to_strong_config import WeakToStrongConfig
 
+
+logger = logging.getLogger(__name__)
 
 # Tensors of a batch that a forward pass is given: those of padded rows, and those of packed ones.
 FORWARD_INPUTS = (
@@ -83,7 +86,14 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         if isinstance(teacher, str):
             init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
             teacher = AutoModelForCausalLM.from_pretrained(source, **init_kwargs)
-            check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(source), source)
+        try:
+            own_tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            logger.warning(
+                f"No tokenizer was found at {source!r}: the teacher is taken to have the student's vocabulary."
+            )
+        else:
+            check_same_vocabulary(tokenizer, own_tokenizer, source)
         for role, model in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
             size = model.config.get_text_config().vocab_size
             if size < len(tokenizer):
