@@ -11,7 +11,7 @@ always saved.
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -51,20 +52,11 @@ class Float32Linear(nn.Linear):
             module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         # under ZeRO-3, which wants one dtype of all that is trained and keeps an fp32 copy of it: that of the model
         dtype = linear.weight.dtype if is_deepspeed_zero3_enabled() else torch.float32
-        with _whole(linear):
+        with gather_params_ctx(list(linear.parameters())):  # of ZeRO-3, which cut them up when it loaded them
             for name, parameter in linear.named_parameters(recurse=False):
                 copy = nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
                 module.register_parameter(name, copy)
         return module.train(linear.training)
-
-
-def _whole(module: nn.Module) -> AbstractContextManager:
-    """While it is open, a module's parameters are whole that DeepSpeed ZeRO-3 cut up when the model was loaded."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

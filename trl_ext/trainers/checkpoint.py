@@ -60,7 +60,7 @@ class SidecarWriter:
         if not trainer.args.should_save:
             return
         if not isinstance(trainer.model, PeftModel):
-            _remove_stale_adapter(folder)
+            _set_aside_stale_adapter(folder)
         probes = None
         if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # sharded: cannot be run on one process
             ids = make_probes(vocab_size(trainer.model))
@@ -92,14 +92,17 @@ class SidecarWriter:
         )
 
 
-def _remove_stale_adapter(folder: str | Path) -> None:
-    """Remove the adapter that an earlier run left beside a full model: whoever loads the folder would get it."""
+def _set_aside_stale_adapter(folder: str | Path) -> None:
+    """Rename the adapter that an earlier run left beside a full model: whoever loads the folder would get it."""
     stale = [path for name in ADAPTER_FILES if (path := Path(folder, name)).is_file()]
+    for path in stale:
+        path.replace(path.with_name(f"{path.name}.earlier"))
     if stale:
-        for path in stale:
-            path.unlink()
         names = " and ".join(path.name for path in stale)
-        logger.warning(f"{folder} held the adapter of an earlier run: {names} removed, in favour of the full model.")
+        logger.warning(
+            f"{folder} held the adapter of an earlier run, which would be loaded in place of the full model: {names} "
+            "renamed to end in '.earlier'."
+        )
 
 
 class EnsembleWriter(SidecarWriter):
