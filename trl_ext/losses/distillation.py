@@ -143,7 +143,7 @@ class LogConfRanking:
 
     The logit is the better minus the worse candidate's score and the label is `target`, the probability that the
     better one wins (1 without one). A pair has no orientation, so the classes are balanced by nature and the threshold
-    is 0, except with `reference=True`.
+    is 0, except with `reference=True`. Given to [`RewardTrainer`] as `loss_type`, it is told where training stands.
 
     Args:
         **kwargs: those of [`ConfidenceLoss`], except `symmetric`.
@@ -177,7 +177,8 @@ class LogConfRanking:
 
 class LogConfToken:
     """
-    [`ConfidenceLoss`] of labelled tokens, with the signature of the token losses, for heads of 1 or 2 outputs.
+    [`ConfidenceLoss`] of labelled tokens, with the signature of the token losses, for heads of 1 or 2 outputs. Given
+    to a token-level trainer as `loss_type`, it is told where training stands.
 
     Args:
         **kwargs: those of [`ConfidenceLoss`].

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, Tra
 
 from trl_ext.losses.distillation import LogConfRanking, LogConfToken
 from trl_ext.scoring import RewardScorer
-from trl_ext.trainers.confidence import ConfidenceCallback
 
 from .generation import Sampling
 from .in_process import TransformersGenerator, load_policy
@@ -89,10 +88,9 @@ def train_leg(leg: Leg, rows: Sequence[Row], folder: Path, teacher: Path | None,
     """Train on rows, save to a folder. Returns what the trainer measured."""
     task = TASKS[leg.task]
     args = own_arguments(leg, folder, report_to)
-    callbacks, more = [], {}
+    more = {}
     if leg.loss == "logconf":
         args.loss_type = (LogConfRanking if leg.task == "preference" else LogConfToken)(**leg.loss_kwargs or {})
-        callbacks.append(ConfidenceCallback(args.loss_type.confidence))
     if leg.loss == "kd":
         more["teacher_model"] = load_policy(teacher, args.teacher_model_init_kwargs)
     model: Any = leg.model
@@ -107,7 +105,6 @@ def train_leg(leg: Leg, rows: Sequence[Row], folder: Path, teacher: Path | None,
         args=args,
         train_dataset=training_rows(task, rows),
         peft_config=leg.peft_config,
-        callbacks=callbacks,
         **more,
     )
     trainer.remove_callback(PrinterCallback)

@@ -2,7 +2,7 @@
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_ext.losses.distillation import ConfidenceLoss
 
@@ -30,3 +30,10 @@ class ConfidenceCallback(TrainerCallback):
         if args.world_size > 1:
             values = torch.cat([torch.as_tensor(part) for part in gather_object([values.tolist()])])
         self._loss.end_step(state.global_step / max(1, state.max_steps), values.reshape(-1, 2))
+
+
+def follow_confidence(trainer: Trainer) -> None:
+    """Give a trainer whose `loss_type` is a `LogConfRanking` or `LogConfToken` the callback that such a loss needs."""
+    loss = getattr(trainer.args.loss_type, "confidence", None)
+    if isinstance(loss, ConfidenceLoss):
+        trainer.add_callback(ConfidenceCallback(loss))

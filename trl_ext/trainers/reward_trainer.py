@@ -38,6 +38,7 @@ from trl_ext.models.sidecar import vocab_size
 
 from .batching import make_train_dataloader, set_up_batching, use_flat_rows
 from .checkpoint import SidecarWriter, picklable_loss
+from .confidence import follow_confidence
 from .health import GradientCallback, HealthMonitor, check_finite
 from .objective import RankingObjective
 from .recording import GroupRecorder, RecordingCallback, ScoredBatch
@@ -166,6 +167,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._monitor = HealthMonitor()
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(RecordingCallback(self._recorders["train"]))
+        follow_confidence(self)
         use_safe_callback(self)
 
     def _set_up(

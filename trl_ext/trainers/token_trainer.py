@@ -36,6 +36,7 @@ from trl_ext.models.sidecar import Sidecar
 
 from .batching import make_train_dataloader, set_up_batching, use_flat_rows
 from .checkpoint import SidecarWriter, picklable_loss
+from .confidence import follow_confidence
 from .health import GradientCallback, HealthMonitor, check_finite
 from .recording import RecordingCallback
 from .setup import TrainableModel, finish_set_up, set_up_model
@@ -189,6 +190,7 @@ class TokenRewardTrainer(Trainer, ABC):
         self._monitor = HealthMonitor()
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(RecordingCallback(self._training))
+        follow_confidence(self)
         use_safe_callback(self)
 
     def _complete_arguments(self, args: TokenRewardConfig | None, model: str | nn.Module) -> TokenRewardConfig:
