@@ -80,10 +80,10 @@ def smoke_run(folder: str) -> tuple[ORMTrainer, list[dict]]:
     train, held_out = split(smoke_questions())
     args = ORMConfig(
         output_dir=f"{folder}/out",
-        max_steps=60,
-        learning_rate=1e-2,
+        max_steps=150,
+        learning_rate=5e-3,
         per_device_train_batch_size=16,
-        logging_steps=5,
+        logging_steps=15,
         use_cpu=True,
         bf16=False,
         report_to="none",

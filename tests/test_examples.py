@@ -69,8 +69,8 @@ def test_outcome_example_picks_the_right_sample(monkeypatch, capsys):
     lines = run(EXAMPLES / "orm_gsm8k.py", monkeypatch, capsys)
     assert losses(lines)[-1] < losses(lines)[0]
     metrics = values(lines)
-    assert metrics["question_auc"] > 0.9
-    assert metrics["best_of_n"] > 0.9 > metrics["mean_of_n"]
+    assert metrics["question_auc"] > 0.8  # of four seeds the worst was 0.92
+    assert metrics["best_of_n"] > 0.7 > metrics["mean_of_n"]
     assert "best of 3: #### 0" in lines
     (logits,) = [line for line in lines if line.startswith("logits:")]
     assert len(logits.split()) == 1 + len("#### 0") + 1  # bytes, and EOS
