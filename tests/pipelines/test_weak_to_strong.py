@@ -19,6 +19,7 @@ from trl_ext import (
     WeakToStrongConfig,
     weak_to_strong,
 )
+from trl_ext.metrics.streams import Calibration
 from trl_ext.pipelines.weak_to_strong import describe, group_of, make_splits, model_identity
 from trl_ext.pipelines.weak_to_strong_labels import combine, learnt_weights
 from trl_ext.pipelines.weak_to_strong_legs import Leg, in_own_process, own_arguments, read_judgements, run_leg
@@ -31,7 +32,6 @@ from trl_ext.pipelines.weak_to_strong_tasks import (
     PreferenceTask,
     StepTask,
     exact_match,
-    expected_calibration_error,
 )
 
 
@@ -364,8 +364,13 @@ def test_an_interval_without_an_end_is_null_in_the_report(tmp_path):
 
 
 def test_calibration_error():
-    assert expected_calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]) == pytest.approx(0.0)
-    assert expected_calibration_error([1.0, 0.05], [0, 1]) == pytest.approx((1.0 + 0.95) / 2)
+    def error(probabilities, right):
+        calibration = Calibration(bins=10)
+        calibration.add(torch.tensor(probabilities), torch.tensor(right))
+        return calibration.summary()["ece"]
+
+    assert error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]) == pytest.approx(0.0)
+    assert error([1.0, 0.05], [0, 1]) == pytest.approx((1.0 + 0.95) / 2)
 
 
 def test_metric_of_texts_is_checked():

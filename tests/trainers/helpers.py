@@ -1,6 +1,8 @@
 """What the trainer tests share: a tiny run of our trainer or of TRL's, and what came out of it."""
 
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -101,3 +103,30 @@ def leave_together(folder: Path) -> None:
         time.sleep(0.05)
     sys.stdout.flush()
     os._exit(0)
+
+
+def run_in_two_processes(command: list[str], timeout: float, **environment: str) -> dict[str, Any]:
+    """What a program told in a line "RESULT {...}" that a launcher started in two processes (gloo, CPU)."""
+    root = Path(__file__).resolve().parents[2]
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment},
+        cwd=root,
+    )
+    try:
+        output, errors = started.communicate(timeout=timeout)
+    finally:
+        started.terminate()  # the launcher then ends its processes; nothing where all is over
+        started.wait()
+    assert started.returncode == 0, errors[-3000:]
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def torchrun(module: str, *arguments: Path) -> list[str]:
+    """The command that starts a module in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [*launcher, "-m", module, *map(str, arguments)]

@@ -1,22 +1,16 @@
 """R25 and R32 with two processes (gloo, CPU): the same losses as one process with twice the batch, every row counted
 once, and a checkpoint that loads."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.trainers import process_program
+from tests.trainers.helpers import run_in_two_processes, torchrun
 from trl_ext import load_reward_model
 from trl_ext.models.heads import candidate_scores
 
 
 NAMES = ["pairs", "rankings", "by tokens"]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +18,8 @@ def runs(base, tmp_path_factory):
     """(what one process told, what two told, the folder of the two)."""
     folder = tmp_path_factory.mktemp("processes")
     one = process_program.main(base, folder / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    started = subprocess.Popen(
-        [*launch, "-m", "tests.trainers.process_program", str(base), str(folder / "two")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
-    try:
-        output, errors = started.communicate(timeout=180)
-    finally:
-        started.terminate()  # the launcher then ends its processes; nothing where all is over
-        started.wait()
-    assert started.returncode == 0, errors[-3000:]
-    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    return one, json.loads(line.removeprefix("RESULT ")), folder / "two"
+    two = run_in_two_processes(torchrun("tests.trainers.process_program", base, folder / "two"), timeout=180)
+    return one, two, folder / "two"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,9 +2,6 @@
 CPU) trains, evaluates and saves as one process does; what cannot be sharded is refused in a sentence."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import BitsAndBytesConfig
 
 from tests.trainers import sharded_program
-from tests.trainers.helpers import config, lora, trainer_for
+from tests.trainers.helpers import config, lora, run_in_two_processes, trainer_for
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer, load_reward_model
 from trl_ext.models.heads import candidate_scores
 from trl_ext.trainers.setup import check_sharding, uses_fsdp
@@ -36,23 +33,8 @@ def launch(base, folder, config):
         "--num_processes",
         "2",
     ]
-    started = subprocess.Popen(
-        [*command, "--mixed_precision", "no", "-m", "tests.trainers.sharded_program", str(base), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        | {"DS_ACCELERATOR": "cpu"},
-        cwd=ROOT,
-    )
-    try:
-        output, errors = started.communicate(timeout=240)
-    finally:
-        started.terminate()
-        started.wait()
-    assert started.returncode == 0, errors[-3000:]
-    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    command += ["--mixed_precision", "no", "-m", "tests.trainers.sharded_program", str(base), str(folder)]
+    return run_in_two_processes(command, timeout=240, ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
 
 
 def test_two_processes_with_a_sharded_base_train_as_one(base, tmp_path):

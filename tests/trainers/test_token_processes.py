@@ -1,21 +1,15 @@
 """R25 and R32 for token-level trainers with two processes (gloo, CPU): the same steps, every row counted once."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.models.helpers import max_change, scores_of
 from tests.trainers import token_process_program
+from tests.trainers.helpers import run_in_two_processes, torchrun
 from tests.trainers.token_helpers import KINDS
 from trl_ext import load_reward_model
 
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +17,8 @@ def runs(base, tmp_path_factory):
     """(what one process told, what two told, the folder of both)."""
     folder = tmp_path_factory.mktemp("processes")
     one = token_process_program.main(base, folder / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    started = subprocess.Popen(
-        [*launch, "-m", "tests.trainers.token_process_program", str(base), str(folder / "two")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
-    try:
-        output, errors = started.communicate(timeout=400)
-    finally:
-        started.terminate()  # the launcher then ends its processes; nothing where all is over
-        started.wait()
-    assert started.returncode == 0, errors[-3000:]
-    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    return one, json.loads(line.removeprefix("RESULT ")), folder
+    two = run_in_two_processes(torchrun("tests.trainers.token_process_program", base, folder / "two"), timeout=400)
+    return one, two, folder
 
 
 @pytest.mark.parametrize("kind", KINDS)

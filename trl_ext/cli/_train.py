@@ -20,13 +20,17 @@ def train_parser(config_class: "type[RewardConfig]", prog: str | None) -> "TrlPa
     return TrlParser(types, prog=prog, allow_abbrev=False)
 
 
+def parse(parser: "TrlParser", argv: list[str] | None) -> tuple[Any, ...]:
+    """What the arguments say, one object for each of the parser's types; a mistake ends the command in one line."""
+    try:
+        return parser.parse_args_and_config(argv)
+    except (ValueError, OSError) as error:  # unknown flags and keys, values of a wrong kind, no such file
+        parser.error(str(error))
+
+
 def train_main(parser: "TrlParser", trainer_class: "type[Trainer]", argv: list[str] | None) -> int:
     """Parse, train and save. `argv` defaults to the arguments of the process. Returns the exit status."""
-    try:
-        parsed = parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:  # unknown flags and keys, values that the configs refuse, no such file
-        parser.error(str(error))
-    train(trainer_class, *parsed)
+    train(trainer_class, *parse(parser, argv))
     return 0
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._train import parse
+
 
 if TYPE_CHECKING:
     from trl import TrlParser
@@ -180,11 +182,7 @@ def _line(row: dict[str, Any], pick: "Best", args: BestOfNArguments) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
-    parser = make_parser()
-    try:
-        (args,) = parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:  # unknown flags and keys, values of a wrong kind, no such file
-        parser.error(str(error))
+    (args,) = parse(make_parser(), argv)
     print(json.dumps(run(args), indent=2))
     return 0
 

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._train import parse
+
 
 if TYPE_CHECKING:
     from trl import TrlParser
@@ -170,11 +172,7 @@ def model_init_kwargs(args: Any) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
-    parser = make_parser()
-    try:
-        (args,) = parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:  # unknown flags and keys, values of a wrong kind, no such file
-        parser.error(str(error))
+    (args,) = parse(make_parser(), argv)
     report = run(args)
     if report is not None:
         print(json.dumps(report, indent=2))

@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ._train import parse
+
 
 if TYPE_CHECKING:
     from trl import TrlParser
@@ -369,11 +371,7 @@ def _candidates(row: Row, completion_column: str) -> tuple[tuple[str, ...], list
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
-    parser = make_parser()
-    try:
-        (args,) = parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:  # unknown flags and keys, values of a wrong kind, no such file
-        parser.error(str(error))
+    (args,) = parse(make_parser(), argv)
     run(args)
     return 0
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ._train import parse
+
 
 if TYPE_CHECKING:
     from trl import TrlParser
@@ -72,11 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = make_parser(task=task_of(argv))
     except OSError as error:
         make_parser().error(str(error))
-    try:
-        data, config, args, weak, model = parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    run(data, config, args, weak, model)
+    run(*parse(parser, argv))
     return 0
 
 

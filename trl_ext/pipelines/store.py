@@ -12,9 +12,10 @@ import os
 import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .records import canonical
 
@@ -42,23 +43,15 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool =
     Raises:
         [`StoreError`]: the disk is full or the folder cannot be written to.
     """
-    staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")  # two processes may write the same
     count = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(staging, "wb") as file:
-            for record in records:
-                file.write(_line(record) if checksums else _json(record) + b"\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise StoreError(
-            f"{path} could not be written: {error.strerror or error}. Everything that was finished before is kept. "
-            "Make room or give another output_dir (and copy this one there), then run the same again."
-        ) from error
+    with _whole_file(
+        path,
+        "Everything that was finished before is kept. Make room or give another output_dir (and copy this one there), "
+        "then run the same again.",
+    ) as file:
+        for record in records:
+            file.write(_line(record) if checksums else _json(record) + b"\n")
+            count += 1
     return count
 
 
@@ -225,20 +218,24 @@ class ShardStore:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file that is there when it is whole. Raises [`StoreError`]."""
-    staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
+    with _whole_file(path, "Make room and run again.") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name once it is whole and synced. Raises [`StoreError`], with what to do."""
+    staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")  # two processes may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(staging, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        with open(staging, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(
-            f"{path} could not be written: {error.strerror or error}. Make room and run again."
-        ) from error
+        raise StoreError(f"{path} could not be written: {error.strerror or error}. {advice}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

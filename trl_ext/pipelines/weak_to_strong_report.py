@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from trl_ext.metrics.pgr import estimate_pgr
+from trl_ext.metrics.streams import Calibration
 
 from .store import write_json
-from .weak_to_strong_tasks import expected_calibration_error
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,9 @@ def _calibration(labels: Sequence[Any]) -> float | None:
     if any(isinstance(label.output, list) for label in labels):
         return None
     sure = [max(label.output, 1.0 - label.output) for label in labels]
-    return expected_calibration_error(sure, [label.right for label in labels])
+    calibration = Calibration(bins=10)
+    calibration.add(torch.tensor(sure), torch.tensor([label.right for label in labels]))
+    return calibration.summary()["ece"]
 
 
 @dataclass(frozen=True)

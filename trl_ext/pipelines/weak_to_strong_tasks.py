@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from trl_ext.pipelines.records import canonical, text_of
@@ -190,11 +189,3 @@ def training_rows(task: Any, rows: Sequence[Row]) -> Dataset:
     """The columns that the trainer reads, as a data set."""
     wanted = {*task.columns, "prompt", "preference_probability"}
     return Dataset.from_list([{name: value for name, value in row.items() if name in wanted} for row in rows])
-
-
-def expected_calibration_error(probabilities: Sequence[float], right: Sequence[float], bins: int = 10) -> float:
-    """Of predictions that say 1 with a probability: the mean gap between it and the share of ones, in equal bins."""
-    p, y = torch.tensor(probabilities).double(), torch.tensor(right).double()
-    index = (p * bins).long().clamp(max=bins - 1)
-    gaps = [(p[index == b].sum() - y[index == b].sum()).abs() for b in range(bins)]
-    return float(sum(gaps) / len(p))

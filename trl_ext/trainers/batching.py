@@ -4,11 +4,13 @@ Knows arguments, loaders and processes. Which rows make up a batch is decided in
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import trl
 from datasets import Dataset, IterableDataset
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer
 
 from trl_ext.data.token_batches import (
@@ -120,13 +122,31 @@ def make_train_dataloader(
         batches = pack_by_tokens(sizes, order, limit, flat_rows, multiple)
         _tell([tokens_alone(size, flat_rows, multiple) for size in sizes], batches, limit)
     batches = fill_processes(batches, trainer.accelerator.num_processes, args.dataloader_drop_last)
-    dataset = trainer.train_dataset
+    sampler = FixedBatches(batches, shuffle=strategy != "sequential")
+    return make_loader(trainer, columns, batch_sampler=sampler)
+
+
+def make_loader(
+    trainer: Trainer,
+    columns: Sequence[str],
+    wrap_rows: Callable[[Dataset], TorchDataset] = lambda dataset: dataset,
+    **how: Any,
+) -> DataLoader:
+    """
+    A loader of the training rows with what the trainer's arguments say of loaders.
+
+    Args:
+        trainer (`Trainer`): its arguments, data set, collator and accelerator are used.
+        columns (`Sequence[str]`): what the collator needs of a row.
+        wrap_rows (`Callable`, *optional*): makes of the data set what the sampler's numbers are about.
+        how: what `DataLoader` is to be given besides: the sampler, another `collate_fn`.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
     if args.remove_unused_columns:
         dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
     loader = DataLoader(
-        dataset,
-        batch_sampler=FixedBatches(batches, shuffle=strategy != "sequential"),
-        collate_fn=trainer.data_collator,
+        wrap_rows(dataset),
+        **{"collate_fn": trainer.data_collator, **how},
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_ext.losses.distillation import ConfidenceLoss
+from trl_ext.losses.distillation import ConfidenceLoss, LogConfRanking, LogConfToken
 
 
 class ConfidenceCallback(TrainerCallback):
@@ -34,6 +34,6 @@ class ConfidenceCallback(TrainerCallback):
 
 def follow_confidence(trainer: Trainer) -> None:
     """Give a trainer whose `loss_type` is a `LogConfRanking` or `LogConfToken` the callback that such a loss needs."""
-    loss = getattr(trainer.args.loss_type, "confidence", None)
-    if isinstance(loss, ConfidenceLoss):
-        trainer.add_callback(ConfidenceCallback(loss))
+    loss = trainer.args.loss_type
+    if isinstance(loss, (LogConfRanking, LogConfToken)):
+        trainer.add_callback(ConfidenceCallback(loss.confidence))

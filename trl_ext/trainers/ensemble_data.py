@@ -16,6 +16,8 @@ from transformers import Trainer
 
 from trl_ext.data.validation import DataError
 
+from .batching import make_loader
+
 
 STRATEGIES = ("shuffle", "shared", "bootstrap", "kfold")
 COLUMN_PREFIX = "column:"
@@ -157,20 +159,13 @@ class MemberCollator:
 
 def member_dataloader(trainer: Trainer, columns: Sequence[str], seeds: Sequence[int]) -> DataLoader:
     """The loader of a training in which each member has an order of its own."""
-    args, dataset = trainer.args, trainer.train_dataset
-    if args.remove_unused_columns:
-        dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
-    loader = DataLoader(
-        MemberRows(dataset),
+    args = trainer.args
+    return make_loader(
+        trainer,
+        columns,
+        wrap_rows=MemberRows,
         batch_size=args.train_batch_size,
-        sampler=MemberSampler(len(dataset), seeds),
+        sampler=MemberSampler(len(trainer.train_dataset), seeds),
         collate_fn=MemberCollator(trainer.data_collator),
         drop_last=args.dataloader_drop_last,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        in_order=args.dataloader_in_order,
     )
-    return trainer.accelerator.prepare(loader)

@@ -20,7 +20,7 @@ from trl_ext.metrics.ranking import pair_accuracy
 from .ensemble_config import RewardEnsembleConfig
 from .health import check_finite
 from .member_training import MemberTraining, for_members
-from .recording import ScoredBatch
+from .recording import ScoredBatch, signed_ratings
 from .reward_trainer import RewardTrainer, in_groups
 from .tracking import log_disagreement
 
@@ -136,19 +136,9 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         self, scores: torch.Tensor, losses: torch.Tensor, batch: dict[str, Any], weights: torch.Tensor | None
     ) -> None:
         """Check and record a pass, each member's groups for themselves."""
-        mask, rows = batch["group_mask"], batch["row_index"]
-        self._monitor.update(
-            self.state.global_step,
-            scores,
-            mask,
-            losses,
-            rows,
-            chance=lambda: self._objective(torch.zeros_like(scores), batch),
-        )
-        layout = batch.get("prefix_layout")
-        recorder = self._recorders["train"]
-        recorder.count_tokens(batch["attention_mask"].sum() if layout is None else layout.sequence_tokens)
-        ratings = _signed_ratings(batch)
+        self._watch_training(scores, losses, batch)
+        mask, rows, recorder = batch["group_mask"], batch["row_index"], self._recorders["train"]
+        ratings = signed_ratings(batch)
         members = self.args.num_members
         whose = torch.arange(members, device=losses.device).repeat_interleave(len(losses) // members)
         accuracy = pair_accuracy(scores, ratings, mask)
@@ -168,7 +158,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         members, mask, rows = self.args.num_members, inputs["group_mask"], inputs["row_index"]
         check_finite(scores, losses, rows.repeat(members))
         scores, losses = scores.view(members, *mask.shape), losses.view(members, -1)  # (M, B, K), (M, B)
-        mean, ratings = scores.mean(0), _signed_ratings(inputs)
+        mean, ratings = scores.mean(0), signed_ratings(inputs)
         self._keep_samples(mean, inputs)
         spread = disagreement(scores, mask)
         more = {"disagreement": spread}
@@ -216,10 +206,3 @@ def disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     level = scores.sum(-1) / count  # (M, B)
     spread = (scores - level[..., None]).std(dim=0, correction=0)  # (B, K)
     return (spread * mask).sum(-1) / count
-
-
-def _signed_ratings(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The ratings (B, K), turned round where a soft preference prefers the second of a pair."""
-    if "target" not in batch:
-        return batch["ratings"]
-    return batch["ratings"] * (batch["target"][:, None] - 0.5).sign()

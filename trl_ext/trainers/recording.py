@@ -31,6 +31,16 @@ class ScoredBatch(NamedTuple):
     """Other numbers of each group, (B,) each, NaN where undefined; their means become metrics."""
 
 
+def signed_ratings(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    The ratings (B, K) of a batch, turned round where a soft preference (`target`) is below one half and so prefers the
+    second of a pair; one half prefers neither.
+    """
+    if "target" not in batch:
+        return batch["ratings"]
+    return batch["ratings"] * (batch["target"][:, None] - 0.5).sign()
+
+
 class GroupRecorder:
     """
     Collects scored groups and gives their metrics, over all processes.

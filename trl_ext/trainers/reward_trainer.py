@@ -41,7 +41,7 @@ from .checkpoint import SidecarWriter, picklable_loss
 from .confidence import follow_confidence
 from .health import GradientCallback, HealthMonitor, check_finite
 from .objective import RankingObjective
-from .recording import GroupRecorder, RecordingCallback, ScoredBatch
+from .recording import GroupRecorder, RecordingCallback, ScoredBatch, signed_ratings
 from .reward_config import RewardConfig
 from .setup import TrainableModel, is_template_file, set_up_model
 from .tracking import ScoredGroup, log_evaluation, open_run, use_safe_callback, without_missing_wandb
@@ -270,26 +270,29 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _observe(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Check what a forward pass gave and record it."""
-        ratings, mask, rows = inputs["ratings"], inputs["group_mask"], inputs["row_index"]
+        mask, rows = inputs["group_mask"], inputs["row_index"]
         if self.model.training:
-            self._monitor.update(
-                self.state.global_step,
-                scores,
-                mask,
-                losses,
-                rows,
-                chance=lambda: self._objective(torch.zeros_like(scores), inputs),
-            )
-            layout = inputs.get("prefix_layout")
-            tokens = inputs["attention_mask"].sum() if layout is None else layout.sequence_tokens
-            self._recorders["train"].count_tokens(tokens)
+            self._watch_training(scores, losses, inputs)
         else:
             check_finite(scores, losses, rows)
             self._keep_samples(scores, inputs)
-        if "target" in inputs:  # a preference below one half prefers the second, one half prefers neither
-            ratings = ratings * (inputs["target"][:, None] - 0.5).sign()
         mode = "train" if self.model.training else "eval"
-        self._recorders[mode].add(ScoredBatch(scores, ratings, mask, inputs["completion_lengths"], losses, rows))
+        lengths = inputs["completion_lengths"]
+        self._recorders[mode].add(ScoredBatch(scores, signed_ratings(inputs), mask, lengths, losses, rows))
+
+    def _watch_training(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Let the monitor see a forward pass of the training, and count its tokens."""
+        self._monitor.update(
+            self.state.global_step,
+            scores,
+            inputs["group_mask"],
+            losses,
+            inputs["row_index"],
+            chance=lambda: self._objective(torch.zeros_like(scores), inputs),
+        )
+        layout = inputs.get("prefix_layout")
+        tokens = inputs["attention_mask"].sum() if layout is None else layout.sequence_tokens
+        self._recorders["train"].count_tokens(tokens)
 
     def _keep_samples(self, scores: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Keep what the main process evaluates for the histogram, and the first groups for the table."""
