@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+import wandb
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
+from tests.trainers.helpers import run_offline_wandb
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
 from trl_ext.pipelines import rejection_sampling_trainer
@@ -337,28 +339,29 @@ def test_the_verifier_decides_which_round_is_kept_and_warns(base, tmp_path, capl
     assert policies == {run.best_round, 3}
 
 
-def test_metrics_go_to_one_wandb_run_a_round(base, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def two_rounds_to_wandb(base, folder):
+    """Run in a process of its own (`run_offline_wandb`)."""
     seen = []
 
     def log(rows, plot):
         seen.append((wandb.run and wandb.run.name, [row["round"] for row in rows], plot is not None))
         log_rounds(rows, plot)
 
-    monkeypatch.setattr(rejection_sampling_trainer, "log_rounds", log)
-    run = trainer(
-        base, tmp_path / "out", num_rounds=2, max_steps=2, logging_steps=1, report_to="wandb", run_name="test"
-    )
+    rejection_sampling_trainer.log_rounds = log
+    run = trainer(base, folder, num_rounds=2, max_steps=2, logging_steps=1, report_to="wandb", run_name="test")
     run.train()
-    assert seen == [(None, [0], True), ("test-round-1", [0, 1], True), ("test-round-2", [2], True)]
-    summary = dict(wandb.run.summary)
+    told = {"seen": seen, "summary": wandb.run.summary._as_dict(), "last": run.history[-1]}
     wandb.run.finish()
-    last = run.history[-1]
-    assert summary["train/loss"] > 0
-    assert {name: summary[f"round/{name}"] for name in last} == last
+    print("RESULT", json.dumps(told, default=str), flush=True)
+
+
+def test_metrics_go_to_one_wandb_run_a_round(base, tmp_path):
+    program = f"from {__name__} import two_rounds_to_wandb; two_rounds_to_wandb({base!r}, {str(tmp_path / 'out')!r})"
+    told = run_offline_wandb(tmp_path, "-c", program)
+    assert told["seen"] == [[None, [0], True], ["test-round-1", [0, 1], True], ["test-round-2", [2], True]]
+    assert told["summary"]["train/loss"] > 0
+    assert {name: told["summary"][f"round/{name}"] for name in told["last"]} == told["last"]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 @pytest.mark.parametrize(

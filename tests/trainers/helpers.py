@@ -105,6 +105,29 @@ def leave_together(folder: Path) -> None:
     os._exit(0)
 
 
+def run_offline_wandb(folder: Path, *program: str, **environment: str) -> dict[str, Any]:
+    """
+    What a program told in a line "RESULT {...}", run with W&B offline in a process of its own.
+
+    W&B reads its settings once a process, so that another test in the same one would decide where its files go; and
+    the file of a run is complete when its process has ended.
+    """
+    root = Path(__file__).resolve().parents[2]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    given |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, *program],
+        capture_output=True,
+        text=True,
+        env={**given, **environment},
+        cwd=root,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
 def run_in_two_processes(command: list[str], timeout: float, **environment: str) -> dict[str, Any]:
     """What a program told in a line "RESULT {...}" that a launcher started in two processes (gloo, CPU)."""
     root = Path(__file__).resolve().parents[2]

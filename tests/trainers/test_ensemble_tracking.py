@@ -1,21 +1,15 @@
 """What an ensemble's evaluation tells Weights & Biases, read from an offline run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
 
 from tests.tiny import ranked_rows
-from tests.trainers.helpers import config, trainer_for
+from tests.trainers.helpers import config, run_offline_wandb, trainer_for
 from tests.trainers.test_tracking import points_of, records_of
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def evaluate(base: str, folder: str) -> None:
@@ -26,15 +20,12 @@ def evaluate(base: str, folder: str) -> None:
     trainer = trainer_for(base, args, ranked_rows(8, k=3), RewardEnsembleTrainer, peft_config=peft, eval_dataset=data)
     trainer.train()
     assert trainer.args.max_grad_norm == 0.75
-    trainer.evaluate()
+    print("RESULT", json.dumps(trainer.evaluate()), flush=True)
 
 
 def test_disagreement_is_logged_as_histogram_and_by_decile_and_the_config_as_given(base, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    code = f"from tests.trainers.test_ensemble_tracking import evaluate; evaluate({str(base)!r}, {str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    program = "from tests.trainers.test_ensemble_tracking import evaluate; evaluate({!r}, {!r})"
+    run_offline_wandb(tmp_path, "-c", program.format(str(base), str(tmp_path)))
     (files,) = (tmp_path / "wandb").glob("offline-run-*/files")
     (point,) = [point for point in points_of(files) if "disagreement_histogram" in str(sorted(point))]
     assert any("disagreement_deciles" in name for name in point)

@@ -1,34 +1,20 @@
 """W&B for token-level trainers: metrics, histograms and a table of completions with the score behind each span."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.trainers.test_tracking import ROOT, finished, points_of
+from tests.trainers.helpers import run_offline_wandb
+from tests.trainers.test_tracking import finished, points_of
 from tests.trainers.token_helpers import KINDS
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wandb")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trainers.token_tracking_program", str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    return run_offline_wandb(folder, "-m", "tests.trainers.token_tracking_program", str(folder))
 
 
 METRICS = {

@@ -1,19 +1,15 @@
 """R28 and R29: one W&B run per trainer, no point dropped, and no failure of W&B stops training."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from tests.trainers.helpers import config, trainer_for
+from tests.trainers.helpers import config, run_offline_wandb, trainer_for
 
 
-ROOT = Path(__file__).resolve().parents[2]
 SUMMARY_ONLY = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
 
 
@@ -51,20 +47,8 @@ def finished(directory):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wandb")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_RUN_GROUP": "three stages"}
-    environment |= {"WANDB_SILENT": "true", "WANDB_PROJECT": "testing", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trainers.tracking_program", str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    program = ("-m", "tests.trainers.tracking_program", str(folder))
+    return run_offline_wandb(folder, *program, WANDB_RUN_GROUP="three stages", WANDB_PROJECT="testing")
 
 
 def test_three_trainers_give_three_runs_in_one_group(told):
