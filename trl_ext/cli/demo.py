@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 
@@ -32,6 +33,13 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and samples (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run? No verdict")
     parser.add_argument("--fresh", action="store_true", help="run every stage again, also those that are still valid")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="how many stages run side by side, each in a process on one core (default: 2, or 1 where there is one "
+        "core). The figures are the same for any number",
+    )
     return parser
 
 
@@ -59,88 +67,75 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Progress bars and advice of the libraries below are off inside: the demo has one progress line for all."""
+def _prepare() -> None:
+    """In each process of stages: one thread, and no progress bars or advice of the libraries below."""
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel to be downloaded
     import datasets
+    import torch
     from transformers.utils import logging as hf_logging
 
-    had_bars = hf_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    verbosity = hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     hf_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # those that TRL's and PEFT's calls of transformers give
-            yield
-    finally:
-        if had_bars[0]:
-            hf_logging.enable_progress_bar()
-        if had_bars[1]:
-            datasets.enable_progress_bars()
-        hf_logging.set_verbosity(verbosity)
+    warnings.simplefilter("ignore", FutureWarning)  # those that TRL's and PEFT's calls of transformers give
+    torch.set_num_threads(1)  # for so small a model; two took ten times as long on two cores with other work to do
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: at least 1 is needed")
     name = f"demo{'_smoke' if args.smoke else ''}_seed{args.seed}"
     output_dir = Path(args.output_dir or f"outputs/{name}").resolve()
     print(f"trl-ext demo: files go to {output_dir}", flush=True)
     with _environment(OFFLINE):
-        return _run(output_dir, name, args.seed, args.smoke, args.fresh)
+        return _run(output_dir, name, args.seed, args.smoke, args.fresh, args.workers)
 
 
-def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool) -> int:
+def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, workers: int) -> int:
     start = time.monotonic()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel to be downloaded
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     print("loading torch, transformers and trl ...", flush=True)
-    import torch
-
     from trl_ext.demo.plan import plan
     from trl_ext.demo.progress import Progress, clock
     from trl_ext.demo.report import format_table, make_report, save_plot, save_report
-    from trl_ext.demo.tracking import offline_run
+    from trl_ext.demo.tracking import stage_run
     from trl_ext.pipelines.cached_stages import Outcome, Stage, StageError, find_done, run_stages
+    from trl_ext.pipelines.stage_workers import OwnProcesses, WorkerDied
 
     stages = plan(seed, smoke)
+    titles = {stage.name: stage.title for stage in stages}
     done = {} if fresh else find_done(stages, output_dir)
-    progress = Progress([(stage.title, stage.seconds) for stage in stages if stage.name not in done])
+    progress = Progress(
+        {stage.title: stage.seconds for stage in stages if stage.name not in done},
+        {stage.title: [titles[name] for name in stage.needs] for stage in stages},
+        workers,
+    )
     group = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def on_end(stage: Stage, outcome: Outcome) -> None:
         how = "kept from an earlier run" if outcome.cached else f"done in {clock(outcome.seconds)}"
-        progress.finish(f"{stage.title}: {how}")
+        progress.finish(stage.title, f"{stage.title}: {how}")
 
-    @contextmanager
-    def open_run(stage: Stage) -> Iterator[str]:
-        if not stage.trains:
-            yield "none"
-            return
-        with offline_run(stage.name, group, output_dir) as report_to:
-            yield report_to
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so small a model; two took ten times as long on two cores with other work to do
     try:
-        with _quiet_libraries():
+        with OwnProcesses(workers, _prepare) as processes:
             outcomes = run_stages(
                 stages,
                 output_dir,
                 fresh=fresh,
-                on_start=lambda stage: progress.start(),
-                on_progress=progress.update,
+                on_start=lambda stage: progress.start(stage.title),
+                on_progress=lambda stage, share: progress.update(stage.title, share),
                 on_end=on_end,
-                open_run=open_run,
+                open_run=partial(stage_run, group=group, folder=output_dir),
+                workers=processes,
             )
-    except StageError as error:
+    except (StageError, WorkerDied) as error:
         print(f"trl-ext demo: {error}", file=sys.stderr)
         return 1
-    finally:
-        torch.set_num_threads(threads)
 
     wandb_dir = output_dir / "wandb"
     seconds = time.monotonic() - start

@@ -1,20 +1,27 @@
 """Weights & Biases for the demo: one offline run for each stage that trains, all in one group; nothing is sent.
 
-It knows runs and folders, and nothing of trainers. That runs are offline is set for these runs alone, not in the
-environment. Weights & Biases missing, switched off or failing never stops a stage; one line says so.
+It knows stages, runs and folders, and nothing of trainers. That runs are offline is set for these runs alone, not in
+the environment. Weights & Biases missing, switched off or failing never stops a stage; one line says so.
 """
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from transformers.integrations import is_wandb_available
+
+from trl_ext.pipelines.cached_stages import Stage
 
 
 logger = logging.getLogger(__name__)
 
 PROJECT = "trl-ext-demo"
+
+
+def stage_run(stage: Stage, group: str, folder: str | Path) -> AbstractContextManager[str]:
+    """[`offline_run`] for a stage that trains; for one that does not, `"none"` and no run."""
+    return offline_run(stage.name, group, folder) if stage.trains else nullcontext("none")
 
 
 @contextmanager

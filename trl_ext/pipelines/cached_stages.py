@@ -17,11 +17,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import trl_ext
+
+from .stage_workers import ThisProcess, Workers
 
 
 RECORD = "stage.json"
@@ -139,18 +142,23 @@ def find_done(stages: Sequence[Stage], output_dir: str | Path) -> dict[str, Outc
     return done
 
 
+def _no_run(stage: Stage) -> AbstractContextManager[str]:
+    return nullcontext("none")
+
+
 def run_stages(
     stages: Sequence[Stage],
     output_dir: str | Path,
     *,
     fresh: bool = False,
     on_start: Callable[[Stage], None] = lambda stage: None,
-    on_progress: Callable[[float], None] = lambda share: None,
+    on_progress: Callable[[Stage, float], None] = lambda stage, share: None,
     on_end: Callable[[Stage, Outcome], None] = lambda stage, outcome: None,
-    open_run: Callable[[Stage], AbstractContextManager[str]] = lambda stage: nullcontext("none"),
+    open_run: Callable[[Stage], AbstractContextManager[str]] = _no_run,
+    workers: Workers | None = None,
 ) -> dict[str, Outcome]:
     """
-    Runs the stages in order, except those whose result is there already.
+    Runs the stages, except those whose result is there already.
 
     A stage writes to `<name>.partial`, which becomes `<name>` when it is done: a run that was interrupted leaves no
     folder that looks complete. Only folders that a stage of this name made are ever replaced.
@@ -164,12 +172,16 @@ def run_stages(
             Run all of them, whatever is there.
         on_start (`Callable[[Stage], None]`, *optional*):
             Called before a stage that really runs.
-        on_progress (`Callable[[float], None]`, *optional*):
-            Called with the share of it that is done.
+        on_progress (`Callable[[Stage, float], None]`, *optional*):
+            Called with a stage and the share of it that is done.
         on_end (`Callable[[Stage, Outcome], None]`, *optional*):
             Called after every stage, also one that was there already.
         open_run (`Callable[[Stage], AbstractContextManager[str]]`, *optional*):
             Opens a stage's run on an experiment tracker and gives its `report_to`; closed when the stage ends.
+        workers ([`~trl_ext.pipelines.stage_workers.Workers`], *optional*):
+            Where stages run. By default one after the other in this process; with
+            [`~trl_ext.pipelines.stage_workers.OwnProcesses`] side by side, each as soon as those that it needs are
+            done and a process is free (`run` and `open_run` are then functions of a module).
 
     Returns:
         `dict[str, Outcome]`: By name, in order.
@@ -180,42 +192,49 @@ def run_stages(
     """
     output_dir = Path(output_dir)
     keys = stage_keys(stages)
-    done = {} if fresh else find_done(stages, output_dir)
-    outcomes: dict[str, Outcome] = {}
-    for stage in stages:
-        outcome = done.get(stage.name)
-        if outcome is None:
+    by_name = {stage.name: stage for stage in stages}
+    workers = ThisProcess() if workers is None else workers
+    outcomes = {} if fresh else find_done(stages, output_dir)
+    for name, outcome in outcomes.items():
+        on_end(by_name[name], outcome)
+    waiting = [stage for stage in stages if stage.name not in outcomes]
+    while len(outcomes) < len(stages):
+        ready = [stage for stage in waiting if all(name in outcomes for name in stage.needs)]
+        for stage in ready[: workers.free]:
+            waiting.remove(stage)
             on_start(stage)
-            outcome = _run(stage, keys[stage.name], output_dir, outcomes, on_progress, open_run)
-        outcomes[stage.name] = outcome
-        on_end(stage, outcome)
-    return outcomes
+            needed = {name: outcomes[name] for name in stage.needs}
+            workers.start(stage.name, partial(_run, stage, keys[stage.name], output_dir, needed, open_run))
+        name, outcome = workers.wait(lambda name, share: on_progress(by_name[name], share))
+        outcomes[name] = outcome
+        on_end(by_name[name], outcome)
+    return {stage.name: outcomes[stage.name] for stage in stages}
 
 
 def _run(
     stage: Stage,
     key: str,
     output_dir: Path,
-    outcomes: Mapping[str, Outcome],
-    on_progress: Callable[[float], None],
+    needed: Mapping[str, Outcome],
     open_run: Callable[[Stage], AbstractContextManager[str]],
+    on_progress: Callable[[float], None],
 ) -> Outcome:
-    folder, partial = output_dir / stage.name, output_dir / f"{stage.name}.partial"
+    folder, draft = output_dir / stage.name, output_dir / f"{stage.name}.partial"
     if folder.exists() and _read_record(folder) is None:
         raise StageError(
             f"{folder} is there but was not made by this stage (it has no {RECORD}): it is left alone. "
             "Move it away or choose another output folder."
         )
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     start = time.monotonic()
     with open_run(stage) as report_to:
         result = stage.run(
             StageContext(
-                folder=partial,
+                folder=draft,
                 settings=stage.settings,
-                results={name: outcomes[name].result for name in stage.needs},
-                folders={name: outcomes[name].folder for name in stage.needs},
+                results={name: outcome.result for name, outcome in needed.items()},
+                folders={name: outcome.folder for name, outcome in needed.items()},
                 report_to=report_to,
                 progress=on_progress,
             )
@@ -226,9 +245,9 @@ def _run(
         text = json.dumps(record, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise StageError(f"the result of stage {stage.name!r} cannot be stored as JSON: {error}") from error
-    (partial / RECORD).write_text(text + "\n", encoding="utf-8")
+    (draft / RECORD).write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    draft.rename(folder)
     # what a later run will read: tuples are lists there
     return Outcome(json.loads(text)["result"], folder, seconds, cached=False, title=stage.title)
 
