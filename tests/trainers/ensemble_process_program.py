@@ -60,6 +60,7 @@ def main(base: Path, folder: Path) -> dict:
         metrics = [f"{what}_member_{member}" for what in ("loss", "accuracy") for member in range(3)]
         told[name] = {metric: history(trainer, metric) for metric in ("loss", "accuracy", *metrics)}
         told[name]["evaluation"] = {n: v for n, v in evaluation.items() if n.removeprefix("eval_") not in TIMES}
+        told[name]["predictions"] = trainer.predict(data).predictions.flatten().tolist()  # members' outputs too
         assert {"eval_loss_member_2", "eval_disagreement"} <= evaluation.keys()
     if trainer.is_world_process_zero():
         print("RESULT " + json.dumps(told), flush=True)

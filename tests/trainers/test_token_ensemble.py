@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -205,8 +206,18 @@ def test_metrics_of_members_and_of_their_mean(kind, deep, tmp_path):
     losses = [metrics[f"eval_loss_member_{member}"] for member in range(M)]
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / M, abs=1e-6) and len(set(losses)) == M
     assert metrics.keys() >= set(of_one)
-    predictions = trainer.predict(Dataset.from_list(held_out)).predictions
-    assert predictions.shape == alone.predict(Dataset.from_list(held_out)).predictions.shape
+    output, of_two = (each.predict(Dataset.from_list(held_out)) for each in (trainer, alone))
+    assert output.predictions.shape == (*of_two.predictions.shape, M)  # members last
+    assert output.predictions[..., 2] == pytest.approx(of_two.predictions, abs=1e-4)
+    assert np.array_equal(output.label_ids, of_two.label_ids)
+    padding = of_two.predictions == -100
+    assert padding.any() and (output.predictions[padding] == -100).all()
+    assert not np.allclose(output.predictions[..., 0], output.predictions[..., 2])
+    if kind == "orm":  # the metrics are about the mean
+        last = (~padding[..., 0]).sum(1) - 1  # (N,), rows are padded on the right
+        means = output.predictions.mean(-1)[np.arange(len(last)), last, 0]
+        hits = (means > 0) == [row["label"] for row in held_out]
+        assert metrics["eval_accuracy"] == pytest.approx(hits.mean())
     entry = next(entry for entry in trainer.state.log_history if "loss_member_0" in entry)
     assert entry["loss"] == pytest.approx(sum(entry[f"loss_member_{member}"] for member in range(M)) / M, abs=1e-4)
     assert ("accuracy_member_0" in entry) == (kind != "segment")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from trl_ext.data.prefix_layout import PrefixLayout, build_layout
 
@@ -194,13 +194,11 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
     base = unwrap(model)
     config = base.config.get_text_config()
     used = config._attn_implementation
-    if used not in ("sdpa", "eager"):
-        return SharedPrefixSupport(False, f"attention is {used!r}; shared prefixes run beside 'sdpa' or 'eager'")
+    refused = refused_by_config(config, used)
+    if refused is not None:
+        return SharedPrefixSupport(False, refused)
     if "score" not in dict(base.named_children()):
         return SharedPrefixSupport(False, f"{type(base).__name__} is no decoder with a `score` head")
-    kinds = set(config.to_dict().get("layer_types") or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return SharedPrefixSupport(False, f"layers of the kind {sorted(kinds)} mix tokens outside softmax attention")
     if not base._supports_attention_backend:
         return SharedPrefixSupport(False, f"{type(base).__name__} does not take registered attention functions")
     try:
@@ -218,21 +216,40 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
     return SharedPrefixSupport(True, f"flat and padded hidden states differ by at most {difference:.2g}", difference)
 
 
+def refused_by_config(config: PretrainedConfig, attention: str) -> str | None:
+    """Why a (text) config or the attention function in use rules flat rows out, before any model is there."""
+    if attention not in ("sdpa", "eager"):
+        return f"attention is {attention!r}; shared prefixes run beside 'sdpa' or 'eager'"
+    kinds = set(config.to_dict().get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    return f"layers of the kind {sorted(kinds)} mix tokens outside softmax attention" if kinds else None
+
+
+def is_wanted(wish: bool | str) -> bool:
+    """Whether a `shared_prefix` argument leaves room for flat rows; raises `ValueError` if it is not known."""
+    if wish not in ("auto", True, False):
+        raise ValueError(f"shared_prefix={wish!r} is not known. Needed: 'auto', True or False.")
+    return wish is not False
+
+
+def is_granted(wish: bool | str, support: SharedPrefixSupport) -> bool:
+    """Whether flat rows will be used; raises `ValueError` where they must be and cannot."""
+    if wish is True and not support.supported:
+        raise ValueError(f"shared_prefix=True cannot be had: {support.reason}. Set shared_prefix='auto' or False.")
+    return support.supported
+
+
 def use_shared_prefix(model: nn.Module, wish: bool | str, max_length: int | None = None) -> bool:
     """
     Whether flat rows will be used, from the `shared_prefix` argument of a trainer or scorer.
 
     `False` never; `"auto"` if the model supports it (said once either way); `True` raises `ValueError` if it does not.
     """
-    if wish not in ("auto", True, False):
-        raise ValueError(f"shared_prefix={wish!r} is not known. Needed: 'auto', True or False.")
-    if wish is False:
+    if not is_wanted(wish):
         return False
     support = supports_shared_prefix(model, max_length)
-    if wish is True and not support.supported:
-        raise ValueError(f"shared_prefix=True cannot be had: {support.reason}. Set shared_prefix='auto' or False.")
-    logger.info(f"Shared prefixes are {'on' if support.supported else 'off'}: {support.reason}.")
-    return support.supported
+    granted = is_granted(wish, support)
+    logger.info(f"Shared prefixes are {'on' if granted else 'off'}: {support.reason}.")
+    return granted
 
 
 def _check_groups(config, max_length: int | None) -> list[tuple[list[int], list[list[int]]]]:

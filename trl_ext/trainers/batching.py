@@ -21,7 +21,7 @@ from trl_ext.data.token_batches import (
     pack_by_tokens,
     tokens_alone,
 )
-from trl_ext.models.shared_prefix import use_shared_prefix
+from trl_ext.models.shared_prefix import is_wanted, use_shared_prefix
 
 
 logger = logging.getLogger(__name__)
@@ -61,16 +61,22 @@ def set_up_batching(
         )
 
 
-def use_flat_rows(trainer: Trainer) -> bool:
-    """Whether batches may be flat rows, from the trainer's `shared_prefix`; see [`use_shared_prefix`]."""
-    args = trainer.args
+def wants_flat_rows(args: trl.RewardConfig, sharded: bool = False) -> bool:
+    """Whether the arguments leave room for flat rows; raises `ValueError` where they want them and cannot."""
     # sharded weights cannot be run for the check, and Neuron compiles once per padded shape
-    plain = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.pad_to_multiple_of is not None
+    plain = sharded or args.pad_to_multiple_of is not None
     if plain and args.shared_prefix is True:
         raise ValueError(
             "shared_prefix=True does not go with FSDP, DeepSpeed or pad_to_multiple_of. Leave it at 'auto'."
         )
-    return not plain and use_shared_prefix(trainer.model, args.shared_prefix, args.max_length)
+    return is_wanted(args.shared_prefix) and not plain
+
+
+def use_flat_rows(trainer: Trainer) -> bool:
+    """Whether batches may be flat rows, from the trainer's `shared_prefix`; see [`use_shared_prefix`]."""
+    args = trainer.args
+    wanted = wants_flat_rows(args, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return wanted and use_shared_prefix(trainer.model, args.shared_prefix, args.max_length)
 
 
 class FixedBatches(BatchSampler):

@@ -42,7 +42,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
     without a gradient, and if the members share their batches, once for all.
 
     Metrics in training are means over the members. In evaluation they are those of the members' mean score, except
-    `loss`, the mean of the members' losses.
+    `loss`, the mean of the members' losses. What `predict` returns are the scores of all members, (rows, K, M).
 
     Raises:
         `ValueError`: what cannot be trained together: FSDP, DeepSpeed, adapters other than plain LoRA, a family that

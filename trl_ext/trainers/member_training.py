@@ -57,8 +57,12 @@ class MemberTraining:
         train_dataset: Dataset | IterableDataset | None = None,
         **kwargs: Any,
     ):
-        _check_arguments(args, data_collator, train_dataset)
         self._own_batches = args.data_strategy == "shuffle"
+        if self._own_batches and data_collator is not None:
+            raise ValueError(
+                "data_strategy='shuffle' puts the members' batches together itself. Leave `data_collator` out, or use "
+                "data_strategy='shared'."
+            )
         weighted = args.data_strategy not in ("shuffle", "shared")
         self._weights = RowWeights(args.data_strategy, args.seeds, args.seed) if weighted else None
         if weighted and self._weights.column is not None and train_dataset is not None:
@@ -66,6 +70,14 @@ class MemberTraining:
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self._clipping = MemberClipping()
         self.add_callback(self._clipping)
+
+    @classmethod
+    def check_arguments(
+        cls, args: EnsembleFields, train_dataset: Dataset | IterableDataset | None = None, *more: Any
+    ) -> Any:
+        """As of one model; and what members cannot do."""
+        _check_arguments(args, train_dataset)
+        return super().check_arguments(args, train_dataset, *more)
 
     def _set_up(
         self,
@@ -76,8 +88,7 @@ class MemberTraining:
         peft_config: PeftConfig | None,
         **head_kwargs: Any,
     ) -> TrainableModel:
-        if peft_config is None:
-            raise ValueError("The members of an ensemble are LoRA adapters. Pass `peft_config=LoraConfig(...)`.")
+        check_adapter(peft_config)
         if isinstance(model, PeftModel) or (isinstance(model, str) and Path(model, "adapter_config.json").is_file()):
             raise ValueError("The model has an adapter already. Merge it first (`merge_reward_model`).")
         if args.chat_template_path is not None and not is_template_file(args.chat_template_path):
@@ -160,9 +171,13 @@ def for_members(batch: dict[str, Any], names: tuple[str, ...], members: int) -> 
     return {name: batch[name].repeat(members, *[1] * (batch[name].dim() - 1)) for name in names if name in batch}
 
 
-def _check_arguments(
-    args: EnsembleFields, data_collator: Callable | None, train_dataset: Dataset | IterableDataset | None
-) -> None:
+def check_adapter(peft_config: PeftConfig | None) -> None:
+    """Raise `ValueError` where there is none."""
+    if peft_config is None:
+        raise ValueError("The members of an ensemble are LoRA adapters. Pass `peft_config=LoraConfig(...)`.")
+
+
+def _check_arguments(args: EnsembleFields, train_dataset: Dataset | IterableDataset | None) -> None:
     if args.deepspeed_plugin is not None or uses_fsdp(args):
         raise ValueError(
             "An ensemble trains with one process or DDP: FSDP and DeepSpeed cut up the stacked weights and clip all "
@@ -177,11 +192,6 @@ def _check_arguments(
         raise ValueError(
             "data_strategy='shuffle' draws each member's order itself, so that train_sampling_strategy and "
             f"max_tokens_per_batch cannot: {shared}."
-        )
-    if data_collator is not None:
-        raise ValueError(
-            "data_strategy='shuffle' puts the members' batches together itself. Leave `data_collator` out, or use "
-            "data_strategy='shared'."
         )
 
 

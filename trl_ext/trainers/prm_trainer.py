@@ -40,7 +40,8 @@ class PRMTrainer(TokenRewardTrainer):
     kind = "process"
     rows = "stepwise"
 
-    def _outputs(self, args: PRMConfig) -> int:
+    @classmethod
+    def _outputs(cls, args: PRMConfig) -> int:
         return args.num_labels
 
     def _reading(self, args: PRMConfig, training: bool) -> dict[str, Any]:

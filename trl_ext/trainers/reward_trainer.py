@@ -3,7 +3,6 @@
 A pair is a group of two. What is not named here (arguments, callbacks, PEFT, Accelerate, model cards) is TRL's.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
@@ -32,29 +31,26 @@ from trl_ext.data.report import DataReport
 from trl_ext.data.token_batches import group_sizes
 from trl_ext.data.tokenization import TokenPolicy, common_prefix_length
 from trl_ext.models.building import is_quantized
-from trl_ext.models.heads import candidate_scores, check_head_trains
-from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention
+from trl_ext.models.heads import candidate_scores
+from trl_ext.models.shared_prefix import flat_scores
 from trl_ext.models.sidecar import vocab_size
 
-from .batching import make_train_dataloader, set_up_batching, use_flat_rows
-from .checkpoint import SidecarWriter, picklable_loss
-from .confidence import follow_confidence
-from .health import GradientCallback, HealthMonitor, check_finite
+from .batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
+from .head_training import HeadTraining
+from .health import check_finite
 from .objective import RankingObjective
 from .recording import GroupRecorder, RecordingCallback, ScoredBatch, signed_ratings
 from .reward_config import RewardConfig
-from .setup import TrainableModel, is_template_file, set_up_model
-from .tracking import ScoredGroup, log_evaluation, open_run, use_safe_callback, without_missing_wandb
+from .setup import is_template_file
+from .tracking import ScoredGroup, log_evaluation, open_run, without_missing_wandb
 
-
-logger = logging.getLogger(__name__)
 
 EvalDataset = Dataset | IterableDataset
 
 GROUP_COLUMNS = ["candidate_ids", "candidate_ratings", "row_index", "group_margin", "group_target"]
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(HeadTraining, trl.RewardTrainer):
     """
     Trainer for reward models from pairs, K-way rankings, ratings, margins and soft preferences.
 
@@ -88,8 +84,6 @@ class RewardTrainer(trl.RewardTrainer):
     """
 
     _tag_names = ["trl", "reward-trainer", "trl-ext"]
-    loss_is_scaled_for_ga = True
-    _writer_class = SidecarWriter
 
     def __init__(
         self,
@@ -112,11 +106,10 @@ class RewardTrainer(trl.RewardTrainer):
             args = RewardConfig(f"{Path(name).name}-Reward")
         elif not isinstance(args, RewardConfig):
             args = RewardConfig.from_trl(args)
-        self._objective = RankingObjective(args.loss_type, args.loss_kwargs, args.center_rewards_coefficient)
+        self._objective = self.check_arguments(args, train_dataset)
         self._reports: list[DataReport] = []
         self._policy: TokenPolicy | None = None
         self._flat_rows = False
-        set_up_batching(args, train_dataset)
         without_missing_wandb(args)
 
         set_seed(args.seed)  # the head is drawn next: same seed, same head as TRL
@@ -158,30 +151,21 @@ class RewardTrainer(trl.RewardTrainer):
             self._flat_rows = use_flat_rows(self)
             pad_token_id, multiple = self.processing_class.pad_token_id, args.pad_to_multiple_of
             self.data_collator = GroupCollator(pad_token_id, multiple, self._flat_rows)
-        self._attention = current_attention(self.model)
         self._recorders = {
             "train": GroupRecorder(self.accelerator, evaluation=False),
             "eval": GroupRecorder(self.accelerator, evaluation=True),
         }
         self._sample: tuple[list[dict], list[float]] = ([], [])
-        self._monitor = HealthMonitor()
-        self.add_callback(GradientCallback(self._monitor, head))
-        self.add_callback(RecordingCallback(self._recorders["train"]))
-        follow_confidence(self)
-        use_safe_callback(self)
+        self._watch(head, RecordingCallback(self._recorders["train"]))
 
-    def _set_up(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: RewardConfig,
-        processing_class: PreTrainedTokenizerBase | None,
-        quantization_config: BitsAndBytesConfig | None,
-        peft_config: PeftConfig | None,
-    ) -> TrainableModel:
-        """What is trained, its tokenizer and its head."""
-        trainable = set_up_model(model, args, processing_class, quantization_config, peft_config)
-        check_head_trains(trainable.model, trainable.head)
-        return trainable
+    @classmethod
+    def check_arguments(
+        cls, args: RewardConfig, train_dataset: Dataset | IterableDataset | None = None
+    ) -> RankingObjective:
+        """The loss that the arguments name; raises `ValueError` for what no model and no other rows could cure."""
+        set_up_batching(args, train_dataset)
+        wants_flat_rows(args)
+        return RankingObjective(args.loss_type, args.loss_kwargs, args.center_rewards_coefficient)
 
     # -------------------------------------------------------------------------------------------------------- data
     def _prepare_dataset(
@@ -256,17 +240,8 @@ class RewardTrainer(trl.RewardTrainer):
         """The score of each candidate of the batch, (N,), from a flat row or from padded rows."""
         if "prefix_layout" not in inputs:
             return candidate_scores(model, inputs["input_ids"], inputs["attention_mask"])
-        try:
+        with self._forward():
             return flat_scores(model, inputs["prefix_layout"].to(inputs["group_mask"].device))[:, 0]
-        finally:
-            if not self.model.training:  # in training the backward pass may run the layers again
-                select_attention(self.model, self._attention)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            select_attention(self.model, self._attention)
 
     def _observe(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Check what a forward pass gave and record it."""
@@ -312,12 +287,6 @@ class RewardTrainer(trl.RewardTrainer):
             groups.append({"ids": ids, "scores": scores[b, :k].tolist(), "ratings": inputs["ratings"][b, :k].tolist()})
 
     # ------------------------------------------------------------------------------------- training and evaluation
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if not self.args.report_to and self.is_world_process_zero():
-            logger.warning("Metrics are reported nowhere (`report_to` is 'none'); set report_to='wandb' to keep them.")
-        open_run(self)
-        return super().train(*args, **kwargs)
-
     def evaluate(
         self,
         eval_dataset: EvalDataset | dict[str, EvalDataset] | None = None,
@@ -390,13 +359,6 @@ class RewardTrainer(trl.RewardTrainer):
         counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
         self._reports = [report for report in self._reports if report.streaming]
         return counts
-
-    # ------------------------------------------------------------------------------------------------------ saving
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""
-        with picklable_loss(self.args, self._objective.name):
-            super().save_model(output_dir, _internal_call)
-        self._writer.write(self, output_dir or self.args.output_dir)
 
 
 def in_groups(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,8 @@ class SegmentRewardTrainer(TokenRewardTrainer):
     kind = "segment"
     rows = "segment"
 
-    def _outputs(self, args: SegmentRewardConfig) -> int:
+    @classmethod
+    def _outputs(cls, args: SegmentRewardConfig) -> int:
         return args.num_labels
 
     def _find_categories(

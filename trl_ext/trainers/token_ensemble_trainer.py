@@ -20,6 +20,7 @@ from .orm_trainer import ORMTrainer
 from .prm_trainer import PRMTrainer
 from .segment_trainer import SegmentRewardTrainer
 from .token_data import Rows
+from .token_objective import TokenObjective
 from .token_trainer import TokenRewardTrainer
 from .tracking import log_disagreement
 
@@ -38,8 +39,10 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
     same order (dropout aside). `save_model()`, and every checkpoint, writes one ordinary adapter folder per member and
     `reward_ensemble.json`. Branching and refusals are those of [`RewardEnsembleTrainer`].
 
-    In training, `loss` is the mean of the members' and `accuracy` is over all their labels. Evaluation and `predict`
-    are about the members' mean output, except `loss`, the mean of the members' losses.
+    In training, `loss` is the mean of the members' and `accuracy` is over all their labels. Metrics of the evaluation
+    are those of the members' mean output, except `loss`, the mean of the members' losses. What `predict` returns, and
+    `compute_metrics` gets, are the outputs of all members: those of one model with an axis of M at the end, as of
+    [`RewardEnsembleTrainer`], so that `predictions.mean(-1)` is what the metrics are about.
     """
 
     def __init__(
@@ -51,13 +54,18 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
         **kwargs: Any,
     ):
         args = self._complete_arguments(args, model)
+        super().__init__(model, args, data_collator, train_dataset, **kwargs)
+        self._evaluator: MemberEvaluator | None = None
+
+    @classmethod
+    def check_arguments(cls, args: EnsembleFields, *rows: Any) -> TokenObjective:
+        """As of one model; and what members cannot do."""
         if args.data_strategy == "shuffle" and args.group_by_prompt:
             raise ValueError(
                 "data_strategy='shuffle' draws each member's order itself, so that group_by_prompt cannot: use "
                 "data_strategy='shared' or another with shared batches."
             )
-        super().__init__(model, args, data_collator, train_dataset, **kwargs)
-        self._evaluator: MemberEvaluator | None = None
+        return super().check_arguments(args, *rows)
 
     def _items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What a batch adds to the divisor of each member, (M,)."""
@@ -125,6 +133,9 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
 
     def _one_output(self, logits: torch.Tensor) -> torch.Tensor:
         return by_member(logits, self.args.num_members).mean(0)
+
+    def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
+        return by_member(logits, self.args.num_members).movedim(0, -1)  # (B, T, G, C, M)
 
     def _make_evaluator(self) -> MemberEvaluator:
         self._evaluator = MemberEvaluator(super()._make_evaluator, self._objective, self.args.num_members)

@@ -82,10 +82,11 @@ def as_predictions(
     logits: torch.Tensor, inputs: dict[str, torch.Tensor], objective: TokenObjective
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Outputs (B, T, G, C) and labels (B, T, G) as `Trainer` hands them on: -100 where there is none, no axis of one
-    category, and of three classes their numbers from 0.
+    Outputs (B, T, G, C), or with more axes, and labels (B, T, G) as `Trainer` hands them on: -100 where there is none,
+    no axis of one category, and of three classes their numbers from 0.
     """
     labels = inputs["token_labels"] + (1.0 if objective.outputs == 3 else 0.0)
     labels = labels.masked_fill(~inputs["label_mask"], -100.0)  # (B, T, G)
-    logits = logits.masked_fill(~inputs["attention_mask"].bool()[..., None, None], -100.0)
+    padding = ~inputs["attention_mask"].bool()  # (B, T)
+    logits = logits.masked_fill(padding.view(*padding.shape, *[1] * (logits.dim() - 2)), -100.0)
     return (logits[:, :, 0], labels[:, :, 0]) if objective.categories == 1 else (logits, labels)

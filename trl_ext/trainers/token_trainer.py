@@ -4,9 +4,8 @@ One trainer for all widths of the head; `ORMTrainer`, `PRMTrainer` and `SegmentR
 and which metrics they report. It knows models, batches and processes; labels, losses and metrics are elsewhere.
 """
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,22 +23,20 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from trl_ext.data.collators import SpanCollator
 from trl_ext.data.span_rows import SpanKind
 from trl_ext.data.token_batches import span_sizes
 from trl_ext.data.tokenization import TokenPolicy
-from trl_ext.models.heads import check_head_trains, head_class, unwrap
-from trl_ext.models.shared_prefix import current_attention, select_attention
+from trl_ext.models.heads import head_class, unwrap
 from trl_ext.models.sidecar import Sidecar
 
-from .batching import make_train_dataloader, set_up_batching, use_flat_rows
-from .checkpoint import SidecarWriter, picklable_loss
-from .confidence import follow_confidence
-from .health import GradientCallback, HealthMonitor, check_finite
+from .batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
+from .head_training import HeadTraining
+from .health import check_finite
 from .recording import RecordingCallback
-from .setup import TrainableModel, finish_set_up, set_up_model
+from .setup import finish_set_up
 from .token_collator import TokenRewardCollator
 from .token_config import TokenRewardConfig
 from .token_data import LabelledData, Rows
@@ -47,13 +44,10 @@ from .token_model import as_predictions, check_token_model, known_sidecar, token
 from .token_objective import TokenObjective
 from .token_recording import EvaluationRecorder, Evaluator, TrainingRecorder, labelled_points, real_scores
 from .token_samples import COLUMNS, SampleTable
-from .tracking import log_table, open_run, use_safe_callback, without_missing_wandb
+from .tracking import log_table, open_run, without_missing_wandb
 
 
-logger = logging.getLogger(__name__)
-
-
-class TokenRewardTrainer(Trainer, ABC):
+class TokenRewardTrainer(HeadTraining, Trainer, ABC):
     """
     What the trainers of token-level reward models share. Use [`ORMTrainer`], [`PRMTrainer`] or
     [`SegmentRewardTrainer`].
@@ -97,8 +91,6 @@ class TokenRewardTrainer(Trainer, ABC):
     """
 
     _tag_names = ["trl-ext"]
-    loss_is_scaled_for_ga = True
-    _writer_class = SidecarWriter
 
     config_class: ClassVar[type[TokenRewardConfig]] = TokenRewardConfig
     kind: ClassVar[str]  # of the sidecar
@@ -127,19 +119,10 @@ class TokenRewardTrainer(Trainer, ABC):
                 raise ValueError(f"{type(self).__name__} needs a `model`: a Hub id, a folder or an instance.")
             model = model_init()
         args = self._complete_arguments(args, model)
-        set_up_batching(args, train_dataset, args.group_by_prompt)
-        without_missing_wandb(args)
-
         known = known_sidecar(model)
         self._categories = self._find_categories(args, train_dataset, known)
-        self._objective = TokenObjective(
-            args.loss_type,
-            args.loss_kwargs,
-            args.class_weights,
-            args.averaging,
-            categories=max(1, len(self._categories)),
-            outputs=self._outputs(args),
-        )
+        self._objective = self.check_arguments(args, train_dataset, self._categories)
+        without_missing_wandb(args)
         set_seed(args.seed)  # the head is drawn next
         model, processing_class, head = self._set_up(
             model, args, processing_class, quantization_config, peft_config,
@@ -181,17 +164,12 @@ class TokenRewardTrainer(Trainer, ABC):
                 processing_class.pad_token_id, self._objective.categories, args.pad_to_multiple_of, self._flat_rows
             )
             self.data_collator = TokenRewardCollator(spans, self.rows)
-        self._attention = current_attention(self.model)
         unwrap(self.model).add_model_tags(self._tag_names)
         self._writer = self._writer_class(self, head, policy, **self._describe())
         self._recorder: EvaluationRecorder | None = None
         self._training = self._make_recorder()
         self._samples: SampleTable | None = None
-        self._monitor = HealthMonitor()
-        self.add_callback(GradientCallback(self._monitor, head))
-        self.add_callback(RecordingCallback(self._training))
-        follow_confidence(self)
-        use_safe_callback(self)
+        self._watch(head, RecordingCallback(self._training))
 
     def _complete_arguments(self, args: TokenRewardConfig | None, model: str | nn.Module) -> TokenRewardConfig:
         """The arguments, by default all defaults; raises `TypeError` if they are another trainer's."""
@@ -202,14 +180,25 @@ class TokenRewardTrainer(Trainer, ABC):
             raise TypeError(f"args is a {type(args).__name__}. Needed: a `{self.config_class.__name__}` of trl_ext.")
         return args
 
-    def _set_up(self, *args: Any, **kwargs: Any) -> TrainableModel:
-        """What is trained, its tokenizer and its head; arguments of [`set_up_model`]."""
-        trainable = set_up_model(*args, **kwargs)
-        check_head_trains(trainable.model, trainable.head)
-        return trainable
+    @classmethod
+    def check_arguments(
+        cls, args: TokenRewardConfig, train_dataset: Rows | None = None, categories: Sequence[str] = ()
+    ) -> TokenObjective:
+        """The loss that the arguments name; raises `ValueError` for what no model and no other rows could cure."""
+        set_up_batching(args, train_dataset, args.group_by_prompt)
+        wants_flat_rows(args)
+        return TokenObjective(
+            args.loss_type,
+            args.loss_kwargs,
+            args.class_weights,
+            args.averaging,
+            categories=max(1, len(categories)),
+            outputs=cls._outputs(args),
+        )
 
     # ---------------------------------------------------------------------------------- what a kind of model decides
-    def _outputs(self, args: TokenRewardConfig) -> int:
+    @classmethod
+    def _outputs(cls, args: TokenRewardConfig) -> int:
         """Outputs of the head for each category."""
         return 1
 
@@ -274,17 +263,8 @@ class TokenRewardTrainer(Trainer, ABC):
     # --------------------------------------------------------------------------------------------------------- loss
     def _outputs_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The head's output for every token, (B, T, G, C), fp32."""
-        try:
+        with self._forward():
             return token_outputs(model, inputs, self._objective)
-        finally:
-            if not self.model.training:  # in training the backward pass may run the layers again
-                select_attention(self.model, self._attention)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            select_attention(self.model, self._attention)
 
     def compute_loss(
         self,
@@ -330,8 +310,7 @@ class TokenRewardTrainer(Trainer, ABC):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        logits = self._one_output(outputs["logits"])  # (B, T, G, C)
-        scores = self._objective.scores(logits)  # (B, T, G)
+        scores = self._objective.scores(self._one_output(outputs["logits"]))  # (B, T, G)
         check_finite(real_scores(scores, inputs)[0], outputs["sums"], inputs["row_index"])
         labels_of_row = inputs["label_mask"].flatten(1).sum(1)  # (B,)
         points = labelled_points(outputs["logits"], inputs)
@@ -340,19 +319,17 @@ class TokenRewardTrainer(Trainer, ABC):
             self._samples.add(scores, inputs)
         if prediction_loss_only:
             return None, None, None
-        return loss, *as_predictions(logits, inputs, self._objective)
+        return loss, *as_predictions(self._predicted(outputs["logits"]), inputs, self._objective)
 
     def _one_output(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is predicted, (B, T, G, C), from the logits of the evaluation."""
+        """What the metrics are about, (B, T, G, C), of the logits of the evaluation."""
+        return logits
+
+    def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
+        """What `predict` gives, (B, T, G, C) or with more axes, of the logits of the evaluation."""
         return logits
 
     # ------------------------------------------------------------------------------------- training and evaluation
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if not self.args.report_to and self.is_world_process_zero():
-            logger.warning("Metrics are reported nowhere (`report_to` is 'none'); set report_to='wandb' to keep them.")
-        open_run(self)
-        return super().train(*args, **kwargs)
-
     def evaluate(
         self,
         eval_dataset: Rows | dict[str, Rows] | None = None,
@@ -414,10 +391,3 @@ class TokenRewardTrainer(Trainer, ABC):
                 logs["num_tokens"] = float(self._training.tokens)
                 logs.update(self._data.counts())
         super().log(logs, start_time)
-
-    # ------------------------------------------------------------------------------------------------------- saving
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""
-        with picklable_loss(self.args, self._objective.name):
-            super().save_model(output_dir, _internal_call)
-        self._writer.write(self, output_dir or self.args.output_dir)
