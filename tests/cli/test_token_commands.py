@@ -57,11 +57,14 @@ def test_a_recipe_trains_and_its_model_scores(kind, base, tmp_path, capsys):
     want = scorer([row["prompt"] for row in rows], [row["completion"] for row in rows])
     assert found == pytest.approx(want, abs=1e-6)
     assert cli.main([*command, "--aggregation", said]) == 0  # goes on, with nothing left to do
-    if kind == "prm":  # steps are not candidates
-        command[-1] = str(tmp_path / "steps.jsonl")
-        write(source, step_rows(1))
-        assert cli.main(command) == 1
-        assert "line 1: found `completions` beside `labels`" in capsys.readouterr().err
+    if kind == "prm":  # rows of its own data
+        command[-1] = str(target := tmp_path / "steps.jsonl")
+        write(source, rows := step_rows(3))
+        assert cli.main([*command, "--aggregation", said]) == 0
+        found = [json.loads(line)["step_scores"] for line in target.read_text().splitlines()]
+        want = scorer.score_steps([row["prompt"] for row in rows], [row["completions"] for row in rows])
+        assert [len(own) for own in found] == [len(row["completions"]) for row in rows]
+        assert sum(found, []) == pytest.approx(sum(want, []), abs=1e-6)
 
 
 def test_an_ensemble_from_the_recipe_of_one_model(base, tmp_path, capsys):

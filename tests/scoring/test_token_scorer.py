@@ -163,6 +163,16 @@ def test_as_many_scores_as_steps(trained, family):
         assert all(0 <= score <= 1 for scores in found for score in scores)
 
 
+def test_steps_without_any_token_have_no_score(tmp_path):
+    base = save_tiny_model(tmp_path / "base", "qwen2")  # its tokenizer adds nothing
+    trainer = token_trainer("prm", base, tmp_path / "prm", step_rows(4), max_steps=1, step_separator="")
+    trainer.save_model()
+    scorer = RewardScorer(tmp_path / "prm")
+    found = scorer.score_steps(None, [["", ""], ["good", ""], []])
+    assert [len(scores) for scores in found] == [2, 2, 0] and found[0] == [None, None]
+    assert scorer.combine(found) == [None, min(found[1]), None]
+
+
 def test_steps_in_a_chat_are_one_message(trained):
     folder, trainer = trained("prm")
     row = {"prompt": [{"role": "user", "content": "Why?"}], "completions": ["good", "bad bad"], "labels": [1, 0]}
@@ -192,6 +202,7 @@ def test_what_max_length_cuts_off_has_no_score(trained, caplog):
     assert found[:2] == pytest.approx(whole.score_steps(None, [steps])[0][:2], abs=1e-5)
     assert scorer.num_truncated == 1 and "were cut" in caplog.text
     assert scorer(None, ["\n".join(steps)]) == pytest.approx([min(found[:2])], abs=1e-6)
+    assert scorer.combine([found]) == [min(found[:2])]
 
 
 # One number
@@ -325,6 +336,7 @@ def test_one_number_from_categories(trained):
     assert len(set(want)) == 2
     cut = {"segmenter": lambda text: spans[completions.index(text)]}
     assert RewardScorer(folder, aggregation=weights, **cut)(prompts, completions) == pytest.approx(want, abs=1e-5)
+    assert RewardScorer(folder, aggregation=weights).combine(values) == want
     by_sentence = RewardScorer(folder, aggregation=weights)(prompts, ["Good it is. Bad it was.", "Wrong."])
     halves = RewardScorer(folder).score_segments(prompts[:1], ["Good it is. Bad it was."], [[(0, 12), (12, 23)]])
     assert by_sentence == pytest.approx([weighted_categories(halves[0], weights), want[1]], abs=1e-5)
@@ -357,6 +369,8 @@ def test_each_kind_says_what_it_cannot_do(trained, reward_path):
     for method, third in (("score_tokens", ()), ("score_steps", ()), ("score_segments", ([[]],))):
         with pytest.raises(ValueError, match=f"kind 'scalar', and `{method}` needs one of kind"):
             getattr(scalar, method)(["a"], ["b"], *third)
+    with pytest.raises(ValueError, match="kind 'outcome', and `combine` needs one of kind 'process' or 'segment'"):
+        RewardScorer(trained("orm")[0]).combine([[0.5]])
     with pytest.raises(ValueError, match="nothing to aggregate"):
         RewardScorer(reward_path(), aggregation="min")
     with pytest.raises(ValueError, match="leave `segmenter` out"):
@@ -389,6 +403,8 @@ def test_normalizer_of_a_process_model(trained, tmp_path):
     fitted = scorer.fit_normalizer(prompts, completions)
     want = [(score - fitted["mean"]) / fitted["std"] for score in raw]
     assert scorer(prompts, completions) == pytest.approx(want, abs=1e-4)
+    steps = scorer.score_steps(prompts, [row["completions"] for row in rows])
+    assert scorer.combine(steps) == pytest.approx(want, abs=1e-4)
 
 
 def test_the_same_scores_after_merging(bases, tmp_path):

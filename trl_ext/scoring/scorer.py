@@ -96,6 +96,8 @@ class RewardScorer:
             its own.
 
     Attributes:
+        processing_class (`PreTrainedTokenizerBase`): the tokenizer.
+        choices (`dict`): `max_length`, `aggregation` and `segmenter` as they were given.
         normalizer (`dict` or `None`): the `{"mean", "std"}` that scores are normalised by.
         num_truncated (`int`): rows cut to `max_length` so far.
 
@@ -167,8 +169,10 @@ class RewardScorer:
         self.model = model
         self.normalizer = None if sidecar is None else sidecar.normalizer
         self.num_truncated = 0
+        self.processing_class = processing_class or load_tokenizer(source)
+        self.choices = {"max_length": max_length, "aggregation": aggregation, "segmenter": segmenter}
         self._encoder = RowEncoder(
-            tokenizer=processing_class or load_tokenizer(source),
+            tokenizer=self.processing_class,
             policy=policy,
             vocab_size=vocab_size(model),
             max_positions=max_positions(unwrap(model)),
@@ -210,11 +214,7 @@ class RewardScorer:
             [`DataError`]: a row cannot be read or tokenized, or its score is not finite; names the row index.
             `ValueError`: `prompts`, `completions` and columns of different lengths.
         """
-        scores = self._raw_scores(prompts, completions, columns)
-        if self.normalizer is None:
-            return scores
-        mean, std = self.normalizer["mean"], self.normalizer["std"]
-        return [None if score is None else (score - mean) / std for score in scores]
+        return self._normalized(self._raw_scores(prompts, completions, columns))
 
     def fit_normalizer(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
@@ -333,6 +333,18 @@ class RewardScorer:
         self._views.check_spans(cuts)
         return self._read(prompts, cuts, columns, self._views.segments)
 
+    def combine(self, scores: Sequence[Sequence[Value | None]]) -> list[float | None]:
+        """
+        The scores that a call gives, of what `score_steps` or `score_segments` returned: aggregated and normalised.
+
+        As there, what was cut off does not count, and a completion without a step or segment has none.
+
+        Raises:
+            `ValueError`: the model is no process or segment reward model.
+        """
+        refuse("combine", self._kind, self.__name__)
+        return self._normalized([self._views.combine(own) for own in scores])
+
     def _read(
         self, prompts: Sequence[Prompt] | None, cuts: list[Cut], columns: dict[str, Any], view: Callable
     ) -> list[Any]:
@@ -340,7 +352,7 @@ class RewardScorer:
 
         def read(row: int, located: Any, outputs: torch.Tensor | None) -> Any:
             if outputs is None:
-                return view(located, torch.empty(0, unwrap(self.model).config.num_labels), [])
+                return view(located, torch.empty(0, unwrap(self.model).config.num_labels), cuts[row].spans)
             if not outputs.isfinite().all():
                 raise _not_finite(row, "an output that is not finite")
             return view(located, outputs, cuts[row].spans)
@@ -362,6 +374,12 @@ class RewardScorer:
             return score
 
         return self._map(prompts, completions, columns, self._encoder, self._runner.scores, read)
+
+    def _normalized(self, scores: list[float | None]) -> list[float | None]:
+        if self.normalizer is None:
+            return scores
+        mean, std = self.normalizer["mean"], self.normalizer["std"]
+        return [None if score is None else (score - mean) / std for score in scores]
 
     def _map(
         self,

@@ -29,6 +29,7 @@ METHODS = {
     "score_tokens": ("outcome", "process", "segment"),
     "score_steps": ("process",),
     "score_segments": ("segment",),
+    "combine": ("process", "segment"),
 }
 
 
@@ -115,16 +116,16 @@ class TokenViews:
     ) -> list[float | None]:
         """P(correct) of each step; `None` for one that was cut off."""
         places = self._places(located, spans)
-        right = self._right(outputs[[place or 0 for place in places]], neutral).tolist()
-        return [None if place is None else value for place, value in zip(places, right, strict=True)]
+        known = iter(self._right(outputs[[place for place in places if place is not None]], neutral).tolist())
+        return [None if place is None else next(known) for place in places]
 
     def segments(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> list[Value | None]:
         """The estimated label of each segment, by category where there are names; `None` for one that was cut off."""
         places = self._places(located, spans)
-        chosen = outputs[[place or 0 for place in places]]  # (S, G * C)
-        table = self._label(chosen.view(len(places), max(1, len(self._categories)), self._outputs)).tolist()  # (S, G)
-        values = [dict(zip(self._categories, row, strict=True)) if self._categories else row[0] for row in table]
-        return [None if place is None else value for place, value in zip(places, values, strict=True)]
+        chosen = outputs[[place for place in places if place is not None]]  # (S, G * C)
+        table = self._label(chosen.view(len(chosen), max(1, len(self._categories)), self._outputs)).tolist()  # (S, G)
+        known = (dict(zip(self._categories, row, strict=True)) if self._categories else row[0] for row in table)
+        return [None if place is None else next(known) for place in places]
 
     def scalar(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> float | None:
         """One number for a completion; steps and segments that were cut off do not count."""
@@ -134,6 +135,10 @@ class TokenViews:
             values = self.steps(located, outputs, spans)
         else:
             values = self.segments(located, outputs, spans)
+        return self.combine(values)
+
+    def combine(self, values: Sequence[Value | None]) -> float | None:
+        """One number of those of a completion, where `None` does not count."""
         return self._aggregate([value for value in values if value is not None])
 
     def check_neutral(self, neutral: str) -> None:
@@ -169,13 +174,16 @@ class TokenViews:
         return segmentation.steps(text, separator=self._separator)
 
     def _places(self, located: Located, spans: Sequence[CharSpan]) -> list[int | None]:
-        """The position whose output is the score of each span: where training put the label (of `"all"` the last)."""
+        """
+        The position whose output is the score of each span: where training put the label (of `"all"` the last); `None`
+        for what was cut off, and where there is no token at all.
+        """
         real = located.ends > located.starts
         reach = int(located.ends[real].max(initial=0)) if located.truncated else None
         places: list[int | None] = []
         for start, end in spans:
             own = located.tokens(start, end)
-            if reach is not None and end > reach:
+            if not len(real) or (reach is not None and end > reach):
                 places.append(None)
             elif not len(own):  # nothing but characters without a token: what was read before they ended
                 before = np.flatnonzero(real & (located.starts < end))
