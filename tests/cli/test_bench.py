@@ -8,16 +8,18 @@ import pytest
 
 from tests.tiny import pair_rows, ranked_rows
 from trl_ext.cli import bench, bench_ensemble, bench_reward, bench_tools
+from trl_ext.cli.ensemble import KINDS
 from trl_ext.cli.main import main
 
 
 TINY = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--repeats", "2"]
 STEPS = ["--batch_size", "2", "--steps", "2"]
+SLOW = sorted(KINDS.keys() - {"reward", "prm"})
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
-def run(tmp_path, *arguments):
-    assert main(["bench", *arguments, *TINY, "--output_dir", str(tmp_path)]) == 0
+def run(tmp_path, command, *arguments):
+    assert main(["bench", command, *TINY, *arguments, "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "bench.png").is_file() == HAS_MATPLOTLIB
     return json.loads((tmp_path / "bench.json").read_text())
 
@@ -106,9 +108,10 @@ def test_generate_measures_a_plain_loop_beside_ours(tmp_path, capsys):
         main(["bench", "generate", *TINY, "--batch_size", "3", "--num_generations", "2"])
 
 
-def test_ensemble_measures_members_beside_single_runs(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["reward", "prm", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
+def test_ensemble_measures_members_beside_single_runs(kind, tmp_path, capsys):
     sizes = ["--members", "3", "--num_layers", "2", "--branch_at", "0.5", "--shapes", "4,5,2,2", "--lora_r", "2"]
-    report = run(tmp_path, "ensemble", *sizes, "--steps", "1")
+    report = run(tmp_path, "ensemble", "--kind", kind, *sizes, "--steps", "1", "--repeats", "1")
     printed = capsys.readouterr().out
     (case,) = report["cases"]
     assert case["tokens"] == 2 * 2 * 9
@@ -120,6 +123,27 @@ def test_ensemble_measures_members_beside_single_runs(tmp_path, capsys):
         assert part["ratios"]["branched / M separate full"] == pytest.approx(many / one / 3)
         assert all(side["seconds"] > 0 for side in part["sides"].values())
     assert "3 members, branched" in printed and "own batches / M separate branched" in printed
+    assert f"Members of kind {kind}" in printed
+    assert training["losses_compared"] == 3 * 2 and training["loss_max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "labelled"), [("orm", 7), ("prm", 1), ("segment", 1)])
+def test_labelled_rows_have_the_lengths_that_were_asked_for(kind, labelled, tmp_path):
+    from trl_ext.data.spans import prepare_spans
+    from trl_ext.data.tokenization import TokenPolicy
+
+    tokenizer = bench_tools.words_tokenizer()
+    rows = bench_tools.labelled_rows(kind, 2, p=5, c=7, k=3)
+    kinds = {"orm": "outcome", "prm": "stepwise", "segment": "segment"}
+    policy = TokenPolicy.for_training(tokenizer) if kind == "orm" else TokenPolicy(append_eos=False)
+    ready, _ = prepare_spans(rows, tokenizer, kind=kinds[kind], policy=policy, max_length=None)
+    assert len(ready) == 6
+    for row in ready:
+        assert len(row["span_input_ids"]) == 12 and row["completion_start"] == 5
+        assert tokenizer.unk_token_id not in row["span_input_ids"] and len(row["label_positions"]) == labelled
+    longer = bench_tools.labelled_rows(kind, 1, p=0, c=2 * bench_tools.SPAN + 1, k=1)
+    (row,) = prepare_spans(longer, tokenizer, kind=kinds[kind], policy=policy, max_length=None)[0]
+    assert len(row["span_input_ids"]) == 33 and len(row["label_positions"]) == (33 if kind == "orm" else 3)
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
@@ -174,6 +198,8 @@ def test_medians_are_taken_step_by_step():
         ["reward", "--shapes", "4,0,2"],
         ["reward", "--warmup", "0"],
         ["ensemble", "--shapes", "4"],
+        ["ensemble", "--kind", "orm", "--shapes", "0,1,2,2"],
+        ["ensemble", "--kind", "step"],
         ["train"],
     ],
 )

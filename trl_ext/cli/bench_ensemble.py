@@ -1,8 +1,9 @@
 """`trl-ext bench ensemble`: M members in one pass beside single members, in training and in scoring.
 
 Every side trains (or scores) the same rows in turns in one process: one member with adapters on all layers, one with
-adapters above the branch only, and M members of either kind through `RewardEnsembleTrainer`. M separate runs are M
-times one run of the same kind. Knows trainers and scores, and nothing of how members are stacked.
+adapters above the branch only, and M members of either sort through the trainer of ensembles. M separate runs are M
+times one run of the same sort. That the losses of branched members are those of M separate runs is measured beside.
+Knows trainers and scores, and nothing of how members are stacked.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from .bench_tools import (
     forget_peak,
     formatted,
     keep_freed_memory,
+    labelled_rows,
     peak,
     plot_bars,
     save_model,
@@ -28,6 +30,7 @@ from .bench_tools import (
     synthetic_groups,
     words_tokenizer,
 )
+from .ensemble import KINDS
 
 
 if TYPE_CHECKING:
@@ -48,11 +51,19 @@ RATIOS = {
     "full / M separate full": ("stacked_full", "one_full", None),
     "own batches / M separate branched": ("stacked_own", "one_branched", None),
 }
+# kind of the members -> how the names of the trainer and config of one begin, and outputs of its head
+ONE = {"reward": ("Reward", 1), "orm": ("ORM", 1), "prm": ("PRM", 2), "segment": ("SegmentReward", 1)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `trl-ext bench ensemble`."""
-    parser.add_argument("--shapes", nargs="*", default=["0,16,2,4", "0,128,2,4"], help="P,C,K,groups in a batch")
+    parser.add_argument("--kind", choices=KINDS, default="reward", help="what members are, as of `trl-ext ensemble`")
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        default=["0,16,2,4", "0,128,2,4"],
+        help="P,C,K,groups: tokens of prompt, completion; completions of a prompt, prompts in a batch",
+    )
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--branch_at", type=float, default=0.75, help="share of the layers below the branch")
     parser.add_argument("--lora_r", type=int, default=16, help="rank of LoRA on all linear layers")
@@ -72,8 +83,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         `dict` with `cases` and the circumstances. A case has `tokens` (of a batch, as one member sees it), `training`
-        and `scoring`; each of these `sides` (seconds and CPU seconds of a step or pass, peak memory in MiB of a
-        training) and `ratios`, of CPU time (wall time on a GPU).
+        and `scoring` (of token-level members, of every token); each of these `sides` (seconds and CPU seconds of a
+        step or pass, peak memory in MiB of a training) and `ratios`, of CPU time (wall time on a GPU); the training
+        also `loss_max_difference` of branched members and separate runs, over `losses_compared` losses.
     """
     import datasets
     import transformers
@@ -89,10 +101,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             p, c, k, groups = map(int, shape.split(","))
         except ValueError as error:
             raise ValueError(f"{shape!r} is no shape. Needed: P,C,K,groups, e.g. 0,128,2,4.") from error
-        rows = synthetic_groups(groups * (args.warmup + args.steps), p, c, k, args.seed)
+        if min(c - (args.kind == "orm"), k, groups) < 1 or p < 0:
+            raise ValueError(f"{shape!r} is no shape. Needed: C, K and groups of 1 or more (C of 2 for outcomes).")
+        number = groups * (args.warmup + args.steps)
+        groups_of_ids = synthetic_groups(number, p, c, k, args.seed)
+        rows, batch = groups_of_ids, groups
+        if args.kind != "reward":
+            rows, batch = labelled_rows(args.kind, number, p, c, k, args.seed), groups * k
+        ids = [ids for group in groups_of_ids["candidate_ids"][:groups] for ids in group]
         with tempfile.TemporaryDirectory() as folder:
             save_model(folder, args, p + c, words_tokenizer())
-            training, scoring = _training(rows, groups, folder, args), _scoring(rows, groups * k, folder, args)
+            training, scoring = _training(rows, batch, folder, args), _scoring(ids, folder, args)
         cases.append(
             {"name": f"({p}, {c}, {k}) x {groups}", "tokens": groups * k * (p + c), "training": training}
             | {"scoring": scoring}
@@ -101,11 +120,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"cases": cases, **circumstances(args)}
 
 
-def _training(rows: "Dataset", groups: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
+def _training(rows: "Dataset", batch: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}
     for repeat in range(args.repeats):
         for side in SIDES if repeat % 2 == 0 else reversed(SIDES):  # none is always first
-            runs[side].append(_train(side, rows, groups, model, args))
+            runs[side].append(_timed(side, rows, batch, model, args))
     sides = {}
     for side, measured in runs.items():
         peaks = [run["peak"] for run in measured if run["peak"] is not None]
@@ -114,11 +133,35 @@ def _training(rows: "Dataset", groups: int, model: str, args: argparse.Namespace
             "cpu_seconds": statistics.median(second for run in measured for second in run["cpu"]),
             "peak_memory_mib": statistics.median(peaks) if peaks else None,
         }
-    return {"sides": sides, "ratios": _ratios(sides, args.members)}
+    return {"sides": sides, "ratios": _ratios(sides, args.members), **_compare_losses(rows, batch, model, args)}
 
 
-def _train(side: str, rows: "Dataset", groups: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
+def _compare_losses(rows: "Dataset", batch: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Each loss of branched members beside that of the separate run with the member's seed."""
+
+    how = {"logging_steps": 1, "learning_rate": 1e-3}  # a step must show in the next loss
+    history = _trained("stacked_branched", rows, batch, model, args, **how).state.log_history
+    apart = []
+    for member in range(args.members):
+        alone = _trained("one_branched", rows, batch, model, args, seed=args.seed + member, **how)
+        losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+        own = [entry[name] for entry in history if (name := f"loss_member_{member}") in entry]
+        apart += [abs(a - b) for a, b in zip(own, losses, strict=True)]
+    return {"loss_max_difference": max(apart), "losses_compared": len(apart)}
+
+
+def _timed(side: str, rows: "Dataset", batch: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train once: seconds and CPU seconds of each timed step, and peak memory."""
+    clock = step_clock()
+    _trained(side, rows, batch, model, args, clock)
+    skip = args.warmup - 1  # the first difference of two stamps belongs to the second step
+    return {"wall": differences(clock.wall)[skip:], "cpu": differences(clock.cpu)[skip:], "peak": peak()}
+
+
+def _trained(
+    side: str, rows: "Dataset", batch: int, model: str, args: argparse.Namespace, clock: Any = None, **more: Any
+) -> Any:
+    """The trainer of a side after its training; `more` are arguments of its config."""
     from peft import LoraConfig
     from transformers import PrinterCallback
 
@@ -128,9 +171,8 @@ def _train(side: str, rows: "Dataset", groups: int, model: str, args: argparse.N
     dtype = dtype_of(args)
     common = {
         "output_dir": f"{model}/{side}",
-        "per_device_train_batch_size": groups,
+        "per_device_train_batch_size": batch,
         "max_steps": args.warmup + args.steps,
-        "loss_type": "plackett_luce",
         "gradient_checkpointing": args.gradient_checkpointing,
         "bf16": dtype == "bfloat16",
         "model_init_kwargs": {"dtype": dtype, "attn_implementation": args.attn_implementation},
@@ -141,48 +183,59 @@ def _train(side: str, rows: "Dataset", groups: int, model: str, args: argparse.N
         "disable_tqdm": True,
         "seed": args.seed,
     }
+    if args.kind == "reward":
+        common["loss_type"] = "plackett_luce"
     peft_config = LoraConfig(r=args.lora_r, target_modules="all-linear")
     if several:
-        config = trl_ext.RewardEnsembleConfig(
-            num_members=args.members, data_strategy=strategy, branch_at=args.branch_at if branched else None, **common
-        )
+        name = f"{KINDS[args.kind]}Ensemble"
+        common |= {
+            "num_members": args.members,
+            "data_strategy": strategy,
+            "branch_at": args.branch_at if branched else None,
+        }
     else:
-        config = trl_ext.RewardConfig(**common)
+        name, _ = ONE[args.kind]
+        common["data_seed"] = args.seed  # whatever the seed of the head and the adapter
         if branched:
             peft_config = _branched(peft_config, model, args)
-    trainer = (trl_ext.RewardEnsembleTrainer if several else trl_ext.RewardTrainer)(
+    trainer = getattr(trl_ext, f"{name}Trainer")(
         model=model,
-        args=config,
+        args=getattr(trl_ext, f"{name}Config")(**common | more),
         train_dataset=rows,
         quantization_config=_quantization(args),
         peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
-    clock = step_clock()
-    trainer.add_callback(clock)
+    if clock is not None:
+        trainer.add_callback(clock)
     forget_peak()
     trainer.train()
-    skip = args.warmup - 1  # the first difference of two stamps belongs to the second step
-    return {"wall": differences(clock.wall)[skip:], "cpu": differences(clock.cpu)[skip:], "peak": peak()}
+    return trainer
 
 
-def _scoring(rows: "Dataset", number: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One batch, scored by one member and by all."""
+def _scoring(ids: list[list[int]], model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One batch, scored by one member and by all; by token-level ones every token."""
     import torch
     from peft import LoraConfig
 
     from trl_ext.models.building import add_adapter, build_reward_model
-    from trl_ext.models.heads import candidate_scores
+    from trl_ext.models.heads import candidate_scores, run_with_head_output
     from trl_ext.models.member_config import branch_at
-    from trl_ext.models.stacked_model import StackedRewardModel, member_scores
+    from trl_ext.models.stacked_model import StackedRewardModel, member_scores, member_token_logits
 
-    ids = [ids for group in rows["candidate_ids"] for ids in group][:number]
+    def token_logits(*batch: Any) -> torch.Tensor:
+        return run_with_head_output(*batch)[1]
+
+    per_token = args.kind != "reward"
+    functions = (token_logits, member_token_logits) if per_token else (candidate_scores, member_scores)
     calls: dict[str, Callable] = {}
     for side, (_, several, branched, strategy) in SIDES.items():
         if strategy == "shuffle":
             continue
         base, head = build_reward_model(
             model,
+            num_labels=ONE[args.kind][1],
+            head="per_token" if per_token else "sequence",
             quantization_config=_quantization(args),
             dtype=dtype_of(args),
             attn_implementation=args.attn_implementation,
@@ -194,8 +247,7 @@ def _scoring(rows: "Dataset", number: int, model: str, args: argparse.Namespace)
         else:
             scorer = add_adapter(base, _branched(config, model, args) if branched else config, head).eval()
         batch = torch.tensor(ids, device=scorer.device)
-        function = member_scores if several else candidate_scores
-        calls[side] = lambda f=function, m=scorer, b=batch: f(m, b, torch.ones_like(b))
+        calls[side] = lambda f=functions[several], m=scorer, b=batch: f(m, b, torch.ones_like(b))
     stamps: dict[str, list[tuple[float, float]]] = {side: [] for side in calls}
     with torch.no_grad():
         for repeat in range(-1, 2 * args.repeats):  # the first is the warm-up
@@ -244,7 +296,11 @@ def _ratios(sides: dict[str, dict[str, Any]], members: int) -> dict[str, float]:
 
 def _line(case: dict[str, Any]) -> str:
     train, score = (case[what]["ratios"]["branched / one full"] for what in ("training", "scoring"))
-    return f"{case['name']}: branched members take {train:.2f}x one full member in training, {score:.2f}x in scoring"
+    return (
+        f"{case['name']}: branched members take {train:.2f}x one full member in training, {score:.2f}x in scoring; "
+        f"{case['training']['losses_compared']} losses differ from separate runs' by at most "
+        f"{case['training']['loss_max_difference']:.0e}"
+    )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -266,10 +322,11 @@ def table(report: dict[str, Any]) -> str:
             scoring = case["scoring"]["ratios"].get(name)
             ratios.append([name, f"{value:.2f}x", "-" if scoring is None else f"{scoring:.2f}x"])
         parts.append(formatted(ratios))
+    kind, clock = report["arguments"]["kind"], "wall" if "GPU" in report["memory"] else "CPU"
     return (
-        "\n\n".join(parts) + f"\nM = {members}; M separate runs: {members} times one run. Ratios: "
-        f"{'wall' if 'GPU' in report['memory'] else 'CPU'} time, below 1 is less; medians.\n{report['machine']}, "
-        f"{report['dtype']}, {report['attention']} attention, memory {report['memory']}"
+        "\n\n".join(parts) + f"\nMembers of kind {kind}, M = {members}; M separate runs: {members} times one run. "
+        f"Ratios: {clock} time, below 1 is less; medians.\n{report['machine']}, {report['dtype']}, "
+        f"{report['attention']} attention, memory {report['memory']}"
     )
 
 

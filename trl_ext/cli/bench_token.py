@@ -5,15 +5,12 @@ turns in one process. Knows the trainer, and nothing of how it works.
 """
 
 import argparse
-import random
 import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench_tools import (
-    FIRST_WORD,
-    VOCABULARY,
     CountTokens,
     add_model_arguments,
     circumstances,
@@ -21,6 +18,7 @@ from .bench_tools import (
     dtype_of,
     forget_peak,
     formatted,
+    labelled_rows,
     peak,
     plot_bars,
     save_model,
@@ -74,29 +72,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 raise ValueError(f"{shape!r} is no shape. Needed: P,C,K, e.g. 256,64,4.") from error
             if min(p, k) < 1 or c < 2:
                 raise ValueError(f"{shape!r} is no shape. Needed: P >= 1, C >= 2 (EOS is one of them) and K >= 1.")
-            rows = _answers(args.questions * (args.warmup + args.steps), p, c, k, args.seed)
+            rows = labelled_rows("orm", args.questions * (args.warmup + args.steps), p, c, k, args.seed)
             save_model(f"{folder}/{number}", args, p + c, words_tokenizer())
             cases.append(_measure_case(rows, f"{folder}/{number}", args, p, c, k))
     return {"cases": cases, **circumstances(args)}
-
-
-def _answers(questions: int, p: int, c: int, k: int, seed: int) -> "Dataset":
-    """Outcome rows: k answers of c tokens (EOS is one of them) to each question of p tokens, right by chance."""
-    from datasets import Dataset
-
-    rng = random.Random(seed)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{rng.randrange(FIRST_WORD, VOCABULARY)}" for _ in range(length))
-
-    prompts = [text(p) for _ in range(questions)]
-    return Dataset.from_list(
-        [
-            {"prompt": prompt, "completion": f" {text(c - 1)}", "label": rng.random() < 0.5}
-            for prompt in prompts
-            for _ in range(k)
-        ]
-    )
 
 
 def _measure_case(rows: "Dataset", model: str, args: argparse.Namespace, p: int, c: int, k: int) -> dict[str, Any]:

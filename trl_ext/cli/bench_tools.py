@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 4096
 FIRST_WORD = 3  # 0, 1, 2 are pad, bos and eos
+SPAN = 16  # tokens of a step or segment
 CHAT_TEMPLATE = "{% for m in messages %}<bos>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
 
 
@@ -53,6 +54,36 @@ def synthetic_groups(number: int, prompt: int, completion: int, candidates: int,
         ids = [[*shared, own, *words(completion - 1)] for own in first]
         rows.append({"candidate_ids": ids, "ratings": [float(candidates - k) for k in range(candidates)]})
     return Dataset.from_list(rows)
+
+
+def labelled_rows(kind: str, prompts: int, p: int, c: int, k: int, seed: int = 0) -> "Dataset":
+    """
+    Rows of `kind` `"orm"`, `"prm"` or `"segment"`: k completions of c tokens to each prompt of p, labelled by chance.
+
+    Of outcomes EOS is one of the c tokens. Steps and segments are `SPAN` tokens long, the last one what is left.
+    """
+    from datasets import Dataset
+
+    rng = random.Random(seed)
+
+    def words(length: int) -> str:
+        return " ".join(f"w{rng.randrange(FIRST_WORD, VOCABULARY)}" for _ in range(length))
+
+    def completion() -> dict[str, Any]:
+        if kind == "orm":
+            return {"completion": words(c - 1), "label": rng.random() < 0.5}
+        parts = [words(min(SPAN, c - start)) for start in range(0, c, SPAN)]
+        if kind == "prm":
+            return {"completions": parts, "labels": [rng.random() < 0.5 for _ in parts]}
+        starts = [sum(len(part) + 1 for part in parts[:n]) for n in range(len(parts))]
+        segments = [
+            {"start": start, "end": start + len(part), "score": rng.random()}
+            for start, part in zip(starts, parts, strict=True)
+        ]
+        return {"completion": " ".join(parts), "segments": segments}
+
+    questions = [f"{words(p)}\n" if p else "" for _ in range(prompts)]
+    return Dataset.from_list([{"prompt": question, **completion()} for question in questions for _ in range(k)])
 
 
 def words_tokenizer(size: int = VOCABULARY) -> "PreTrainedTokenizerBase":
