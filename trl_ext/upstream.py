@@ -38,6 +38,7 @@ class UpstreamName:
 
 _REWARD = "trl.trainer.reward_trainer:RewardTrainer"
 _OURS = "trl_ext.trainers.reward_trainer"
+_HEADS = "trl_ext.trainers.head_training"
 _TRAINER = "transformers:Trainer"
 _TOKENS = "trl_ext.trainers.token_trainer"
 _SFT = "trl.trainer.sft_trainer:SFTTrainer"
@@ -71,7 +72,7 @@ PRIVATE_NAMES = (
         _REWARD,
         "loss_is_scaled_for_ga",
         "class",
-        _OURS,
+        _HEADS,
         "True: our loss is already divided by the groups of the whole accumulation window",
     ),
     UpstreamName(_REWARD, "_total_train_tokens", "instance", _OURS, "tokens seen, which TRL logs as num_tokens"),
@@ -106,7 +107,7 @@ PRIVATE_NAMES = (
         _TRAINER,
         "loss_is_scaled_for_ga",
         "class",
-        _TOKENS,
+        _HEADS,
         "True: our loss is already divided by the labels of the whole accumulation window",
     ),
     UpstreamName(

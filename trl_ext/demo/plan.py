@@ -117,7 +117,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
     def token_model(name: str, title: str, run: Callable[[StageContext], dict[str, Any]], seconds: float) -> Stage:
         return model(name, title, run, sizes[f"{name}_steps"], seconds, TOKEN_BATCH_SIZE[name], TOKEN_LEARNING_RATE)
 
-    # The seconds were measured side by side on two busy cores; only their ratios matter once the first stages are under way.
+    # The seconds were measured side by side on two busy cores; only their ratios matter once a run is under way.
     return [
         Stage(
             "policy",
