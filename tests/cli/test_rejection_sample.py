@@ -1,5 +1,6 @@
 """`trl-ext rejection-sample`: its configs, its arguments, and the stages one by one."""
 
+import inspect
 import json
 import re
 from dataclasses import fields
@@ -9,8 +10,11 @@ import pytest
 import yaml
 
 from tests.tiny import save_tiny_model
+from trl_ext.cli._generation import SERVER
+from trl_ext.cli.best_of_n import BestOfNArguments
 from trl_ext.cli.main import main
 from trl_ext.cli.rejection_sample import RejectionSampleArguments, make_parser
+from trl_ext.pipelines.backends import make_generator
 from trl_ext.pipelines.generation import Sampling
 
 
@@ -73,10 +77,14 @@ def test_every_way_to_sample_reaches_the_store(tiny, tmp_path, rows):
     expected |= {"few_shot": [{"prompt": "1+1=", "completion": "2"}], "chat_template_kwargs": {"think": False}}
     expected |= {"max_completion_length": 6, "chat_template": "{{ messages[0].content }}"}
     assert manifest["sampling"] == expected and manifest["seed"] == 3 and manifest["num_generations"] == 3
-    names = {item.name for item in fields(RejectionSampleArguments)}
-    assert {item.name for item in fields(Sampling)} <= names
-    defaults = {item.name: item.default for item in fields(RejectionSampleArguments)}
+
+
+@pytest.mark.parametrize("arguments", [RejectionSampleArguments, BestOfNArguments])
+def test_there_is_an_argument_for_everything_that_a_backend_takes(arguments):
+    defaults = {item.name: item.default for item in fields(arguments)}
     assert all(defaults[item.name] == item.default for item in fields(Sampling))
+    taken = inspect.signature(make_generator).parameters
+    assert all(defaults[name] == taken[name].default for name in (*SERVER, "generation_batch_size", "backend"))
 
 
 def test_what_is_wrong_is_said(tiny, tmp_path, rows, capsys):

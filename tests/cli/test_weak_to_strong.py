@@ -48,7 +48,9 @@ def test_config_runs_on_tiny_models(path, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["--weak_model_name_or_path", base, "--strong_model_name_or_path", base, "--output_dir", str(out)]
     given += ["--dataset_name", str(data), "--use_cpu", "--max_steps", "2", "--gradient_accumulation_steps", "1"]
-    given += ["--seeds", "0", "--weak_training", '{"max_steps": 1}', "--dtype", "float32"]
+    # a weak model that writes texts has to learn to end them
+    weak = {"max_steps": 40, "learning_rate": 5e-3} if config["task"] == "generation" else {"max_steps": 1}
+    given += ["--seeds", "0", "--weak_training", json.dumps(weak), "--dtype", "float32"]
     given += ["--max_completion_length", "4"] if config["task"] == "generation" else []
     assert main(["weak-to-strong", "--config", str(path), *given]) == 0
     report = json.loads((out / "report.json").read_text())
@@ -64,6 +66,13 @@ def test_task_decides_which_arguments_there_are(capsys):
         models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b"]
         main(["weak-to-strong", "--task", "outcome", *models, "--use_cpu", "--bf16", "false", "--kd_weight", "1"])
     assert stop.value.code == 2 and "kd_weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--model_revision"])
+def test_flags_of_one_model_are_refused(flag, capsys):
+    models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b", "--dataset_name", "x.jsonl"]
+    assert main(["weak-to-strong", *models, flag, "v1", "--use_cpu", "--bf16", "false"]) == 1
+    assert "name one model, and here there are two" in capsys.readouterr().err
 
 
 def test_no_model_is_said(capsys):

@@ -1,11 +1,13 @@
 """best_of_n on a tiny model: picks, ties, votes, columns, chats, and what is refused; answers read off texts."""
 
 import json
+import linecache
 import math
 
 import pytest
 from datasets import Dataset
 
+from tests.pipelines.http_server import good, serving
 from trl_ext import best_of_n
 from trl_ext.cli.main import main
 from trl_ext.data.validation import DataError
@@ -195,6 +197,47 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     assert (tmp_path / "whole.jsonl").read_bytes() == whole
     assert main([*arguments, "whole.jsonl"]) == 1
     assert "other arguments (return_candidates)" in capsys.readouterr().err
+    # as many rows as there are whole chunks, and fewer than there are lines: nothing of them is cut off
+    (tmp_path / "in.jsonl").write_text("\n".join(lines.split("\n")[:4]), encoding="utf-8")
+    assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 1
+    assert "has 5 rows, and the input 4" in capsys.readouterr().err
+    assert (tmp_path / "whole.jsonl").read_bytes() == whole
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
+    rewards = (tmp_path / "tests_rewards.py").read_text()
+    (tmp_path / "tests_rewards.py").write_text(rewards.replace("len(text)", "-len(text)"))
+    linecache.clearcache()
+    assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 1
+    assert "other arguments (rewards)" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "note": "half a pair: \\ud83d"}\n')
+    assert main([*arguments, "half.jsonl"]) == 0
+    assert json.loads((tmp_path / "half.jsonl").read_text())["note"] == "half a pair: \ud83d"
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\nno\n')
     assert main([*arguments, "other.jsonl"]) == 1
     assert "line 2 is no JSON" in capsys.readouterr().err
+
+
+def test_every_way_to_sample_reaches_the_server(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests_rewards.py").write_text(
+        "def length(prompts, completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "2+2="}\n')
+    (tmp_path / "few.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    given = {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.01, "repetition_penalty": 1.1}
+    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    arguments += ["--stop", ";", "--generation_kwargs", '{"logit_bias": {"3": 1}}', "--few_shot", "few.jsonl"]
+    arguments += ["--max_completion_length", "5", "--input", "in.jsonl", "--output", "out.jsonl", "--n", "2"]
+    with serving(good()) as server:
+        arguments += ["--backend", "openai", "--server_base_url", server.url, "--server_timeout", "9"]
+        arguments += ["--max_concurrency", "1", "--max_retries", "0", "--api_key_variable", "HOME"]
+        arguments += ["--model_name_or_path", "served", "--reward_funcs", "tests_rewards.length"]
+        assert main(["best-of-n", *arguments]) == 0
+    expected = given | {"stop": [";"], "logit_bias": {"3": 1}, "max_tokens": 5, "prompt": "1+1=2\n\n2+2="}
+    for body in server.bodies:
+        assert expected.items() <= body.items()
+    assert len(server.bodies) == 2 and server.most_at_once == 1
+    assert all("Authorization" in headers for *_, headers in server.requests)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["best-of-n", "--model_name_or_path", "m", "--input", "in.jsonl", "--output", "other.jsonl"])
+    assert "best-of-n needs --reward_funcs" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Backends: every argument reaches them, any counts go together, and a failing server is waited for or named."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import urllib.request
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.import_utils import is_serve_available
 
@@ -40,6 +42,20 @@ def in_process(tiny, batch=32, **sampling):
 
 
 # In this process
+
+
+def test_the_revision_of_a_model_is_that_of_its_tokenizer_too(tiny, tmp_path, monkeypatch):
+    """A repository in the cache whose tokenizer has another chat template in an older revision."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    for commit, template in (("0" * 40, "old"), ("1" * 40, "new")):
+        folder = shutil.copytree(tiny, repository / "snapshots" / commit)
+        (folder / "chat_template.jinja").write_text(template)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    for init, template in (({}, "new"), ({"revision": "0" * 40}, "old")):
+        generator = make_generator("org/name", "transformers", model_init_kwargs=init)
+        assert generator._encoder.tokenizer.chat_template == template
 
 
 def test_the_same_seed_gives_the_same_completions_and_another_others(tiny):
@@ -254,7 +270,16 @@ def test_what_is_sent_for_a_chat_and_what_is_off_is_not_sent():
     assert path == "/v1/chat/completions"
     assert body["messages"] == [{"role": "system", "content": "kind"}, *CHAT]
     assert body["chat_template_kwargs"] == {"think": False} and body["tools"] == [{"name": "add"}]
-    assert not {"top_k", "min_p", "repetition_penalty", "stop", "generation_config"} & set(body)
+    off = {"top_k", "min_p", "repetition_penalty", "stop", "generation_config", "continue_final_message"}
+    assert not off & set(body)
+
+
+def test_a_begun_answer_is_continued_by_a_server_too():
+    begun = [*CHAT, {"role": "assistant", "content": "good"}]
+    with serving(good()) as server:
+        openai(server.url).generate([begun], 1, 0)
+    expected = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    assert expected.items() <= server.bodies[0].items()
 
 
 def test_concurrency_is_bounded_and_used():
@@ -424,5 +449,7 @@ def test_a_real_server(transformers_server, tiny):
     assert long[0][0].text.startswith(served(temperature=0)[0][0].text)
     chat = in_process(tiny, temperature=0).generate([CHAT], 1, 0)[0][0].text
     assert served([CHAT], temperature=0)[0][0].text.strip() == chat.strip()
+    with pytest.raises(DataError, match="row 1.*to which `transformers serve` would give a new one"):
+        served([CHAT, [*CHAT, {"role": "assistant", "content": "good"}]])
     with pytest.raises(GenerationError, match="HTTP 4"):
         served(generation_kwargs={"generation_config": "no json", "frequency_penalty": "x", "no_such": 1})

@@ -1,7 +1,7 @@
 """Rejection sampling as a whole: what comes out, what is done again, failures, kills, processes, the command."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.pipelines.http_server import good, serving
 from tests.tiny import save_tiny_model
-from trl_ext import RewardScorer, rejection_sample
+from trl_ext import RewardEnsemble, RewardScorer, rejection_sample
 from trl_ext.cli.main import main as trl_ext
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation import GenerationError
@@ -134,6 +134,11 @@ def chat_length(completions, **columns):
     return [float(len(messages[0]["content"])) for messages in completions]
 
 
+def test_texts_that_look_like_dates_stay_texts(tiny, tmp_path):
+    rows = [row | {"answer": "2020-01-01"} for row in ROWS]
+    assert set(rejection_sample(tiny, length, rows, tmp_path, **OPTIONS)["answer"]) == {"2020-01-01"}
+
+
 def test_weights_and_none_as_in_grpo(tiny, tmp_path):
     def never(completions, **columns):
         return [None] * len(completions)
@@ -170,7 +175,7 @@ def test_models_in_memory(tiny, scalar, tmp_path):
     with torch.no_grad():
         policy.lm_head.weight += 1
     again = sampler(policy, tmp_path / "memory", reward, processing_class=tokenizer)
-    with pytest.raises(StoreError, match="tensors="):
+    with pytest.raises(StoreError, match="content="):
         again.score()
 
 
@@ -189,6 +194,19 @@ def test_nothing_is_done_twice_and_everything_is_shared(tiny, tmp_path):
     other = [row | {"answer": "x"} for row in ROWS]
     rejection_sample(tiny, length, other, tmp_path, **OPTIONS)
     assert len(CALLS) == 12 and len(list((tmp_path / "rollouts").iterdir())) == 2  # only the scores saw the answer
+
+
+def test_a_policy_whose_files_changed_has_a_store_of_its_own(tiny, tmp_path):
+    policy = shutil.copytree(tiny, tmp_path / "policy")
+    torch.save(AutoModelForCausalLM.from_pretrained(tiny).state_dict(), policy / "pytorch_model.bin")
+    stores = []
+    for name in ("pytorch_model.bin", "tokenizer.json", "chat_template.jinja"):
+        stores.append(sampler(policy, tmp_path / "out")._generate.store.folder)
+        with open(policy / name, "ab") as file:
+            file.write(b" ")
+    stores.append(sampler(policy, tmp_path / "out")._generate.store.folder)
+    assert len(set(stores)) == 4
+    assert sampler(shutil.copytree(policy, tmp_path / "moved"), tmp_path / "out")._generate.store.folder == stores[3]
 
 
 def test_a_damaged_shard_is_made_again_and_is_the_same(tiny, tmp_path):
@@ -218,25 +236,36 @@ def test_scores_of_other_texts_are_refused(tiny, tmp_path):
         made.select()
 
 
-def test_an_unnamed_function_is_called_each_time(tiny, tmp_path, caplog):
+def test_scores_of_a_lambda_are_used_again_and_those_of_an_ensemble_in_memory_are_not(tiny, scalar, tmp_path, caplog):
     calls = []
     for _ in range(2):
         sample(tiny, tmp_path, lambda completions, **_: calls.append(1) or [1.0] * len(completions))
-    assert len(calls) == 8 and "has no name" in caplog.text
+    assert len(calls) == 4
+    sample(tiny, tmp_path, lambda completions, **_: calls.append(1) or [2.0] * len(completions))
+    assert len(calls) == 8 and "cannot be used again" not in caplog.text
+    ensemble = RewardEnsemble([scalar, length])
+    for _ in range(2):
+        sample(tiny, tmp_path, ensemble)
+    assert len(list((tmp_path / "scores" / "RewardEnsemble").iterdir())) == 2
+    assert "an ensemble in memory, whose scores cannot be used again" in caplog.text
 
 
-def test_a_changed_function_is_another(tmp_path, monkeypatch):
+def test_a_function_by_its_name_is_what_stands_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     identities = []
     for number in range(2):
-        Path("own_rewards.py").write_text(f"def score(completions, **columns):\n    return [{number}] * 3\n")
-        sys.modules.pop("own_rewards", None)
-        os.utime("own_rewards.py", (number, number))
-        import linecache
+        Path(f"own_rewards_{number}.py").write_text(f"def score(completions, **columns):\n    return [{number}] * 3\n")
+        identities.append(reward_identity(f"own_rewards_{number}.score"))
+    assert identities[0]["name"] == identities[1]["name"] == "score"
+    assert identities[0]["source"] != identities[1]["source"]
 
-        linecache.clearcache()
-        identities.append(reward_identity("own_rewards.score"))
-    assert identities[0]["name"] == identities[1]["name"] == "score" and identities[0] != identities[1]
+
+def test_the_choices_of_a_scorer_belong_to_it(scalar):
+    made = [RewardScorer(scalar), RewardScorer(scalar), RewardScorer(scalar, max_length=9), RewardScorer(scalar)]
+    made[3].processing_class.chat_template = "{{ messages }}"
+    identities = [reward_identity(scorer) for scorer in made]
+    assert identities[0] == identities[1]
+    assert identities[2] != identities[0] != identities[3] != identities[2]
 
 
 class Above:

@@ -24,6 +24,7 @@ from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
 from trl_ext.pipelines import rejection_sampling_trainer
 from trl_ext.pipelines.diagnostics import log_rounds
+from trl_ext.pipelines.rounds import Rounds
 
 
 ROWS = [{"prompt": f"say {number}:"} for number in range(32)]
@@ -146,6 +147,15 @@ def test_a_policy_is_evaluated_before_it_is_trained_and_by_a_new_trainer_after(b
     assert after == {name: run.history[1][name] for name in after} != before
 
 
+def test_another_chat_template_in_the_same_file_is_another_run(base, tmp_path):
+    template = tmp_path / "template.jinja"
+    settings = []
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        settings.append(config(tmp_path, chat_template_path=str(template)).settings_of_a_round())
+    assert settings[0] != settings[1]
+
+
 def check_same(run, folder, whole):
     """The run has the history and the weights of the uninterrupted one."""
     expected, found = weights(whole[1]), weights(folder)
@@ -228,6 +238,40 @@ def test_initial_starts_over_from_the_first_weights(base, whole, tmp_path):
     assert current[1]["train_loss"] == initial[1]["train_loss"]
     assert current[2]["reward"] == initial[2]["reward"]  # both sample from the first round's policy
     assert current[2]["train_loss"] < initial[2]["train_loss"]  # one goes on, one starts over
+
+
+def test_a_run_that_is_killed_when_its_last_round_is_recorded_has_reported_it(base, tmp_path, monkeypatch):
+    arguments = dict(max_steps=1, num_generations=2, eval_dataset=None)
+
+    def die(self, numbers):
+        if 1 in numbers:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Rounds, "keep", die)
+        trainer(base, tmp_path, **arguments).train()
+    again = trainer(base, tmp_path, **arguments)
+    assert again.train().global_step == 0
+    assert json.loads((tmp_path / "rounds.json").read_text()) == again.history
+
+
+def test_a_tokenizer_that_was_only_looked_at_changes_no_store(base, tmp_path):
+    run = trainer(base, tmp_path, eval_dataset=None)
+    stores = [run._sampler(0, ROWS, tmp_path, 0)._generate.store.folder]
+    assert run.processing_class is not None
+    stores.append(run._sampler(0, ROWS, tmp_path, 0)._generate.store.folder)
+    assert stores[0] == stores[1]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_completions_that_were_cut_are_left_out_or_warned_of(base, tmp_path, caplog, masked):
+    run = trainer(base, tmp_path, mask_truncated_completions=masked, eval_dataset=None, max_steps=1)
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    rows = [json.loads(line) for line in (tmp_path / "rounds" / "1" / "rows.jsonl").read_text().splitlines()]
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    assert (cut == 0) == masked and len(rows) == run.history[1]["rows"]
+    assert (f"{cut} of {len(rows)} selected completions were cut" in caplog.text) == (not masked)
 
 
 def test_accumulation_trains_on_earlier_rounds_once(base, tmp_path):

@@ -174,6 +174,13 @@ def test_everything_left_out_is_counted():
     assert select(data, drop_truncated=True).counts["truncated_dropped"] == 1
 
 
+def test_a_text_that_is_cut_does_not_stand_for_the_same_text_that_ended():
+    data = scored([[1.0, 1.0, 0.2]], texts=[["a", "a", "b"]], finished=[[False, True, True]])
+    chosen = select(data, drop_truncated=True)
+    assert named(data, chosen.rows) == [(0, 1)]
+    assert (chosen.counts["truncated_dropped"], chosen.counts["duplicates"]) == (1, 0)
+
+
 def test_the_same_text_of_two_prompts_is_no_duplicate():
     data = scored([[1.0], [1.0]], texts=[["same"], ["same"]])
     assert select(data).counts["duplicates"] == 0

@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import config as trainer_config
@@ -15,12 +18,13 @@ from trl_ext import (
     ORMConfig,
     PRMConfig,
     RewardConfig,
+    RewardEnsemble,
     WeakToStrongArguments,
     WeakToStrongConfig,
     weak_to_strong,
 )
 from trl_ext.metrics.streams import Calibration
-from trl_ext.pipelines.weak_to_strong import describe, group_of, make_splits, model_identity
+from trl_ext.pipelines.weak_to_strong import describe, group_of, learnable, make_splits
 from trl_ext.pipelines.weak_to_strong_labels import combine, learnt_weights
 from trl_ext.pipelines.weak_to_strong_legs import Leg, in_own_process, own_arguments, read_judgements, run_leg
 from trl_ext.pipelines.weak_to_strong_report import WeakToStrongReport, pair_report
@@ -36,6 +40,8 @@ from trl_ext.pipelines.weak_to_strong_tasks import (
 
 
 CONFIGS = {"preference": RewardConfig, "outcome": ORMConfig, "steps": PRMConfig, "generation": WeakToStrongConfig}
+
+LEARNS_TO_END = {"max_steps": 40, "learning_rate": 5e-3}  # a weak model that writes an EOS now and then
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,8 @@ def run(models, tmp_path, task="preference", rows=None, **kwargs):
     ],
 )
 def test_it_runs_and_reports(task, loss, models, tmp_path):
-    report, started = run(models, tmp_path, task, student_loss=loss)
+    training = LEARNS_TO_END if task == "generation" else {"max_steps": 2}
+    report, started = run(models, tmp_path, task, student_loss=loss, weak_training=training)
     assert started == ["weak-0-seed-0", "ceiling-0-seed-0", "student-weak-0-0-seed-0"]
     assert all(0.0 <= value <= 1.0 for value in (report.weak, report.weak_to_strong, report.ceiling))
     assert sum(report.rows.values()) == 48 and min(report.rows.values()) > 5
@@ -130,11 +137,23 @@ def a_metric(prompts, completions, **columns):
     return [0.0] * len(prompts)
 
 
+METRICS = [None, a_metric, partial(a_metric, x=1), partial(a_metric, x=2)]
+METRICS += [lambda prompts, completions, **columns: [0.0], lambda prompts, completions, **columns: [1.0]]
+
+
 def test_a_metric_that_another_process_cannot_import_is_refused(models, tmp_path, monkeypatch):
     monkeypatch.setattr(a_metric, "__module__", "__main__")
-    leg = Leg("generation", models[0], None, {}, 0, None, None, metric=a_metric)
-    with pytest.raises(ValueError, match="isolate='never'"):
-        in_own_process((leg, []), tmp_path)
+    for metric in (a_metric, partial(a_metric, x=1), lambda prompts, completions, **columns: [0.0]):
+        leg = Leg("generation", models[0], None, {}, 0, None, None, metric=metric)
+        with pytest.raises(ValueError, match="isolate='never'"):
+            in_own_process((leg, []), tmp_path)
+
+
+def test_a_metric_that_is_not_known_again_is_refused(tmp_path):
+    args = trainer_config(tmp_path, WeakToStrongConfig)
+    leg = Leg("generation", "m", args, {}, 0, None, None, metric=RewardEnsemble([a_metric]))
+    with pytest.raises(ValueError, match="ensemble in memory"):
+        describe(leg, "model")
 
 
 def test_two_weak_models_alone_and_together(models, tmp_path):
@@ -206,6 +225,40 @@ def test_gold_labels_of_split_b_do_not_reach_the_student():
     assert rows[0] == rows[1] == {**steps, "labels": [0.2, None, 0.8]}
     text = GenerationTask().relabel({"prompt": "p", "completion": "gold"}, "weak", False)
     assert text["completion"] == "weak"
+
+
+def test_texts_that_were_cut_or_are_empty_are_left_out_and_counted(models, tmp_path, caplog):
+    """Behind a text that was cut SFT would put an EOS."""
+    report, _ = run(models, tmp_path, "generation", student_loss="sft", weak_training=LEARNS_TO_END)
+    folder = tmp_path / "run"
+    labels = read_judgements(folder / "weak-0-seed-0", "labelled")
+    counted = {"cut": sum(not label.finished for label in labels), "empty": 0}
+    counted["empty"] = sum(label.finished and not label.output for label in labels)
+    assert report.pairs[0].by_seed[0]["left_out"] == counted
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["pairs"][0]["by_seed"][0]["left_out"] == counted
+    assert f"{counted['cut']} that were cut" in report.markdown()
+
+    rows = [{"prompt": str(n), "completion": "gold"} for n in range(4)]
+    judged = [Judgement(0.0, "whole"), Judgement(0.0, "cu", finished=False), Judgement(0.0, ""), Judgement(0.0, "too")]
+    config = arguments(models, "generation")
+    learnt, told = learnable(config, rows, judged)
+    assert [(row["prompt"], row["completion"]) for row in learnt] == [("0", "whole"), ("3", "too")]
+    assert told == {"left_out": {"cut": 1, "empty": 1}}
+    assert "Of 4 weak texts 1 were cut at max_completion_length=4 and 1 are empty" in caplog.text
+    with pytest.raises(ValueError, match="nothing to learn from: of 2 texts 1 were cut .* raise max_compl"):
+        learnable(config, rows[:2], judged[1:3])
+
+
+def test_a_text_is_finished_if_it_ended_before_the_limit(models, tmp_path):
+    rows = list(make_rows("generation", 16))
+    args = trainer_config(tmp_path, WeakToStrongConfig, kd_weight=0.0, **LEARNS_TO_END)
+    leg = Leg("generation", models[0], args, {}, 0, None, None, max_completion_length=3)
+    run_leg(leg, rows, {"labelled": rows}, tmp_path, None, "none")
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    for label in read_judgements(tmp_path, "labelled"):
+        written = len(tokenizer(label.output, add_special_tokens=False)["input_ids"])
+        assert label.finished == (written < 3), label
 
 
 def test_pairs_are_shown_either_way_round():
@@ -376,9 +429,9 @@ def test_calibration_error():
 def test_metric_of_texts_is_checked():
     rows = [{"prompt": "p", "completion": "gold"}]
     assert exact_match(["p"], [" gold "], ["gold"]) == [1.0]
-    assert GenerationTask().judge_texts(["gold"], rows) == [Judgement(1.0, "gold")]
+    assert GenerationTask().judge_texts(["gold"], rows, [False]) == [Judgement(1.0, "gold", finished=False)]
     with pytest.raises(ValueError, match="not in"):
-        GenerationTask(lambda prompts, completions, **columns: [2.0]).judge_texts(["x"], rows)
+        GenerationTask(lambda prompts, completions, **columns: [2.0]).judge_texts(["x"], rows, [True])
 
 
 # --------------------------------------------------------------------------------------- identity
@@ -408,17 +461,23 @@ def test_identity_of_a_leg_without_a_teacher_has_no_weight_of_it(tmp_path):
 
     assert identity("gold", kd_weight=0.5) == identity("gold") and identity("kd", kd_weight=0.5) != identity("kd")
     assert identity("gold", dataloader_drop_last=True) != identity("gold")
-    named = [identity("gold", metric) for metric in (None, a_metric, partial(a_metric, x=1), partial(a_metric, x=2))]
+    named = [identity("gold", metric) for metric in METRICS]
     assert all(named.count(one) == 1 for one in named)
 
 
-def test_identity_of_a_folder_is_its_content(models, tmp_path):
-    one = model_identity(models[0])
-    assert one != model_identity(models[1]) or torch.equal(*(_weights(path) for path in models))
-    assert model_identity("org/model") == "org/model"
+def test_legs_of_a_model_whose_weights_changed_run_again(models, tmp_path):
+    weak = shutil.copytree(models[0], tmp_path / "weak")
+    pair = [str(weak), models[1]]
+    run(pair, tmp_path)
+    torch.save(load_file(weak / "model.safetensors"), weak / "pytorch_model.bin")
+    assert run(pair, tmp_path)[1] == ["weak-0-seed-0", "student-weak-0-0-seed-0"]
 
 
-def _weights(path):
-    from safetensors.torch import load_file
-
-    return next(iter(load_file(f"{path}/model.safetensors").values()))
+def test_identity_of_a_leg_counts_the_text_of_its_chat_template(tmp_path):
+    template = tmp_path / "template.jinja"
+    found = []
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        args = trainer_config(tmp_path, RewardConfig, chat_template_path=str(template))
+        found.append(describe(Leg("preference", "m", args, {}, 0, None, None), "model"))
+    assert found[0] != found[1]

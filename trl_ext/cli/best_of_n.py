@@ -12,6 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._generation import (
+    SERVER,
+    GenerationArguments,
+    described,
+    model_init_kwargs,
+    sampling_kwargs,
+    server_kwargs,
+)
 from ._train import parse
 
 
@@ -24,55 +32,29 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 64  # rows that are completed at a time with a seed of their own, and what an interruption costs
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
-@dataclass
-class BestOfNArguments:
+@dataclass(kw_only=True)
+class BestOfNArguments(GenerationArguments):
     """Arguments of `trl-ext best-of-n`."""
 
-    model_name_or_path: str = field(metadata=_help("folder or Hub id of what completes; for openai its name there"))
-    reward_funcs: list[str] = field(
-        metadata=_help("folders or Hub ids of reward models, names of trl.rewards, dotted paths of functions")
-    )
-    input: str = field(metadata=_help("JSONL file of rows with a prompt"))
-    output: str = field(metadata=_help("JSONL file to write; if it is there already, it is gone on with"))
-    n: int = field(default=16, metadata=_help("completions of each prompt"))
-    reward_weights: list[float] | None = field(default=None, metadata=_help("one for each of them (default: 1)"))
+    input: str = field(metadata=described("JSONL file of rows with a prompt"))
+    output: str = field(metadata=described("JSONL file to write; if it is there already, it is gone on with"))
+    n: int = field(default=16, metadata=described("completions of each prompt"))
     vote: Literal["majority", "weighted", "softmax"] | None = field(
         default=None,
-        metadata=_help("count answers: each as one, by scores, or by their softmax (default: no vote)"),
+        metadata=described("count answers: each as one, by scores, or by their softmax (default: no vote)"),
     )
     answers: Literal["math", "number", "line"] = field(
-        default="math", metadata=_help("how a vote reads answers: by math-verify, the last number, the last line")
+        default="math", metadata=described("how a vote reads answers: by math-verify, the last number, the last line")
     )
-    return_candidates: bool = field(default=False, metadata=_help("write all completions with their scores too"))
+    return_candidates: bool = field(default=False, metadata=described("write all completions with their scores too"))
 
-    max_completion_length: int = field(default=512, metadata=_help("longest completion in tokens"))
-    temperature: float = field(default=1.0, metadata=_help("of the sampling"))
-    top_p: float = field(default=1.0, metadata=_help("nucleus; 1: off"))
-    top_k: int = field(default=0, metadata=_help("most likely tokens to keep; 0: off"))
-    min_p: float | None = field(default=None, metadata=_help("least probability, scaled by the likeliest token's"))
-    stop: list[str] | None = field(default=None, metadata=_help("texts that end a completion"))
-    system_prompt: str | None = field(default=None, metadata=_help("put before chats without a system message"))
-    seed: int = field(default=0, metadata=_help("of the generation"))
-
-    backend: Literal["transformers", "vllm", "openai"] = field(
-        default="transformers",
-        metadata=_help("in this process, a vLLM server through TRL's client, or any OpenAI-compatible server"),
-    )
-    generation_batch_size: int = field(default=32, metadata=_help("completions in a batch, in this process"))
-    model_revision: str | None = field(default=None, metadata=_help("revision of the model on the Hub"))
-    dtype: str | None = field(default=None, metadata=_help("of the model, e.g. bfloat16 (default: as saved)"))
-    attn_implementation: str | None = field(default=None, metadata=_help("e.g. sdpa, flash_attention_2"))
-    load_in_4bit: bool = field(default=False, metadata=_help("load the model in NF4 with bitsandbytes"))
-    trust_remote_code: bool = field(default=False, metadata=_help("run code that comes with the model"))
-    server_base_url: str = field(default="http://localhost:8000", metadata=_help("where the server is"))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_funcs is None:
+            raise ValueError("best-of-n needs --reward_funcs.")
 
 
-_SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "stop", "system_prompt")
-_FREE = ("input", "output", "generation_batch_size", "server_base_url")  # what may change when it goes on
+_FREE = ("input", "output", "generation_batch_size", *SERVER)  # what may change when it goes on
 
 
 def make_parser(prog: str | None = "trl-ext best-of-n") -> "TrlParser":
@@ -89,7 +71,6 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
     Raises:
         ValueError: a line is no JSON object, or the output was made of other rows or with other arguments.
     """
-    from trl_ext.cli.rejection_sample import model_init_kwargs
     from trl_ext.pipelines.best_of_n import Picker, as_rows
 
     rows = as_rows(read_rows(args.input))
@@ -97,8 +78,7 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
     done = _resume(args, output, rows)
     unscored = 0
     if done < len(rows):
-        in_process = args.backend == "transformers"
-        kwargs = {"generation_batch_size": args.generation_batch_size} if in_process else {}
+        kwargs = server_kwargs(args) or {"generation_batch_size": args.generation_batch_size}
         if args.backend != "openai":
             kwargs["model_init_kwargs"] = model_init_kwargs(args)
         picker = Picker(
@@ -110,8 +90,8 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
             answers=args.answers,
             return_candidates=args.return_candidates,
             backend=args.backend,
-            backend_kwargs=kwargs if in_process else {**kwargs, "server_base_url": args.server_base_url},
-            **{name: getattr(args, name) for name in _SAMPLING},
+            backend_kwargs=kwargs,
+            **sampling_kwargs(args),
         )
         with output.open("ab") as file:
             for first in range(done, len(rows), CHUNK_ROWS):
@@ -119,7 +99,8 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
                 picks = picker(chunk, seed=args.seed + first)
                 unscored += sum(pick.score is None for pick in picks)
                 lines = [_line(row, pick, args) for row, pick in zip(chunk, picks, strict=True)]
-                file.write("".join(lines).encode("utf-8"))
+                # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape
+                file.write("".join(lines).encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
                 print(f"{first + len(chunk)} of {len(rows)} rows", file=sys.stderr)
@@ -145,7 +126,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 
 def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) -> int:
     """How many rows are done; what was written of an unfinished chunk is cut off."""
-    settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
+    settings = {name: value for name, value in asdict(args).items() if name not in _FREE} | _identities(args)
     manifest = output.with_name(output.name + ".args.json")
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -159,15 +140,24 @@ def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) ->
             "Give another output, or delete it."
         )
     lines = [line for line in output.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    if len(lines) > len(rows):
+        raise ValueError(f"{output} has {len(lines)} rows, and the input {len(rows)}. Give another output.")
     done = len(lines) if len(lines) == len(rows) else len(lines) // CHUNK_ROWS * CHUNK_ROWS
     for number, (line, row) in enumerate(zip(lines[:done], rows, strict=False), start=1):
         if json.loads(line)["prompt"] != row["prompt"]:
             raise ValueError(f"{output}, line {number} has another prompt than the input. Give another output.")
-    if done > len(rows):
-        raise ValueError(f"{output} has {done} rows, and the input {len(rows)}. Give another output.")
     with output.open("r+b") as file:
         file.truncate(sum(map(len, lines[:done])))
     return done
+
+
+def _identities(args: BestOfNArguments) -> dict[str, Any]:
+    """What the models and functions that are named in the arguments are now."""
+    from trl_ext.pipelines.backends import model_of_backend
+    from trl_ext.pipelines.rewards import reward_identity
+
+    policy = model_of_backend(args.model_name_or_path, args.backend, model_init_kwargs(args))
+    return {"policy": policy, "rewards": [reward_identity(name) for name in args.reward_funcs]}
 
 
 def _line(row: dict[str, Any], pick: "Best", args: BestOfNArguments) -> str:

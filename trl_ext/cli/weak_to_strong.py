@@ -4,6 +4,7 @@ The trainer's arguments are those of the task (`--task preference|outcome|steps|
 and quantization of the strong model. The weak model is trained in full unless `--weak_use_peft` says otherwise.
 """
 
+import copy
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def weak_model_config(model: Any, weak: WeakModelArguments) -> Any:
+    """How the weak model is loaded, from how the strong one is and what differs."""
+    own = copy.copy(model)
+    own.use_peft, own.load_in_8bit, own.load_in_4bit = weak.weak_use_peft, False, weak.weak_load_in_4bit
+    return own
+
+
 def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any) -> None:
     """Load the data, run the experiment, and print its table and where the report is."""
-    import copy
-
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import weak_to_strong
@@ -89,6 +95,11 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
 
     if not data.dataset_name:
         raise ValueError("No data was named. Give `--dataset_name` a Hub id, a folder or a file.")
+    if model.model_name_or_path is not None or model.model_revision not in (None, "main"):
+        raise ValueError(
+            "--model_name_or_path and --model_revision name one model, and here there are two: give "
+            "--weak_model_name_or_path and --strong_model_name_or_path, and for another revision its folder."
+        )
     args.model_init_kwargs = {
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
@@ -97,9 +108,7 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
     splits = load_source(data.dataset_name, data.dataset_config)
     train = select_split(splits, data.dataset_train_split, "--dataset_train_split")
     test = splits.get(data.dataset_test_split)
-    weak_model = copy.copy(model)
-    weak_model.use_peft, weak_model.load_in_8bit = weak.weak_use_peft, False
-    weak_model.load_in_4bit = weak.weak_load_in_4bit
+    weak_model = weak_model_config(model, weak)
     report = weak_to_strong(
         config,
         args,

@@ -5,6 +5,7 @@ Knows folders, safetensors, PEFT adapters and the sidecar. Knows nothing of text
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from .sidecar import (
 
 
 logger = logging.getLogger(__name__)
+
+# What is downloaded of a Hub repository.
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
 
 # Probe scores may move by this share of their standard deviation (kernels, device); another base moves 0.12 to 0.54.
 MAX_PROBE_DRIFT = 0.1
@@ -185,15 +189,14 @@ def load_reward_model(
     return model
 
 
-def local_folder(path: str | Path, revision: str | None) -> str:
-    """The local folder, downloading a Hub repository's model files if `path` is not a folder."""
+def local_folder(path: str | Path, revision: str | None, files: Sequence[str] = HUB_FILES) -> str:
+    """The local folder, downloading a Hub repository's model files (or those of other names) if `path` is none."""
     if Path(path).is_dir():
         return str(path)
     if Path(path).is_absolute() or str(path).startswith("."):
         raise FileNotFoundError(f"{path} is not a folder. Needed: the folder or Hub id of a saved model.")
-    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return snapshot_download(str(path), revision=revision, allow_patterns=files)
+        return snapshot_download(str(path), revision=revision, allow_patterns=list(files))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{path} is not a folder here, and could not be had from the Hub as a repository of that name: {error}"

@@ -1,9 +1,14 @@
-"""The generation backends by name. Knows what each is made with; what they do is in `in_process` and `servers`."""
+"""The generation backends by name, and what each one's completions depend on of the model.
+
+Knows what they are made with; what they do is in `in_process` and `servers`.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 
 from .generation import BACKENDS, Backend, Generator, Sampling
 from .in_process import TransformersGenerator
@@ -63,3 +68,30 @@ def make_generator(
     return OpenAIGenerator(
         server_base_url, str(model), sampling, server_timeout, max_concurrency, max_retries, api_key_variable
     )
+
+
+def model_of_backend(
+    model: Any, backend: str, init: dict[str, Any], processing_class: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """What the policy's outputs depend on: content of its folder, or name and revision of what a server holds."""
+    identity: dict[str, Any] = {}
+    if backend == "transformers" or not isinstance(model, (str, Path)) or Path(model).is_dir():
+        identity["content"] = model_identity(model, init.get("revision"))
+    else:
+        identity["name"] = str(model)
+    if processing_class is not None:
+        identity["tokenizer"] = tokenizer_identity(processing_class)
+    identity |= {name: value for name, value in as_plain(init).items() if name not in ("device_map", "token")}
+    return identity
+
+
+def as_plain(value: Any) -> Any:
+    """JSON-ready: configs as their dictionaries, dtypes as their names."""
+    if isinstance(value, dict):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    to_dict = getattr(value, "to_dict", None)
+    return as_plain(to_dict()) if to_dict is not None else str(value).removeprefix("torch.")

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from trl_ext.data.validation import DataError
+from trl_ext.models.building import attention_at_hand
 from trl_ext.models.loading import local_folder
 
 from .generation import Chat, Columns, Completion, GenerationError, PromptEncoder, Sampling
@@ -45,15 +46,17 @@ class TransformersGenerator:
     ):
         if batch_size < 1:
             raise ValueError(f"generation_batch_size={batch_size}; needed: a number of completions >= 1.")
+        init = model_init_kwargs or {}
         if isinstance(model, (str, Path)):
-            source = model
-            model = load_policy(model, model_init_kwargs)
+            source = local_folder(model, init.get("revision"))  # of the tokenizer too
+            model = load_policy(source, init)
         else:
             source = None if isinstance(model, PeftModel) else model.config._name_or_path
         if processing_class is None:
             if source is None:
                 raise ValueError("An adapter in memory does not know its tokenizer: pass `processing_class`.")
-            processing_class = AutoTokenizer.from_pretrained(source)
+            remote_code = init.get("trust_remote_code", False)
+            processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
         self.model = model
         self._sampling = sampling
         self._encoder = PromptEncoder(processing_class, sampling)
@@ -176,7 +179,8 @@ def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = Non
     if isinstance(quantization, dict):
         kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(dict(quantization))
     folder = local_folder(path, kwargs.get("revision"))
-    if not Path(folder, "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    kwargs.pop("revision", None)  # that of the adapter, not of its base
-    return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)
+    with attention_at_hand(kwargs.get("attn_implementation")):
+        if not Path(folder, "adapter_config.json").is_file():
+            return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        kwargs.pop("revision", None)  # that of the adapter, not of its base
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)

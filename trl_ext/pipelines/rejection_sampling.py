@@ -4,7 +4,6 @@ Knows the order of the stages and what their results depend on. `stages` makes c
 reads them as arrays, `selection` decides on these, `store` keeps files.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,13 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_ext.models.fingerprint import fingerprint, fingerprint_in_memory
-from trl_ext.models.loading import local_folder
-
+from .backends import as_plain, model_of_backend
 from .diagnostics import round_metrics
 from .generation import BACKENDS, Backend, Sampling
 from .prompts import write_prompts
-from .records import Sample, canonical
+from .records import Sample
 from .rewards import RewardFunc, reward_identity, reward_names
+from .row_dataset import dataset_of_rows
 from .sample_table import StoredSamples
 from .scored import Scored, Selection
 from .selection import select
@@ -60,6 +58,26 @@ class Selected:
     path: Path
 
 
+def check_request(num_generations: int, backend: str, sampling: Sampling) -> None:
+    """Raise `ValueError` for completions that cannot be had."""
+    if num_generations < 1:
+        raise ValueError(f"num_generations={num_generations}; needed: a number of completions >= 1.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; needed: one of {', '.join(BACKENDS)}.")
+    if sampling.temperature == 0 and num_generations > 1:
+        raise ValueError(
+            f"temperature=0 gives {num_generations} times the same completion. Raise it, or set num_generations=1."
+        )
+
+
+def weights_by_name(rewards: Sequence[RewardFunc], weights: Sequence[float] | None) -> dict[str, float]:
+    """The weight of each reward function, 1 by default; raises `ValueError` for another number of weights."""
+    weights = [1.0] * len(rewards) if weights is None else list(weights)
+    if len(weights) != len(rewards):
+        raise ValueError(f"reward_weights has {len(weights)} numbers; needed: {len(rewards)}, one a function.")
+    return dict(zip(reward_names(rewards), weights, strict=True))
+
+
 class RejectionSampler:
     """
     The stages of rejection sampling, one by one; [`rejection_sample`] runs them all, and explains the arguments.
@@ -92,39 +110,27 @@ class RejectionSampler:
         own_process: OwnProcess = "auto",
         **sampling: Any,
     ):
-        if num_generations < 1:
-            raise ValueError(f"num_generations={num_generations}; needed: a number of completions >= 1.")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}; needed: one of {', '.join(BACKENDS)}.")
         self.sampling = Sampling.of(**sampling)
-        if self.sampling.temperature == 0 and num_generations > 1:
-            raise ValueError(
-                f"temperature=0 gives {num_generations} times the same completion. Raise it, or set num_generations=1."
-            )
+        check_request(num_generations, backend, self.sampling)
         if Workers.here().count > 1:
             PartialState()  # here, where all processes come by; a scorer asks for it later, where not all may
         self.output_dir = Path(output_dir)
         self.num_generations = num_generations
         self._own_process = own_process
         self._rewards = [] if reward_funcs is None else _as_list(reward_funcs)
-        self.reward_names = reward_names(self._rewards)
-        weights = [1.0] * len(self._rewards) if reward_weights is None else list(reward_weights)
-        if len(weights) != len(self._rewards):
-            raise ValueError(
-                f"reward_weights has {len(weights)} numbers; needed: {len(self._rewards)}, one a function."
-            )
-        self.reward_weights = dict(zip(self.reward_names, weights, strict=True))
+        self.reward_weights = weights_by_name(self._rewards, reward_weights)
+        self.reward_names = list(self.reward_weights)
         self._prompts = write_prompts(dataset, self.output_dir / "prompts", shard_size)
         in_process = backend == "transformers"
         kwargs = {"generation_batch_size": generation_batch_size} if in_process else dict(server or {})
         if in_process and server:
             raise ValueError(f"server={server} is for the backends 'vllm' and 'openai'.")
         if backend != "openai":
-            kwargs["model_init_kwargs"] = _plain(model_init_kwargs or {})
+            kwargs["model_init_kwargs"] = as_plain(model_init_kwargs or {})
         manifest = {
             "format": FORMAT,
             "backend": backend,
-            "model": _model_identity(model, backend, model_init_kwargs or {}, processing_class),
+            "model": model_of_backend(model, backend, model_init_kwargs or {}, processing_class),
             "sampling": asdict(self.sampling),
             "num_generations": num_generations,
             "seed": seed,
@@ -154,9 +160,9 @@ class RejectionSampler:
             identity = reward_identity(spec)
             if identity is None:
                 if Workers.here().count > 1:
-                    raise ValueError("A reward function without a name cannot be shared by processes: use `def`.")
+                    raise ValueError("An ensemble in memory cannot be shared by processes: save it and give its path.")
                 logger.warning(
-                    f"The reward function {name} has no name, so its scores cannot be used again: use `def`."
+                    f"{name} is an ensemble in memory, whose scores cannot be used again: save it, and give its path."
                 )
                 identity = {"name": name, "run": time.time_ns()}
             manifest = {
@@ -222,7 +228,7 @@ class RejectionSampler:
         name = selection if isinstance(selection, str) else selection.__name__
         manifest = {
             "selection": name,
-            "options": _plain(kwargs),
+            "options": as_plain(kwargs),
             "drop_truncated": drop_truncated,
             "reward_weights": self.reward_weights,
             "scores": [stage.store.folder.name for stage in self._score],
@@ -246,8 +252,7 @@ class RejectionSampler:
                 f"The selection {name!r} kept none of {len(scored)} samples ({chosen.counts}). Lower what it asks "
                 f"for; the samples and their scores are kept in {self.output_dir}."
             )
-        dataset = Dataset.from_json(str(path), cache_dir=str(folder / "cache"))
-        return Selected(dataset, scored, chosen, report, path)
+        return Selected(dataset_of_rows(path), scored, chosen, report, path)
 
 
 def rejection_sample(
@@ -336,33 +341,3 @@ def rejection_sample(
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
     return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-
-
-def _model_identity(
-    model: Any, backend: str, init: dict[str, Any], processing_class: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """What the policy's outputs depend on: content of its folder, or name and revision of what a server holds."""
-    identity: dict[str, Any] = {}
-    if not isinstance(model, (str, Path)):
-        identity["tensors"] = fingerprint_in_memory(model)
-    elif Path(model).is_dir() or backend == "transformers":
-        identity["content"] = fingerprint(Path(local_folder(model, init.get("revision"))))
-    else:
-        identity["name"] = str(model)
-    if processing_class is not None:
-        tokens = [sorted(processing_class.get_vocab().items()), processing_class.chat_template]
-        identity["tokenizer"] = hashlib.sha256(canonical(tokens)).hexdigest()
-    identity |= {name: value for name, value in _plain(init).items() if name not in ("device_map", "token")}
-    return identity
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready: configs as their dictionaries, dtypes as their names."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    to_dict = getattr(value, "to_dict", None)
-    return _plain(to_dict()) if to_dict is not None else str(value).removeprefix("torch.")

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import trl
 
+from trl_ext.models.fingerprint import path_identity
+
 from .selection import selectors
 
 
@@ -54,7 +56,8 @@ class RejectionSamplingConfig(trl.SFTConfig):
         reward_weights (`list[float]`, *optional*):
             A weight for each reward function. All 1 by default.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Never fine-tune on completions that were cut at `max_completion_length`.
+            Never fine-tune on completions that were cut at `max_completion_length`. Where it is off and some are
+            selected, a warning says how many: SFT puts an EOS behind them, and the policy learns to stop there.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Completions generated at a time on a device.
         use_vllm (`bool`, *optional*, defaults to `False`):
@@ -143,11 +146,14 @@ class RejectionSamplingConfig(trl.SFTConfig):
 
     def settings_of_a_round(self) -> dict[str, Any]:
         """What of these arguments changes what a round gives, as values that JSON can hold."""
-        return {
+        settings = {
             name: value if isinstance(value, (str, int, float, bool, type(None), list, dict)) else str(value)
             for name, value in self.to_dict().items()
             if name not in _FREE and not name.startswith(_FREE_PREFIXES)
         }
+        if self.chat_template_path is not None:
+            settings["chat_template_path"] = path_identity(self.chat_template_path)
+        return settings
 
     @classmethod
     def from_grpo(cls, args: trl.GRPOConfig) -> "RejectionSamplingConfig":

@@ -4,8 +4,6 @@ Every round is on disk when it is done, and so are its samples and checkpoints b
 goes on where it was stopped. Between stages nothing stays in memory; each loads the policy that the one before saved.
 """
 
-import copy
-import gc
 import hashlib
 import json
 import logging
@@ -15,10 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoTokenizer,
@@ -26,21 +23,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    set_seed,
 )
 from transformers.trainer_utils import TrainOutput
 
-from trl_ext.models.fingerprint import fingerprint, fingerprint_in_memory
-from trl_ext.models.loading import local_folder
-from trl_ext.trainers.tracking import open_run, use_safe_callback, without_missing_wandb
+from trl_ext.models.fingerprint import model_identity
+from trl_ext.trainers.tracking import without_missing_wandb
 
 from .diagnostics import evaluation_metrics, hacking_warning, log_rounds, plot_rounds, round_metrics
 from .in_process import load_policy
 from .prompts import RESERVED
-from .records import canonical
 from .rejection_sampling import RejectionSampler
 from .rejection_sampling_config import RejectionSamplingConfig
 from .rewards import RewardFunc, reward_identity, reward_names, with_tokenizers
+from .round_training import fine_tune, rows_to_learn_from
 from .rounds import Rounds, best_round
 from .store import write_json
 
@@ -143,7 +138,7 @@ class RejectionSamplingTrainer:
         self._rounds = Rounds(Path(args.output_dir) / "rounds")
         self._model: PreTrainedModel | PeftModel | None = None
         self._given = model
-        self._tokenizer = processing_class
+        self._tokenizer = self._given_tokenizer = processing_class
         self._in_memory = not isinstance(model, (str, Path))
         if self._in_memory and processing_class is None:
             source = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -158,7 +153,8 @@ class RejectionSamplingTrainer:
                 `False` forgets the rounds in `output_dir`. By default, and with `True`, they are gone on with.
 
         Returns:
-            `TrainOutput`: all optimizer steps of this call, the last round's loss, and its metrics.
+            `TrainOutput`: the optimizer steps of the rounds that this call finished, also those that were made before
+            it went on; the last round's loss, and its metrics.
 
         Raises:
             ValueError: the rounds in `output_dir` were made with other settings, or a selection kept nothing.
@@ -248,11 +244,28 @@ class RejectionSamplingTrainer:
                 f"selection={args.selection!r} gives {selected.selection.kind}, which are not for supervised "
                 "fine-tuning. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
             )
+        cut = int((~selected.scored.finished[selected.selection.rows]).sum())
+        if cut and PartialState().is_main_process:
+            logger.warning(
+                f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
+                f"max_completion_length={args.max_completion_length}. SFT puts an EOS behind them, and the policy "
+                "learns to stop there: set mask_truncated_completions=True, or raise max_completion_length."
+            )
         metrics = {"round": number, **round_metrics(selected.scored, selected.selection)}
-        rows = self._with_earlier(number, selected.dataset)
+        rows = rows_to_learn_from(self._rounds, number, selected.dataset, args.accumulate_rounds)
         metrics["rows"] = len(rows)
-        if not self._rounds.policy(number).is_dir():
-            self._fine_tune(number, rows)
+        fresh = number == 1 or args.start_from == "initial"
+        fine_tune(
+            self._rounds,
+            number,
+            self._policy(0 if fresh else number - 1),
+            rows,
+            args,
+            self.processing_class,
+            self._init_kwargs if fresh else self._without_revision(),
+            self._peft_config if fresh else None,
+            self._callbacks,
+        )
         trained = self._rounds.trained(number)
         return trained["steps"], metrics | {"train_loss": trained["loss"], **self._evaluate(number)}
 
@@ -278,7 +291,7 @@ class RejectionSamplingTrainer:
             backend="vllm" if on_server else "transformers",
             reward_weights=weights,
             # only the policy before training may lack a tokenizer of its own
-            processing_class=self._tokenizer if number == 0 and not self._in_memory else None,
+            processing_class=self._given_tokenizer if number == 0 and not self._in_memory else None,
             generation_batch_size=args.generation_batch_size,
             model_init_kwargs=self._init_kwargs if number == 0 else self._without_revision(),
             server=server if on_server else None,
@@ -291,63 +304,6 @@ class RejectionSamplingTrainer:
             generation_kwargs=args.generation_kwargs,
             chat_template_kwargs=args.chat_template_kwargs,
         )
-
-    def _with_earlier(self, number: int, rows: Dataset) -> Dataset:
-        """The rows for fine-tuning: of this round, and if asked for of those before; equal ones once."""
-        folder = self._rounds.of(number)
-        with PartialState().main_process_first():
-            if PartialState().is_main_process and not (folder / "rows.jsonl").is_file():
-                rows.to_json(str(folder / "rows.partial"), force_ascii=False)
-                os.replace(folder / "rows.partial", folder / "rows.jsonl")
-        wanted = {"prompt", "completion", "tools", "chat_template_kwargs"}
-        rows = rows.select_columns([name for name in rows.column_names if name in wanted])
-        if not self.args.accumulate_rounds or number == 1:
-            return rows
-        paths = [str(self._rounds.of(earlier) / "rows.jsonl") for earlier in range(1, number)]
-        before = [Dataset.from_json(path, cache_dir=str(folder / "cache")) for path in paths]
-        both = concatenate_datasets([rows, *(item.select_columns(rows.column_names) for item in reversed(before))])
-        seen: set[bytes] = set()
-        first = []
-        for place, row in enumerate(both):
-            digest = hashlib.sha256(canonical([row["prompt"], row["completion"]])).digest()
-            if digest not in seen:
-                seen.add(digest)
-                first.append(place)
-        return both.select(first)
-
-    def _fine_tune(self, number: int, rows: Dataset) -> None:
-        args = copy.deepcopy(self.args)
-        folder = self._rounds.of(number)
-        args.output_dir = str(folder / "sft")
-        args.seed = self.args.seed + number
-        args.run_name = f"{self.args.run_name or Path(self.args.output_dir).name}-round-{number}"
-        args.eval_strategy, args.load_best_model_at_end, args.model_init_kwargs = "no", False, None
-        set_seed(args.seed)  # the weights of a new adapter
-        fresh = number == 1 or args.start_from == "initial"
-        source = self._policy(0 if fresh else number - 1)
-        adapted = Path(source, "adapter_config.json").is_file()
-        init = self._init_kwargs if fresh else self._without_revision()
-        trainer = trl.SFTTrainer(
-            model=load_policy(source, init | ({"is_trainable": True} if adapted else {})),
-            args=args,
-            train_dataset=rows,
-            processing_class=self.processing_class,
-            callbacks=self._callbacks,
-            peft_config=copy.deepcopy(self._peft_config) if fresh else None,  # PEFT writes into it
-        )
-        use_safe_callback(trainer)
-        open_run(trainer)
-        output = trainer.train(resume_from_checkpoint=self._rounds.last_checkpoint(number))
-        trainer.save_model(str(folder / "policy.partial"))
-        trainer.accelerator.wait_for_everyone()
-        if trainer.is_world_process_zero():
-            self._rounds.finish_training(number, {"steps": output.global_step, "loss": output.training_loss})
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _evaluate(self, number: int) -> dict[str, float]:
         """Reward and verifier of the policy that came out of a round; the same prompts and seed every time."""
@@ -371,11 +327,11 @@ class RejectionSamplingTrainer:
             return
         if warning is not None:
             logger.warning(f"Round {metrics['round']}: {warning}")
-        self._rounds.record(metrics)
-        self._rounds.keep({metrics["round"], best_round(self.history)})
         write_json(Path(self.args.output_dir) / "rounds.json", self.history)
         plot = Path(self.args.output_dir) / "rounds.png"
         drawn = plot_rounds(self.history, plot)
+        self._rounds.record(metrics)  # what is not done before this is never done
+        self._rounds.keep({metrics["round"], best_round(self.history)})
         if "wandb" in self.args.report_to:
             log_rounds(self.history[:2] if metrics["round"] == 1 else [metrics], plot if drawn else None)
 
@@ -411,10 +367,7 @@ class RejectionSamplingTrainer:
     def _settings(self) -> dict[str, Any]:
         """What every round depends on."""
         settings = self.args.settings_of_a_round()
-        if self._in_memory:
-            settings["model"] = fingerprint_in_memory(self._given)
-        else:
-            settings["model"] = fingerprint(Path(local_folder(self._given, self._init_kwargs.get("revision"))))
+        settings["model"] = model_identity(self._given, self._init_kwargs.get("revision"))
         if "quantization_config" in self._init_kwargs:
             settings["quantization_config"] = str(self._init_kwargs["quantization_config"])
         settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]

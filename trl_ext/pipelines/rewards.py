@@ -4,8 +4,6 @@ A reward function is TRL's: `(prompts, completions, **columns) -> list[float | N
 """
 
 import asyncio
-import functools
-import hashlib
 import importlib
 import inspect
 import math
@@ -20,11 +18,11 @@ import trl.rewards
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from trl_ext.models.fingerprint import fingerprint, fingerprint_in_memory
-from trl_ext.models.loading import local_folder
+from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
 
+from .callables import callable_identity
 from .records import Sample
 
 
@@ -104,53 +102,28 @@ def load_reward(spec: RewardFunc) -> Callable[..., list[float | None]]:
 
 def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     """
-    What its scores depend on, as far as can be known: the content of a model; the source text of a function with the
-    texts and numbers that it reads from around it; those that a partial or a callable object holds (attributes that
-    begin with an underscore are its own business).
+    What its scores depend on, as far as can be known: the content of a model, and of a scorer its choices; of anything
+    else that is called see [`~trl_ext.pipelines.callables.callable_identity`].
 
     Returns:
-        `dict`, or `None` for what is not known by a name or a path (a lambda, an ensemble in memory): its scores are
-        never used again.
+        `dict`, or `None` for an ensemble in memory, which is not known: its scores are never used again.
     """
     name = reward_name(spec)
     if isinstance(spec, str) and spec in TRL_REWARDS:
         return {"name": name, "trl": metadata.version("trl")}
     if isinstance(spec, (str, Path)) and not (_is_dotted(str(spec)) and not Path(spec).exists()):
-        return {"name": name, "model": fingerprint(Path(local_folder(spec, None)))}
+        return {"name": name, "model": model_identity(spec)}
     if isinstance(spec, (PreTrainedModel, PeftModel)):
-        return {"name": name, "model": fingerprint_in_memory(spec)}
+        return {"name": name, "model": model_identity(spec)}
     if isinstance(spec, RewardScorer):
-        return {"name": name, "model": fingerprint_in_memory(spec.model), "normalizer": spec.normalizer}
+        choices = {
+            choice: callable_identity(value) if callable(value) else value for choice, value in spec.choices.items()
+        }
+        tokenizer = tokenizer_identity(spec.processing_class)
+        model = {"model": model_identity(spec.model), "tokenizer": tokenizer, "normalizer": spec.normalizer}
+        return {"name": name, **model, **choices}
     function = load_reward(spec)
-    if name == "<lambda>" or isinstance(spec, RewardEnsemble):
-        return None
-    code = function.func if isinstance(function, functools.partial) else function
-    code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
-    try:
-        source = hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
-    except (OSError, TypeError):  # typed in an interpreter, or compiled
-        source = None
-    identity = {"name": name, "function": f"{code.__module__}.{code.__qualname__}", "source": source}
-    held = {key: repr(value) for key, value in sorted(_held(function).items()) if _is_constant(value)}
-    return identity | ({"holds": held} if held else {})
-
-
-def _held(function: Callable[..., Any]) -> dict[str, Any]:
-    """Names and values that a callable carries with it or reads from around it."""
-    if isinstance(function, functools.partial):
-        given = {str(place): value for place, value in enumerate(function.args)} | function.keywords
-        return _held(function.func) | {f"({name})": value for name, value in given.items()}
-    if inspect.isfunction(function):
-        around = inspect.getclosurevars(function)
-        return {**around.nonlocals, **around.globals}
-    owner = function.__self__ if inspect.ismethod(function) else function
-    return {name: value for name, value in getattr(owner, "__dict__", {}).items() if not name.startswith("_")}
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, (str, int, float, bool, type(None)))
+    return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_identity(function)}
 
 
 def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sample]) -> list[float | None]:

@@ -28,10 +28,10 @@ def select(
     """
     Select samples.
 
-    Samples without a score are left out, then exact duplicates within a prompt (the one with the lowest sample index
-    stays), and if asked for those that were cut off at the length limit. The selector gets the rest sorted by prompt,
-    then best first, then by sample index. The random controls get the duplicates too, and leave them out themselves
-    for the selector that they match: they draw from what the policy wrote, as often as it wrote it.
+    Samples without a score are left out, if asked for those that were cut off at the length limit, and then exact
+    duplicates within a prompt (the one with the lowest sample index stays). The selector gets the rest sorted by
+    prompt, then best first, then by sample index. The random controls get the duplicates too, and leave them out
+    themselves for the selector that they match: they draw from what the policy wrote, as often as it wrote it.
 
     Args:
         scored ([`Scored`]):
@@ -45,7 +45,7 @@ def select(
 
     Returns:
         [`Selection`]: with row numbers of `scored`, and in its `counts`, beside what the selector counts: `samples`
-        all; `unscorable`, `duplicates`, `truncated_dropped` left out, in this order; `candidates` the rest;
+        all; `unscorable`, `truncated_dropped`, `duplicates` left out, in this order; `candidates` the rest;
         `truncated` those among the candidates; `prompts` with samples, `prompts_selected`, and `selected` samples,
         pairs or groups.
 
@@ -75,14 +75,13 @@ def select(
 
     rows = order[~np.isnan(scored.score[order])]
     counts["unscorable"] = len(order) - len(rows)
-    if function in _CONTROLS:
-        counts["duplicates"] = 0
-    else:
-        distinct = _first_of_each_text(scored.prompt[rows], scored.text_hash[rows])
-        counts["duplicates"] = len(rows) - len(distinct)
-        rows = rows[distinct]
     kept = rows[scored.finished[rows]] if drop_truncated else rows
     counts["truncated_dropped"] = len(rows) - len(kept)
+    counts["duplicates"] = 0
+    if function not in _CONTROLS:  # after what was cut: a text that is whole may have been cut elsewhere
+        distinct = _first_of_each_text(scored.prompt[kept], scored.text_hash[kept])
+        counts["duplicates"] = len(kept) - len(distinct)
+        kept = kept[distinct]
     counts["candidates"] = len(kept)
     counts["truncated"] = int((~scored.finished[kept]).sum())
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_ext.data.validation import DataError
+
 from .generation import Chat, Columns, Completion, GenerationError, PromptEncoder, Sampling, cut_at_stop, sample_seed
 from .records import prompt_id
 
@@ -141,7 +143,8 @@ class OpenAIGenerator:
     Chats go to `/v1/chat/completions`, texts to `/v1/completions`; one request a completion, with a seed of its own,
     because not every server knows `n`. Arguments that are off are not sent, as not every server knows them. To
     `transformers serve`, which takes sampling arguments beside `temperature` and `top_p` only inside
-    `generation_config` and else decodes greedily, they are sent there.
+    `generation_config` and else decodes greedily, they are sent there. A chat that ends with a begun answer is sent
+    with what vLLM and SGLang take for continuing it; a server that does not may refuse it.
     """
 
     def __init__(
@@ -200,7 +203,7 @@ class OpenAIGenerator:
         jobs = []
         for row, prompt in enumerate(prompts):
             own = _own(columns, row)
-            path, body = self._request(prompt, own)
+            path, body = self._request(row, prompt, own)
             name = prompt_id(prompt, own)
             for index in range(num_generations):
                 own_seed = sample_seed(seed, name, index)
@@ -209,7 +212,7 @@ class OpenAIGenerator:
         found = in_parallel(self._pool, jobs)
         return [found[first : first + num_generations] for first in range(0, len(found), num_generations)]
 
-    def _request(self, prompt: str | Chat, columns: Columns) -> tuple[str, dict[str, Any]]:
+    def _request(self, row: int, prompt: str | Chat, columns: Columns) -> tuple[str, dict[str, Any]]:
         sampling = self._sampling
         prompt = sampling.context(prompt)
         body: dict[str, Any] = {
@@ -231,6 +234,16 @@ class OpenAIGenerator:
             body |= extra
         if isinstance(prompt, str):
             return "/completions", body | {"prompt": prompt}
+        if prompt[-1]["role"] == "assistant":  # a begun answer is continued, as in TRL
+            if self._is_transformers:
+                raise DataError(
+                    "a chat that ends with a begun answer, to which `transformers serve` would give a new one",
+                    "a server that continues it",
+                    "Use the backend 'transformers' or 'vllm', another server, or end the chat with a question.",
+                    row=row,
+                    column="prompt",
+                )
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         kwargs = {**(sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
         given = {
             "chat_template": sampling.chat_template,

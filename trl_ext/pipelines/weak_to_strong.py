@@ -10,9 +10,10 @@ that is kept and used again while nothing that it depends on changes. Knows the 
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,20 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
-from trl_ext.models.fingerprint import fingerprint
+from trl_ext.models.fingerprint import model_identity, path_identity
 from trl_ext.trainers.weak_to_strong_trainer import check_same_vocabulary
 
 from .cached_stages import Outcome, Stage, StageContext, run_stages
+from .rewards import reward_identity
 from .weak_to_strong_config import WeakToStrongArguments
 from .weak_to_strong_labels import combine, learnt_weights
-from .weak_to_strong_legs import Leg, in_own_process, name_of, read_judgements, run_leg
+from .weak_to_strong_legs import Leg, in_own_process, read_judgements, run_leg
 from .weak_to_strong_report import WeakToStrongReport, pair_report
 from .weak_to_strong_splits import content_hash, group_of, make_splits
 from .weak_to_strong_tasks import TASKS, Judgement, Metric, Row
 
+
+logger = logging.getLogger(__name__)
 
 # Arguments of a trainer that change nothing of what is learnt.
 IRRELEVANT = (
@@ -104,9 +108,7 @@ def weak_to_strong(
     folder = Path(args.output_dir)
     isolate = config.isolate == "always" or (config.isolate == "auto" and torch.cuda.is_available())
     report_to = "wandb" if "wandb" in (args.report_to or []) else "none"
-
-    names = {*config.weak_model_name_or_path, *config.strong_model_name_or_path}
-    identities = {name: model_identity(name) for name in names}
+    identity = cache(model_identity)  # reads whole models
 
     def leg(model: str, seed: int, weak: bool, loss: str) -> Leg:
         return Leg(
@@ -126,7 +128,7 @@ def weak_to_strong(
 
     def stage(name: str, title: str, job: Leg, rows: str, judged: Sequence[str], needs: tuple[str, ...]) -> Stage:
         settings = {
-            "leg": describe(job, identities[job.model]),
+            "leg": describe(job, identity(job.model, job.model_init_kwargs.get("revision"))),
             "rows": content_hash(splits[rows]),
             "judged": {split: content_hash(splits[split]) for split in judged},
             "labels": [config.weak_ensemble, config.hard_labels] if needs else None,
@@ -163,13 +165,15 @@ def weak_to_strong(
             for seed in config.seeds:
                 folders = [outcomes[f"weak-{i}-seed-{seed}"].folder for i in teachers]
                 weak, weights = _labels(config, splits, folders, "test")
+                student = outcomes[f"student-{label}-{j}-seed-{seed}"]
                 runs.append(
                     {
                         "seed": seed,
                         "weak": weak,
                         "weights": weights,
                         "labels": _labels(config, splits, folders, "labelled")[0],
-                        "student": read_judgements(outcomes[f"student-{label}-{j}-seed-{seed}"].folder, "test"),
+                        "left_out": student.result.get("left_out"),
+                        "student": read_judgements(student.folder, "test"),
                         "ceiling": read_judgements(outcomes[f"ceiling-{j}-seed-{seed}"].folder, "test"),
                     }
                 )
@@ -220,23 +224,37 @@ def _run(
 ) -> dict[str, Any]:
     """A leg as a stage: its rows, with the labels of its teachers if it has some."""
     training = splits[rows]
-    teacher_folder = None
+    teacher_folder, told = None, {}
     if teachers:
         labels, _ = _labels(config, splits, [context.folders[name] for name in teachers], rows)
-        task = TASKS[config.task]()
-        training = [
-            task.relabel(row, label.output, config.hard_labels) for row, label in zip(training, labels, strict=True)
-        ]
-        training = [row for row in training if config.task != "generation" or _has_text(row["completion"])]
-        if not training:
-            raise ValueError("The weak model wrote only empty texts: there is nothing to learn from.")
+        training, told = learnable(config, training, labels)
         teacher_folder = context.folders[teachers[0]]
     arguments = (job, training, {s: splits[s] for s in judged}, context.folder, teacher_folder, context.report_to)
-    return in_own_process(arguments, context.folder) if isolate else run_leg(*arguments)
+    return told | (in_own_process(arguments, context.folder) if isolate else run_leg(*arguments))
 
 
-def _has_text(completion: str | list[dict]) -> bool:
-    return bool(completion if isinstance(completion, str) else completion[-1]["content"])
+def learnable(
+    config: WeakToStrongArguments, rows: Sequence[Row], labels: Sequence[Judgement]
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows with a weak model's labels in place of their own; of texts those to learn from, and a count of the rest."""
+    task = TASKS[config.task]()
+    labelled = list(zip(rows, labels, strict=True))
+    told: dict[str, Any] = {}
+    if task.labels_are_texts:
+        reasons = [task.why_unusable(label) for label in labels]
+        left_out = {reason: reasons.count(reason) for reason in ("cut", "empty")}
+        labelled = [pair for pair, reason in zip(labelled, reasons, strict=True) if reason is None]
+        found = f"{left_out['cut']} were cut at max_completion_length={config.max_completion_length} and "
+        found += f"{left_out['empty']} are empty"
+        if not labelled:
+            raise ValueError(
+                f"The weak model wrote nothing to learn from: of {len(rows)} texts {found}. Train it longer "
+                "(weak_training), or raise max_completion_length."
+            )
+        if len(labelled) < len(rows):
+            logger.warning(f"Of {len(rows)} weak texts {found}: the student does not learn from these.")
+        told["left_out"] = left_out
+    return [task.relabel(row, label.output, config.hard_labels) for row, label in labelled], told
 
 
 def _labels(
@@ -289,25 +307,30 @@ def describe(leg: Leg, identity: str) -> dict[str, Any]:
         if (name in RELEVANT or not (name in IRRELEVANT or name.startswith(IRRELEVANT_PREFIXES)))
         and (name not in KD_ONLY or leg.loss == "kd")
     }
+    arguments |= leg.overrides
+    if arguments.get("chat_template_path") is not None:
+        arguments["chat_template_path"] = path_identity(arguments["chat_template_path"])
     quantization, peft = leg.quantization_config, leg.peft_config
-    metric = None if leg.metric is None else name_of(leg.metric)
     described = {
         "task": leg.task,
         "model": identity,
-        "arguments": {**arguments, **leg.overrides},
+        "arguments": arguments,
         "seed": leg.seed,
         "peft": None if peft is None else peft.to_dict(),
         "quantization": None if quantization is None else quantization.to_dict(),
         "loss": [leg.loss, leg.loss_kwargs if leg.loss == "logconf" else None],
-        "texts": [metric, leg.sampling_temperature, leg.max_completion_length] if leg.task == "generation" else None,
+        "texts": _describe_texts(leg) if leg.task == "generation" else None,
     }
     return json.loads(json.dumps(described, sort_keys=True, default=_plain))
 
 
+def _describe_texts(leg: Leg) -> dict[str, Any]:
+    metric = None if leg.metric is None else reward_identity(leg.metric)
+    if leg.metric is not None and metric is None:
+        raise ValueError("The metric is an ensemble in memory, which is not known again: save it, and give a scorer.")
+    length = leg.max_completion_length
+    return {"metric": metric, "temperature": leg.sampling_temperature, "max_completion_length": length}
+
+
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def model_identity(name: str) -> str:
-    """A Hub id as it is; a folder by its content."""
-    return fingerprint(Path(name)) if Path(name).is_dir() else name

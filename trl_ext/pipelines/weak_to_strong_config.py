@@ -46,7 +46,7 @@ class WeakToStrongArguments:
         generation_temperature (`float`, *optional*, defaults to `0.0`):
             How the weak model writes the texts of split B; 0 is greedy. Tests are greedy.
         max_completion_length (`int`, *optional*, defaults to `256`):
-            Tokens that a model may write, in generation.
+            Tokens that a model may write, in generation. A weak model's text that is cut there is not learnt from.
         isolate (`str`, *optional*, defaults to `"auto"`):
             Each leg in a process of its own, so that its memory is really given back: `"auto"` on a GPU, `"always"`
             or `"never"`.

@@ -10,8 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, Tra
 from trl_ext.losses.distillation import LogConfRanking, LogConfToken
 from trl_ext.scoring import RewardScorer
 
+from .callables import callable_identity
 from .generation import Sampling
 from .in_process import TransformersGenerator, load_policy
 from .store import read_lines, write_lines
@@ -58,6 +58,11 @@ class Leg:
     metric: Metric | None = None
     sampling_temperature: float = 0.0
     max_completion_length: int = 256
+
+    @property
+    def model_init_kwargs(self) -> dict[str, Any]:
+        """How the model is loaded."""
+        return self.overrides.get("model_init_kwargs", self.args.model_init_kwargs) or {}
 
 
 def own_arguments(leg: Leg, output_dir: Path, report_to: str) -> TrainingArguments:
@@ -112,10 +117,7 @@ def train_leg(leg: Leg, rows: Sequence[Row], folder: Path, teacher: Path | None,
     trainer.save_model(str(folder))
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(str(folder))
-    measured = {"train_loss": output.training_loss, "seconds": output.metrics["train_runtime"]}
-    if torch.cuda.is_available():
-        measured["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return measured
+    return {"train_loss": output.training_loss, "seconds": output.metrics["train_runtime"]}
 
 
 def judge_leg(leg: Leg, folder: Path, splits: dict[str, Sequence[Row]]) -> dict[str, list[Judgement]]:
@@ -132,7 +134,7 @@ def judge_leg(leg: Leg, folder: Path, splits: dict[str, Sequence[Row]]) -> dict[
         generator = TransformersGenerator(model, sampling, processing_class=AutoTokenizer.from_pretrained(folder))
         found = generator.generate([row["prompt"] for row in rows], num_generations=1, seed=leg.seed)
         texts = [_as_prompt_is(row["prompt"], own[0].text) for row, own in zip(rows, found, strict=True)]
-        judged[name] = task.judge_texts(texts, rows)
+        judged[name] = task.judge_texts(texts, rows, [own[0].finish_reason == "stop" for own in found])
     return judged
 
 
@@ -144,22 +146,18 @@ def run_leg(
     leg: Leg, rows: Sequence[Row], splits: dict[str, Sequence[Row]], folder: Path, teacher: Path | None, report_to: str
 ) -> dict[str, Any]:
     """Train, reload, judge; the judgements go to `<split>.jsonl` in the folder. Returns what is worth reporting."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the legs before, in this process
     measured = train_leg(leg, rows, folder, teacher, report_to)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for name, judgements in judge_leg(leg, folder, splits).items():
-        write_lines(folder / f"{name}.jsonl", ({"right": j.right, "output": j.output} for j in judgements))
+        write_lines(folder / f"{name}.jsonl", map(asdict, judgements))
         measured[name] = sum(j.right for j in judgements) / len(judgements)
+    if torch.cuda.is_available():
+        measured["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return measured
-
-
-def name_of(metric: Metric) -> str:
-    """Where a function is defined, or the class of an object that is called; with what a partial one was given."""
-    if isinstance(metric, partial):
-        return f"{name_of(metric.func)} of {metric.args} {sorted(metric.keywords.items())}"
-    named = metric if hasattr(metric, "__qualname__") else type(metric)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def read_judgements(folder: Path, split: str) -> list[Judgement]:
@@ -176,10 +174,11 @@ def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
         folder (`Path`): an existing folder, where the job and its result lie for a moment.
     """
     metric = job[0].metric
-    if metric is not None and name_of(metric).startswith("__main__."):
+    name = "" if metric is None else callable_identity(metric)["function"]
+    if name.startswith("__main__.") or "<l" in name:  # <lambda>, <locals>
         raise ValueError(
-            f"The metric {name_of(metric)!r} is defined in the script, which another process cannot import. "
-            "Put it into a module of its own, or set isolate='never'."
+            f"The metric {name!r} is defined in the script, within a function or as a lambda, and another process "
+            "cannot import it. Put it into a module of its own, or set isolate='never'."
         )
     given, result = folder / "job.pickle", folder / "result.json"
     given.write_bytes(pickle.dumps(job))

@@ -34,7 +34,8 @@ class PairReport:
             infinite (null in `report.json`) where the gap may be zero.
         reason (`str`, *optional*): why it is undefined.
         gap_error (`float`): standard error of `ceiling - weak`.
-        by_seed (`list[dict]`): the same for each seed, and the `weights` of the weak models where they were learnt.
+        by_seed (`list[dict]`): the same for each seed, the `weights` of the weak models where they were learnt, and of
+            texts how many of split B the student did not learn from, `left_out`: `cut` at the length limit, `empty`.
         agreement (`dict`): how often the student does as its supervisor on test rows that the supervisor gets
             `when_right` and `when_wrong`. A high second one means that it imitates mistakes.
         weak_labels (`dict`): `accuracy` of the weak labels on split B and, of probabilities, their expected
@@ -70,7 +71,7 @@ def pair_report(
 
     Args:
         runs (sequence of `dict`): per seed, `seed` and the judgements `weak`, `student`, `ceiling` of the test rows
-            and `labels` of split B.
+            and `labels` of split B; `weights` and `left_out` where there are some.
         classes (sequence of `str`), prompts (sequence of `str`): gold class and prompt of each test row.
         outputs_are_probabilities (`bool`): whether calibration means anything.
     """
@@ -89,7 +90,8 @@ def pair_report(
     by_seed = []
     for number, run in enumerate(runs):
         one = estimate(slice(number, number + 1))
-        by_seed.append({"seed": run["seed"], **asdict(one), "weights": run.get("weights")})
+        more = {name: run.get(name) for name in ("weights", "left_out")}
+        by_seed.append({"seed": run["seed"], **asdict(one), **more})
     same = (right["weak"] == right["student"]).float()  # of right or wrong: the same; of shares: the same share
     was_right = right["weak"] > 0.5
     labels = [judgement for run in runs for judgement in run["labels"]]
@@ -207,6 +209,13 @@ class WeakToStrongReport:
             calibration = pair.weak_labels["calibration_error"]
             known = "" if calibration is None else f", expected calibration error {calibration:.3f}"
             lines.append(f"- Weak labels: accuracy {pair.weak_labels['accuracy']:.3f}{known}.")
+            left_out = [seed["left_out"] for seed in pair.by_seed if seed["left_out"] is not None]
+            if left_out:
+                cut, empty = (sum(counts[reason] for counts in left_out) for reason in ("cut", "empty"))
+                lines.append(
+                    f"- Of {len(left_out) * self.rows['labelled']} weak texts (all seeds) {cut} that were cut at the "
+                    f"length limit and {empty} empty ones are left out."
+                )
             for name, values in pair.by_class.items():
                 figures = ", ".join(f"{model} {value:.3f}" for model, value in values.items())
                 lines.append(f"- Class {name}: {figures}.")

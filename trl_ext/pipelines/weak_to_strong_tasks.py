@@ -34,11 +34,14 @@ class Judgement:
 
     Args:
         right (`float`): its performance on the row against ground truth, in [0, 1].
-        output (`float`, `list[float]` or `str`): the soft label it gives (a probability, or one a step), or its text.
+        output (`float`, `list[float]`, `str` or messages): the soft label it gives (a probability, or one a step), or
+            its text.
+        finished (`bool`, *optional*, defaults to `True`): whether its text ended by itself, and not at the limit.
     """
 
     right: float
-    output: float | list[float] | str
+    output: float | list[float] | str | list[dict[str, Any]]
+    finished: bool = True
 
 
 def sigmoid(value: float) -> float:
@@ -162,7 +165,9 @@ class GenerationTask:
     def gold_class(self, row: Row) -> str:
         return "text"
 
-    def judge_texts(self, texts: Sequence[str | list[dict]], rows: Sequence[Row]) -> list[Judgement]:
+    def judge_texts(
+        self, texts: Sequence[str | list[dict]], rows: Sequence[Row], finished: Sequence[bool]
+    ) -> list[Judgement]:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         values = self._metric(prompts=[row["prompt"] for row in rows], completions=list(texts), **columns)
         wrong = [value for value in values if value is None or not 0.0 <= value <= 1.0]
@@ -171,10 +176,21 @@ class GenerationTask:
                 f"The metric gave {len(values)} values for {len(rows)} rows, of which {len(wrong)} are not in [0, 1]. "
                 "Needed: one number from 0 to 1 per row."
             )
-        return [Judgement(float(value), text) for value, text in zip(values, texts, strict=True)]
+        return [Judgement(float(value), *text) for value, *text in zip(values, texts, finished, strict=True)]
 
     def relabel(self, row: Row, output: str, hard: bool) -> Row:
         return {**row, "completion": output}
+
+    @staticmethod
+    def why_unusable(label: Judgement) -> str | None:
+        """
+        Why a text is not learnt from, if it is not. Behind one that was cut at the limit SFT would put the end of a
+        text all the same, and a student would learn to stop in the middle; GRPO's `mask_truncated_completions` leaves
+        such texts out too.
+        """
+        if not label.finished:
+            return "cut"
+        return None if text_of(label.output) else "empty"
 
 
 TASKS: dict[str, type] = {

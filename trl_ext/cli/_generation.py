@@ -1,0 +1,128 @@
+"""What the commands that generate share: the policy, how it is sampled and where, and what scores its completions.
+
+Knows arguments, and what they are called further down. Generates nothing itself.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+# Arguments of a server: where and how it is asked.
+SERVER = ("server_base_url", "server_timeout", "max_concurrency", "max_retries", "api_key_variable")
+
+
+def described(text: str) -> dict[str, str]:
+    """The metadata of a field with this help text."""
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class GenerationArguments:
+    """Arguments of a command that generates completions and scores them."""
+
+    model_name_or_path: str = field(
+        metadata=described("folder or Hub id of the policy; for the backend openai its name there")
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata=described(
+            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), paths of functions"
+        ),
+    )
+    reward_weights: list[float] | None = field(default=None, metadata=described("one for each of them (default: 1)"))
+
+    max_completion_length: int = field(default=512, metadata=described("longest completion in tokens"))
+    temperature: float = field(default=1.0, metadata=described("of the sampling"))
+    top_p: float = field(default=1.0, metadata=described("nucleus; 1: off"))
+    top_k: int = field(default=0, metadata=described("most likely tokens to keep; 0: off"))
+    min_p: float | None = field(
+        default=None, metadata=described("least probability, scaled by that of the likeliest token")
+    )
+    repetition_penalty: float = field(default=1.0, metadata=described("1: off"))
+    stop: list[str] | None = field(default=None, metadata=described("texts that end a completion"))
+    generation_kwargs: dict | str | None = field(
+        default=None, metadata=described("further arguments of the backend, as JSON")
+    )
+    chat_template: str | None = field(
+        default=None, metadata=described("path of a Jinja template in place of the model's")
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata=described("arguments of the template, as JSON")
+    )
+    system_prompt: str | None = field(
+        default=None, metadata=described("put before chats without a system message; not kept in the rows")
+    )
+    few_shot: str | None = field(
+        default=None, metadata=described("JSONL file of examples (prompt, completion) that the model sees first")
+    )
+    seed: int = field(default=0, metadata=described("of the generation"))
+
+    backend: Literal["transformers", "vllm", "openai"] = field(
+        default="transformers",
+        metadata=described("in this process, a vLLM server through TRL's client, or any OpenAI-compatible server"),
+    )
+    generation_batch_size: int = field(default=32, metadata=described("completions in a batch, in this process"))
+    model_revision: str | None = field(default=None, metadata=described("revision of the model on the Hub"))
+    dtype: str | None = field(default=None, metadata=described("of the policy, e.g. bfloat16 (default: as saved)"))
+    attn_implementation: str | None = field(default=None, metadata=described("e.g. sdpa, flash_attention_2"))
+    load_in_4bit: bool = field(default=False, metadata=described("load the policy in NF4 with bitsandbytes"))
+    trust_remote_code: bool = field(default=False, metadata=described("run code that comes with the model"))
+
+    server_base_url: str = field(default="http://localhost:8000", metadata=described("where the server is"))
+    server_timeout: float = field(default=240.0, metadata=described("seconds to wait for it, and for an answer"))
+    max_concurrency: int = field(default=64, metadata=described("requests that are under way at a time"))
+    max_retries: int = field(default=6, metadata=described("of a request to an OpenAI-compatible server"))
+    api_key_variable: str | None = field(
+        default=None, metadata=described("environment variable that holds the server's key")
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("generation_kwargs", "chat_template_kwargs"):
+            setattr(self, name, json_object(name, getattr(self, name)))
+
+
+def json_object(name: str, value: dict | str | None) -> dict | None:
+    """The value of an argument that is JSON on the command line. Raises `ValueError` where it is no object."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--{name} is no valid JSON ({error}): {value}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"--{name} is {value!r}; needed: a JSON object.")
+    return value
+
+
+def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
+    """The fields of [`~trl_ext.pipelines.generation.Sampling`], with the examples of the file that few_shot names."""
+    from trl_ext.pipelines.generation import Sampling
+
+    sampling = {item.name: getattr(args, item.name) for item in fields(Sampling)}
+    if args.few_shot is not None:
+        with open(args.few_shot, encoding="utf-8") as file:
+            sampling["few_shot"] = [json.loads(line) for line in file if line.strip()]
+    return sampling
+
+
+def server_kwargs(args: GenerationArguments) -> dict[str, Any] | None:
+    """The arguments of a server, or `None` where the backend has none."""
+    return None if args.backend == "transformers" else {name: getattr(args, name) for name in SERVER}
+
+
+def model_init_kwargs(args: GenerationArguments) -> dict[str, Any]:
+    """The arguments of `from_pretrained` among those of a command."""
+    kwargs: dict[str, Any] = {
+        "revision": args.model_revision,
+        "dtype": args.dtype,
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code or None,
+    }
+    if args.load_in_4bit:
+        kwargs["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": args.dtype or "bfloat16",
+        }
+    return {name: value for name, value in kwargs.items() if value is not None}
