@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoConfig
+from transformers.utils import is_flash_attn_2_available
 
 from trl_ext.cli import bench_fit
 from trl_ext.cli.fit_changes import advise
@@ -123,6 +124,7 @@ def test_a_model_too_large_for_the_cpu_is_only_estimated(tmp_path, shape, monkey
         (["--candidates", "0"], "at least 1 token"),
         (["--gpu_memory", "-1"], "must be positive"),
         (["--prompt_length", "1000", "--completion_length", "1000"], "Add --override max_length=2000"),
+        (["--override", "attn_implementation=flash_attenton_2"], "flash_attenton_2"),
     ],
 )
 def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
@@ -133,6 +135,51 @@ def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
     with pytest.raises(SystemExit):
         main(["bench", "fit", "--estimate", "--config", config, *arguments])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config,override,words",
+    [
+        ("reward/rankings_lora_0.6b.yaml", ["loss_type=nope"], "Unknown ranking loss 'nope'"),
+        ("reward/rankings_lora_0.6b.yaml", ["loss_kwargs={x: 1}"], "cannot be called with loss_kwargs={'x': 1}"),
+        ("reward/rankings_lora_0.6b.yaml", ["shared_prefix=nope"], "shared_prefix='nope' is not known"),
+        ("reward/rankings_lora_0.6b.yaml", ["shared_prefix=true", "pad_to_multiple_of=8"], "shared_prefix=True does"),
+        (
+            "reward/rankings_lora_0.6b.yaml",
+            ["shared_prefix=true", "attn_implementation=flash_attention_2"],
+            "shared_prefix=True cannot be had",
+        ),
+        ("reward/rankings_lora_0.6b.yaml", ["max_tokens_per_batch=0"], "max_tokens_per_batch=0 is no budget"),
+        ("reward/rankings_lora_0.6b.yaml", ["report_to=nope"], "nope is not supported"),
+        ("prm/prm_lora_0.6b.yaml", ["loss_type=bce"], "`bce` needs 1 output(s)"),
+        ("segment/segment_lora_0.6b.yaml", ["loss_type=nope"], "Unknown token loss 'nope'"),
+        ("ensemble/rankings_lora_0.6b.yaml", ["use_peft=false"], "are LoRA adapters"),
+        ("ensemble/rankings_lora_0.6b.yaml", ["max_tokens_per_batch=512"], "draws each member's order itself"),
+    ],
+)
+def test_what_the_trainer_refuses_is_refused_without_a_run(config, override, words, shape, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            ["bench", "fit", "--estimate", "--config", str(ROOT / "configs" / config)]
+            + ["--override", f"model_name_or_path={shape}", *override]
+        )
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="the package is installed")
+def test_an_attention_that_is_not_installed_is_estimated_and_said(tmp_path, shape, capsys):
+    name, config = "attn_implementation=flash_attention_2", "prm/prm_lora_0.6b.yaml"
+    flash = fit(tmp_path, shape, config, "--estimate", "--no_changes", override=[name])
+    assert "is estimated as 'sdpa'" in flash["note"] and flash["note"] in capsys.readouterr().out
+    padded = fit(tmp_path, shape, config, "--estimate", "--no_changes", override=["shared_prefix=false"])
+    assert padded["note"] is None and padded["estimate"] == flash["estimate"]
+    with pytest.raises(SystemExit):  # a run needs it
+        main(
+            ["bench", "fit", "--config", str(ROOT / "configs" / config), "--no_changes"]
+            + ["--override", f"model_name_or_path={shape}", "max_length=96", name]
+        )
+    said = capsys.readouterr().err
+    assert "attn_implementation='flash_attention_2' cannot be used here" in said and "--estimate needs neither" in said
 
 
 def test_a_config_that_is_missing_or_empty_is_said(tmp_path, capsys):

@@ -4,16 +4,26 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import is_flash_attn_2_available
 
 from tests.models.helpers import make_trainer, max_change, nf4, scores_of, tiny_base, train
 from tests.tiny import tiny_tokenizer
 from trl_ext.models import HeadError, build_reward_model, load_reward_model
+from trl_ext.pipelines.in_process import load_policy
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     return {family: tiny_base(folder / family, family) for family in ("llama", "roberta")}
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="the package is installed")
+@pytest.mark.parametrize("load", [build_reward_model, load_policy])
+def test_an_attention_that_is_not_installed_is_said(bases, load):
+    arguments = {"attn_implementation": "flash_attention_2"}
+    with pytest.raises(ImportError, match="'flash_attention_2' cannot be used here.*Needed.*Install it, or use"):
+        load(bases["llama"], arguments) if load is load_policy else load(bases["llama"], **arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------- LoraConfig

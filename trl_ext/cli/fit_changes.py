@@ -29,7 +29,8 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
         yield Change("no gradient checkpointing", {"gradient_checkpointing": False}, True)
     else:
         yield Change("gradient checkpointing", {"gradient_checkpointing": True}, True)
-    if training.max_tokens_per_batch is not None:
+    given = vars(training)  # those of texts have no such batches
+    if given.get("max_tokens_per_batch") is not None:
         half = training.max_tokens_per_batch // 2
         yield Change("half the tokens in a batch", {"max_tokens_per_batch": half}, True)
     else:
@@ -39,7 +40,7 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
         if steps > 1 and steps % 2 == 0:
             doubled = {"per_device_train_batch_size": 2 * rows, "gradient_accumulation_steps": steps // 2}
             yield Change("twice the rows in a batch, half the accumulation", doubled, True)
-    if training.shared_prefix is False:
+    if given.get("shared_prefix") is False:
         yield Change("flat rows", {"shared_prefix": "auto"}, True)
     if "8bit" not in str(training.optim):
         yield Change("8-bit optimizer", {"optim": "paged_adamw_8bit"}, False)

@@ -7,6 +7,7 @@ nothing.
 import argparse
 import copy
 import importlib
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,25 @@ TRAINERS = {
 }
 
 
+PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
+"""Names of attention that is no part of a model: kernels of packages, of torch's compiler, and of the Hub."""
+
+
 class Parsed(argparse.Namespace):
     """What TRL's parser made of a config: `training` and `model`."""
 
 
 def parse(command: str, args: argparse.Namespace) -> Parsed:
     """The config of a command with the overrides, as the command itself reads it."""
-    import torch
+    parser = importlib.import_module(f"trl_ext.cli.{command}").make_parser()
+    _, training, model, _ = objects(parser, values_of(args))
+    if model.model_name_or_path is None:
+        raise ValueError(f"{args.config} names no model. Needed: model_name_or_path.")
+    return Parsed(training=training, model=model)
+
+
+def values_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the file says, with the overrides."""
     import yaml
 
     values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
@@ -40,15 +53,19 @@ def parse(command: str, args: argparse.Namespace) -> Parsed:
         if not separator:
             raise ValueError(f"--override {override} has no value. Needed: NAME=VALUE.")
         values[name] = yaml.safe_load(value)
-    parser = importlib.import_module(f"trl_ext.cli.{command}").make_parser()
+    return values
+
+
+def objects(parser: Any, values: dict[str, Any], trains: bool = True) -> tuple[Any, ...]:
+    """What TRL's parser makes of the values of a config."""
+    import torch
+    import yaml
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         file.write_text(yaml.safe_dump(values), encoding="utf-8")
-        flags = [] if torch.cuda.is_available() else ["--use_cpu"]
-        _, training, model, _ = parser.parse_args_and_config(["--config", str(file), *flags])
-    if model.model_name_or_path is None:
-        raise ValueError(f"{args.config} names no model. Needed: model_name_or_path.")
-    return Parsed(training=training, model=model)
+        flags = ["--use_cpu"] if trains and not torch.cuda.is_available() else []
+        return parser.parse_args_and_config(["--config", str(file), *flags])
 
 
 def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
@@ -91,7 +108,6 @@ def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace
 def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gpu: bool = True) -> Any:
     """What the estimate has to know of a command's run."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.training_args import OptimizerNames
     from trl import get_peft_config
 
@@ -99,11 +115,10 @@ def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gp
     from trl_ext.models.memory_estimate import TrainingStep
 
     training, model = parsed.training, parsed.model
+    check(command, parsed)
     if model.load_in_8bit:
         raise ValueError("8-bit bases are not estimated. Use load_in_4bit, or measure on the device.")
-    attention = model.attn_implementation or "sdpa"
-    flat = training.shared_prefix is not False and attention in ("sdpa", "eager")
-    flat = flat and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and training.pad_to_multiple_of is None
+    flat = _flat_rows(training, config, model.attn_implementation or "sdpa")
     members = training.num_members if command == "ensemble" else None
     own_batches = command == "ensemble" and training.data_strategy == "shuffle"
     labels = 1
@@ -130,6 +145,68 @@ def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gp
         accumulates=training.gradient_accumulation_steps > 1,
         dropout=not training.disable_dropout,
         optimizer=OptimizerNames(training.optim).value,
-        attention=attention,
+        attention=estimated_attention(model.attn_implementation),
         on_gpu=on_gpu,
     )
+
+
+def check(command: str, parsed: Parsed) -> None:
+    """Raise `ValueError` for arguments that the trainer would refuse, with its own checks."""
+    from transformers.integrations import get_reporting_integration_callbacks
+    from trl import get_peft_config, get_quantization_config
+
+    import trl_ext
+    from trl_ext.trainers.member_training import check_adapter
+    from trl_ext.trainers.setup import check_sharding, uses_fsdp
+
+    training = parsed.training
+    if command in TRAINERS:
+        trl_ext.__getattr__(TRAINERS[command]).check_arguments(training)
+    if command == "ensemble":
+        check_adapter(get_peft_config(parsed.model))
+    check_sharding(uses_fsdp(training), 0, get_quantization_config(parsed.model))
+    get_reporting_integration_callbacks([name for name in training.report_to if name != "wandb"])
+
+
+def estimated_attention(wanted: str | None) -> str:
+    """What the estimate runs for an `attn_implementation`: kernels that keep no weights run as `sdpa`."""
+    return "sdpa" if wanted is None or PACKAGES.search(wanted) else wanted
+
+
+def attention_note(wanted: str | None) -> str | None:
+    """What the estimate leaves out of an `attn_implementation`, if it does."""
+    if wanted in (None, estimated_attention(wanted)):
+        return None
+    return (
+        f"attn_implementation={wanted!r} is estimated as 'sdpa', on padded rows, as flat rows need 'sdpa' or 'eager': "
+        "neither keeps attention weights for the backward pass, and padding that a kernel leaves out is counted."
+    )
+
+
+def check_attention(config: Any, wanted: str | None) -> None:
+    """Raise `ValueError` if a run would need an attention that is not installed here."""
+    import torch
+    from transformers import AutoModel
+
+    from trl_ext.models.building import attention_at_hand
+
+    try:
+        with torch.device("meta"), attention_at_hand(wanted):
+            AutoModel.from_config(config, attn_implementation=wanted)
+    except ImportError as error:
+        raise ValueError(f"{error} --estimate needs neither.") from error
+
+
+def _flat_rows(training: Any, config: Any, attention: str) -> bool:
+    """Whether the trainer's batches are flat rows, as far as can be told without numbers."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from trl_ext.models.shared_prefix import SharedPrefixSupport, is_granted, refused_by_config
+    from trl_ext.trainers.batching import wants_flat_rows
+
+    if not wants_flat_rows(training):
+        return False
+    refused = refused_by_config(config.get_text_config(), attention)
+    if refused is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        refused = f"{config.model_type!r} is no decoder"
+    return is_granted(training.shared_prefix, SharedPrefixSupport(refused is None, refused or ""))

@@ -246,6 +246,19 @@ def distillation(
     return cross_entropy, weight * divergence.masked_fill(~mask, 0.0)
 
 
+def entropy_sum(logits: torch.Tensor) -> torch.Tensor:
+    """
+    The entropies, in nats, of the distributions that logits (n, V) stand for, summed: a scalar in fp32.
+
+    Example:
+
+    >>> entropy_sum(torch.zeros(2, 4))  # twice log(4)
+    tensor(2.7726)
+    """
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum()
+
+
 def scheduled_weight(
     weight: float, progress: float, schedule: Literal["constant", "linear", "cosine"] = "constant"
 ) -> float:

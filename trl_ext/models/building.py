@@ -95,6 +95,7 @@ def build_reward_model(
         )
     if device_map == "unset":
         device_map = None if several or PartialState().device.type in ("cpu", "mps") else "auto"
+    attention = kwargs.get("attn_implementation")
     old_name = kwargs.pop("torch_dtype", torch.float32)
     dtype = as_dtype(kwargs.pop("dtype", old_name))
 
@@ -115,7 +116,7 @@ def build_reward_model(
         names = head_modules(_skeleton(config, auto_class, kwargs.get("trust_remote_code", False)))
         quantization_config = _skip_head(quantization_config, names)
         _skip_head_in_config(config, names)
-    with _quiet_loading():
+    with attention_at_hand(attention), _quiet_loading():
         model, info = auto_class.from_pretrained(
             model_id,
             config=config,
@@ -140,6 +141,20 @@ def build_reward_model(
     make_head_exact(model, names)
     keep_4bit_exact_on_cpu(model)
     return model, names
+
+
+@contextmanager
+def attention_at_hand(attention: str | None) -> Iterator[None]:
+    """Where a model is loaded: say in our words that the package of its attention is not there."""
+    try:
+        yield
+    except ImportError as error:
+        if "flash" not in str(attention):
+            raise
+        raise ImportError(
+            f"attn_implementation={attention!r} cannot be used here: {error} Needed: its package, on a GPU that it "
+            "supports. Install it, or use attn_implementation='sdpa', which needs none."
+        ) from error
 
 
 def choose_head_class(config: transformers.PretrainedConfig) -> HeadClass:

@@ -11,7 +11,7 @@ import trl
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_ext.losses.distillation import distillation, scheduled_weight
+from trl_ext.losses.distillation import distillation, entropy_sum, scheduled_weight
 
 from .weak_to_strong_config import WeakToStrongConfig
 
@@ -151,8 +151,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
     ) -> None:
         """TRL's metrics of a batch, and the two parts of the loss."""
         mode = "train" if self.model.training else "eval"
-        log_probs = logits.float().log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum()
+        entropy = entropy_sum(logits)
         right = (logits.argmax(-1) == wanted).sum()
         if "attention_mask" in inputs:
             tokens = inputs["attention_mask"].sum()
