@@ -222,6 +222,13 @@ def test_counts_by_reason():
     assert len(prepared[1]["candidate_ids"]) == 2
 
 
+def test_ratings_that_are_equal_in_fp32_are_counted_as_tied():
+    ratings = [(0.1 + 0.2 + 0.3) / 3, 0.2]
+    assert ratings[0] != ratings[1]
+    prepared, report = prepare([{"prompt": "a", "completions": ["b", "c"], "ratings": ratings}])
+    assert GroupCollator(0)(list(prepared))["ratings"].unique().numel() == report.counts["tied"] == 1
+
+
 def test_summary_is_one_line_and_metrics_are_numbers():
     _, report = prepare(mixed_rows(), max_length=12)
     assert report.summary() == (
@@ -322,6 +329,19 @@ def test_stream_of_a_jsonl_file(tmp_path):
     assert isinstance(stream, IterableDataset)
     prepared, report = prepare(stream, max_length=12)
     check_mixed(list(prepared), report)
+
+
+def test_rows_of_a_stream_need_not_have_the_same_columns():
+    plain, given = {"prompt": "a", "chosen": "b", "rejected": "c"}, {"margin": 1.0}
+    other, _ = prepare(stream_of([{"chosen": "ab", "rejected": "ac"}, {**plain, "tools": None, "more": 1}]))
+    assert [row["candidate_ids"] for row in other] == [prepare([plain])[0]["candidate_ids"][0]] * 2
+    for rows, message in (
+        ([plain, {**plain, **given}], "row 1, column 'margin': found a column that the first row does not have"),
+        ([{**plain, **given}, plain], "row 1, column 'margin': found None; needed a finite number"),
+        ([plain, plain, {"prompt": "a", "chosen": "b"}], "row 2, column 'rejected': found None"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(prepare(stream_of(rows))[0])
 
 
 def test_stream_survives_shuffling_and_a_data_loader():

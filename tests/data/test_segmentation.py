@@ -135,12 +135,26 @@ def test_sentences_by_hand(language, wanted):
     assert texts_of(text, sentences(text, language=language)) == wanted
 
 
+@pytest.mark.parametrize("blank", ["\u00a0", "\u0085", "\u2009", "\u2028", "\u3000", " \u00a0"])
+def test_sentences_with_a_wide_blank_before_a_full_stop(blank):
+    """sentencex 1.0.32 panics there, which is no `Exception`."""
+    text = f"Take vitamin A{blank}. It helps.{blank}"
+    spans = sentences(text)
+    check_tiles(text, spans)
+    assert len(spans) <= 2
+
+
 def test_steps_tile():
     for text in random_texts("steps", 400):
         for arguments in ({}, {"separator": "\n\n"}, {"separator": "."}, {"by": "number"}):
             spans = steps(text, **arguments)
             check_tiles(text, spans)
             assert no_blank(text, spans)
+
+
+def test_numbered_steps_of_endless_white_space():
+    """What a model that got stuck writes; quadratic time would be half an hour."""
+    assert len(steps(" \t" * 150_000 + "x\n2. y", by="number")) == 2
 
 
 def test_steps_by_hand():

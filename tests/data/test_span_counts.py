@@ -6,7 +6,7 @@ import logging
 import pytest
 from datasets import load_dataset
 
-from tests.data.span_helpers import nonzero, outcome, prepare, stepwise, stream_of
+from tests.data.span_helpers import nonzero, outcome, prepare, segmented, stepwise, stream_of
 from tests.tiny import tiny_tokenizer
 from trl_ext.data import spans
 from trl_ext.data.tokenization import TokenPolicy
@@ -40,6 +40,15 @@ def test_completions_cut_as_in_trl_1_13(kind):
     assert same[0] == whole and report.counts["cut_rows"] == 0
     answer, _ = prepare([outcome()], "outcome", tokenizer, max_completion_length=2)
     assert answer[0]["label_positions"][-1] == len(answer[0]["span_input_ids"]) - 1
+
+
+def test_a_label_before_a_segment_that_was_cut_off_goes_with_it():
+    row = segmented("apples are left when eaten", (0, 6, 1.0), (7, 10, 0.0), (11, 15, 1.0))
+    tokenizer = tiny_tokenizer("bert")  # here a token a word
+    for length, kept in ((1, 1), (2, 2), (3, 3)):
+        prepared, report = prepare([row], "segment", tokenizer, label_placement="before", max_completion_length=length)
+        assert prepared[0]["label_steps"] == list(range(kept))
+        assert report.counts["cut_labels"] == 3 - kept
 
 
 def mixed_rows() -> list[dict]:

@@ -204,7 +204,11 @@ def test_categories_must_be_named_where_there_are_some():
     assert prepared[0]["label_categories"] == [0]
 
 
-@pytest.mark.parametrize("malformed", [["x"], "[{}]", {"start": [0], "end": [1], "label": [1.0]}, None])
+@pytest.mark.parametrize(
+    "malformed",
+    [["x"], "[{}]", {"start": [0], "end": [1], "label": [1.0]}, None, [segment(category=["a", "b"])]],
+    ids=["strings", "json", "columns", "null", "list of categories"],
+)
 def test_looking_for_categories_leaves_malformed_segments_to_the_row_checks(malformed):
     good = segments(segment(category="b"), segment(category="a"), segment(category=None))
     assert find_categories([{"segments": malformed}, good]) == ["a", "b"]

@@ -170,6 +170,15 @@ def test_tokens_at_the_start_equal_bce():
     assert torch.allclose(LogConfToken()(two, labels, mask), bce(logits, labels, mask))
 
 
+def test_tokens_with_labels_that_are_no_probability_are_refused():
+    """A label of -1 gave a loss without a lower bound: it fell with the logit, for ever."""
+    logits, mask = torch.zeros(1, 2, 1, 1), torch.tensor([[True, False]])[..., None]
+    LogConfToken()(logits, torch.tensor([[1.0, torch.nan]])[..., None], mask)
+    for label in (-1.0, 1.5, torch.nan):
+        with pytest.raises(ValueError, match=r"`logconf` needs labels in \[0, 1\].*token 0"):
+            LogConfToken()(logits, torch.tensor([[label, 1.0]])[..., None], mask)
+
+
 # ------------------------------------------------------------------------------------------------- distillation
 def test_divergence_by_hand_and_its_direction():
     """KL(weak || strong) with weak (0.5, 0.5) and strong (0.8, 0.2): 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2)."""

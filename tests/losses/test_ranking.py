@@ -301,6 +301,27 @@ def test_nan_is_not_hidden_and_stays_in_its_group(loss):
     assert loss(scores, ratings, everyone(scores)).isnan().tolist() == [True, False, True]
 
 
+def test_a_pair_that_is_not_decided_may_have_any_margin():
+    """The margins of (i, j) where i is not the better one: NaN there came into the gradient of all scores."""
+    scores, ratings = torch.tensor([[1.0, 2.0, 3.0, torch.nan]]), torch.tensor([[3.0, 2.0, 2.0, 1.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    decided = (ratings[:, :, None] > ratings[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    filled = [torch.where(decided, 0.5, filling) for filling in (0.5, torch.nan, torch.inf)]
+    (value, grad), *others = [with_gradient(pairwise, scores, ratings, mask, margin=margin) for margin in filled]
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    for other in others:
+        assert torch.equal(other[0], value) and torch.equal(other[1], grad)
+
+
+def test_ties_met_first_in_inference_mode_can_be_trained_on():
+    """The tables of subsets are kept, and tensors of inference mode cannot be saved for a backward pass."""
+    ties._subsets.cache_clear()
+    scores, ratings = torch.randn(1, 4), torch.tensor([[2.0, 2.0, 1.0, 0.0]])
+    with torch.inference_mode():
+        plackett_luce(scores, ratings, everyone(scores))
+    assert with_gradient(plackett_luce, scores, ratings, everyone(scores))[1].isfinite().all()
+
+
 def test_more_than_twelve_tied_are_approximated_and_said_once(monkeypatch):
     monkeypatch.setattr(ties, "_warned_of_efron", False)
     scores = 0.1 * torch.randn(2, 15, generator=torch.Generator().manual_seed(0))

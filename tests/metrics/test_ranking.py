@@ -163,6 +163,8 @@ def test_spearman_against_scipy():
     assert spearman(x[:, 0], y[:, 0]) == pytest.approx(stats.spearmanr(x[:, 0], y[:, 0]).statistic, abs=1e-6)
     assert spearman(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.3, 0.2])) == pytest.approx(0.5)
     assert math.isnan(spearman(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])))
+    many = torch.arange(200_000.0)  # not a table of all pairs
+    assert spearman(many, many.square()) == pytest.approx(1.0) and spearman(many, -many) == pytest.approx(-1.0)
 
 
 # What must not change them

@@ -89,6 +89,8 @@ class TestBestOfK:
     def test_wrong_input_is_named(self):
         with pytest.raises(ValueError, match="2 values and 1 scores"):
             best_of_k([0.0, 1.0], [1.0], 1)
+        with pytest.raises(ValueError, match="a question without samples"):
+            best_of_k_curve([[1.0], []], [[1.0], []])
         with pytest.raises(ValueError, match="cannot draw k=3 of 2"):
             best_of_k([0.0, 1.0], [1.0, 2.0], 3)
         with pytest.raises(ValueError, match="NaN"):
@@ -131,6 +133,16 @@ class TestBootstrap:
         assert low < 0.4 < high
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.24 / 2000), rel=0.1)
 
+    def test_what_shares_a_group_is_drawn_together(self):
+        values = [float(i % 10 < 4) for i in range(100)]
+        low, high = bootstrap_interval(values)
+        assert bootstrap_interval(values, groups=[f"group {i}" for i in range(100)]) == (low, high)
+        # each value five times over is no more evidence
+        wide = bootstrap_interval([value for value in values for _ in range(5)], groups=[i // 5 for i in range(500)])
+        assert wide == pytest.approx((low, high)) and wide[1] - wide[0] > 2 * 1.96 * math.sqrt(0.24 / 500)
+        # the mean of all drawn values, not of the groups' means
+        assert bootstrap_interval([0.0, 0.0, 0.0, 1.0], groups=[0, 0, 0, 0]) == (0.25, 0.25)
+
     def test_is_reproducible_and_leaves_the_random_state_alone(self):
         values = [0.0, 1.0, 1.0, 0.0, 1.0]
         torch.manual_seed(3)
@@ -144,3 +156,5 @@ class TestBootstrap:
             bootstrap_interval([])
         with pytest.raises(ValueError, match="level=95"):
             bootstrap_interval([1.0], level=95)
+        with pytest.raises(ValueError, match="2 groups for 1 values"):
+            bootstrap_interval([1.0], groups=["a", "b"])

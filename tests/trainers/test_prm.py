@@ -14,6 +14,9 @@ from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history
 from tests.trainers.token_helpers import logits_of, step_rows, token_trainer
 from trl_ext import PRMConfig, PRMTrainer
+from trl_ext.trainers.token_evaluation import StepEvaluator
+from trl_ext.trainers.token_objective import TokenObjective
+from trl_ext.trainers.token_recording import labelled_points
 
 
 # The public arguments of TRL 1.13.0's `trl.experimental.prm`.
@@ -52,7 +55,7 @@ def test_arguments_of_trl_1_13_keep_their_names_order_and_defaults():
 
 
 def test_a_trl_1_13_script_with_the_import_changed(base, tmp_path):
-    """R10. Beside it, the loss of the same rows as TRL 1.13 made them: pieces, a label a step, mean cross-entropy."""
+    """Beside it, the loss of the same rows as TRL 1.13 made them: pieces, a label a step, mean cross-entropy."""
     model = AutoModelForTokenClassification.from_pretrained(str(base), num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -141,7 +144,7 @@ KINDS_OF_LABELS = {
 @pytest.mark.parametrize("kind", KINDS_OF_LABELS)
 @pytest.mark.parametrize("stream", [False, True], ids=["data set", "stream"])
 def test_labels_survive_map_and_collate(kind, stream, base, tmp_path):
-    """R8: `datasets` must not cast them, and null is not wrong."""
+    """`datasets` must not cast them, and null is not wrong."""
     feature, labels = KINDS_OF_LABELS[kind]
     features = Features({"prompt": Value("string"), "completions": List(Value("string")), "labels": feature})
     rows = [{"prompt": "Q: ", "completions": ["a step"] * len(given), "labels": given} for given in labels]
@@ -189,6 +192,30 @@ def test_options_of_the_data(base, tmp_path):
     assert text.endswith("Q: one ;; two ;; three ;; ")
 
 
+@pytest.mark.parametrize(
+    ("steps", "labels", "length", "lost", "found"),
+    [
+        (["one", "two", "three"], [True, True, False], None, [], {"first_error_accuracy": 0.0}),
+        (["a", "b", "c"], [True, True, False], 5, [2], {}),  # cut before the error
+        (["a", "b", "c"], [True, False, True], 5, [2], {"first_error_accuracy": 0.0}),  # and behind it
+        (["one", "", "three"], [True, False, True], None, [0, 1], {}),  # two labels on one token
+        (["one", "", "three"], [True, True, True], None, [], {"no_error_accuracy": 1.0}),  # the same one, twice
+    ],
+)
+def test_a_solution_whose_error_is_not_shown_is_not_judged(steps, labels, length, lost, found, tmp_path, base):
+    rows = [{"prompt": "Q: ", "completions": steps, "labels": labels}]
+    trainer = token_trainer("prm", base, tmp_path, rows, rows, max_completion_length=length)
+    batch = trainer.data_collator(list(trainer.eval_dataset))
+    assert batch["unannotated_steps"][0].nonzero().flatten().tolist() == lost
+    evaluator = StepEvaluator(TokenObjective("ce", None, None, "token", 1, 2))
+    trusting = torch.tensor([0.0, 1.0]).expand(*batch["label_mask"].shape, 2)
+    evaluator.add(labelled_points(trusting, batch))
+    summary = evaluator.summary()
+    assert (summary["first_error_rows"], summary["first_error_skipped"]) == ((1, 0) if found else (0, 1))
+    for name in ("first_error_accuracy", "no_error_accuracy"):
+        assert summary[name] == found.get(name) or (name not in found and math.isnan(summary[name]))
+
+
 def expected_steps(trainer, classes):
     """Score, label and (where there are three) class of each annotated step, by hand."""
     rows = []
@@ -204,7 +231,7 @@ def expected_steps(trainer, classes):
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_metrics_against_scikit_learn(classes, base, tmp_path):
-    """R9: base rate, per-class precision, recall and F1, balanced accuracy, AUC to the first error, ProcessBench."""
+    """Base rate, per-class precision, recall and F1, balanced accuracy, AUC to the first error, ProcessBench."""
     rows = step_rows(40, classes=3 if classes == 3 else 2, seed=3)
     loss = "bce" if classes == 1 else "ce"
     trainer = token_trainer(

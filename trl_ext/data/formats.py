@@ -9,18 +9,19 @@ Columns written: `candidate_ids` (K lists of token ids), `candidate_ratings` (K 
 
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
 
 from trl_ext.data.mapping import COUNTS, map_rows, open_rows
 from trl_ext.data.report import COUNTED, DataReport
-from trl_ext.data.schema import Group, Schema, check_row, find_schema
+from trl_ext.data.schema import DECISIVE, Group, Schema, check_row, find_schema
 from trl_ext.data.tokenization import Tokenizer, TokenPolicy, encode_candidates
 from trl_ext.data.validation import RowChecks
 
 
 # Part of the cache key of `datasets`, which sees the arguments of our functions but not their code: raise it whenever
 # the meaning of a written column changes.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
 
 
@@ -73,7 +74,7 @@ def prepare_groups(
         read.
     """
     report = DataReport(name=dataset_name, max_length=max_length, streaming=isinstance(dataset, IterableDataset))
-    opened = open_rows(dataset, report, _PREPARED)
+    opened = open_rows(dataset, report, _PREPARED, DECISIVE)
     if opened is None:
         return dataset, report
     dataset, columns, first = opened
@@ -113,7 +114,7 @@ def prepare_row(
     counts = {
         "over_long_rows": not survives,
         "over_long_candidates": survives and len(fits) - sum(fits),
-        "tied": survives and len(set(ratings)) == 1,
+        "tied": survives and len(set(np.float32(ratings))) == 1,  # as the collator rounds them
         "identical": survives and len({tuple(candidate) for candidate in kept}) < len(kept),
         "no_prompt": survives and not has_prompt,
     }

@@ -3,7 +3,7 @@
 Knows `datasets` and the counts that travel with each row. Does not know what a row is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,20 @@ Rows = Dataset | IterableDataset
 COUNTS = "row_counts"
 
 
-def open_rows(dataset: Rows, report: DataReport, written: set[str]) -> tuple[Rows, list[str], dict[str, Any]] | None:
+def open_rows(
+    dataset: Rows, report: DataReport, written: set[str], decisive: Sequence[str] = ()
+) -> tuple[Rows, list[str], dict[str, Any]] | None:
     """The data set without a format, its columns and its first row; `None` if it has the columns `written` already.
 
+    Rows of a stream whose columns are not known need not have the same ones. Later rows get null for what they lack of
+    the first row's.
+
+    Args:
+        written (`set[str]`): the columns by which a prepared data set is known.
+        decisive (sequence of `str`, *optional*): columns that a later row may not have if the first has not.
+
     Raises:
-        `DataError`: there is no row.
+        `DataError`: there is no row. When a row of a stream is read: it has one of the columns `decisive`.
     """
     if dataset.column_names is not None and written.issubset(dataset.column_names):
         return _already_prepared(dataset, report)
@@ -33,7 +42,27 @@ def open_rows(dataset: Rows, report: DataReport, written: set[str]) -> tuple[Row
     columns = list(first) if dataset.column_names is None else dataset.column_names
     if written.issubset(columns):
         return _already_prepared(dataset, report)
+    if dataset.column_names is None:
+        arguments = {"columns": columns, "decisive": decisive, "name": report.name}
+        dataset = dataset.map(_missing_columns, with_indices=True, fn_kwargs=arguments)
     return dataset, columns, first
+
+
+def _missing_columns(
+    row: dict[str, Any], index: int, columns: list[str], decisive: Sequence[str], name: str
+) -> dict[str, None]:
+    """Null for each of the first row's `columns` that a row lacks."""
+    for column in decisive:
+        if column not in columns and row.get(column) is not None:
+            raise DataError(
+                "a column that the first row does not have",
+                "one set of columns",
+                "Give the first row that column too, or split the stream.",
+                row=index,
+                column=column,
+                dataset=name,
+            )
+    return {column: None for column in columns if column not in row}
 
 
 def _already_prepared(dataset: Rows, report: DataReport) -> None:

@@ -16,6 +16,8 @@ from trl_ext.data.validation import DataError, Kind, RowChecks, shown
 
 # Columns that `formats` writes; `row_counts` only for a moment.
 WRITTEN = ("candidate_ids", "candidate_ratings", "row_index", "group_margin", "group_target", "row_counts")
+# Columns that the first row of a data set decides on for all of them.
+DECISIVE = ("ratings", "ranks", "margin", "preference_probability", "chosen_rating", "rejected_rating")
 _TOKENIZED_PAIRS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
 
 

@@ -23,9 +23,10 @@ segmenters = Registry(kind="segmenter", group="trl_ext.segmenters")
 
 # A line that begins with a number of its own: "1. ", "2) ", "(3) ", "Step 4: ", "**Step 5.** ", "Step 6".
 _NUMBERED_LINE = re.compile(
-    r"^[ \t]*[#*]*[ \t]*(?:step[ \t]+\d+\b|\(\d+\)(?=\s|$)|\d+[.):](?=\s|\*|$))", re.MULTILINE | re.IGNORECASE
+    r"^[ \t]*(?:[#*]+[ \t]*)?(?:step[ \t]+\d+\b|\(\d+\)(?=\s|$)|\d+[.):](?=\s|\*|$))", re.MULTILINE | re.IGNORECASE
 )
 _WORD = re.compile(r"\S+")
+_WIDE_BLANK = re.compile(r"[^\S\x00-\x7f](?=\.)")  # of several bytes: sentencex 1.0.32 panics at "A\u00a0."
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # a JSON escape can hold it, UTF-8 and the libraries cannot
 
 
@@ -80,7 +81,7 @@ def sentences(text: str, *, language: str = "en") -> list[CharSpan]:
         from sentencex import segment
     except ImportError as error:
         raise ImportError("the segmenter 'sentences' needs sentencex: pip install 'trl-ext[segment]'") from error
-    encodable = _encodable(text)
+    encodable = _WIDE_BLANK.sub(" ", _encodable(text))
     pieces = segment(language, encodable)
     if "".join(pieces) != encodable:
         raise RuntimeError(

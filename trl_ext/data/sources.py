@@ -6,7 +6,7 @@ It knows where rows lie and in which file format. It does not know what their co
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -38,7 +38,7 @@ def file_format(name: str) -> str | None:
                 f"Known: {', '.join(FILE_FORMATS)}."
             )
         return FILE_FORMATS[path.suffix]
-    if path.suffix in FILE_FORMATS:
+    if path.suffix in FILE_FORMATS and not path.is_dir():
         raise FileNotFoundError(f"No data file at '{name}' (seen from {Path.cwd()}). Check the path.")
     return None
 
@@ -72,9 +72,18 @@ def load_source(name: str, config: str | None = None, streaming: bool = False) -
     try:
         if builder is not None:
             return load_dataset(builder, data_files={"train": name}, streaming=streaming)
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())  # a folder `json`, say, is not the builder of that name
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(f"'{name}' cannot be read as a data set: {error.__cause__ or error}") from error
+    except StopIteration as error:
+        raise ValueError(f"'{name}' has an empty data file. Needed: at least one row in each; remove it.") from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"'{name}' is neither a folder nor a file here (seen from {Path.cwd()}), and could not be had from the "
+            f"Hub as a data set of that name: {error}"
+        ) from error
 
 
 def select_split(splits: DatasetDict | IterableDatasetDict, split: str, argument: str) -> Dataset | IterableDataset:

@@ -306,4 +306,4 @@ def find_categories(rows: Iterable[dict[str, Any]]) -> list[str]:
     lists = (row["segments"] for row in rows)
     segments = (segment for listed in lists if isinstance(listed, (list, tuple)) for segment in listed)
     found = (segment.get("category") for segment in segments if isinstance(segment, dict))
-    return sorted({category for category in found if category is not None})
+    return sorted({category for category in found if isinstance(category, str)})

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # Part of the cache key of `datasets`; see `formats`.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _FEATURES = {
     "span_input_ids": List(Value("int32")),
     "label_positions": List(Value("int32")),
@@ -204,7 +204,8 @@ def prepare_span_row(
         labels = _whole_completion(located, span_row, layout, len(ids))
     else:
         labels = place_labels(located, span_row.spans, layout.label_placement)
-    inside = [number for number, position in enumerate(labels.positions) if whole or not cut or position < stop]
+    visible = stop - (layout.label_placement == "before")  # that label stands in front of its span
+    inside = [number for number, position in enumerate(labels.positions) if whole or not cut or position < visible]
     counts = Counter({**span_row.counts, **labels.counts})
     counts["stripped"] = int(located.stripped)
     counts["cut_rows"] = int(cut)

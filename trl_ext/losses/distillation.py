@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from trl_ext.losses.token import check_labels
+
 
 class ConfidenceLoss:
     r"""
@@ -191,11 +193,12 @@ class LogConfToken:
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, *, class_weights=None
     ) -> torch.Tensor:
-        """Logits `(B, T, G, C)`, labels and mask `(B, T, G)` -> sums `(B,)`."""
+        """Logits `(B, T, G, C)`, labels in [0, 1] and mask `(B, T, G)` -> sums `(B,)`."""
         if class_weights is not None:
             raise ValueError("`logconf` balances the classes by its threshold: leave class_weights out.")
         if logits.shape[-1] not in (1, 2):
             raise ValueError(f"`logconf` needs right or wrong (1 or 2 outputs), found {logits.shape[-1]} outputs.")
+        check_labels("logconf", labels, mask & ~((labels >= 0) & (labels <= 1)), "labels in [0, 1]")
         z = logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]  # (B, T, G)
         losses = self.confidence(z[mask], labels[mask])  # (n,)
         where = torch.zeros(mask.shape, dtype=losses.dtype, device=losses.device).masked_scatter(mask, losses)

@@ -6,9 +6,9 @@ whatever the mask calls false. Ratings decide the order and nothing else, except
 where a margin is taken from their gap.
 
 What holds for all of them: a group with fewer than two real candidates, or with all ratings equal, has a loss of
-exactly 0 and a zero gradient. What lies under the mask changes nothing, NaN included. In a group with an order, a NaN
-among the scores, or a rating that is not finite, makes the loss of that group NaN, so that whoever checks the losses
-can name it.
+exactly 0 and, where its scores are finite, a zero gradient. What lies under the mask changes nothing, NaN included.
+In a group with an order, a NaN among the scores, or a rating that is not finite, makes the loss of that group NaN, so
+that whoever checks the losses can name it.
 
 It does not know where scores come from, and nothing of tokens, batches of a trainer, or configs.
 """
@@ -209,8 +209,8 @@ def pairwise(
         groups, width = scores.shape
         margin = _per_group("margin", margin, scores, [(groups,), (groups, width, width)])
         delta = delta - (margin[:, None, None] if margin.dim() == 1 else margin)
-    # where, not a product: a pair that is not decided may hold anything
-    losses = torch.where(decided, -F.logsigmoid(delta), 0.0)  # (B, K, K)
+    # A pair that is not decided may hold anything: masked before the loss for the gradient, after it for the value.
+    losses = torch.where(decided, -F.logsigmoid(delta.masked_fill(~decided, 0.0)), 0.0)  # (B, K, K)
     loss = losses.sum((1, 2)) / decided.sum((1, 2)).clamp(min=1)  # (B,)
     return _zero_if_undecided(loss, ratings, mask)
 

@@ -54,6 +54,7 @@ def tied_blocks(scores: torch.Tensor, up_to: torch.Tensor, tied: torch.Tensor) -
 
 
 @cache
+@torch.inference_mode(False)  # what is kept must do for training too, whoever asks first
 def _subsets(size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For n = 1..size: members (C, n) of the subsets of n items, and where each subset without one member stands."""
     levels, place = [], {(): 0}

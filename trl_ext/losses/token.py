@@ -51,7 +51,7 @@ def _prepare(
     return logits, labels.to(logits.dtype)
 
 
-def _check_labels(loss: str, labels: torch.Tensor, wrong: torch.Tensor, wanted: str) -> None:
+def check_labels(loss: str, labels: torch.Tensor, wrong: torch.Tensor, wanted: str) -> None:
     """Raise with the first label that is out of range; `wrong` (B, T, G)."""
     if wrong.any():
         sequence, token, category = wrong.nonzero()[0].tolist()
@@ -126,7 +126,7 @@ def bce(
     ```
     """
     logits, labels = _prepare("bce", logits, labels, mask, outputs=(1,))
-    _check_labels("bce", labels, mask & ~((labels >= 0) & (labels <= 1)), "labels in [0, 1]")
+    check_labels("bce", labels, mask & ~((labels >= 0) & (labels <= 1)), "labels in [0, 1]")
     wrong, right = _class_weights("bce", class_weights, 2, logits)
     z, q = logits[..., 0], labels.masked_fill(~mask, 0.0)  # (B, T, G)
     return _sum(-right * q * F.logsigmoid(z) - wrong * (1 - q) * F.logsigmoid(-z), mask)
@@ -181,15 +181,15 @@ def ce(
     classes = logits.shape[3]
     if labels.dim() == 4:
         inside = ((labels >= 0) & (labels <= 1)).all(-1) & ((labels.sum(-1) - 1).abs() <= 1e-3)  # (B, T, G)
-        _check_labels("ce", labels, mask & ~inside, f"{classes} probabilities of sum 1 a label")
+        check_labels("ce", labels, mask & ~inside, f"{classes} probabilities of sum 1 a label")
         targets = labels  # (B, T, G, C)
     elif classes == 2:
-        _check_labels("ce", labels, mask & ~((labels >= 0) & (labels <= 1)), "labels in [0, 1] for 2 classes")
+        check_labels("ce", labels, mask & ~((labels >= 0) & (labels <= 1)), "labels in [0, 1] for 2 classes")
         targets = torch.stack([1 - labels, labels], dim=-1)  # (B, T, G, C)
     else:
         steps = labels.new_tensor([-1.0, 0.0, 1.0])
         targets = (labels[..., None] == steps).to(labels.dtype)  # (B, T, G, C)
-        _check_labels("ce", labels, mask & (targets.sum(-1) == 0), "labels -1, 0 or 1 for 3 classes")
+        check_labels("ce", labels, mask & (targets.sum(-1) == 0), "labels -1, 0 or 1 for 3 classes")
     weights = _class_weights("ce", class_weights, classes, logits)  # (C,)
     targets = targets.masked_fill(~mask[..., None], 0.0)
     return _sum(-(weights * targets * logits.log_softmax(-1)).sum(-1), mask)
@@ -241,7 +241,7 @@ def mse(
     if class_weights is not None:
         raise ValueError(f"`mse` cannot use class weights, found {class_weights}: drop them, or use `bce` or `hinge`.")
     logits, labels = _prepare("mse", logits, labels, mask, outputs=(1,))
-    _check_labels("mse", labels, mask & ~labels.isfinite(), "finite labels")
+    check_labels("mse", labels, mask & ~labels.isfinite(), "finite labels")
     return _sum((logits[..., 0] - labels.masked_fill(~mask, 0.0)).square(), mask)
 
 
@@ -297,9 +297,9 @@ def hinge(
         raise ValueError(f"`hinge` needs a finite margin above 0, found {margin}.")
     logits, labels = _prepare("hinge", logits, labels, mask, outputs=(1,))
     negative, zero = mask & (labels == -1), mask & (labels == 0)
-    _check_labels("hinge", labels, mask & ~(negative | zero | (labels == 1)), "labels +1 and -1, or 1 and 0")
+    check_labels("hinge", labels, mask & ~(negative | zero | (labels == 1)), "labels +1 and -1, or 1 and 0")
     if negative.any():
-        _check_labels("hinge", labels, zero, "labels +1 and -1 or 1 and 0, not -1 beside 0")
+        check_labels("hinge", labels, zero, "labels +1 and -1 or 1 and 0, not -1 beside 0")
     bad, good = _class_weights("hinge", class_weights, 2, logits)
     z, is_good = logits[..., 0], labels == 1  # (B, T, G)
     return _sum(torch.where(is_good, good * (margin - z).relu(), bad * (margin + z).relu()), mask)

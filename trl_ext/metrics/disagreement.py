@@ -59,8 +59,8 @@ def error_by_disagreement(margins: torch.Tensor, disagreement: torch.Tensor, bin
     Example:
 
     ```python
-    >>> error_by_disagreement(torch.tensor([1.0, -1.0, 2.0, 0.5]), torch.tensor([0.1, 0.9, 0.2, 0.8]), bins=2)
-    [{'pairs': 2, 'disagreement': 0.15, 'error': 0.0}, {'pairs': 2, 'disagreement': 0.85, 'error': 0.5}]
+    >>> error_by_disagreement(torch.tensor([1.0, -1.0, 2.0, 0.5]), torch.tensor([0.25, 1.0, 0.5, 0.75]), bins=2)
+    [{'pairs': 2, 'disagreement': 0.375, 'error': 0.0}, {'pairs': 2, 'disagreement': 0.875, 'error': 0.5}]
     ```
     """
     size = len(margins)

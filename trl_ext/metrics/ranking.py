@@ -357,6 +357,11 @@ def spearman(x: torch.Tensor, y: torch.Tensor) -> float:
     0.5
     ```
     """
-    ranks = [(v[:, None] > v[None, :]).sum(1) + ((v[:, None] == v[None, :]).sum(1) - 1) / 2 for v in (x, y)]
-    x_ranks, y_ranks = (r.double() - r.double().mean() for r in ranks)
+    x_ranks, y_ranks = (ranks - ranks.mean() for ranks in (_mean_ranks(x), _mean_ranks(y)))
     return pearson(*(float(product.sum()) for product in (x_ranks**2, y_ranks**2, x_ranks * y_ranks)))
+
+
+def _mean_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Rank of each value from 1 on, those of equal values shared equally: fp64 (N,)."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1).double() / 2)[place]

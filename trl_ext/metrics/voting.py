@@ -156,6 +156,8 @@ def best_of_k_curve(
     if not values:
         raise ValueError("found no questions; needed: at least one")
     fewest = min(len(row) for row in values)
+    if not fewest:
+        raise ValueError("found a question without samples; needed: at least one; leave such questions out")
     if ks is None:
         ks = [2**power for power in range(fewest.bit_length()) if 2**power <= fewest]
     pairs = list(zip(values, scores, strict=True))
@@ -180,10 +182,14 @@ def kl_bound(n: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Sequence[float],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
     """
-    An interval for the mean: the percentiles of means of as many values drawn with replacement.
+    An interval for the mean: the percentiles of means of as many values (or groups of them) drawn with replacement.
 
     To compare two rules on the same questions, pass the differences, question by question.
 
@@ -196,21 +202,30 @@ def bootstrap_interval(
             How often to draw.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws; the global random state is left alone.
+        groups (`Sequence[Hashable]`, *optional*):
+            For each value, what it shares with others that are not independent of it, e.g. the conversation that
+            questions come from. What shares a group is drawn together.
 
     Returns:
         `tuple[float, float]`: the lower and the upper end.
     """
     if not values:
         raise ValueError("found no values; needed: at least one")
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"found {len(groups)} groups for {len(values)} values; needed: one for each")
     if not 0 < level < 1:
         raise ValueError(f"level={level}; needed: a number between 0 and 1, e.g. 0.95")
     data = torch.tensor(values, dtype=torch.float64)
+    names = list(range(len(data)) if groups is None else groups)
+    place = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    group = torch.tensor([place[name] for name in names])
+    sums = torch.zeros(len(place), dtype=torch.float64).index_add(0, group, data)  # (G,)
+    sizes = torch.bincount(group).double()  # (G,)
     generator = torch.Generator().manual_seed(seed)
-    at_once = max(1, 4_000_000 // len(data))
-    means = [
-        data[torch.randint(len(data), (min(at_once, resamples - done), len(data)), generator=generator)].mean(1)
-        for done in range(0, resamples, at_once)
-    ]
+    at_once, means = max(1, 4_000_000 // len(place)), []
+    for done in range(0, resamples, at_once):
+        drawn = torch.randint(len(place), (min(at_once, resamples - done), len(place)), generator=generator)
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(torch.cat(means), ends).tolist()
     return low, high

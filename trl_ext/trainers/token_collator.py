@@ -26,7 +26,8 @@ class TokenRewardCollator:
     What [`SpanCollator`] returns, followed by
 
     - for `"outcome"` rows: `question` (B,) int64, a number that rows with the same prompt share;
-    - for `"stepwise"` rows: `unannotated_steps` (B, S) bool, True for a step whose label is null.
+    - for `"stepwise"` rows: `unannotated_steps` (B, S) bool, True for a step of which no token shows the label: it is
+      null, was cut off, or contradicts another's. (A step on the token of an equal one before it counts with that.)
 
     Rows without the column that this is read from (`prompt`, `labels`) come without it.
 
@@ -54,7 +55,11 @@ class TokenRewardCollator:
             width = max(len(row["labels"]) for row in rows)
             missing = torch.zeros(len(rows), width, dtype=torch.bool)  # (B, S)
             for number, row in enumerate(rows):
+                shown, before = set(row["label_steps"]), None  # before: the last label that is shown
                 for step, label in enumerate(row["labels"]):
-                    missing[number, step] = label is None
+                    if step in shown:
+                        before = label
+                    else:
+                        missing[number, step] = label is None or label != before
             batch["unannotated_steps"] = missing
         return batch

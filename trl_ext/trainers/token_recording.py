@@ -22,7 +22,7 @@ class Points(NamedTuple):
         labels (`torch.Tensor` of shape `(B, L)`): labels.
         categories, steps (`torch.Tensor` of shape `(B, L)`): category, and which step or segment of the row it is.
         mask (`torch.BoolTensor` of shape `(B, L)`): True where there is a span.
-        unannotated (`torch.BoolTensor` of shape `(B, S)`): True for the steps whose label is null.
+        unannotated (`torch.BoolTensor` of shape `(B, S)`): True for the steps of which no label is shown.
         questions (`torch.LongTensor` of shape `(B,)`, *optional*): a number of the prompt.
     """
 
