@@ -116,6 +116,13 @@ def test_a_folder_splits_by_file_name(tmp_path):
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3, "test": 2}
 
 
+def test_a_folder_that_is_named_like_a_file(tmp_path):
+    """As Spark writes them."""
+    (tmp_path / "rows.parquet").mkdir()
+    Dataset.from_list(pair_rows(3)).to_parquet(tmp_path / "rows.parquet" / "part-0.parquet")
+    assert len(load_source(str(tmp_path / "rows.parquet"))["train"]) == 3
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_that_save_to_disk_wrote(tmp_path, streaming):
     rows = Dataset.from_list(pair_rows(3))

@@ -97,6 +97,20 @@ def test_segment_example_tells_the_categories_apart(monkeypatch, capsys):
     assert right > wrong + 0.2
 
 
+def test_prompts_of_one_conversation_stay_in_one_fold(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    ranked = runpy.run_path(str(EXAMPLES / "study_rankings.py"))["ranked"]
+    group = runpy.run_path(str(EXAMPLES / "study_ensemble.py"))["group"]
+    judged = {"completions": ["a", "b"], "scores": [2.0, 1.0]}
+    begun = {"id": "one", "prompt": "do you like films ? \n yes .\n", **judged}
+    later = {"id": "two", "prompt": "do you like films ? \n yes .\n which ? \n old ones .\n", **judged}
+    assert ranked(begun)["group"] == ranked(later)["group"] != ranked({**begun, "prompt": "hello\n"})["group"]
+    turns = [{"role": "user", "content": text} for text in ("first", "last")]
+    assert ranked({**begun, "prompt": turns, "tree": "t"})["group"] == "t"
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    assert group({"prompt": turns, **answers})["group"] == "first"
+
+
 def tables(lines: list[str]) -> list[list[list[str]]]:
     """Rows of cells of each table that was printed, its head first."""
     found: list[list[list[str]]] = []

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.tiny import pair_rows, ranked_rows
-from trl_ext.cli import bench, bench_ensemble, bench_reward, bench_tools
+from trl_ext.cli import bench, bench_ensemble, bench_reward, bench_score, bench_tools
 from trl_ext.cli.ensemble import KINDS
 from trl_ext.cli.main import main
 
@@ -200,6 +200,7 @@ def test_medians_are_taken_step_by_step():
         ["ensemble", "--shapes", "4"],
         ["ensemble", "--kind", "orm", "--shapes", "0,1,2,2"],
         ["ensemble", "--kind", "step"],
+        ["generate", "--num_generations", "0"],
         ["train"],
     ],
 )
@@ -207,3 +208,24 @@ def test_wrong_arguments_end_in_a_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_an_option_that_leaves_nothing_to_do_is_named(tmp_path, monkeypatch, capsys):
+    arguments = ["score", *TINY[:-2], "--repeats", "0", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert "--repeats is 0; needed: 1 or more." in capsys.readouterr().err
+    monkeypatch.setenv("TRL_EXT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="--repeats is 0"):
+        bench.main(arguments)
+
+
+def test_the_report_is_kept_where_the_reader_is_gone(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(bench_score, "measure", lambda args: {"rows": args.num_prompts})
+    monkeypatch.setattr(bench_score, "table", closed)
+    with pytest.raises(BrokenPipeError):
+        bench.main(["score", "--num_prompts", "3", "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"bench": "score", "rows": 3}

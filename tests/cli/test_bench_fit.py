@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 from transformers.utils import is_flash_attn_2_available
 
 from trl_ext.cli import bench_fit
-from trl_ext.cli.fit_changes import advise
+from trl_ext.cli.fit_changes import advise, changes
 from trl_ext.cli.main import main
 
 
@@ -107,6 +108,32 @@ def test_what_learns_the_same_comes_first():
     assert "No single change" in advise(cases[2:], dict(fits=False, flops_per_row=8.0))
 
 
+def test_what_learns_the_same_has_as_many_rows_in_a_step():
+    model = SimpleNamespace(use_peft=True, load_in_4bit=True, dtype="bfloat16")
+    given = dict(gradient_checkpointing=True, optim="paged_adamw_8bit", max_length=None, gradient_accumulation_steps=2)
+    found = set()
+    for rows, tokens in ((4, None), (3, None), (1, None), (1, 512)):
+        training = SimpleNamespace(per_device_train_batch_size=rows, max_tokens_per_batch=tokens, **given)
+        for change in changes("reward", training, model):
+            assert change.same_result, change
+            new = vars(training) | change.values
+            in_a_batch = "per_device_train_batch_size" if tokens is None else "max_tokens_per_batch"
+            for values in (vars(training), new):
+                values["a step"] = values[in_a_batch] * values["gradient_accumulation_steps"]
+            assert new["a step"] == vars(training)["a step"], change
+            found.add(change.name)
+    assert {
+        "one row in a batch, 3 times the accumulation",
+        "half the tokens in a batch, twice the accumulation",
+    } < found
+
+
+def test_advice_can_be_pasted_into_a_shell():
+    weak = dict(name="weak", values={"weak_training": {"optim": "x"}}, same_result=True, gib=1.0, fits=True)
+    said = advise([{**weak, "flops_per_row": 1.0}], dict(fits=False, flops_per_row=1.0))
+    assert said == """To make it fit: weak (--weak_training '{"optim": "x"}'), 1.0 GiB."""
+
+
 def test_a_model_too_large_for_the_cpu_is_only_estimated(tmp_path, shape, monkeypatch):
     monkeypatch.setattr(bench_fit, "MOST_FLOPS_ON_CPU", 1e3)
     report = fit(tmp_path, shape, "reward/rankings_lora_0.6b.yaml", "--no_changes")
@@ -122,6 +149,7 @@ def test_a_model_too_large_for_the_cpu_is_only_estimated(tmp_path, shape, monkey
         (["--override", "load_in_4bit=false", "load_in_8bit=true"], "8-bit"),
         (["--override", "model_name_or_path=someone/else"], "whose shape is known"),
         (["--candidates", "0"], "at least 1 token"),
+        (["--candidates", "3", "--override", "loss_type=bradley_terry"], "learns from pairs"),
         (["--gpu_memory", "-1"], "must be positive"),
         (["--prompt_length", "1000", "--completion_length", "1000"], "Add --override max_length=2000"),
         (["--override", "attn_implementation=flash_attenton_2"], "flash_attenton_2"),
@@ -184,7 +212,13 @@ def test_an_attention_that_is_not_installed_is_estimated_and_said(tmp_path, shap
 
 def test_a_config_that_is_missing_or_empty_is_said(tmp_path, capsys):
     (tmp_path / "empty.yaml").touch()
-    for name, words in (("none.yaml", "none.yaml is no file"), ("empty.yaml", "holds no arguments")):
+    (tmp_path / "bad.yaml").write_text("a: [1\n b: 2\n")
+    expected = {
+        "none.yaml": "none.yaml is no file",
+        "empty.yaml": "holds no arguments",
+        "bad.yaml": "bad.yaml is no YAML",
+    }
+    for name, words in expected.items():
         with pytest.raises(SystemExit):
             main(["bench", "fit", "--estimate", "--trainer", "orm", "--config", str(tmp_path / name)])
         assert words in capsys.readouterr().err

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from trl_ext.cli.fit_phase_report import phases_table
-from trl_ext.cli.fit_pipelines import weak_to_strong_phases
+from trl_ext.cli.fit_pipelines import rejection_phases, weak_to_strong_phases
 from trl_ext.cli.main import main
 from trl_ext.models.sidecar import BaseModel, Sidecar
 
@@ -124,6 +124,28 @@ def test_a_change_of_the_largest_phase_is_advised(configs, tmp_path, capsys):
     assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 16" in tight["advice"]
 
 
+def test_a_change_may_make_several_phases_fit(configs, tmp_path, capsys):
+    config = configs / "weak_to_strong/generation_kd_0.6b_to_1.7b.yaml"
+    weak = "weak_training={learning_rate: 1.0e-5, per_device_train_batch_size: 1}"
+    card = ["--gpu_memory", str(6 / 1024), "--reserve", "0", "--override", weak]
+    report, phases = fit(tmp_path, config, "--estimate", *card)
+    assert [name for name, case in phases.items() if not case["fits"]] == ["ceiling: training", "student: training"]
+    assert "does not fit (ceiling: training, student: training)" in capsys.readouterr().out
+    assert report["advice"].startswith("To make it fit: half the rows in a batch, twice the accumulation")
+
+
+def test_a_phase_that_nothing_can_change_hides_no_advice(configs, tmp_path):
+    # judging is the largest and fits in halves, training is smaller and does not
+    config = configs / "weak_to_strong/preference_qlora_0.5b_to_8b.yaml"
+    gpu = ["--estimate", "--reserve", "0", "--gpu_memory"]
+    _, phases = fit(tmp_path, config, *gpu, "24", "--no_changes")
+    sizes = {name: case["estimate"]["total_gib"] for name, case in phases.items() if name.endswith(": training")}
+    report, phases = fit(tmp_path, config, *gpu, str(0.99 * max(sizes.values())))
+    assert report["largest"] == "ceiling: judging" and phases["ceiling: judging"]["fits"] and not report["fits"]
+    assert report["changed"] == max(sizes, key=sizes.get)
+    assert report["advice"].startswith("To make it fit: half the rows")
+
+
 def test_changes_of_a_weak_model_are_arguments_of_the_weak_model(configs):
     args = argparse.Namespace(config=str(configs / "weak_to_strong/preference_qlora_0.5b_to_8b.yaml"), override=[])
     args.prompt_length = args.completion_length = args.candidates = None
@@ -189,6 +211,44 @@ def test_selected_rows_may_be_learnt_by_a_config_of_sft(configs, tmp_path):
     assert full["fine-tuning (SFT)"]["note"] == f"by {own}"
     gib = full["fine-tuning (SFT)"]["estimate"]["gib"]
     assert gib["gradients"] == gib["weights: trained"] and full["fine-tuning (SFT)"]["batch"].startswith("2 x")
+
+
+def test_rows_of_sft_are_as_long_as_they_are(configs, tmp_path):
+    """And cut at its max_length, which is 1,024."""
+    config = configs / "rejection_sampling/in_process_0.6b.yaml"
+    for prompt, completion, expected in (("900", "100", "900 + 100"), ("900", "500", "524 + 500")):
+        lengths = ["--prompt_length", prompt, "--completion_length", completion]
+        _, phases = fit(tmp_path, config, "--estimate", "--no_changes", *lengths)
+        assert phases["fine-tuning (SFT)"]["batch"] == f"8 x ({expected})"
+
+
+def test_lengths_that_are_given_are_not_halved(configs):
+    args = argparse.Namespace(config=str(configs / "rejection_sampling/in_process_0.6b.yaml"), override=[])
+    args.prompt_length = args.candidates = args.sft_config = None
+    args.seed = 0
+    for given, offered in ((None, True), (20, False)):
+        args.completion_length = given
+        generation, *_ = rejection_phases(args)
+        assert any(change.name == "half the max_completion_length" for change in generation.changes) is offered
+
+
+@pytest.mark.parametrize(
+    "config,arguments,words",
+    [
+        ("rejection_sampling/in_process_0.6b.yaml", ["--candidates", "3"], "num_generations says how many"),
+        ("weak_to_strong/generation_kd_0.6b_to_1.7b.yaml", ["--candidates", "3"], "--candidates has no meaning here"),
+        ("weak_to_strong/preference_qlora_0.5b_to_8b.yaml", ["--sft_config", "x"], "this is a config of weak_to_str"),
+        (
+            "weak_to_strong/preference_qlora_0.5b_to_8b.yaml",
+            ["--prompt_length", "60", "--completion_length", "9"],
+            "are 69 tokens, and the config's max_length is 64",
+        ),
+    ],
+)
+def test_options_without_a_meaning_are_refused(config, arguments, words, configs, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "fit", "--estimate", "--no_changes", "--config", str(configs / config), *arguments])
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

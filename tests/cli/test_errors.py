@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import datasets  # noqa: F401  its log handler keeps the stream it was imported under: not that of one test
 import pytest
 
 from tests.scoring.conftest import save_reward_model
@@ -31,6 +32,14 @@ def folder(tmp_path_factory):
     write(folder / "none.jsonl", [*rows[:2], {**rows[2], "chosen": None}])
     write(folder / "both.jsonl", [{**row, "margin": 0.5, "preference_probability": 0.5} for row in rows])
     write(folder / "ids.jsonl", [{"chosen_ids": [5, 6], "rejected_ids": [5, n]} for n in (7, 100_000)])
+    for name in ("text", "nothing"):  # `text` is also the name of a builder of `datasets`
+        (folder / name).mkdir()
+    write(folder / "text" / "train.jsonl", [{"label": 1}])
+    (folder / "nothing" / "train.jsonl").touch()
+    (folder / "tab.yaml").write_text("loss_type:\n\t- x\n")
+    (folder / "number.yaml").write_text("loss_type: 3\n")
+    (folder / "choice.yaml").write_text("shared_prefix: maybe\n")
+    (folder / "resume.yaml").write_text("resume_from_checkpoint: true\n")
     (folder / "damaged.jsonl").write_text('{"prompt": "a"}\n{nope\n')
     reward = save_reward_model(folder / "moved", lora=True)
     reward.rename(folder / "adapter")
@@ -85,6 +94,27 @@ MISTAKES = {
         "row 1, column 'rejected_ids': found the token id 100000; needed ids below",
     ),
     "reward: no such split": (reward("lm", "rows.jsonl", "--dataset_train_split", "tain"), "no split 'tain'"),
+    "score: a folder as output": (score("lm")[:-1] + ["empty"], "--output empty is a folder"),
+    "reward: no such model by name": (reward("nowhere"), "nowhere is not a folder here, and could not be had"),
+    "reward: no such data by name": (reward(data="nowhere"), "'nowhere' is neither a folder nor a file here"),
+    "reward: a folder named as a builder": (reward(data="text"), "found no such column among ['label']"),
+    "reward: an empty file": (reward(data="nothing"), "has an empty data file"),
+    "reward: a checkpoint that is not there": (
+        reward("lm", "rows.jsonl", "--resume_from_checkpoint", "nowhere"),
+        "resume_from_checkpoint='nowhere' is not a folder",
+    ),
+    "reward: no checkpoint yet": (
+        reward("lm", "rows.jsonl", "--config", "resume.yaml"),
+        "out has no checkpoint-<step>",
+    ),
+    "reward: no such layers": (
+        reward("lm", "rows.jsonl", "--use_peft", "--lora_target_modules", "nope"),
+        "check your `target_modules`",
+    ),
+    "reward: an argument of a loss": (
+        reward("lm", "rows.jsonl", "--loss_type", "listnet", "--loss_kwargs", '{"temperature": "hot"}'),
+        "'listnet' cannot be computed with loss_kwargs={'temperature': 'hot'}",
+    ),
     "reward: an unknown loss": (reward("lm", "rows.jsonl", "--loss_type", "placket_luce"), "plackett_luce"),
 }
 
@@ -98,6 +128,35 @@ def test_a_mistake_is_one_line(name, folder, monkeypatch, capsys):
     assert len(lines) == 1 and lines[0].startswith(f"trl-ext {arguments[0]}: error: ")
     assert message in lines[0]
     assert not (folder / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("tab.yaml", 'in "tab.yaml", line 2'),
+        ("number.yaml", "loss_type=3 is no loss"),
+        ("choice.yaml", "shared_prefix='maybe' is not known"),
+    ],
+)
+def test_a_config_that_cannot_be_read(config, message, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(reward("lm", "rows.jsonl", "--config", config))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_full_disk_as_the_writer_of_weights_says_it(monkeypatch, capsys):
+    from safetensors import SafetensorError
+
+    assert run_command(SafetensorError("I/O error: No space left on device (os error 28)"), monkeypatch) == 1
+    assert "No space left" in capsys.readouterr().err
+    with pytest.raises(SafetensorError):
+        run_command(SafetensorError("header too large"), monkeypatch)
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    assert run_command(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err == "trl-ext merge: interrupted\n"
 
 
 @pytest.mark.parametrize("error", [DataError("a", "b", "c", row=3), FileNotFoundError("gone"), ValueError("bad")])

@@ -61,11 +61,20 @@ def test_config_runs_on_tiny_models(path, tmp_path, capsys):
 
 
 def test_task_decides_which_arguments_there_are(capsys):
-    assert task_of(["--task", "steps"]) == "steps" and task_of([]) == "preference"
+    assert task_of(["--task", "steps"]) == task_of(["--task=steps"]) == "steps" and task_of([]) == "preference"
     with pytest.raises(SystemExit) as stop:
         models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b"]
         main(["weak-to-strong", "--task", "outcome", *models, "--use_cpu", "--bf16", "false", "--kd_weight", "1"])
     assert stop.value.code == 2 and "kd_weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text,words", [("a: [1\n b: 2\n", "while parsing"), ("- 1\n", "must contain a YAML mapping")])
+@pytest.mark.parametrize("command", ["weak-to-strong", "reward"])
+def test_a_config_that_is_no_mapping_is_said_in_a_line(command, text, words, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main([command, "--config", str(tmp_path / "bad.yaml")])
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--model_revision"])
@@ -73,6 +82,16 @@ def test_flags_of_one_model_are_refused(flag, capsys):
     models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b", "--dataset_name", "x.jsonl"]
     assert main(["weak-to-strong", *models, flag, "v1", "--use_cpu", "--bf16", "false"]) == 1
     assert "name one model, and here there are two" in capsys.readouterr().err
+
+
+def test_a_test_split_that_is_named_and_missing_is_said(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b", "--use_cpu", "--bf16", "false"]
+    assert (
+        main(["weak-to-strong", *models, "--dataset_name", str(tmp_path / "x.jsonl"), "--dataset_test_split", "tset"])
+        == 1
+    )
+    assert "no split 'tset'" in capsys.readouterr().err
 
 
 def test_no_model_is_said(capsys):

@@ -1,4 +1,4 @@
-"""The two tables of the reward head: scores after a reload (R1), and heads on quantized bases (R6).
+"""The two tables of the reward head: scores after a reload, and heads on quantized bases.
 
 `python -m tests.models.matrices` prints both; the tests hold every row to its limit.
 """
@@ -34,7 +34,7 @@ RELOAD_LIMIT = {"fp32": 1e-5, "nf4": 1e-2}
 
 
 def reload_matrix(folder: Path) -> list[dict[str, Any]]:
-    """R1: task_type x target_modules x {fp32, NF4}: train, save, compare with a fresh process of another seed."""
+    """`task_type` x target_modules x {fp32, NF4}: train, save, compare with a fresh process of another seed."""
     base = tiny_base(folder / "base")
     rows, before = [], []
     for kind, quantization in (("fp32", None), ("nf4", nf4())):
@@ -76,7 +76,7 @@ def token_loss(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) ->
 
 
 def head_matrix(folder: Path, labels: Iterable[int] = (1, 2, 3)) -> list[dict[str, Any]]:
-    """R6: kind of quantized base x family x scalar head and token head with 1, 2, 3 labels: class, dtype, gradient."""
+    """Kind of quantized base x family x scalar head and token head with 1, 2, 3 labels: class, dtype, gradient."""
     rows = []
     for family in FAMILIES:
         base = tiny_base(folder / family, family)
@@ -117,6 +117,6 @@ def _probe(model: torch.nn.Module, head: list[str], loss: Loss) -> dict[str, Any
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        print(table("R1: change of scores after a reload in a fresh process", reload_matrix(Path(scratch))))
+        print(table("change of scores after a reload in a fresh process", reload_matrix(Path(scratch))))
     with tempfile.TemporaryDirectory() as scratch:
         print(table("\nR6: heads on quantized bases", head_matrix(Path(scratch))))

@@ -1,4 +1,4 @@
-"""A reward model is loaded on the base it was trained on, or not at all (R12); damaged sidecars are refused."""
+"""A reward model is loaded on the base it was trained on, or not at all; damaged sidecars are refused."""
 
 import json
 import logging
@@ -42,6 +42,7 @@ MISMATCHES = {
     "double quantization": ({"quantization_config": nf4(bnb_4bit_use_double_quant=True)}, "use_double_quant': True"),
     "dtype": ({"dtype": torch.bfloat16}, "dtype float32, asked for torch.bfloat16"),
     "dtype by name": ({"dtype": "bfloat16"}, "dtype float32, asked for bfloat16"),
+    "dtype by its old name": ({"torch_dtype": "bfloat16"}, "dtype float32, asked for bfloat16"),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model
@@ -108,3 +109,15 @@ def test_a_path_is_its_content_and_a_name_is_itself(folders, tmp_path):
     assert path_identity(template) != one
     assert path_identity(folders / "full") == fingerprint(folders / "full")
     assert path_identity("org/name") == "org/name"
+
+
+def test_of_a_model_in_memory_the_way_lora_is_applied_counts(folders):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders / "full"), folders / "adapter")
+    before = model_identity(model)
+    assert model_identity(model) == before
+    with model.disable_adapter():
+        assert model_identity(model) != before
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(2.0)
+    assert model_identity(model) != before

@@ -1,4 +1,4 @@
-"""What the head of each family is made of (R2), and that it is trained, saved and complete or refused."""
+"""What the head of each family is made of, and that it is trained, saved and complete or refused."""
 
 import pytest
 import torch

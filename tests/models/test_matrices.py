@@ -1,4 +1,4 @@
-"""The reload matrix (R1) and the head matrix (R6), printed as tables and held to their limits."""
+"""The reload matrix and the head matrix, printed as tables and held to their limits."""
 
 import math
 
@@ -11,7 +11,7 @@ from tests.models.matrices import BASES, FAMILIES, RELOAD_LIMIT, TARGETS, TASK_T
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory, show):
     rows = reload_matrix(tmp_path_factory.mktemp("reload"))
-    show(table("R1: change of scores after a reload in a fresh process with another seed", rows))
+    show(table("change of scores after a reload in a fresh process with another seed", rows))
     return rows
 
 
@@ -27,7 +27,7 @@ def test_scores_survive_a_reload_whatever_the_lora_config_says(reloaded, base):
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory, show):
     rows = head_matrix(tmp_path_factory.mktemp("heads"))
-    show(table("R6: heads on quantized bases", rows))
+    show(table("heads on quantized bases", rows))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Merging keeps the scores and proves it (R11); merged models load anywhere, also in a stock GRPOTrainer."""
+"""Merging keeps the scores and proves it; merged models load anywhere, also in a stock GRPOTrainer."""
 
 import json
 
@@ -78,7 +78,7 @@ def merged(adapters, folder, show):
         f"Spearman {report['spearman']:.5f}"
         for kind, (_, report) in found.items()
     ]
-    show("\n".join(["R11: change of scores by merging", *lines]))
+    show("\n".join(["change of scores by merging", *lines]))
     return found
 
 

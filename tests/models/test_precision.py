@@ -1,4 +1,4 @@
-"""fp32 where it counts: LoRA and head on a quantized base (R13), checkpointing (R23), evaluation in between."""
+"""fp32 where it counts: LoRA and head on a quantized base, checkpointing, evaluation in between."""
 
 import bitsandbytes as bnb
 import pytest
@@ -21,7 +21,7 @@ def base(tmp_path_factory):
 QUANTIZATION = {"fp32": None, "nf4": nf4(), "int8": int8()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- R13
+# ------------------------------------------------------------------------------------------------------- LoRA and head
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_trainables_of_a_quantized_base_stay_fp32(base, tmp_path, quantization, dtype):
@@ -82,7 +82,7 @@ def test_bf16_base_trains_without_autocast(base, tmp_path):
     assert kinds == {torch.bfloat16}
 
 
-# ---------------------------------------------------------------------------------------------------------------- R23
+# ------------------------------------------------------------------------------------------------------- checkpointing
 class _Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         self.found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""A text has one score: alone, padded on either side, with any pad token (R3, R4), and in plain transformers (R4)."""
+"""A text has one score: alone, padded on either side, with any pad token, and in plain transformers."""
 
 import logging
 

@@ -57,7 +57,7 @@ def llama(tmp_path):
 
 @torch.no_grad()
 def test_each_member_is_an_ordinary_adapter(llama, tmp_path):
-    """R37: load_reward_model and plain PEFT read a member's folder, and it scores as it did among the others."""
+    """Load_reward_model and plain PEFT read a member's folder, and it scores as it did among the others."""
     llama.save_pretrained(str(tmp_path / "out"))
     together = scores_of(llama)
     assert together.std(0).min() > 1e-3
@@ -75,7 +75,7 @@ def test_each_member_is_an_ordinary_adapter(llama, tmp_path):
 
 def test_conversion_is_exact(llama, tmp_path):
     llama.save_pretrained(str(tmp_path / "out"))
-    folders = [tmp_path / "out" / MEMBER.format(member) for member in (2, 0, 1)]  # R30: any order
+    folders = [tmp_path / "out" / MEMBER.format(member) for member in (2, 0, 1)]  # any order
     again = StackedRewardModel.from_folders(folders)
     for member, source in enumerate((2, 0, 1)):
         mine, theirs = again.member_state(member), llama.member_state(source)
@@ -148,7 +148,7 @@ def test_one_quantized_base(quantization, tmp_path):
 
 
 def test_memory_is_one_base_and_the_adapters(llama):
-    """R31: nothing of the base is there twice."""
+    """Nothing of the base is there twice."""
     trained = sum(p.numel() for p in llama.member_parameters())
     single, _ = build_reward_model(llama.config._name_or_path)
     own_head = single.score.weight.numel()
@@ -166,7 +166,7 @@ def test_token_logits(llama):
 
 
 def test_heads_are_drawn_by_the_members_seeds_or_kept(tmp_path):
-    """R30, and a checkpoint's own head."""
+    """Whatever their order; a checkpoint's own head is kept."""
     one, two = stacked(tmp_path, seeds=[3, 4, 5]), stacked(tmp_path, seeds=[5, 3, 6])
     head = "base_model.model.score.weight"
     assert torch.equal(one.member_state(0)[head], two.member_state(1)[head])

@@ -203,6 +203,13 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     assert "has 5 rows, and the input 4" in capsys.readouterr().err
     assert (tmp_path / "whole.jsonl").read_bytes() == whole
     (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text(lines.replace('"id": 1', '"id": 7'), encoding="utf-8")
+    assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 1
+    assert "line 2 was made of another row" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text(lines.replace('"id"', '"candidates"'), encoding="utf-8")
+    assert main([*arguments, "other.jsonl", "--return_candidates"]) == 1
+    assert "row 1 has a column 'candidates'" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
     rewards = (tmp_path / "tests_rewards.py").read_text()
     (tmp_path / "tests_rewards.py").write_text(rewards.replace("len(text)", "-len(text)"))
     linecache.clearcache()
@@ -232,6 +239,10 @@ def test_every_way_to_sample_reaches_the_server(tmp_path, monkeypatch, capsys):
         arguments += ["--max_concurrency", "1", "--max_retries", "0", "--api_key_variable", "HOME"]
         arguments += ["--model_name_or_path", "served", "--reward_funcs", "tests_rewards.length"]
         assert main(["best-of-n", *arguments]) == 0
+        for text, words in (('{"prompt": "", "completion": "3"}', "(few_shot)"), ("nope", "few.jsonl, line 1 is no")):
+            (tmp_path / "few.jsonl").write_text(f"{text}\n")  # the same name, other examples
+            assert main(["best-of-n", *arguments]) == 1
+            assert words in capsys.readouterr().err
     expected = given | {"stop": [";"], "logit_bias": {"3": 1}, "max_tokens": 5, "prompt": "1+1=2\n\n2+2="}
     for body in server.bodies:
         assert expected.items() <= body.items()

@@ -20,6 +20,7 @@ from tests.tiny import save_tiny_model
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.backends import make_generator
 from trl_ext.pipelines.generation import GenerationError, Sampling, cut_at_stop
+from trl_ext.pipelines.in_process import load_policy
 
 
 PROMPTS = ["The quick test", "A", "Question: how many apples are left when 3 of 12 are eaten? Answer:"]
@@ -349,6 +350,8 @@ def test_a_server_needs_a_name_and_a_backend_is_known(tiny):
         make_generator(tiny, "sglang")
     with pytest.raises(ValueError, match="cannot take a LlamaForCausalLM"):
         make_generator(AutoModelForCausalLM.from_pretrained(tiny), "openai")
+    with pytest.raises(ValueError, match="dtype='bf61' is not known"):
+        load_policy(tiny, {"dtype": "bf61"})
 
 
 # vLLM: TRL's own client against a server that answers as vLLM does; vLLM itself needs a GPU

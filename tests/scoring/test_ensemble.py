@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.models.helpers import nf4
@@ -95,6 +95,16 @@ def test_adapters_that_cannot_be_stacked_share_the_base_all_the_same(members, tm
     found = ensemble.score_members(*rows())
     assert largest_difference(found, alone([members[0], other])) < 1e-6
     assert largest_difference([row[1] for row in found], [row[1] for row in alone(members)]) > 1e-3
+
+
+def test_members_with_another_eos_token_are_not_scored_in_one_pass(members, tmp_path):
+    other = shutil.copytree(members[1], tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[0])
+    tokenizer.save_pretrained(other)
+    found = RewardEnsemble([members[0], other]).score_members(*rows())
+    assert largest_difference(found, alone([members[0], other])) < 1e-6
+    assert largest_difference(found, alone(members[:2])) > 1e-3
 
 
 def test_scores_do_not_depend_on_the_batch_or_on_other_rows(members):
@@ -245,6 +255,17 @@ def test_saved_and_loaded(members, tmp_path):
     file = read_ensemble(tmp_path / "ensemble")
     assert file.normalizers == loaded.normalizers and file.reduce == "mean_minus_var"
     assert json.loads((tmp_path / "ensemble" / "member-0" / "reward_model.json").read_text())["normalizer"] is None
+
+
+def test_a_normaliser_that_was_taken_away_stays_away(members, tmp_path):
+    path = shutil.copytree(members[0], tmp_path / "one")
+    scorer = RewardScorer(path)
+    scorer.fit_normalizer(*rows())
+    scorer.normalizer = None
+    ensemble = RewardEnsemble([scorer])
+    ensemble.save(tmp_path / "saved")
+    assert RewardEnsemble(tmp_path / "saved")(*rows()) == pytest.approx(ensemble(*rows()), abs=1e-6)
+    assert RewardScorer(path).normalizer is not None
 
 
 def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):

@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -105,6 +107,8 @@ def test_the_original_order_of_any_sequence_is_kept(reward_path):
     rows = Dataset.from_dict(dict(zip(("prompt", "completion"), texts(6), strict=True)))
     scorer = RewardScorer(reward_path())
     assert scorer(rows["prompt"], rows["completion"]) == scorer(list(rows["prompt"]), list(rows["completion"]))
+    arrays = np.array(rows["prompt"]), np.array(rows["completion"])
+    assert scorer(*arrays) == scorer(list(rows["prompt"]), list(rows["completion"]))
     assert scorer([], []) == []
 
 
@@ -255,6 +259,15 @@ def test_a_row_that_does_not_fit_alone_is_an_error(reward_path, monkeypatch):
 
 
 # Beside training
+
+
+def test_threads_get_their_own_scores(reward_path):
+    scorer = RewardScorer(reward_path())
+    completions = [f"answer {number} " * (1 + number % 7) for number in range(48)]
+    expected = scorer([None] * len(completions), completions)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda completion: scorer(None, [completion])[0], completions))
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_model_is_left_as_it_was(reward_path):

@@ -75,7 +75,7 @@ def test_two_steps_in_stock_trainers(reward_path, policy_path, tmp_path, trainer
     assert any(not torch.equal(before[name], p.cpu()) for name, p in one.model.named_parameters())
     assert all(torch.equal(a, b) for a, b in zip(weights, scorer.model.parameters(), strict=True))
 
-    # the ids inside the trainer are those that training a reward model on these completions would see (R5)
+    # the ids inside the trainer are those that training a reward model on these completions would see
     tokenizer = AutoTokenizer.from_pretrained(path)
     extra = {"chat_template_kwargs": {"thinking": True}} if chat else {}
     rows = [

@@ -1,4 +1,4 @@
-"""R22: the number of groups that share an optimizer step decides, not how they were cut into batches."""
+"""The number of groups that share an optimizer step decides, not how they were cut into batches."""
 
 import pytest
 import torch

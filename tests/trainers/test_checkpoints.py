@@ -1,4 +1,4 @@
-"""R24: a killed run that resumes ends where an uninterrupted one does; the best checkpoint is what comes back."""
+"""A killed run that resumes ends where an uninterrupted one does; the best checkpoint is what comes back."""
 
 import json
 
@@ -9,7 +9,13 @@ from transformers import BitsAndBytesConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model, tiny_tokenizer
 from tests.trainers.helpers import StopAt, config, head_of, history, largest_difference, lora, trainer_for, weights
-from trl_ext import RewardScorer, load_reward_model
+from trl_ext import (
+    RewardEnsemble,
+    RewardEnsembleConfig,
+    RewardEnsembleTrainer,
+    RewardScorer,
+    load_reward_model,
+)
 from trl_ext.models.heads import head_parameters
 from trl_ext.models.sidecar import get_sidecar
 
@@ -76,6 +82,22 @@ def test_every_checkpoint_is_a_reward_model(peft, base, tmp_path):
     assert get_sidecar(loaded).token_policy == trainer._policy.to_dict()
     saved = {name: p for name, p in loaded.named_parameters() if name in weights(trainer)}
     assert largest_difference(saved, weights(trainer)) == 0
+
+
+def test_what_describes_a_checkpoint_is_pushed_with_its_weights(base, tmp_path):
+    """Trainer copies weights to the output folder and pushes that; here is only what it calls before."""
+    trainer = trainer_for(base, config(tmp_path, save_strategy="steps", save_steps=4), peft_config=lora())
+    trainer.train()
+    assert not (tmp_path / "reward_model.json").exists()
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    written = (tmp_path / "reward_model.json").read_text()
+    assert written == (tmp_path / "checkpoint-4" / "reward_model.json").read_text()
+
+    args = config(tmp_path / "members", RewardEnsembleConfig, num_members=2, save_strategy="steps", save_steps=4)
+    trainer = trainer_for(base, args, trainer_class=RewardEnsembleTrainer, peft_config=lora())
+    trainer.train()
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    assert len(RewardEnsemble(tmp_path / "members")(["a"], ["b"])) == 1
 
 
 EVALUATED = ["loss", "accuracy", "top1_agreement", "kendall_tau", "ndcg", "margin", "mean_reward", "min_reward"]
@@ -168,7 +190,7 @@ def test_pad_as_eos_is_said_once(tmp_path, caplog):
 
 
 def test_a_model_in_memory_is_scored_as_in_training_before_it_is_saved(base, tmp_path):
-    """R5: the sidecar is on the model from the start, and replaces the one it was loaded with."""
+    """The sidecar is on the model from the start, and replaces the one it was loaded with."""
     trainer = trainer_for(base, config(tmp_path, max_steps=2), pair_rows(8), peft_config=lora())
     trainer.train()
     rows = pair_rows(4, seed=5)

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
-from tests.trainers.helpers import StopAt, config, history, trainer_for
+from tests.trainers.helpers import StopAt, config, history, largest_difference, trainer_for, weights
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer, RewardScorer, RewardTrainer, load_reward_model
 from trl_ext.data.validation import DataError
 from trl_ext.models.ensemble_files import read_ensemble
@@ -130,7 +130,7 @@ def test_members_that_see_other_rows_end_elsewhere(strategy, deep, tmp_path):
 
 
 def test_training_a_member_leaves_the_others_alone(deep, tmp_path):
-    """R30: what member 1 learns from has no influence on the others, bit for bit."""
+    """What member 1 learns from has no influence on the others, bit for bit."""
 
     class Poison(RewardEnsembleTrainer):
         def _candidate_scores(self, model, inputs):
@@ -205,7 +205,6 @@ def test_checkpoints_are_ensembles_of_ordinary_reward_models(deep, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["shuffle", "bootstrap"])
 def test_kill_and_resume_equals_an_uninterrupted_run(strategy, deep, tmp_path):
-    """R24"""
     kwargs = dict(
         layers=[2],
         data_strategy=strategy,
@@ -280,6 +279,34 @@ def test_a_stream_is_weighted_as_the_data_set_is(deep, tmp_path):
     assert history(one, "loss") == pytest.approx(history(other, "loss"), abs=1e-6)
 
 
+def test_a_stream_that_ends_begins_again(deep, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(ROWS[:8]))
+    kwargs = {"data_strategy": "bootstrap", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    trainer = ensemble(tmp_path, deep, stream, max_steps=5, **kwargs)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 5
+
+
+@pytest.mark.parametrize("strategy", ["shuffle", "shared"])
+def test_training_begins_again_with_smaller_batches_and_still_clips_members(strategy, deep, tmp_path, monkeypatch):
+    kwargs = {"max_grad_norm": 1e-3, "max_steps": 2, "optim": "sgd", "learning_rate": 1.0}
+    trainer = ensemble(tmp_path, deep, data_strategy=strategy, auto_find_batch_size=True, **kwargs)
+    step, sizes = trainer.training_step, []
+
+    def runs_out_of_memory_above_2(model, inputs, *args):
+        sizes.append(len(inputs["row_index"]) // (M if strategy == "shuffle" else 1))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(model, inputs, *args)
+
+    monkeypatch.setattr(trainer, "training_step", runs_out_of_memory_above_2)
+    before = weights(trainer)
+    trainer.train()
+    assert sizes[0] == 4 and sizes[-2:] == [2, 2]
+    assert 0 < largest_difference(before, weights(trainer)) < 2e-3
+    assert trainer.args.max_grad_norm == 1e-3
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
 def test_what_cannot_be_trained_together_is_said(deep, tmp_path):
     args = config(tmp_path, RewardEnsembleConfig, num_members=M)
@@ -293,11 +320,14 @@ def test_what_cannot_be_trained_together_is_said(deep, tmp_path):
         ensemble(tmp_path, deep, max_tokens_per_batch=100)
     with pytest.raises(ValueError, match="may add tokens"):
         ensemble(tmp_path, deep, chat_template_path=str(deep))
+    activated = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    with pytest.raises(ValueError, match="of a variant .*ALora.* cannot be stacked"):
+        RewardEnsembleTrainer(str(deep), args, train_dataset=rows, peft_config=activated)
     single(tmp_path / "one", deep, max_steps=1)[0].save_model()
     with pytest.raises(ValueError, match="has an adapter already"):
         ensemble(tmp_path, tmp_path / "one")
     for rows, needed in ((ROWS, "no such column"), ([{**row, "who": 1} for row in ROWS], "1 distinct values")):
-        with pytest.raises(DataError, match=needed):
+        with pytest.raises(DataError, match=f"column 'who': found {needed}"):
             ensemble(tmp_path, deep, rows, data_strategy="column:who")
 
 

@@ -1,12 +1,16 @@
 """Who trains on which row: orders, weights and shares, without a model."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
 from datasets import Dataset
 
 from trl_ext.data.collators import GroupCollator
-from trl_ext.trainers.ensemble_data import MemberCollator, MemberRows, MemberSampler, RowWeights
+from trl_ext.trainers.ensemble_config import RewardEnsembleConfig
+from trl_ext.trainers.ensemble_data import MemberCollator, MemberRows, MemberSampler, RowWeights, member_dataloader
 from trl_ext.trainers.tracking import error_by_decile
 
 
@@ -21,6 +25,39 @@ def test_orders_are_those_of_accelerate(epoch):
         theirs = SeedableRandomSampler(range(11), data_seed=seed)
         theirs.set_epoch(epoch)
         assert list(own) == list(theirs)
+
+
+def test_two_processes_go_on_in_the_right_epoch_after_a_resume(tmp_path):
+    """As Accelerate prepares the loader in each of two processes, and as Trainer skips and sets epochs."""
+    columns = {"candidate_ids": [[[1], [2]]] * 16, "candidate_ratings": [[1.0, 0.0]] * 16, "row_index": range(16)}
+
+    def loader(process):
+        trainer = SimpleNamespace(
+            args=RewardEnsembleConfig(str(tmp_path), use_cpu=True, bf16=False),
+            train_dataset=Dataset.from_dict({name: list(values) for name, values in columns.items()}),
+            data_collator=GroupCollator(0),
+            get_total_train_batch_size=lambda args: 2,
+            accelerator=SimpleNamespace(
+                prepare=partial(
+                    prepare_data_loader,
+                    num_processes=2,
+                    process_index=process,
+                    put_on_device=False,
+                    use_seedable_sampler=True,
+                )
+            ),
+        )
+        return member_dataloader(trainer, [*columns], [5, 9])
+
+    def rows(batches, epoch):
+        batches.set_epoch(epoch)
+        return [batch["row_index"].tolist() for batch in batches]
+
+    orders = [[rows(loader(process), epoch) for process in (0, 1)] for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    for epoch in (0, 1):
+        for process in (0, 1):
+            assert rows(skip_first_batches(loader(process), 2), epoch) == orders[epoch][process][2:]
 
 
 def test_bootstrap_weights_are_poisson_and_independent():

@@ -1,4 +1,4 @@
-"""R32: two processes (gloo, CPU) train an ensemble as one process with twice the batch does."""
+"""Two processes (gloo, CPU) train an ensemble as one process with twice the batch does."""
 
 import pytest
 from safetensors.torch import load_file

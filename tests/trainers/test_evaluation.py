@@ -1,4 +1,4 @@
-"""R25, R15, R45: what an evaluation reports, on which rows, and that it counts every row once."""
+"""What an evaluation reports, on which rows, and that it counts every row once."""
 
 import logging
 import math
@@ -73,7 +73,7 @@ def test_the_numbers_are_those_worked_out_beside_the_trainer(trained):
 
 
 def test_the_length_baseline_is_seen_through(base, tmp_path):
-    """R45: the better answer is always the longer one; a fresh model that has learnt that shows it."""
+    """The better answer is always the longer one; a fresh model that has learnt that shows it."""
     rows = [{**row, "chosen": row["chosen"] * 3, "rejected": " bad."} for row in pair_rows(24)]
     args = config(tmp_path, max_steps=20, learning_rate=3e-3)
     trainer = trainer_for(base, args, rows, eval_dataset=Dataset.from_list(rows[:9]))
@@ -251,6 +251,17 @@ def test_steps_after_the_last_log_are_in_the_last_entry_as_in_trl(base, tmp_path
     assert "train_runtime" in last
     assert "accuracy" in last
     assert last["num_tokens"] > history(trainer, "num_tokens")[0]
+
+
+@pytest.mark.parametrize("steps", [8, 3])  # the first: an evaluation stands between the last step and its log entry
+def test_the_metrics_of_an_epoch_are_logged_with_it(steps, base, tmp_path):
+    when = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": steps}
+    args = config(tmp_path, max_steps=-1, num_train_epochs=2, **when)
+    trainer = trainer_for(base, args, eval_dataset=Dataset.from_list(pair_rows(5)))
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
+    assert len(history(trainer, "accuracy")) == len(history(trainer, "num_tokens")) == 2
+    assert not any("accuracy" in entry for entry in trainer.state.log_history if "eval_loss" in entry)
 
 
 def test_what_a_user_logs_by_hand_keeps_its_loss(base, tmp_path):

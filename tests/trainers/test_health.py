@@ -1,4 +1,4 @@
-"""R14 and R33: numbers that are not finite stop the training within a step and harm no weight; a model that does not
+"""Numbers that are not finite stop the training within a step and harm no weight; a model that does not
 learn is warned of, once."""
 
 import warnings

@@ -1,4 +1,4 @@
-"""R25 and R32 with two processes (gloo, CPU): the same losses as one process with twice the batch, every row counted
+"""Two processes (gloo, CPU): the same losses as one process with twice the batch, every row counted
 once, and a checkpoint that loads."""
 
 import pytest

@@ -246,6 +246,8 @@ def test_true_is_refused_where_it_cannot_be_had(base, tmp_path):
         trainer_for(bert, config(tmp_path, shared_prefix=True))
     with pytest.raises(ValueError, match="does not go with .* pad_to_multiple_of"):
         trainer_for(base, config(tmp_path, shared_prefix=True, pad_to_multiple_of=8))
+    with pytest.raises(ValueError, match="does not go with .* neftune_noise_alpha"):
+        trainer_for(base, config(tmp_path, shared_prefix=True, neftune_noise_alpha=5.0))
     with pytest.raises(ValueError, match="shared_prefix='yes' is not known"):
         trainer_for(base, config(tmp_path, shared_prefix="yes"))
 
@@ -254,9 +256,11 @@ def test_auto_falls_back_to_padded_rows(base, tmp_path, passes):
     bert = save_tiny_model(tmp_path / "bert", "bert")
     trainer_for(bert, config(tmp_path)).train()
     trainer_for(base, config(tmp_path, pad_to_multiple_of=8)).train()
-    assert passes == {"flat": 0, "padded": 8}
+    trainer_for(base, config(tmp_path, neftune_noise_alpha=5.0)).train()  # scaled by the length of a row
+    assert not trainer_for(base, config(tmp_path, include_for_metrics=["inputs"]))._flat_rows
+    assert passes == {"flat": 0, "padded": 12}
     trainer_for(base, config(tmp_path)).train()
-    assert passes == {"flat": 4, "padded": 8}
+    assert passes == {"flat": 4, "padded": 12}
 
 
 @pytest.mark.parametrize("given,wish", [("auto", "auto"), ("True", True), ("False", False)])

@@ -1,4 +1,4 @@
-"""R22 for token losses: however a step is cut into micro-batches, with unequal label counts, it is the same step."""
+"""Token losses: however a step is cut into micro-batches, with unequal label counts, it is the same step."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_a_window_or_a_batch_without_labels(averaging, base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["prm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("orm", "segment"))])
 def test_gradient_checkpointing_changes_nothing(kind, base, tmp_path):
-    """R23: off, reentrant and not give the same loss and LoRA weights."""
+    """Off, reentrant and not give the same loss and LoRA weights."""
     runs = [
         run(
             base, tmp_path / str(number), kind, KINDS[kind][2](12), 4, 1,

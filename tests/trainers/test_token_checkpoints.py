@@ -1,4 +1,4 @@
-"""R24 for token-level trainers: kill and resume, the best model by any metric, and every checkpoint complete."""
+"""Token-level trainers: kill and resume, the best model by any metric, and every checkpoint complete."""
 
 import json
 import math
@@ -149,7 +149,7 @@ def test_predictions_are_the_outputs_of_all_tokens(kind, base, tmp_path):
 
 
 def test_metrics_do_not_depend_on_the_batch_size(base, tmp_path):
-    """R25: 9 rows give the same values at batch 1, 2 and 8."""
+    """9 rows give the same values at batch 1, 2 and 8."""
     for kind in KINDS:
         rows = segment_rows(9) if kind == "segment" else KINDS[kind][2](9)
         for averaging in ("token", "sequence"):

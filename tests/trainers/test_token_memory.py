@@ -1,4 +1,4 @@
-"""R43: what an evaluation holds in memory does not grow with the rows: 2,000 rows within 5 % of 200."""
+"""What an evaluation holds in memory does not grow with the rows: 2,000 rows within 5 % of 200."""
 
 import gc
 import tracemalloc

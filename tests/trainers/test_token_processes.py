@@ -1,4 +1,4 @@
-"""R25 and R32 for token-level trainers with two processes (gloo, CPU): the same steps, every row counted once."""
+"""Token-level trainers with two processes (gloo, CPU): the same steps, every row counted once."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""R1, R2, R6 and R11 for token heads: what is saved scores the same in a process that did not train it."""
+"""Token heads: what is saved scores the same in a process that did not train it."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_token_heads_survive_a_reload_in_a_fresh_process_with_another_seed(tmp_p
     assert {row["base"] for row in rows} == set(QUANTIZED)
     assert {row["outputs"] for row in rows} == set(LABELS)
     check(rows)
-    print(table("R1 for token heads: change of outputs after a reload", rows))
+    print(table("Token heads: change of outputs after a reload", rows))
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_the_full_matrix_of_token_heads(tmp_path):
     rows = matrix(FULL, tmp_path)
     assert len(rows) == 72
     check(rows)
-    print(table("R1 for token heads, in full: change of outputs after a reload", rows))
+    print(table("Token heads, in full: change of outputs after a reload", rows))
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -149,7 +149,7 @@ def test_the_sidecar_says_what_the_outputs_are(family, peft, tmp_path):
 @pytest.mark.parametrize("kind", ["orm", "prm", "segment"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "nf4"])
 def test_merged_adapters_give_the_same_outputs(kind, quantized, base, tmp_path):
-    """R11: also where the adapter was trained on a 4-bit base."""
+    """Also where the adapter was trained on a 4-bit base."""
     kwargs = {"peft_config": lora(), "quantization_config": nf4() if quantized else None}
     trainer = token_trainer(kind, base, tmp_path / "adapter", trainer_kwargs=kwargs, learning_rate=1e-2)
     trainer.train()
@@ -198,7 +198,7 @@ def test_another_width_or_other_categories_are_refused(base, tmp_path, caplog):
 
 
 def test_a_scalar_outcome_checkpoint_is_a_plain_sequence_classification_model(base, tmp_path):
-    """R37: plain transformers gives the trainer's score, as the pad token is dedicated."""
+    """Plain transformers gives the trainer's score, as the pad token is dedicated."""
     rows = outcome_rows(12)
     trainer = token_trainer("orm", base, tmp_path, rows, max_steps=3, learning_rate=1e-2)
     trainer.train()

@@ -80,7 +80,7 @@ def test_bf16_autocast_leaves_head_and_loss_in_fp32(kind, base, tmp_path):
 
 
 def test_the_head_of_a_quantized_base_moves_at_a_small_learning_rate(base, tmp_path):
-    """R13: after 100 steps at 2e-5 at least 99 % of the head's entries have changed."""
+    """After 100 steps at 2e-5 at least 99 % of the head's entries have changed."""
     kwargs = {
         "peft_config": lora(),
         "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -223,6 +223,7 @@ def test_instances_of_both_classes_train(base, tmp_path):
         ("orm", None, dict(label_placement="before"), ValueError, "before"),
         ("prm", None, dict(num_labels=1), ValueError, r"`ce` needs 2 or 3 output"),
         ("prm", None, dict(num_labels=4), ValueError, "num_labels=4"),
+        ("prm", None, dict(step_separator=5), ValueError, "step_separator=5 is no text"),
         ("prm", step_rows(4, classes=3), {}, DataError, "num_labels=3"),
         ("segment", None, dict(loss_type="mse", class_weights=[1, 2]), ValueError, "class weights"),
         ("segment", None, dict(categories=["tone", "tone"]), ValueError, "different names"),
@@ -281,7 +282,7 @@ def test_a_loss_of_your_own(base, tmp_path):
 
 
 def test_a_plain_base_on_which_bitsandbytes_runs(tmp_path):
-    """R6 for the trainer: int8 and NF4, 1 to 3 outputs, two steps, a finite head gradient that is not 0."""
+    """Quantized bases: int8 and NF4, 1 to 3 outputs, two steps, a finite head gradient that is not 0."""
     path = tiny_base(tmp_path / "base")
     for quantization in (BitsAndBytesConfig(load_in_8bit=True), BitsAndBytesConfig(load_in_4bit=True)):
         for labels in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""R28 and R29: one W&B run per trainer, no point dropped, and no failure of W&B stops training."""
+"""One W&B run per trainer, no point dropped, and no failure of W&B stops training."""
 
 import json
 import struct

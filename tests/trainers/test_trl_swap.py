@@ -1,4 +1,4 @@
-"""R21: a TRL script after changing the import does what it did."""
+"""A TRL script after changing the import does what it did."""
 
 import copy
 import functools
@@ -200,6 +200,15 @@ def test_a_template_from_a_tokenizer_with_new_tokens_trains_them_and_reloads(bas
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_new_tokens_are_trained_beside_those_that_the_user_lists(base, tmp_path):
+    tiny_tokenizer("qwen").save_pretrained(tmp_path / "source")
+    args = config(tmp_path / "out", chat_template_path=str(tmp_path / "source"))
+    peft = LoraConfig(r=4, trainable_token_indices=[3, 5])
+    trainer = trainer_for(base, args, pair_rows(8, chat=True), peft_config=peft)
+    trained = trainer.model.peft_config["default"].trainable_token_indices["embed_tokens"]
+    assert trained[:2] == [3, 5] and len(trained) > 2
+
+
 def test_peft_arguments_that_cannot_work_are_refused_as_in_trl(base, tmp_path):
     with pytest.raises(TypeError, match="`peft_config` is a dict"):
         trainer_for(base, config(tmp_path), peft_config={"r": 4})
@@ -228,8 +237,21 @@ def test_under_bf16_autocast_it_stays_near_trl_and_its_scores_are_fp32(base, tmp
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
+@pytest.mark.parametrize("peft", [None, lora], ids=["full", "lora"])
+def test_a_compiled_model_trains_as_the_plain_one(peft, base, tmp_path):
+    rows = Dataset.from_list(pair_rows(5, seed=1))
+    found = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        args = config(tmp_path, max_steps=2, **compiled)
+        trainer = trainer_for(base, args, eval_dataset=rows, peft_config=None if peft is None else peft())
+        trainer.train()
+        trainer.save_model()
+        found.append([*history(trainer, "loss"), trainer.evaluate()["eval_loss"]])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
-    """R23: off, reentrant, non-reentrant, with an adapter on frozen embeddings."""
+    """Off, reentrant, non-reentrant, with an adapter on frozen embeddings."""
     runs = []
     for kwargs in ({}, {"use_reentrant": True}, {"use_reentrant": False}):
         more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs} if kwargs else {}

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from trl_ext.data.validation import DataError
-from trl_ext.models.building import attention_at_hand
+from trl_ext.models.building import as_dtype, attention_at_hand
 from trl_ext.models.loading import local_folder
 
 from .generation import Chat, Columns, Completion, GenerationError, PromptEncoder, Sampling
@@ -174,6 +174,7 @@ class TransformersGenerator:
 def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:
     """A language model from a folder or Hub id; an adapter comes on its base. `dtype` defaults to the saved one."""
     kwargs = {"dtype": "auto", "device_map": {"": PartialState().device}} | (model_init_kwargs or {})
+    kwargs["dtype"] = as_dtype(kwargs["dtype"])
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     quantization = kwargs.get("quantization_config")
     if isinstance(quantization, dict):

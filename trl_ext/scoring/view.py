@@ -7,6 +7,7 @@ Knows texts and numbers between them. Knows nothing of models; what is shown com
 import html
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 
 _STYLE = "font-family: sans-serif; line-height: 1.8; white-space: pre-wrap; max-width: 60em"
@@ -36,7 +37,7 @@ def to_html(
         `str`: HTML; the score of a piece shows when the pointer rests on it.
 
     Raises:
-        `ValueError`: not one score a piece, a score that is NaN, or `low` not below `high`.
+        `ValueError`: not one score a piece, a score that is no number or NaN, or `low` not below `high`.
 
     Example:
 
@@ -84,6 +85,11 @@ def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, hi
     if not low < high:
         raise ValueError(f"low={low} is not below high={high}.")
     for number, score in enumerate(scores):
+        if score is not None and not isinstance(score, Real):
+            raise ValueError(
+                f"The score of piece {number} is {score!r:.60}; needed: a number, or None for no score. Of a model "
+                "with several outputs, take one for each token."
+            )
         if score is not None and math.isnan(score):
             raise ValueError(f"The score of piece {number} is NaN; needed: a number, or None for no score.")
     return [None if score is None else (min(max(score, low), high) - low) / (high - low) for score in scores]
