@@ -83,7 +83,7 @@ def build_reward_model(
     Raises:
         [`HeadError`]: a head module is quantized, the checkpoint lacks backbone weights, or its head has another
             number of outputs.
-        `ValueError`: `device_map="auto"` with several processes (R32), or weights that are not safetensors.
+        `ValueError`: `device_map="auto"` with several processes, or weights that are not safetensors.
     """
     device_map = kwargs.pop("device_map", "unset")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -109,6 +109,12 @@ def build_reward_model(
         )
     except ValueError as error:  # no model's folder, a family that transformers does not know, code of its own
         raise ValueError(f"{model_id} cannot be loaded as a model: {error}") from error
+    except OSError as error:
+        if Path(model_id).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{model_id} is not a folder here, and could not be had from the Hub as a model of that name: {error}"
+        ) from error
     kwargs |= hub
     auto_class = _auto_class(config, choose_head_class(config) if head == "per_token" else head)
     quantized = quantization_config or config.__dict__.get("quantization_config")

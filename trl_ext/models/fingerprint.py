@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -73,12 +74,15 @@ def fingerprint(folder: Path) -> str:
 
 
 def fingerprint_in_memory(model: nn.Module) -> str:
-    """Hash of the tensors of a model in memory. It is not that of the folder it came from."""
+    """Hash of the tensors of a model in memory, and of how LoRA is applied. Not that of the folder it came from."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            digest.update(f"{name} {module.disable_adapters} {module.active_adapters} {module.scaling}\n".encode())
     return digest.hexdigest()
 
 

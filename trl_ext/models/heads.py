@@ -60,9 +60,9 @@ class Float32Linear(nn.Linear):
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, FSDP, DeepSpeed or PEFT wrappers."""
+    """The transformers model inside DDP, FSDP, DeepSpeed, `torch.compile` or PEFT wrappers."""
     if not isinstance(model, (PreTrainedModel, PeftModel)):  # accelerate's search looks at every module
-        model = extract_model_from_parallel(model)
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -156,7 +156,7 @@ def head_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Para
 
 
 def check_head_trains(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise [`HeadError`] unless exactly one fp32 copy of each head parameter is trainable (R2) and can be saved."""
+    """Raise [`HeadError`] unless exactly one fp32 copy of each head parameter is trainable and can be saved."""
     base = unwrap(model)
     adapters = [*extract_model_from_parallel(model).peft_config] if isinstance(model, PeftModel) else ["default"]
     if adapters != ["default"]:

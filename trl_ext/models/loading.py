@@ -126,6 +126,8 @@ def load_reward_model(
     """
     folder = local_folder(path, revision)
     sidecar = read_sidecar(folder)
+    if "torch_dtype" in load_kwargs:  # its old name
+        load_kwargs.setdefault("dtype", load_kwargs.pop("torch_dtype"))
     overrides = {
         key: load_kwargs.pop(key) for key in ("base_model", "quantization_config", "dtype") if key in load_kwargs
     }

@@ -41,7 +41,7 @@ def merge_reward_model(
     **load_kwargs: Any,
 ) -> dict[str, Any]:
     """
-    Merge an adapter reward model into a full checkpoint and prove that it scores as before (R11).
+    Merge an adapter reward model into a full checkpoint and prove that it scores as before.
 
     A quantized base is dequantized first, the adapter is merged in fp32, and the result is stored in `dtype`. (Merging
     into the original, never quantized weights moves the scores, because the adapter was trained on the quantized

@@ -259,6 +259,11 @@ class StackedRewardModel(PeftModel):
                         f"LoRA on `{path}`, a {type(layer).__name__}, cannot be stacked. Needed: linear layers in "
                         "`target_modules`."
                     )
+                if module.lora_variant:
+                    variant = type(next(iter(module.lora_variant.values()))).__name__
+                    raise ValueError(
+                        f"LoRA on `{path}` is of a variant ({variant}), which cannot be stacked. Needed: plain LoRA."
+                    )
                 stacked = StackedLoRA(
                     layer,
                     together([module.lora_A[name].weight for name in names]),

@@ -3,6 +3,7 @@
 Knows a model, token ids and memory. Knows nothing of text, sidecars or what an output means.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,10 @@ from trl_ext.models.heads import HeadError, candidate_scores, run_with_head_outp
 from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, use_shared_prefix
 
 from .packing import SharedRows, num_tokens, pack, padded_tokens, share_prompts
+
+
+RUNNING = threading.RLock()
+"""Held while a model scores: its mode, attention and hooks are one for all threads."""
 
 
 class BatchRunner:
@@ -55,22 +60,26 @@ class BatchRunner:
 
     @contextmanager
     def mode(self) -> Iterator[None]:
-        """Eval mode, no gradients, no autocast from outside, and a pad token for models that need one to batch."""
-        model = self._model
-        training = [module for module in model.modules() if module.training]
-        config = unwrap(model).config.get_text_config()
-        before, self._attention = config.pad_token_id, current_attention(model)
-        model.eval()
-        config.pad_token_id = self._pad_id if before is None else before
-        try:
-            # not inference mode: what a model caches there could not be used in training
-            with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
-                yield
-        finally:
-            config.pad_token_id = before
-            select_attention(model, self._attention)
-            for module in training:
-                module.training = True
+        """
+        Eval mode, no gradients, no autocast from outside, and a pad token for models that need one to batch. Other
+        threads wait.
+        """
+        with RUNNING:
+            model = self._model
+            training = [module for module in model.modules() if module.training]
+            config = unwrap(model).config.get_text_config()
+            before, self._attention = config.pad_token_id, current_attention(model)
+            model.eval()
+            config.pad_token_id = self._pad_id if before is None else before
+            try:
+                # not inference mode: what a model caches there could not be used in training
+                with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+                    yield
+            finally:
+                config.pad_token_id = before
+                select_attention(model, self._attention)
+                for module in training:
+                    module.training = True
 
     def scores(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[float | None]:
         """

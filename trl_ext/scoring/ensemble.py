@@ -22,6 +22,7 @@ from trl_ext.models.ensemble_files import (
     write_ensemble,
 )
 from trl_ext.models.loading import local_folder
+from trl_ext.models.sidecar import read_sidecar
 
 from .fusion import FusionMethod, fit_fusion_weights
 from .member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
@@ -314,8 +315,12 @@ class RewardEnsemble:
             normalizers=list(self.normalizers),
             branch_layer=self._file.branch_layer,
         )
-        for name, (source, number) in zip(file.members, self._members, strict=True):
+        for name, (source, number), normalizer in zip(file.members, self._members, self.normalizers, strict=True):
             source.save(number, Path(folder, name))
+            sidecar = read_sidecar(Path(folder, name))
+            if normalizer is None and sidecar is not None and sidecar.normalizer is not None:  # it would be used again
+                sidecar.normalizer = None
+                sidecar.save(Path(folder, name))
         write_ensemble(folder, file)
 
     @property

@@ -26,6 +26,7 @@ from trl_ext.models.shared_base import base_key, load_adapters, use_adapter
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
 from trl_ext.models.stacked_model import StackedRewardModel
 
+from .batches import RUNNING
 from .rows import load_tokenizer, row_error
 from .scorer import RewardScorer
 
@@ -216,7 +217,7 @@ class SharedBaseSource(Source):
     ) -> list[Scores]:
         scores = []
         for number, scorer in enumerate(self._scorers):
-            with self._member(number):
+            with RUNNING, self._member(number):
                 scores.append(scorer._raw_scores(prompts, completions, columns))
         return scores
 
@@ -284,6 +285,7 @@ def _shared_source(folders: list[Path], base_model: nn.Module | None, scorer_kwa
 def _tokenizer_files(folder: Path) -> tuple[bytes, ...]:
     """What the token ids of a text depend on beside the token policy."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+    names += ("tokenizer_config.json", "special_tokens_map.json")  # which token is EOS
     return tuple((folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names)
 
 

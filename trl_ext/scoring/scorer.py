@@ -46,7 +46,8 @@ class RewardScorer:
     model. A model without our `reward_model.json` (from the Hub, or trained by plain TRL) gets its chat template, or
     its tokenizer's own special tokens and no EOS, which is said once. Rows are sorted by length and run in batches;
     scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less exactly in bf16).
-    They are computed in eval mode, without autocast and without gradients, and the model's mode is put back.
+    They are computed in eval mode, without autocast and without gradients, and the model's mode is put back. Calls
+    from several threads wait for each other.
 
     In detail:
 
@@ -402,7 +403,7 @@ class RewardScorer:
                 rows = range(start, min(start + CHUNK_ROWS, size))
                 made = [make(row, *(v if v is None else v[row] for v in given.values())) for row in rows]
                 truncated += sum(item.truncated for item in made)
-                found = run(prompts and prompts[rows.start : rows.stop], [item.ids for item in made])
+                found = run(None if prompts is None else prompts[rows.start : rows.stop], [item.ids for item in made])
                 results += [read(*item) for item in zip(rows, made, found, strict=True)]
         self.num_truncated += truncated
         if truncated:

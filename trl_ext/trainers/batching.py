@@ -63,11 +63,14 @@ def set_up_batching(
 
 def wants_flat_rows(args: trl.RewardConfig, sharded: bool = False) -> bool:
     """Whether the arguments leave room for flat rows; raises `ValueError` where they want them and cannot."""
-    # sharded weights cannot be run for the check, and Neuron compiles once per padded shape
-    plain = sharded or args.pad_to_multiple_of is not None
+    # sharded weights cannot be run for the check, Neuron compiles once per padded shape, the noise of NEFTune goes by
+    # the length of a row, and metrics that are given inputs expect padded ones
+    plain = sharded or args.pad_to_multiple_of is not None or args.neftune_noise_alpha is not None
+    plain = plain or "inputs" in args.include_for_metrics
     if plain and args.shared_prefix is True:
         raise ValueError(
-            "shared_prefix=True does not go with FSDP, DeepSpeed or pad_to_multiple_of. Leave it at 'auto'."
+            "shared_prefix=True does not go with FSDP, DeepSpeed, pad_to_multiple_of, neftune_noise_alpha or 'inputs' "
+            "in include_for_metrics. Leave it at 'auto'."
         )
     return is_wanted(args.shared_prefix) and not plain
 

@@ -4,6 +4,7 @@ Knows trainers, sidecars and the head. Knows nothing of losses, data or how a mo
 """
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 import trl
 from peft import PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_ext.data.tokenization import TokenPolicy
-from trl_ext.models.ensemble_files import EnsembleFile, write_ensemble
+from trl_ext.models.ensemble_files import ENSEMBLE_NAME, EnsembleFile, write_ensemble
 from trl_ext.models.loading import describe_base, save_sidecar
 from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar, vocab_size
 from trl_ext.models.stacked_model import MEMBER
@@ -103,6 +105,25 @@ def _set_aside_stale_adapter(folder: str | Path) -> None:
             f"{folder} held the adapter of an earlier run, which would be loaded in place of the full model: {names} "
             "renamed to end in '.earlier'."
         )
+
+
+class PushCallback(TrainerCallback):
+    """
+    Where Trainer copies the weights of a checkpoint to the output folder, to push that: copies what describes them
+    too, which Trainer does not know of. Without it the Hub's copy would be scored without its policy.
+    """
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if not args.should_save:
+            return
+        for pattern in (SIDECAR_NAME, ENSEMBLE_NAME, f"{MEMBER.format('*')}/*"):
+            for file in checkpoint.glob(pattern):
+                target = Path(args.output_dir, file.relative_to(checkpoint))
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(file, target)
 
 
 class EnsembleWriter(SidecarWriter):

@@ -53,7 +53,9 @@ class RowWeights:
                 column=self.column, dataset=name,
             )  # fmt: skip
         if self.column not in dataset.column_names:
-            raise DataError("no such column", need, "Add it, or use another data_strategy.", self.column, dataset=name)
+            raise DataError(
+                "no such column", need, "Add it, or use another data_strategy.", column=self.column, dataset=name
+            )
         values = [v if isinstance(v, list) or v is None else [v] for v in dataset[self.column]]
         known = sorted({value for row in values for value in row or []})
         if len(known) != len(self._seeds):
@@ -159,13 +161,18 @@ class MemberCollator:
 
 def member_dataloader(trainer: Trainer, columns: Sequence[str], seeds: Sequence[int]) -> DataLoader:
     """The loader of a training in which each member has an order of its own."""
-    args = trainer.args
-    return make_loader(
+    args, sampler = trainer.args, MemberSampler(len(trainer.train_dataset), seeds)
+    # smaller than the arguments' where `auto_find_batch_size` tries again
+    batch_size = trainer.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
+    loader = make_loader(
         trainer,
         columns,
         wrap_rows=MemberRows,
-        batch_size=args.train_batch_size,
-        sampler=MemberSampler(len(trainer.train_dataset), seeds),
+        batch_size=batch_size,
+        sampler=sampler,
         collate_fn=MemberCollator(trainer.data_collator),
         drop_last=args.dataloader_drop_last,
     )
+    # with several processes, a loader that skips batches after a resume finds the sampler to tell its epoch only so
+    loader.set_sampler(sampler)
+    return loader

@@ -92,9 +92,10 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         members = self.args.num_members
         if self._weights is None:
             return batches, (groups / members if self._own_batches else groups).expand(members)
-        for batch in batches:
+        counts = torch.zeros(members, device=device)
+        for batch in batches:  # none where a stream ends
             batch["member_weights"] = self._weights(batch["row_index"])  # (M, B)
-        counts = torch.stack([batch["member_weights"].sum(1) for batch in batches]).sum(0).to(device)
+            counts = counts + batch["member_weights"].sum(1).to(device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts

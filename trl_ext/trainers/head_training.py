@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from trl_ext.models.heads import check_head_trains
 from trl_ext.models.shared_prefix import current_attention, select_attention
 
-from .checkpoint import SidecarWriter, picklable_loss
+from .checkpoint import PushCallback, SidecarWriter, picklable_loss
 from .confidence import follow_confidence
 from .health import GradientCallback, HealthMonitor
 from .setup import TrainableModel, set_up_model
@@ -47,6 +47,7 @@ class HeadTraining:
         self._monitor = HealthMonitor()
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(recording)
+        self.add_callback(PushCallback())
         follow_confidence(self)
         use_safe_callback(self)
 
@@ -70,6 +71,15 @@ class HeadTraining:
             logger.warning("Metrics are reported nowhere (`report_to` is 'none'); set report_to='wandb' to keep them.")
         open_run(self)
         return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; the model's mode is put back, which tells whether the next log entry is one of the training."""
+        open_run(self)
+        training = self.model.training
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.model.train(training)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""

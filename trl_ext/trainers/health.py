@@ -59,7 +59,7 @@ def _named(rows: list[int]) -> str:
 
 
 class HealthMonitor:
-    """Follows the training's forward passes, stops on NaN, and warns once per finding (R33)."""
+    """Follows the training's forward passes, stops on NaN, and warns once per finding."""
 
     def __init__(self):
         self._passes = 0

@@ -128,8 +128,8 @@ class MemberTraining:
 
     @contextmanager
     def _member_clipping(self) -> Iterator[None]:
-        """Give back the `max_grad_norm` that the callback takes away."""
-        max_norm = self.args.max_grad_norm
+        """Hand `max_grad_norm` to the callback, which takes it away from Trainer, and give it back."""
+        max_norm = self._clipping.max_norm = self.args.max_grad_norm
         try:
             yield
         finally:
@@ -148,7 +148,8 @@ class MemberTraining:
 class MemberClipping(TrainerCallback):
     """
     Clips each member's gradients by their own norm, before the optimizer step, in place of Trainer, which knows one
-    norm only. Trackers have noted `max_grad_norm` by then.
+    norm only. Trackers have noted `max_grad_norm` when training begins, which it may do several times
+    (`auto_find_batch_size`).
     """
 
     def __init__(self):
@@ -157,7 +158,7 @@ class MemberClipping(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        args.max_grad_norm = 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs

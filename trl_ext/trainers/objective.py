@@ -49,7 +49,15 @@ class RankingObjective:
         self.loss_kwargs = dict(loss_kwargs or {})
         self._center = center_rewards_coefficient
         self._check_arguments()
-        self._try()
+        try:
+            self._try()
+        except TypeError as error:
+            if not self.loss_kwargs:
+                raise
+            raise ValueError(
+                f"The loss '{self.name}' cannot be computed with loss_kwargs={self.loss_kwargs}: {error}. Give values "
+                "of the kind that it takes."
+            ) from error
 
     @property
     def needs_ratings(self) -> bool:
@@ -151,6 +159,12 @@ def loss_name(loss_type: str | Callable) -> str:
     if inspect.isfunction(loss_type):
         return f"{loss_type.__module__}.{loss_type.__qualname__}"
     return f"{type(loss_type).__module__}.{type(loss_type).__qualname__}"
+
+
+def check_loss_type(loss_type: str | Callable) -> None:
+    """Raise `ValueError` for what a config file can hold and is no loss: a number, or nothing."""
+    if not isinstance(loss_type, str) and not callable(loss_type):
+        raise ValueError(f"loss_type={loss_type!r} is no loss. Needed: its name, or in Python a callable.")
 
 
 def parse_loss_kwargs(loss_kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:

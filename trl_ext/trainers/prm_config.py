@@ -55,3 +55,5 @@ class PRMConfig(TokenRewardConfig):
         super().__post_init__()
         if self.num_labels not in (1, 2, 3):
             raise ValueError(f"num_labels={self.num_labels}. Needed: 1, 2 (wrong, right) or 3 (labels -1, 0, 1).")
+        if not isinstance(self.step_separator, str):
+            raise ValueError(f"step_separator={self.step_separator!r} is no text. Needed: a string; quote it in YAML.")

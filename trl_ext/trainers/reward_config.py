@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import trl
 
-from .objective import loss_name, parse_loss_kwargs
+from .objective import check_loss_type, loss_name, parse_loss_kwargs
 
 
 @dataclass
@@ -75,6 +75,7 @@ class RewardConfig(trl.RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_loss_type(self.loss_type)
         if not 0.0 <= self.min_survival <= 1.0:
             raise ValueError(f"min_survival={self.min_survival} is not a share. Needed: a number from 0 to 1.")
         self.loss_kwargs = parse_loss_kwargs(self.loss_kwargs)

@@ -287,15 +287,6 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             groups.append({"ids": ids, "scores": scores[b, :k].tolist(), "ratings": inputs["ratings"][b, :k].tolist()})
 
     # ------------------------------------------------------------------------------------- training and evaluation
-    def evaluate(
-        self,
-        eval_dataset: EvalDataset | dict[str, EvalDataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        open_run(self)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
     def predict(
         self, test_dataset: EvalDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:

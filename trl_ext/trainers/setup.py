@@ -184,7 +184,9 @@ def _adapt(
         embeddings = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is embeddings).split(".")[-1]
         peft_config = copy.deepcopy(peft_config)
-        trainable = dict(peft_config.trainable_token_indices or {})
+        trainable = peft_config.trainable_token_indices or {}
+        if isinstance(trainable, list):  # of the input embeddings
+            trainable = {name: trainable}
         peft_config.trainable_token_indices = {**trainable, name: [*trainable.get(name, []), *added_tokens]}
     # ZeRO-3 gathers parameters of one dtype only, so there the adapter keeps the base's (as in TRL)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3

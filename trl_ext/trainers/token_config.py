@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import trl
 
-from .objective import loss_name, parse_loss_kwargs
+from .objective import check_loss_type, loss_name, parse_loss_kwargs
 
 
 @dataclass
@@ -112,6 +112,7 @@ class TokenRewardConfig(trl.RewardConfig):
             raise ValueError(f"min_survival={self.min_survival} is not a share. Needed: a number from 0 to 1.")
         if self.log_table_size < 0:
             raise ValueError(f"log_table_size={self.log_table_size} is negative. Needed: 0 or more rows.")
+        check_loss_type(self.loss_type)
         self.loss_kwargs = parse_loss_kwargs(self.loss_kwargs)
 
     def to_dict(self) -> dict[str, Any]:

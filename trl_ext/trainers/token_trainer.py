@@ -336,7 +336,6 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        open_run(self)
         if not isinstance(eval_dataset, str):  # the name of one of `self.eval_dataset`, which are prepared
             eval_dataset = self._data.prepare_all(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -32,7 +32,7 @@ class ScoredGroup:
 
 
 class SafeWandbCallback(WandbCallback):
-    """Transformers' callback, except that a failure of W&B is a warning, given once, and training goes on (R29)."""
+    """Transformers' callback, except that a failure of W&B is a warning, given once, and training goes on."""
 
     def __init__(self):
         super().__init__()
@@ -73,12 +73,12 @@ def without_missing_wandb(args: TrainingArguments) -> None:
 
 def open_run(trainer: Trainer) -> None:
     """
-    Give the trainer a W&B run of its own (R28).
+    Give the trainer a W&B run of its own.
 
     A run that the user opened is reused and left open. A run that another of our trainers opened in this process is
     finished first, so that its name and steps stay its own; a trainer whose run was finished that way gets it back
     when it is used again. `WANDB_PROJECT` and `WANDB_RUN_GROUP` apply as always. If W&B fails, reporting to it is
-    switched off with a warning and training goes on (R29).
+    switched off with a warning and training goes on.
     """
     if not trainer.is_world_process_zero() or "wandb" not in trainer.args.report_to:
         return
