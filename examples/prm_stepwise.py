@@ -71,7 +71,7 @@ def smoke_run(folder: str) -> PRMTrainer:
         model=tiny_reward_base(f"{folder}/base", hidden_size=32),
         args=args,
         train_dataset=Dataset.from_list(smoke_rows(0)),
-        eval_dataset=Dataset.from_list(smoke_rows(7)),
+        eval_dataset=Dataset.from_list(smoke_rows(7)),  # the same few texts again: does it run, not does it generalise
         peft_config=LORA,
     )
 

@@ -69,6 +69,7 @@ def smoke_run(folder: str) -> RejectionSamplingTrainer:
     )
     rows = Dataset.from_list([{"prompt": f"say {number}:"} for number in range(32)])
     model = tiny_reward_base(f"{folder}/base", hidden_size=32)
+    # tested on the prompts of training: does it run, not does it generalise
     return RejectionSamplingTrainer(model, share_of_vowels, args, train_dataset=rows, eval_dataset=rows)
 
 

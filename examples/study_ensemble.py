@@ -6,10 +6,10 @@
 
 Four members (LoRA on stories260K, other seeds, the same rows) are trained in one run on four fifths of the training
 prompts; the last fifth scales them and fits the fusion. `accuracy` is the share of a prompt's decided pairs in order,
-mean over unseen prompts of all folds, with a 95 % bootstrap interval over prompts; `gain` is less that of a single
-member (the mean of the four), prompt by prompt. The same again for members branched at each of `--branch_at`, with
-adapters in the layers above only. For topical_chat there is one more ensemble: a member for each of five aspects that
-people rated, which together predict the overall rating.
+mean over unseen prompts of all folds, with a 95 % bootstrap interval over conversations (prompts of one are drawn
+together); `gain` is less that of a single member (the mean of the four), prompt by prompt. The same again for members
+branched at each of `--branch_at`, with adapters in the layers above only. For topical_chat there is one more ensemble:
+a member for each of five aspects that people rated, which together predict the overall rating.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def group(row: dict) -> dict:
     if "chosen" in row:
         texts = [row[name][-1]["content"] for name in ("chosen", "rejected")]
         first = row["prompt"][0]["content"]  # dialogues that begin alike stay in one fold
-        row = {"id": first, "prompt": row["prompt"], "completions": texts, "ranks": [0, 1]}
+        row = {"tree": first, "prompt": row["prompt"], "completions": texts, "ranks": [0, 1]}
     found = ranked(row) | aspect_ratings(row)
     return found | {"completions": [text[:COMPLETION] for text in found["completions"]]}
 
@@ -183,16 +183,16 @@ def of_aspects(
     return {"one model of the overall rating": alone, **found}
 
 
-def show(title: str, values: Values, reference: str) -> None:
-    """A table: accuracy and gain over the first method, with intervals."""
+def show(title: str, values: Values, reference: str, groups: list[str]) -> None:
+    """A table: accuracy and gain over the first method, with intervals; `groups`: the conversation of each prompt."""
     print(f"| {title} ({len(values[reference])} prompts) | accuracy | gain |\n|---|---|---|")
     for name, own in values.items():
-        low, high = bootstrap_interval(own)
+        low, high = bootstrap_interval(own, groups=groups)
         cell = f"{statistics.fmean(own):.3f} [{low:.3f}, {high:.3f}]"
         gain = ""
         if name != reference:
             differences = [value - base for value, base in zip(own, values[reference], strict=True)]
-            low, high = bootstrap_interval(differences)
+            low, high = bootstrap_interval(differences, groups=groups)
             gain = f"{statistics.fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
         print(f"| {name} | {cell} | {gain} |")
     print(flush=True)
@@ -225,6 +225,7 @@ def main() -> None:
         seeds: Values = {}
         aspects: Values = {}
         differences: list[torch.Tensor] = []
+        groups: list[str] = []
         for train, test in folds([row["group"] for row in rows], 1 if args.smoke else args.folds):
             train, test = [rows[i] for i in train], [rows[i] for i in test[: args.prompts]]
             if args.smoke:
@@ -233,10 +234,11 @@ def main() -> None:
             split = [train[i] for i in fit], [train[i] for i in calibration[: args.prompts]]
             values, found = of_seeds(args, args.completions, *split, test)
             extend(seeds, values)
+            groups += [row["group"] for row in test]
             differences += found
             if name == "topical_chat":
                 extend(aspects, of_aspects(args, args.completions, *split, test))
-        show(name, seeds, "single member")
+        show(name, seeds, "single member", groups)
         table = torch.stack(differences)
         margins, spread = table.mean(dim=1), pair_disagreement(table)
         bins = error_by_disagreement(margins, spread, min(10, len(margins)))
@@ -248,7 +250,7 @@ def main() -> None:
             flush=True,
         )
         if aspects:
-            show(f"{name}, aspects", aspects, "one model of the overall rating")
+            show(f"{name}, aspects", aspects, "one model of the overall rating", groups)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def ranked(row: dict) -> dict:
         "completions": [text[:COMPLETION] for text in row["completions"]],
         "ratings": [float(rating) for rating in row.get("scores") or [-rank for rank in row["ranks"]]],
         "lengths": [len(text) for text in row["completions"]],
-        "group": row.get("tree", row["id"]),  # prompts of one conversation stay in one fold
+        # prompts of one conversation stay in one fold: they have its tree, or its first line, in common
+        "group": row.get("tree", prompt.split("\n")[0]),
     }
 
 

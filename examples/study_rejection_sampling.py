@@ -9,15 +9,14 @@ keeps as many samples of the same prompts, drawn blindly from all that were made
 question, by rules that need no training (a trained verifier's figure is that of `study_token_rewards.py orm`).
 """
 
-import json
+import argparse
 import math
-import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 from datasets import Dataset
+from study_tools import data_folder, read
 
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.policy import train_policy
@@ -108,8 +107,7 @@ def report_rounds(seeds: list[dict[str, list[dict]]]) -> None:
 def report_picks(folder: Path) -> None:
     """The share of questions whose pick is right."""
     questions: dict[str, list[dict]] = {}
-    for line in (folder / "orm_gsm8k" / "model_solutions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read(folder / "orm_gsm8k" / "model_solutions.jsonl"):
         questions.setdefault(row["id"], []).append(row)
     groups = [group for group in questions.values() if len(group) == 4]
 
@@ -139,19 +137,18 @@ def report_picks(folder: Path) -> None:
         print(f"{name:<10} {mean:>6.3f}  {f'{low:.3f} to {high:.3f}':<16} {ends[0]:+.3f} to {ends[1]:+.3f}")
 
 
-def main(arguments: list[str]) -> None:
-    if "picks" in arguments:
-        named = os.environ.get("TRL_EXT_DATA")
-        folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
-        if not (folder / "orm_gsm8k").is_dir():
-            sys.exit(f"{folder} has no orm_gsm8k. Set TRL_EXT_DATA; README ('On real data') says where it comes from.")
-        report_picks(folder)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("study", choices=("rounds", "picks"))
+    parser.add_argument("--smoke", action="store_true", help="of rounds: a few rows and steps")
+    args = parser.parse_args()
+    if args.study == "picks":
+        report_picks(data_folder(["orm_gsm8k"]))
         return
-    smoke = "--smoke" in arguments
     with tempfile.TemporaryDirectory() as folder:
-        seeds = [0] if smoke else [0, 1, 2]
-        report_rounds([run_rounds(folder, seed, SMOKE if smoke else SIZES) for seed in seeds])
+        seeds = [0] if args.smoke else [0, 1, 2]
+        report_rounds([run_rounds(folder, seed, SMOKE if args.smoke else SIZES) for seed in seeds])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

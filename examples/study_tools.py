@@ -1,4 +1,4 @@
-"""What the two studies share: the real data, folds, baselines, training settings, and a table of means with errors."""
+"""What the studies share: the real data, folds, baselines, training settings, and a table of means with errors."""
 
 import json
 import math
@@ -37,7 +37,8 @@ def data_folder(needed: Sequence[str]) -> Path:
 
 def read(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # split at line feeds only: a text may hold other characters that Python takes for the end of a line
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def folds(

@@ -5,6 +5,7 @@ Knows arguments, and what they are called further down. Generates nothing itself
 
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -94,14 +95,30 @@ def json_object(name: str, value: dict | str | None) -> dict | None:
     return value
 
 
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    rows = []
+    # split at line feeds only: a text may hold other characters that Python takes for the end of a line
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; needed: an object.")
+        rows.append(row)
+    return rows
+
+
 def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
     """The fields of [`~trl_ext.pipelines.generation.Sampling`], with the examples of the file that few_shot names."""
     from trl_ext.pipelines.generation import Sampling
 
     sampling = {item.name: getattr(args, item.name) for item in fields(Sampling)}
     if args.few_shot is not None:
-        with open(args.few_shot, encoding="utf-8") as file:
-            sampling["few_shot"] = [json.loads(line) for line in file if line.strip()]
+        sampling["few_shot"] = read_rows(args.few_shot)
     return sampling
 
 

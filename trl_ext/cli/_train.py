@@ -4,7 +4,8 @@ The flow is that of TRL's `reward` script with the trainer and config of a comma
 itself.
 """
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 
 if TYPE_CHECKING:
@@ -22,10 +23,25 @@ def train_parser(config_class: "type[RewardConfig]", prog: str | None) -> "TrlPa
 
 def parse(parser: "TrlParser", argv: list[str] | None) -> tuple[Any, ...]:
     """What the arguments say, one object for each of the parser's types; a mistake ends the command in one line."""
+    from yaml import YAMLError
+
     try:
-        return parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:  # unknown flags and keys, values of a wrong kind, no such file
-        parser.error(str(error))
+        parsed = parser.parse_args_and_config(argv)
+        _check_choices(parsed)
+        return parsed
+    except (ValueError, OSError, YAMLError) as error:  # unknown flags and keys, values of a wrong kind, no such file
+        parser.error(" ".join(str(error).split()))
+
+
+def _check_choices(parsed: tuple[Any, ...]) -> None:
+    """Raise `ValueError` for a value of a config file that is none of those named: argparse sees only flags."""
+    for arguments in parsed:
+        for name, hint in get_type_hints(type(arguments)).items():
+            hints = (hint, *get_args(hint))  # `Literal[...]` itself, or in a union with None
+            known = [value for one in hints if get_origin(one) is Literal for value in get_args(one)]
+            value = arguments.__dict__.get(name)
+            if known and value is not None and value not in known:
+                raise ValueError(f"{name}={value!r} is not known. Needed: one of {', '.join(map(str, known))}.")
 
 
 def train_main(parser: "TrlParser", trainer_class: "type[Trainer]", argv: list[str] | None) -> int:
@@ -45,9 +61,11 @@ def train(
 
     Raises:
         ValueError: if no model or no dataset was named, or a split does not exist.
+        FileNotFoundError: if there is no checkpoint to resume from.
     """
     if model_args.model_name_or_path is None:
         raise ValueError("No model was named. Give `--model_name_or_path` a Hub id or a folder.")
+    _check_resume(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     train_dataset, eval_dataset = _load(script_args, dataset_args, training_args.eval_strategy != "no")
     trainer = build_trainer(trainer_class, training_args, model_args, train_dataset, eval_dataset)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -56,6 +74,19 @@ def train(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+
+
+def _check_resume(resume: str | bool | None, output_dir: Path) -> None:
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={resume!r} is not a folder (seen from {Path.cwd()}). Needed: a checkpoint-<step> "
+            "that a run saved, or in a config file true for the last one in output_dir."
+        )
+    if resume is True and not any(output_dir.glob("checkpoint-*")):
+        raise FileNotFoundError(
+            f"resume_from_checkpoint=True, and {output_dir} has no checkpoint-<step>. Leave it out to start from the "
+            "beginning."
+        )
 
 
 def build_trainer(
@@ -75,14 +106,17 @@ def build_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        return trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:  # of transformers or PEFT too: here it is about what was given
+        raise ValueError(str(error)) from error
 
 
 def _load(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool) -> tuple[Any, Any]:

@@ -8,10 +8,12 @@ their kin.
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
 from . import bench_ensemble, bench_fit, bench_generate, bench_reward, bench_score, bench_token
+from .main import TRACEBACK
 
 
 MEASURED = {
@@ -44,13 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report = module.measure(args)
     except ValueError as error:
+        if os.environ.get(TRACEBACK):
+            raise
         parser.error(str(error))
     finally:
         ours.setLevel(level)
-    print(module.table(report))
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    report = {"bench": args.command, **report}
     Path(output, "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(module.table(report))  # after the file: the reader may be gone
     plotted = module.plot(report, output / "bench.png")
     print(f"Wrote {output / 'bench.json'}" + (" and bench.png." if plotted else " (no bench.png without matplotlib)."))
     return 0

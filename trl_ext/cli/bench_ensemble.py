@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench_tools import (
     add_model_arguments,
+    check_counts,
     circumstances,
     differences,
     dtype_of,
@@ -90,8 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import datasets
     import transformers
 
-    if args.warmup < 1 or args.steps < 1 or args.repeats < 1 or args.members < 2:
-        raise ValueError("--warmup, --steps and --repeats must be at least 1, --members at least 2.")
+    check_counts(args, warmup=1, steps=1, repeats=1, members=2)
     keep_freed_memory()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

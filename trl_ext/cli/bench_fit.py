@@ -8,7 +8,6 @@ Nothing is downloaded.
 
 import argparse
 import copy
-import importlib.util
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from .fit_config import (
     training_step,
     values_of,
 )
-from .fit_phase_report import dominates, measure_phases, phases_table, plot_phases
+from .fit_phase_report import dominates, in_gib, measure_phases, phases_table, plot_memory, plot_phases
 from .fit_pipelines import PIPELINES
 from .fit_rows import Sizes, write_random_model
 from .fit_runs import GIB, measured, run_training
@@ -90,21 +89,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.config} says how processes are launched (`accelerate launch --config_file`) and names no model. "
             "Give the config of what is launched."
         )
+    if args.sft_config is not None and command != "rejection_sampling":
+        raise ValueError(
+            f"--sft_config says what rejection sampling is followed by, and this is a config of {command}."
+        )
     if command in PIPELINES:
         report = measure_phases(command, args, MOST_FLOPS_ON_CPU)
         vars(args).update(dtype=None, attn_implementation=None)  # each phase has its own
-        return {**report, **circumstances(args)}
+        return {**report, **circumstances(args), "dtype": None}
     if command not in TRAINERS:
         raise ValueError(
             f"The folder {command!r} does not say whose config it is. Give --trainer: {[*TRAINERS, *PIPELINES]}."
         )
     parsed = parse(command, args)
-    wanted, longest = (args.prompt_length or 0) + (args.completion_length or 0), parsed.training.max_length
-    if longest is not None and wanted > longest:
-        raise ValueError(
-            f"--prompt_length and --completion_length are {wanted} tokens, and the config's max_length is {longest}: "
-            f"the trainer would drop or cut such rows. Add --override max_length={wanted}."
-        )
     config, source = config_of(parsed.model.model_name_or_path)
     attention = parsed.model.attn_implementation
     if not args.estimate:
@@ -118,13 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": parsed.model.model_name_or_path,
         "shape": source,
         "batch": {**vars(sizes), "model_tokens": estimate.model_tokens},
-        "estimate": {
-            "gib": {name: size / GIB for name, size in estimate.parts().items()},
-            "total_gib": estimate.peak / GIB,
-            "saved_for_backward_gib": estimate.saved / GIB,
-            "flops": estimate.flops,
-            "trained_parameters": estimate.trained_parameters,
-        },
+        "estimate": in_gib(estimate),
         "gpu_memory": args.gpu_memory,
         "reserve": args.reserve,
         "fits": found["fits"],
@@ -231,28 +222,6 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     """What the memory is made of, and each change, beside the card; `False` where matplotlib is not installed."""
     if "phases" in report:
         return plot_phases(report, path)
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = ["as it is", *(case["name"] for case in report["changes"])]
-    figure = Figure(figsize=(8.0, 1.5 + 0.4 * len(names)), layout="constrained")
-    axes = figure.add_subplot()
-    left = 0.0
-    for part, gib in report["estimate"]["gib"].items():
-        axes.barh(0, gib, left=left, label=part)
-        left += gib
-    totals = [case["gib"] for case in report["changes"]]
-    axes.barh(range(1, len(names)), totals, color="lightgrey")
-    for place, gib in enumerate([left, *totals]):
-        axes.text(gib, place, f" {gib:.1f}", va="center", fontsize=7)
-    axes.axvline(report["gpu_memory"], color="black", linewidth=0.8)
-    axes.axvline(report["gpu_memory"] - report["reserve"], color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB (estimate)")
-    axes.set_title(f"{report['config']}: {report['model']}", fontsize=9)
-    axes.legend(fontsize=7)
-    FigureCanvasAgg(figure).print_png(path)
-    return True
+    bars = {"as it is": report["estimate"]["gib"]}
+    bars |= {case["name"]: {"after a change": case["gib"]} for case in report["changes"]}
+    return plot_memory(bars, report, f"{report['config']}: {report['model']}", path)

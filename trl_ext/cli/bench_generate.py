@@ -17,6 +17,7 @@ from .bench_tools import (
     FIRST_WORD,
     VOCABULARY,
     add_model_arguments,
+    check_counts,
     circumstances,
     dtype_of,
     forget_peak,
@@ -59,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         (time of that side over that of the plain loop), and the circumstances.
 
     Raises:
-        ValueError: the batch does not hold whole prompts, without which the plain loop cannot run.
+        ValueError: nothing to do, or the batch does not hold whole prompts, without which the plain loop cannot run.
     """
     import torch
     import transformers
@@ -69,6 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from trl_ext.pipelines.generation import Sampling
     from trl_ext.pipelines.rejection_sampling import RejectionSampler
 
+    check_counts(args, num_prompts=1, num_generations=1, prompt_length=1, completion_length=1, batch_size=1, repeats=1)
     if args.batch_size % args.num_generations:
         raise ValueError(
             f"--batch_size {args.batch_size} is no multiple of --num_generations {args.num_generations}, which a "

@@ -17,6 +17,7 @@ from .bench_tools import (
     VOCABULARY,
     CountTokens,
     add_model_arguments,
+    check_counts,
     circumstances,
     differences,
     dtype_of,
@@ -92,8 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import datasets
     import transformers
 
-    if args.warmup < 1 or args.steps < 1 or args.repeats < 1:
-        raise ValueError("--warmup, --steps and --repeats must be at least 1.")
+    check_counts(args, warmup=1, steps=1, repeats=1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     cases = []

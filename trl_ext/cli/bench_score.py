@@ -19,6 +19,7 @@ from .bench_tools import (
     FIRST_WORD,
     VOCABULARY,
     add_model_arguments,
+    check_counts,
     circumstances,
     dtype_of,
     forget_peak,
@@ -85,6 +86,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from trl_ext.models.loading import describe_base
     from trl_ext.models.sidecar import Sidecar, set_sidecar
 
+    check_counts(args, num_prompts=1, num_completions=1, prompt_length=1, completion_length=1, batch_size=1, repeats=1)
     transformers.utils.logging.disable_progress_bar()
     prompts, completions = synthetic_texts(args)
     tokenizer = words_tokenizer()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .bench_tools import (
     CountTokens,
     add_model_arguments,
+    check_counts,
     circumstances,
     differences,
     dtype_of,
@@ -59,8 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import datasets
     import transformers
 
-    if min(args.warmup, args.steps, args.repeats, args.questions) < 1:
-        raise ValueError("--warmup, --steps, --repeats and --questions must be at least 1.")
+    check_counts(args, warmup=1, steps=1, repeats=1, questions=1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     cases = []

@@ -35,6 +35,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def check_counts(args: argparse.Namespace, **least: int) -> None:
+    """Raise `ValueError` for an option below the number that it needs at least."""
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise ValueError(f"--{name} is {getattr(args, name)}; needed: {number} or more.")
+
+
 def synthetic_groups(number: int, prompt: int, completion: int, candidates: int, seed: int = 0) -> "Dataset":
     """
     Tokenized rankings: a random prompt of `prompt` tokens, and `candidates` completions of `completion` tokens each.

@@ -17,6 +17,7 @@ from ._generation import (
     GenerationArguments,
     described,
     model_init_kwargs,
+    read_rows,
     sampling_kwargs,
     server_kwargs,
 )
@@ -55,6 +56,7 @@ class BestOfNArguments(GenerationArguments):
 
 
 _FREE = ("input", "output", "generation_batch_size", *SERVER)  # what may change when it goes on
+_ADDED = ("completion", "score", "sample_index", "answer", "candidates")
 
 
 def make_parser(prog: str | None = "trl-ext best-of-n") -> "TrlParser":
@@ -69,11 +71,20 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
     Complete the rows that have no completion yet. Returns how many there are, and how many could not be scored.
 
     Raises:
-        ValueError: a line is no JSON object, or the output was made of other rows or with other arguments.
+        ValueError: a line is no JSON object, a row has a column that would be written, or the output was made of other
+            rows or with other arguments.
     """
     from trl_ext.pipelines.best_of_n import Picker, as_rows
 
     rows = as_rows(read_rows(args.input))
+    added = [name for name in _ADDED if {"answer": args.vote, "candidates": args.return_candidates}.get(name, True)]
+    for number, row in enumerate(rows, start=1):
+        taken = [name for name in added if name in row]
+        if taken:
+            raise ValueError(
+                f"{args.input}, row {number} has a column {taken[0]!r}, which would be written over. Rename or remove "
+                "it."
+            )
     output = Path(args.output)
     done = _resume(args, output, rows)
     unscored = 0
@@ -107,26 +118,12 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
     return {"rows": len(rows), "earlier": done, "without_score": unscored, "output": str(output)}
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    rows = []
-    # split at line feeds only: a text may hold other characters that Python takes for the end of a line
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; needed: an object with a prompt.")
-        rows.append(row)
-    return rows
-
-
 def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) -> int:
     """How many rows are done; what was written of an unfinished chunk is cut off."""
+    from trl_ext.pipelines.generation import Sampling
+
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE} | _identities(args)
+    settings |= asdict(Sampling.of(**sampling_kwargs(args)))  # what files hold, not how they are called
     manifest = output.with_name(output.name + ".args.json")
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -144,8 +141,9 @@ def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) ->
         raise ValueError(f"{output} has {len(lines)} rows, and the input {len(rows)}. Give another output.")
     done = len(lines) if len(lines) == len(rows) else len(lines) // CHUNK_ROWS * CHUNK_ROWS
     for number, (line, row) in enumerate(zip(lines[:done], rows, strict=False), start=1):
-        if json.loads(line)["prompt"] != row["prompt"]:
-            raise ValueError(f"{output}, line {number} has another prompt than the input. Give another output.")
+        written = {name: value for name, value in json.loads(line).items() if name not in _ADDED or name in row}
+        if json.dumps(written, sort_keys=True) != json.dumps(row, sort_keys=True):  # NaN equals NaN here
+            raise ValueError(f"{output}, line {number} was made of another row than the input's. Give another output.")
     with output.open("r+b") as file:
         file.truncate(sum(map(len, lines[:done])))
     return done

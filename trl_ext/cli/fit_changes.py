@@ -3,6 +3,8 @@
 Knows the arguments of a command and what a change of one does to a run. Estimates nothing itself.
 """
 
+import json
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,12 +33,14 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
         yield Change("gradient checkpointing", {"gradient_checkpointing": True}, True)
     given = vars(training)  # those of texts have no such batches
     if given.get("max_tokens_per_batch") is not None:
-        half = training.max_tokens_per_batch // 2
-        yield Change("half the tokens in a batch", {"max_tokens_per_batch": half}, True)
+        half = {"max_tokens_per_batch": training.max_tokens_per_batch // 2, "gradient_accumulation_steps": 2 * steps}
+        yield Change("half the tokens in a batch, twice the accumulation", half, True)
     else:
-        if rows > 1:
-            halved = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
-            yield Change("half the rows in a batch, twice the accumulation", halved, True)
+        if rows > 1:  # as many in a step as before
+            fewer = rows // 2 if rows % 2 == 0 else 1
+            name = "half the rows in a batch, twice" if rows % 2 == 0 else f"one row in a batch, {rows} times"
+            values = {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": rows // fewer * steps}
+            yield Change(f"{name} the accumulation", values, True)
         if steps > 1 and steps % 2 == 0:
             doubled = {"per_device_train_batch_size": 2 * rows, "gradient_accumulation_steps": steps // 2}
             yield Change("twice the rows in a batch, half the accumulation", doubled, True)
@@ -83,4 +87,7 @@ def advise(cases: list[dict[str, Any]], now: dict[str, Any]) -> str:
 
 
 def _flags(case: dict[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in case["values"].items())
+    return " ".join(
+        f"--{name} {shlex.quote(json.dumps(value)) if isinstance(value, dict) else value}"
+        for name, value in case["values"].items()
+    )

@@ -45,7 +45,10 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the file says, with the overrides."""
     import yaml
 
-    values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args.config} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{args.config} holds no arguments. Needed: lines such as `model_name_or_path: NAME`.")
     for override in args.override:
@@ -79,19 +82,25 @@ def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
 def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace) -> Sizes:
     """The rows that fill the config's `max_length`, and how many make up a batch."""
     longest, training = parsed.training.max_length, parsed.training
+    wanted = (args.prompt_length or 0) + (args.completion_length or 0)
+    if longest is not None and wanted > longest:
+        raise ValueError(
+            f"--prompt_length and --completion_length are {wanted} tokens, and the config's max_length is {longest}: "
+            f"the trainer would drop or cut such rows. Add --override max_length={wanted}."
+        )
     if longest is None and None in (args.prompt_length, args.completion_length):
         raise ValueError("The config has no max_length. Give --prompt_length and --completion_length.")
     prompt = args.prompt_length
     if prompt is None:
         prompt = longest // 2 if args.completion_length is None else longest - args.completion_length
     completion = longest - prompt if args.completion_length is None else args.completion_length
-    if longest is not None and prompt + completion > longest:  # as the trainer would drop it
-        prompt, completion = longest // 2, longest - longest // 2
     candidates = args.candidates
     if candidates is None:
         ranked = command in ("reward", "ensemble")
         alone = not ranked and not training.group_by_prompt
         candidates = 1 if alone else 2 if training.loss_type == "bradley_terry" else 4
+    elif training.loss_type == "bradley_terry" and candidates != 2:
+        raise ValueError(f"--candidates is {candidates}, and the config's loss_type bradley_terry learns from pairs.")
     if min(prompt, candidates) < 1 or completion < 2:
         raise ValueError("Needed: at least 1 token of prompt, 2 of completion and 1 candidate.")
     rows, words = training.per_device_train_batch_size, min(4096, config.get_text_config().vocab_size)

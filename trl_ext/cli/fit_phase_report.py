@@ -29,7 +29,8 @@ def measure_phases(command: str, args: argparse.Namespace, most_flops: float) ->
 
     Returns:
         `dict` with the `phases`, the name of the `largest`, whether all that is estimated `fits`, `not_estimated`, and
-        `changes` and `advice` for the largest.
+        `changes` and `advice` for `changed`: the largest of the phases that the config can change, and of these first
+        one that does not fit.
     """
     phases = PIPELINES[command](args)
     if not args.estimate:
@@ -50,6 +51,7 @@ def measure_phases(command: str, args: argparse.Namespace, most_flops: float) ->
         "largest": None,
         "fits": None,
         "not_estimated": [name for name in found if name not in known],
+        "changed": None,
         "changes": [],
         "advice": None,
     }
@@ -57,14 +59,13 @@ def measure_phases(command: str, args: argparse.Namespace, most_flops: float) ->
         return report
     largest = max(known, key=lambda name: known[name]["estimate"]["total_gib"])
     report |= {"largest": largest, "fits": all(case["fits"] for case in known.values())}
-    if not args.no_changes and any(phase.changes for phase in phases if phase.name == largest):
-        others = all(case["fits"] for name, case in known.items() if name != largest)
-        report["changes"] = _changes(command, next(phase for phase in phases if phase.name == largest), others, args)
-        now = known[largest]
-        rows = next(phase.rows for phase in phases if phase.name == largest)
-        report["advice"] = advise(
-            report["changes"], {"fits": report["fits"], "flops_per_row": now["estimate"]["flops"] / rows}
-        )
+    able = [phase for phase in phases if phase.changes and phase.name in known]
+    if able and not args.no_changes:
+        phase = max(able, key=lambda p: (not known[p.name]["fits"], known[p.name]["estimate"]["total_gib"]))
+        tight = [p.name for p in phases if p.same_as is None and p.name in known and not known[p.name]["fits"]]
+        report |= {"changed": phase.name, "changes": _changes(command, phase, tight, args)}
+        now = {"fits": report["fits"], "flops_per_row": known[phase.name]["estimate"]["flops"] / phase.rows}
+        report["advice"] = advise(report["changes"], now)
     return report
 
 
@@ -87,18 +88,9 @@ def _found(phase: Phase, args: argparse.Namespace, most_flops: float) -> dict[st
     if phase.estimate is None:
         return case | {"not_measured": "not estimated"}
     estimate = phase.estimate(True)
-    total = estimate.peak / GIB
-    case["estimate"] = {
-        "gib": {name: size / GIB for name, size in estimate.parts().items()},
-        "total_gib": total,
-        "saved_for_backward_gib": estimate.saved / GIB,
-        "flops": estimate.flops,
-        "trained_parameters": estimate.trained_parameters,
-    }
-    free = args.gpu_memory - args.reserve
-    case |= {"fits": total <= free, "dominates": dominates(estimate.parts())}
-    if phase.halves and not case["fits"] and sum(estimate.weights.values()) / GIB < free:
-        case["fits"] = True
+    case |= {"estimate": in_gib(estimate), "fits": _fits(phase, estimate, args)}
+    case["dominates"] = dominates(estimate.parts())
+    if case["fits"] and estimate.peak / GIB > args.gpu_memory - args.reserve:
         case["note"] = ". ".join([*notes, "a batch that does not fit is run in halves"])
     if args.estimate:
         return case
@@ -114,6 +106,12 @@ def _found(phase: Phase, args: argparse.Namespace, most_flops: float) -> dict[st
     return case
 
 
+def _fits(phase: Phase, estimate: Any, args: argparse.Namespace) -> bool:
+    """Whether a phase fits on the card, in halves of its batch if it can be run so."""
+    least = sum(estimate.weights.values()) if phase.halves else estimate.peak
+    return least / GIB + args.reserve <= args.gpu_memory
+
+
 def _as_before(phase: Phase, same: dict[str, Any]) -> dict[str, Any]:
     return same | {
         "phase": phase.name,
@@ -123,20 +121,19 @@ def _as_before(phase: Phase, same: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _changes(command: str, largest: Phase, others_fit: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the largest phase would take after each change of the config."""
+def _changes(command: str, phase: Phase, tight: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a phase would take after each change of the config, and whether all that are too `tight` now then fit."""
     found = []
-    for change in largest.changes:
+    for change in phase.changes:
         given = argparse.Namespace(**vars(args))
         given.override = [*args.override, *(f"{name}={_yaml(value)}" for name, value in change.values.items())]
         try:
-            phase = next(phase for phase in PIPELINES[command](given) if phase.name == largest.name)
-            estimate = phase.estimate(True)
+            new = {other.name: other for other in PIPELINES[command](given)}
+            estimates = {name: new[name].estimate(True) for name in {phase.name, *tight}}
         except ValueError:  # what the change leads to cannot be trained or estimated
             continue
-        gib = estimate.peak / GIB
-        fits = others_fit and gib + args.reserve <= args.gpu_memory
-        case = {"gib": gib, "fits": fits, "flops_per_row": estimate.flops / phase.rows}
+        own, fits = estimates[phase.name], all(_fits(new[name], one, args) for name, one in estimates.items())
+        case = {"gib": own.peak / GIB, "fits": fits, "flops_per_row": own.flops / new[phase.name].rows}
         found.append(change._asdict() | case)
     return found
 
@@ -145,6 +142,17 @@ def _yaml(value: Any) -> str:
     import yaml
 
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def in_gib(estimate: Any) -> dict[str, Any]:
+    """An `Estimate` as it is reported."""
+    return {
+        "gib": {name: size / GIB for name, size in estimate.parts().items()},
+        "total_gib": estimate.peak / GIB,
+        "saved_for_backward_gib": estimate.saved / GIB,
+        "flops": estimate.flops,
+        "trained_parameters": estimate.trained_parameters,
+    }
 
 
 def dominates(parts: dict[str, int]) -> str:
@@ -179,7 +187,8 @@ def phases_table(report: dict[str, Any]) -> str:
         parts.append("No phase could be estimated.")
     else:
         case = next(case for case in report["phases"] if case["phase"] == report["largest"])
-        verdict = "fits" if report["fits"] else "does not fit"
+        tight = ", ".join(case["phase"] for case in report["phases"] if case["fits"] is False)
+        verdict = f"does not fit ({tight})" if tight else "fits"
         but = f" (but for {', '.join(report['not_estimated'])})" if report["not_estimated"] else ""
         parts.append(
             f"{report['command']} {report['config']}: the phases take turns on the GPU. The largest is "
@@ -188,7 +197,7 @@ def phases_table(report: dict[str, Any]) -> str:
             "CUDA and the allocator (not estimated)."
         )
     if report["changes"]:
-        rows = [["change", f"GiB of {report['largest']}", "fits", "learns the same"]]
+        rows = [["change", f"GiB of {report['changed']}", "fits", "learns the same"]]
         for case in report["changes"]:
             words = ["yes" if case[name] else "no" for name in ("fits", "same_result")]
             rows.append([case["name"], f"{case['gib']:.2f}", *words])
@@ -217,28 +226,32 @@ def _runs(cases: list[dict[str, Any]]) -> str:
 
 def plot_phases(report: dict[str, Any], path: Path) -> bool:
     """What each phase takes, as bars; `False` where matplotlib is not installed."""
-    cases = [case for case in report["phases"] if case["estimate"] is not None]
-    if importlib.util.find_spec("matplotlib") is None or not cases:
+    bars = {case["phase"]: case["estimate"]["gib"] for case in report["phases"] if case["estimate"] is not None}
+    return plot_memory(bars, report, report["config"], path)
+
+
+def plot_memory(bars: dict[str, dict[str, float]], report: dict[str, Any], title: str, path: Path) -> bool:
+    """Bars of the GiB of parts, beside the card; `False` where matplotlib is not installed, or there is no bar."""
+    if importlib.util.find_spec("matplotlib") is None or not bars:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for case in cases for name in case["estimate"]["gib"]))
-    figure = Figure(figsize=(8.0, 1.5 + 0.5 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(8.0, 1.5 + 0.4 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
-    left = [0.0] * len(cases)
-    for name in names:
-        sizes = [case["estimate"]["gib"].get(name, 0.0) for case in cases]
-        axes.barh(range(len(cases)), sizes, left=left, label=name)
+    left = [0.0] * len(bars)
+    for part in dict.fromkeys(part for parts in bars.values() for part in parts):
+        sizes = [parts.get(part, 0.0) for parts in bars.values()]
+        axes.barh(range(len(bars)), sizes, left=left, label=part)
         left = [before + size for before, size in zip(left, sizes, strict=True)]
     for place, total in enumerate(left):
         axes.text(total, place, f" {total:.1f}", va="center", fontsize=7)
     axes.axvline(report["gpu_memory"], color="black", linewidth=0.8)
     axes.axvline(report["gpu_memory"] - report["reserve"], color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(cases)), [case["phase"] for case in cases], fontsize=7)
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("GiB (estimate)")
-    axes.set_title(report["config"], fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7)
     FigureCanvasAgg(figure).print_png(path)
     return True

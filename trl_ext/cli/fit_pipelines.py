@@ -8,12 +8,11 @@ import argparse
 import copy
 import inspect
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .fit_changes import Change, changes
-from .fit_config import Parsed, objects, parse, sizes_of, values_of
+from .fit_config import TRAINERS, Parsed, objects, parse, sizes_of, values_of
 from .fit_phases import Phase, job, policy, reward_training, scoring, text_training, writing
 from .fit_rows import Sizes
 
@@ -34,6 +33,7 @@ def rejection_phases(args: argparse.Namespace) -> list[Phase]:
     from ._generation import sampling_kwargs
     from .rejection_sample import make_parser
 
+    _no_candidates(args, "num_generations says how many completions a prompt has")
     (own,) = objects(make_parser(), values_of(args), trains=False)
     sampling = Sampling.of(**sampling_kwargs(own))
     check_request(own.num_generations, own.backend, sampling)
@@ -71,8 +71,10 @@ def _generation(own: Any, sampling: Any, prompt: int, completion: int, args: arg
     own_changes = [
         Change("half the generation_batch_size", {"generation_batch_size": halved}, True),
         Change("4-bit policy", {"load_in_4bit": True}, False),
-        Change("half the max_completion_length", {"max_completion_length": completion // 2}, False),
     ]
+    if args.completion_length is None:
+        shorter = {"max_completion_length": completion // 2}
+        own_changes.append(Change("half the max_completion_length", shorter, False))
     kwargs = model_init_kwargs(own)
     kwargs.pop("revision", None)
     phase = writing(name, own.model_name_or_path, writes, sampling, kwargs, args)
@@ -112,7 +114,8 @@ def _reward_model(spec: str, args: argparse.Namespace) -> tuple[str, Parsed, Any
     if spec in TRL_REWARDS or ("." in spec and "/" not in spec and not Path(spec).exists()):
         return None
     file = None
-    for path in sorted(Path(args.config).resolve().parents[1].glob("*/*.yaml")):
+    around = Path(args.config).resolve().parent.parent
+    for path in sorted(path for command in TRAINERS for path in around.glob(f"{command}/*.yaml")):
         if f"output_dir: {spec}" in path.read_text(encoding="utf-8").splitlines():
             file = path
     if file is not None and file.parent.name == "ensemble" or Path(spec, ENSEMBLE_NAME).is_file():
@@ -131,7 +134,7 @@ def _reward_model(spec: str, args: argparse.Namespace) -> tuple[str, Parsed, Any
                 model.lora_r, model.lora_target_modules = adapter.r, adapter.target_modules
         config, _ = config_of(model.model_name_or_path)
         return "reward", Parsed(training=None, model=model), config, f"the folder {spec}"
-    if file is not None and file.parent.name in ("reward", "orm", "prm", "segment"):
+    if file is not None:
         parsed = parse(file.parent.name, argparse.Namespace(config=str(file), override=[]))
         config, _ = config_of(parsed.model.model_name_or_path)
         return file.parent.name, parsed, config, f"{file.parent.name}/{file.name}"
@@ -167,9 +170,9 @@ def _fine_tuning(own: Any, prompt: int, completion: int, args: argparse.Namespac
         from_file = values_of(argparse.Namespace(config=args.sft_config, override=[]))
     parser = TrlParser((SFTConfig, ModelConfig))
     training, model = objects(parser, {k: v for k, v in from_file.items() if not k.startswith("dataset_")})
-    longest = training.max_length or prompt + completion
-    sizes = Sizes(min(prompt, longest // 2), 0, 1, training.per_device_train_batch_size)
-    sizes = replace(sizes, completion=min(completion, longest - sizes.prompt))
+    longest = training.max_length or prompt + completion  # what is longer is cut
+    completion = min(completion, longest - min(prompt, longest // 2))
+    sizes = Sizes(min(prompt, longest - completion), completion, 1, training.per_device_train_batch_size)
     model.model_name_or_path = model.model_name_or_path or own.model_name_or_path
     shape, _ = config_of(model.model_name_or_path)
     phase = text_training("fine-tuning (SFT)", Parsed(training=training, model=model), shape, None, sizes, args)
@@ -195,7 +198,7 @@ def weak_to_strong_phases(args: argparse.Namespace) -> list[Phase]:
         legs += [("ceiling", name, strong, "gold"), ("student", name, strong, config.student_loss)]
     phases: list[Phase] = []
     for role, name, loading, loss in legs:
-        own = f" {Path(name).name}" if len(legs) > 3 else ""
+        own = f" {name}" if len(legs) > 3 else ""
         found = _leg(config, training, role, name, loading, loss, args)
         for phase in found:
             if role == "student" and (loss != "kd" or phase.name != "training"):
@@ -233,6 +236,7 @@ def _leg(
         trains = reward_training("training", command, parsed, shape, sizes, args)
         trains.changes = list(_leg_changes(command, weak, parsed, config))
         return [trains, scoring("judging", command, parsed, shape, sizes, args)]
+    _no_candidates(args, "there is one text a prompt")
     prompt, completion = _lengths(own.max_length, config.max_completion_length, args)
     sizes = Sizes(prompt, completion, 1, own.per_device_train_batch_size)
     teachers = [config_of(teacher)[0] for teacher in config.weak_model_name_or_path if loss == "kd"]
@@ -260,6 +264,11 @@ def _leg_changes(command: str, weak: bool, parsed: Parsed, config: Any) -> Itera
             values |= {"weak_training": config.weak_training | arguments} if arguments else {}
         if values:
             yield change._replace(values=values)
+
+
+def _no_candidates(args: argparse.Namespace, why: str) -> None:
+    if args.candidates is not None:
+        raise ValueError(f"--candidates has no meaning here: {why}.")
 
 
 def _lengths(longest: int | None, written: int, args: argparse.Namespace) -> tuple[int, int]:

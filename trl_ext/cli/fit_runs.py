@@ -37,7 +37,7 @@ def measured(run: Callable[[bool], dict[str, Any]], gpu_memory: float, activatio
     try:
         found = run(False)
         if not on_gpu:
-            found |= {name: value for name, value in run(True).items() if "gib" in name}
+            found["activations_gib"] = run(True)["activations_gib"]
     except torch.OutOfMemoryError as error:
         return {"fits": False, "out_of_memory": str(error).splitlines()[0]}
     finally:
@@ -190,6 +190,8 @@ def _infer(run: Callable[[], Any], model: Any, tokens: int, count: bool) -> dict
     from trl_ext.models.live_bytes import LiveBytes
 
     tensors, live = [*model.parameters(), *model.buffers()], None
+    if not count:
+        run()  # the warm-up
     forget_peak()
     started = time.perf_counter()
     if count:

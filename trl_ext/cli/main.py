@@ -91,7 +91,7 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
 
     That is an error of a class of ours, a `ValueError` or `ImportError` that our code raised itself, and any `OSError`
     (a missing file, an unknown repository). Everything else is a bug, here or below, and keeps its traceback. A reader
-    of standard output that goes away (`| head`) ends the command without a word.
+    of standard output that goes away (`| head`) ends the command without a word, Ctrl-C with one.
 
     Args:
         prog (`str`):
@@ -102,8 +102,8 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
             Its arguments. Defaults to those of the process.
 
     Returns:
-        `int`: the exit status: what the command returned, 1 after an error, 141 (as of a process ended by SIGPIPE)
-        when the reader is gone.
+        `int`: the exit status: what the command returned, 1 after an error, 130 after Ctrl-C, 141 (as of a process
+        ended by SIGPIPE) when the reader is gone.
     """
     try:
         status = command(argv) or 0
@@ -114,12 +114,22 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
         if isinstance(error, BrokenPipeError) and ours:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at exit
             return 141
-        named = isinstance(error, OSError) or type(error).__module__.startswith("trl_ext.")
+        named = _is_of_files(error) or type(error).__module__.startswith("trl_ext.")
         expected = named or (ours and isinstance(error, (ValueError, ImportError)))
         if os.environ.get(TRACEBACK) or not expected:
             raise
         print(f"{prog}: error: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether the system refused a file: a path that is not there, a full disk (also in the writer of weights)."""
+    return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "(os error " in str(error))
 
 
 def _raised_here(error: Exception) -> bool:

@@ -54,6 +54,8 @@ def run(args: ScoreArguments) -> int:
     to_file = args.output != "-"
     if to_file and args.input != "-" and Path(args.output).exists() and os.path.samefile(args.input, args.output):
         raise ScoreError(f"--output is the input file {args.input}. Give another file: rows are not written in place.")
+    if to_file and Path(args.output).is_dir():
+        raise ScoreError(f"--output {args.output} is a folder. Needed: the name of a file, e.g. in that folder.")
     with ExitStack() as stack:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
         rows = read_rows(source, args.input)

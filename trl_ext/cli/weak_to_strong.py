@@ -4,6 +4,7 @@ The trainer's arguments are those of the task (`--task preference|outcome|steps|
 and quantization of the strong model. The weak model is trained in full unless `--weak_use_peft` says otherwise.
 """
 
+import argparse
 import copy
 import sys
 from dataclasses import dataclass, field
@@ -41,15 +42,16 @@ def task_of(argv: list[str]) -> str:
     """The task that the arguments, or the file behind `--config`, name: it decides which arguments there are."""
     import yaml
 
-    task = "preference"
-    for name, value in zip(argv, argv[1:], strict=False):
-        if name == "--config":
-            with open(value, encoding="utf-8") as file:
-                task = (yaml.safe_load(file) or {}).get("task", task)
-    for name, value in zip(argv, argv[1:], strict=False):
-        if name == "--task":
-            task = value
-    return task if task in CONFIGS else "preference"
+    first = argparse.ArgumentParser("trl-ext weak-to-strong", add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--task")
+    given, _ = first.parse_known_args(argv)
+    task = given.task
+    if task is None and given.config is not None:
+        with open(given.config, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+        task = values.get("task") if isinstance(values, dict) else None  # what is wrong with it the parser says
+    return task if task in list(CONFIGS) else "preference"
 
 
 def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "preference") -> "TrlParser":
@@ -70,12 +72,14 @@ def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "prefer
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    from yaml import YAMLError
+
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = make_parser(task=task_of(argv))
-    except OSError as error:
-        make_parser().error(str(error))
-    run(*parse(parser, argv))
+        task = task_of(argv)
+    except (OSError, ValueError, YAMLError):  # said by the parser, which reads the file again
+        task = "preference"
+    run(*parse(make_parser(task=task), argv))
     return 0
 
 
@@ -107,7 +111,9 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
     }
     splits = load_source(data.dataset_name, data.dataset_config)
     train = select_split(splits, data.dataset_train_split, "--dataset_train_split")
-    test = splits.get(data.dataset_test_split)
+    split = data.dataset_test_split
+    # without the split that is looked for by default a share of the prompts is held out
+    test = None if split == "test" and split not in splits else select_split(splits, split, "--dataset_test_split")
     weak_model = weak_model_config(model, weak)
     report = weak_to_strong(
         config,
