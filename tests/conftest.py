@@ -27,6 +27,12 @@ torch.set_num_threads(1)
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def wandb_elsewhere(tmp_path_factory):
+    """A run that a test opens leaves nothing in the working tree, whichever test of the process uses W&B first."""
+    os.environ["WANDB_DIR"] = str(tmp_path_factory.mktemp("wandb"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data sets: `TRL_EXT_DATA`, else ``shared/data`` beside the project; skips where absent."""

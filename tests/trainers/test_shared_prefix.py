@@ -13,7 +13,7 @@ from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from tests.trainers.helpers import config, history, largest_difference, lora, trainer_for, weights
 from trl_ext import RewardConfig, RewardTrainer, load_reward_model
 from trl_ext.models.sidecar import read_sidecar
-from trl_ext.trainers import reward_trainer
+from trl_ext.trainers import head_training, reward_trainer
 
 
 STEPS = 10
@@ -167,7 +167,7 @@ def test_flat_and_padded_batches_take_turns(base, tmp_path, passes):
 def evaluated(base, tmp_path, monkeypatch):
     """For flat and padded rows: metrics of an evaluation, the sample table's groups, all scores, predictions."""
     results = []
-    monkeypatch.setattr(reward_trainer, "open_run", lambda trainer: None)
+    monkeypatch.setattr(head_training, "open_run", lambda trainer: None)
     rows = ranked_rows(11, k=4, ragged=True, seed=5)
     for shared in (True, False):
         tables = []

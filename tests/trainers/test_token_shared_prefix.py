@@ -12,7 +12,7 @@ from tests.trainers.helpers import history, largest_difference, lora, weights
 from tests.trainers.token_helpers import KINDS, token_trainer
 from trl_ext import load_reward_model
 from trl_ext.models.sidecar import read_sidecar
-from trl_ext.trainers import token_model
+from trl_ext.trainers import head_training, token_model
 from trl_ext.trainers import token_trainer as trainer_module
 
 
@@ -139,7 +139,7 @@ def test_a_token_classification_decoder(base, tmp_path, passes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_table_and_predictions_equal_padded_rows(kind, base, tmp_path, passes, monkeypatch):
     found = []
-    monkeypatch.setattr(trainer_module, "open_run", lambda trainer: None)
+    monkeypatch.setattr(head_training, "open_run", lambda trainer: None)
     data = Dataset.from_list(rows_of(kind, 11, seed=5))
     for shared in (True, False):
         tables = []

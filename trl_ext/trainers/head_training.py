@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from trl_ext.models.heads import check_head_trains
 from trl_ext.models.shared_prefix import current_attention, select_attention
@@ -80,6 +80,10 @@ class HeadTraining:
             return super().evaluate(*args, **kwargs)
         finally:
             self.model.train(training)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        open_run(self)
+        return super().predict(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""

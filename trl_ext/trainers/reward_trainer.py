@@ -42,7 +42,7 @@ from .objective import RankingObjective
 from .recording import GroupRecorder, RecordingCallback, ScoredBatch, signed_ratings
 from .reward_config import RewardConfig
 from .setup import is_template_file
-from .tracking import ScoredGroup, log_evaluation, open_run, without_missing_wandb
+from .tracking import ScoredGroup, log_evaluation, without_missing_wandb
 
 
 EvalDataset = Dataset | IterableDataset
@@ -296,7 +296,6 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         `predictions` are the scores (rows, K), -100 where a row has no candidate; dropped rows have none. `metrics`
         are those of `evaluate`.
         """
-        open_run(self)
         test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 

@@ -44,7 +44,7 @@ from .token_model import as_predictions, check_token_model, known_sidecar, token
 from .token_objective import TokenObjective
 from .token_recording import EvaluationRecorder, Evaluator, TrainingRecorder, labelled_points, real_scores
 from .token_samples import COLUMNS, SampleTable
-from .tracking import log_table, open_run, without_missing_wandb
+from .tracking import log_table, without_missing_wandb
 
 
 class TokenRewardTrainer(HeadTraining, Trainer, ABC):
@@ -349,7 +349,6 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         `predictions` are the outputs of all tokens, (N, T, C) or (N, T, G, C), `label_ids` the labels, (N, T) or
         (N, T, G), both -100 where there is none; dropped rows have none. `metrics` are those of `evaluate`.
         """
-        open_run(self)
         test_dataset = self._data.prepare(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
