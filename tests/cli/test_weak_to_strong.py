@@ -77,11 +77,18 @@ def test_a_config_that_is_no_mapping_is_said_in_a_line(command, text, words, tmp
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag", ["--model_name_or_path", "--model_revision"])
-def test_flags_of_one_model_are_refused(flag, capsys):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--model_name_or_path", "v1"], "name one model, and here there are two"),
+        (["--model_revision", "v1"], "name one model, and here there are two"),
+        (["--dataset_streaming"], "split by their prompts"),
+    ],
+)
+def test_flags_without_a_meaning_here_are_refused(flag, message, capsys):
     models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b", "--dataset_name", "x.jsonl"]
-    assert main(["weak-to-strong", *models, flag, "v1", "--use_cpu", "--bf16", "false"]) == 1
-    assert "name one model, and here there are two" in capsys.readouterr().err
+    assert main(["weak-to-strong", *models, *flag, "--use_cpu", "--bf16", "false"]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_test_split_that_is_named_and_missing_is_said(tmp_path, capsys):

@@ -104,6 +104,10 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
             "--model_name_or_path and --model_revision name one model, and here there are two: give "
             "--weak_model_name_or_path and --strong_model_name_or_path, and for another revision its folder."
         )
+    if data.dataset_streaming:
+        raise ValueError(
+            "--dataset_streaming: the rows are split by their prompts, which takes all of them. Leave it out."
+        )
     args.model_init_kwargs = {
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
