@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoConfig
 from transformers.utils import is_flash_attn_2_available
 
-from trl_ext.cli import bench_fit
+from trl_ext.cli import fit_runs
 from trl_ext.cli.fit_changes import advise, changes
 from trl_ext.cli.main import main
 
@@ -135,7 +135,7 @@ def test_advice_can_be_pasted_into_a_shell():
 
 
 def test_a_model_too_large_for_the_cpu_is_only_estimated(tmp_path, shape, monkeypatch):
-    monkeypatch.setattr(bench_fit, "MOST_FLOPS_ON_CPU", 1e3)
+    monkeypatch.setattr(fit_runs, "MOST_FLOPS_ON_CPU", 1e3)
     report = fit(tmp_path, shape, "reward/rankings_lora_0.6b.yaml", "--no_changes")
     if not torch.cuda.is_available():
         assert report["measured"] is None and "no GPU" in report["not_measured"]

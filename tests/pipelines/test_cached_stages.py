@@ -44,7 +44,7 @@ def test_side_by_side_gives_the_same_in_other_processes(tmp_path):
             on_start=lambda stage: told.append(("start", stage.name)),
             on_progress=lambda stage, share: told.append((share, stage.name)),
             on_end=lambda stage, outcome: told.append(("end", stage.name)),
-            workers=processes,
+            runner=processes,
         )
     assert totals(outcomes) == totals(run_stages(stages(), tmp_path / "after"))
     assert os.getpid() not in {outcome.result["process"] for outcome in outcomes.values()}
@@ -58,7 +58,7 @@ def test_side_by_side_gives_the_same_in_other_processes(tmp_path):
 def test_two_stages_really_run_at_the_same_time(tmp_path):
     both = [Stage(here, here, meet, {"here": here, "there": there}) for here, there in ("ab", "ba")]
     with OwnProcesses(2) as processes:
-        run_stages(both, tmp_path, workers=processes)
+        run_stages(both, tmp_path, runner=processes)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_failure_ends_the_others_at_once_and_leaves_what_was_done(tmp_path, ru
     both = [Stage("long", "Long", sleep, {}), Stage("good", "Good", add, {"number": 1})]
     bad = Stage("bad", "Bad", run, {}, needs=("good",))
     with pytest.raises(error, match=message) as raised, OwnProcesses(2) as processes:
-        run_stages([*both, bad], tmp_path, workers=processes)
+        run_stages([*both, bad], tmp_path, runner=processes)
     if error is LookupError:
         assert "in fail" in raised.value.__notes__[0]  # where in the other process
     with pytest.raises(ProcessLookupError):

@@ -18,6 +18,16 @@ from transformers import BitsAndBytesConfig
 
 from tests.tiny import pair_rows
 from tests.trainers.helpers import config, history, leave_together, lora, trainer_for
+from trl_ext import RewardTrainer
+
+
+def trained(trainer: RewardTrainer) -> dict:
+    """What a training and an evaluation gave; the model is saved."""
+    trainer.train()
+    told = {name: history(trainer, name) for name in ("loss", "grad_norm")}
+    told["eval_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    return told
 
 
 def with_deepspeed(base: Path, folder: Path) -> dict:
@@ -34,13 +44,7 @@ def with_deepspeed(base: Path, folder: Path) -> dict:
         evaluation = Dataset.from_list(pair_rows(9, seed=3))
         trainer = trainer_for(base, args, pair_rows(32), eval_dataset=evaluation, peft_config=adapter)
         assert trainer.is_deepspeed_enabled == (processes > 1)
-        trainer.train()
-        told[name] = {
-            "loss": history(trainer, "loss"),
-            "grad_norm": history(trainer, "grad_norm"),
-            "eval_loss": trainer.evaluate()["eval_loss"],
-        }
-        trainer.save_model()
+        told[name] = trained(trainer)
     if processes == 1 or trainer.is_world_process_zero():
         print("RESULT " + json.dumps(told), flush=True)
     return told
@@ -74,14 +78,7 @@ def main(base: Path, folder: Path) -> dict:
             quantization_config=quantization,
         )
         assert trainer.is_fsdp_enabled == (processes > 1)
-        trainer.train()
-        told[name] = {
-            "sharded": sorted({type(p).__name__ for p in trainer.model.parameters()}),
-            "loss": history(trainer, "loss"),
-            "grad_norm": history(trainer, "grad_norm"),
-            "eval_loss": trainer.evaluate()["eval_loss"],
-        }
-        trainer.save_model()
+        told[name] = trained(trainer) | {"sharded": sorted({type(p).__name__ for p in trainer.model.parameters()})}
     if processes == 1 or trainer.is_world_process_zero():
         print("RESULT " + json.dumps(told), flush=True)
     return told

@@ -29,11 +29,7 @@ from .fit_config import (
 from .fit_phase_report import dominates, in_gib, measure_phases, phases_table, plot_memory, plot_phases
 from .fit_pipelines import PIPELINES
 from .fit_rows import Sizes, write_random_model
-from .fit_runs import GIB, measured, run_training
-
-
-MOST_FLOPS_ON_CPU = 2e12
-"""Of a micro-batch: more than that is not run without a GPU."""
+from .fit_runs import GIB, measured, run_training, too_much_here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +67,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         `changes`, `advice`, `measured` (`None`, and why under `not_measured`) with the estimate's `error`, and the
         circumstances.
     """
-    import torch
     import transformers
 
     from trl_ext.models.known_shapes import config_of
@@ -94,7 +89,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"--sft_config says what rejection sampling is followed by, and this is a config of {command}."
         )
     if command in PIPELINES:
-        report = measure_phases(command, args, MOST_FLOPS_ON_CPU)
+        report = measure_phases(command, args)
         vars(args).update(dtype=None, attn_implementation=None)  # each phase has its own
         return {**report, **circumstances(args), "dtype": None}
     if command not in TRAINERS:
@@ -139,11 +134,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             report["changes"].append(case)
         report["advice"] = advise(report["changes"], found)
     if not args.estimate:
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu and estimate.flops > MOST_FLOPS_ON_CPU:
-            report["not_measured"] = f"no GPU, and {estimate.flops:.1e} operations in a micro-batch are too many here"
-        else:
-            report["measured"] = _measured(command, parsed, args, config, sizes, on_gpu)
+        report["not_measured"] = too_much_here(estimate.flops)
+        if report["not_measured"] is None:
+            report["measured"] = _measured(command, parsed, args, config, sizes)
     for name in ("dtype", "attn_implementation"):  # what `circumstances` says of a run
         vars(args)[name] = vars(parsed.model)[name]
     return {**report, **circumstances(args)}
@@ -162,15 +155,15 @@ def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argpars
     }
 
 
-def _measured(
-    command: str, parsed: Parsed, args: argparse.Namespace, config: Any, sizes: Sizes, on_gpu: bool
-) -> dict[str, Any]:
+def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: Any, sizes: Sizes) -> dict[str, Any]:
     """Real steps of the trainer on random weights, beside the estimate of the same."""
+    import torch
+
     from trl_ext.models.memory_estimate import estimate
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        step = training_step(command, parsed, config, sizes, on_gpu)
+        step = training_step(command, parsed, config, sizes, torch.cuda.is_available())
         write_random_model(model, copy.deepcopy(config), step.dtype, sizes.words, args.seed)
         run = partial(run_training, command, parsed, model, sizes, args)
         return measured(run, args.gpu_memory, estimate(step).activations)

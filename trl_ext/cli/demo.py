@@ -131,7 +131,7 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
                 on_progress=lambda stage, share: progress.update(stage.title, share),
                 on_end=on_end,
                 open_run=partial(stage_run, group=group, folder=output_dir),
-                workers=processes,
+                runner=processes,
             )
     except (StageError, WorkerDied) as error:
         print(f"trl-ext demo: {error}", file=sys.stderr)

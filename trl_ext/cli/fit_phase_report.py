@@ -15,17 +15,16 @@ from .fit_changes import advise
 from .fit_config import attention_note, check_attention
 from .fit_phases import Phase
 from .fit_pipelines import PIPELINES
-from .fit_runs import GIB, measured
+from .fit_runs import GIB, measured, too_much_here
 
 
-def measure_phases(command: str, args: argparse.Namespace, most_flops: float) -> dict[str, Any]:
+def measure_phases(command: str, args: argparse.Namespace) -> dict[str, Any]:
     """
     Estimate each phase, and measure where that can be done.
 
     Args:
         command (`str`): the folder of the pipeline's configs.
         args (`argparse.Namespace`): of `trl-ext bench fit`.
-        most_flops (`float`): of a batch: more than that is not run without a GPU.
 
     Returns:
         `dict` with the `phases`, the name of the `largest`, whether all that is estimated `fits`, `not_estimated`, and
@@ -40,7 +39,7 @@ def measure_phases(command: str, args: argparse.Namespace, most_flops: float) ->
     found: dict[str, dict[str, Any]] = {}
     for phase in phases:
         same = found.get(phase.same_as)
-        found[phase.name] = _found(phase, args, most_flops) if same is None else _as_before(phase, same)
+        found[phase.name] = _found(phase, args) if same is None else _as_before(phase, same)
     known = {name: case for name, case in found.items() if case["estimate"] is not None}
     report: dict[str, Any] = {
         "command": command,
@@ -69,7 +68,7 @@ def measure_phases(command: str, args: argparse.Namespace, most_flops: float) ->
     return report
 
 
-def _found(phase: Phase, args: argparse.Namespace, most_flops: float) -> dict[str, Any]:
+def _found(phase: Phase, args: argparse.Namespace) -> dict[str, Any]:
     """A phase's part of the report."""
     import torch
 
@@ -94,15 +93,14 @@ def _found(phase: Phase, args: argparse.Namespace, most_flops: float) -> dict[st
         case["note"] = ". ".join([*notes, "a batch that does not fit is run in halves"])
     if args.estimate:
         return case
-    on_gpu = torch.cuda.is_available()
     if phase.run is None:
         case["not_measured"] = "no run of this kind of model here"
-    elif not on_gpu and estimate.flops > most_flops:
-        case["not_measured"] = f"no GPU, and {estimate.flops:.1e} operations in a batch are too many here"
     else:
+        case["not_measured"] = too_much_here(estimate.flops)
+    if case["not_measured"] is None:
         with tempfile.TemporaryDirectory() as folder:
             run = partial(phase.run, Path(folder))
-            case["measured"] = measured(run, args.gpu_memory, phase.estimate(on_gpu).activations)
+            case["measured"] = measured(run, args.gpu_memory, phase.estimate(torch.cuda.is_available()).activations)
     return case
 
 

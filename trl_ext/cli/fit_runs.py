@@ -19,6 +19,17 @@ from .fit_rows import SEPARATOR, Sizes, random_text, rows_for
 GIB = 2**30
 WARMUP = 1
 """Optimizer steps that are not timed."""
+MOST_FLOPS_ON_CPU = 2e12
+"""Of a batch: more than that is not run without a GPU."""
+
+
+def too_much_here(flops: float) -> str | None:
+    """Why a batch of so many operations is not run on this machine; `None` where it is."""
+    import torch
+
+    if torch.cuda.is_available() or flops <= MOST_FLOPS_ON_CPU:
+        return None
+    return f"no GPU, and {flops:.1e} operations in a batch are too many here"
 
 
 def measured(run: Callable[[bool], dict[str, Any]], gpu_memory: float, activations: int) -> dict[str, Any]:

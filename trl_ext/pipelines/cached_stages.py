@@ -24,7 +24,7 @@ from typing import Any
 
 import trl_ext
 
-from .stage_workers import ThisProcess, Workers
+from .stage_workers import JobRunner, ThisProcess
 
 
 RECORD = "stage.json"
@@ -155,7 +155,7 @@ def run_stages(
     on_progress: Callable[[Stage, float], None] = lambda stage, share: None,
     on_end: Callable[[Stage, Outcome], None] = lambda stage, outcome: None,
     open_run: Callable[[Stage], AbstractContextManager[str]] = _no_run,
-    workers: Workers | None = None,
+    runner: JobRunner | None = None,
 ) -> dict[str, Outcome]:
     """
     Runs the stages, except those whose result is there already.
@@ -178,7 +178,7 @@ def run_stages(
             Called after every stage, also one that was there already.
         open_run (`Callable[[Stage], AbstractContextManager[str]]`, *optional*):
             Opens a stage's run on an experiment tracker and gives its `report_to`; closed when the stage ends.
-        workers ([`~trl_ext.pipelines.stage_workers.Workers`], *optional*):
+        runner ([`~trl_ext.pipelines.stage_workers.JobRunner`], *optional*):
             Where stages run. By default one after the other in this process; with
             [`~trl_ext.pipelines.stage_workers.OwnProcesses`] side by side, each as soon as those that it needs are
             done and a process is free (`run` and `open_run` are then functions of a module).
@@ -193,19 +193,19 @@ def run_stages(
     output_dir = Path(output_dir)
     keys = stage_keys(stages)
     by_name = {stage.name: stage for stage in stages}
-    workers = ThisProcess() if workers is None else workers
+    runner = ThisProcess() if runner is None else runner
     outcomes = {} if fresh else find_done(stages, output_dir)
     for name, outcome in outcomes.items():
         on_end(by_name[name], outcome)
     waiting = [stage for stage in stages if stage.name not in outcomes]
     while len(outcomes) < len(stages):
         ready = [stage for stage in waiting if all(name in outcomes for name in stage.needs)]
-        for stage in ready[: workers.free]:
+        for stage in ready[: runner.free]:
             waiting.remove(stage)
             on_start(stage)
             needed = {name: outcomes[name] for name in stage.needs}
-            workers.start(stage.name, partial(_run, stage, keys[stage.name], output_dir, needed, open_run))
-        name, outcome = workers.wait(lambda name, share: on_progress(by_name[name], share))
+            runner.start(stage.name, partial(_run, stage, keys[stage.name], output_dir, needed, open_run))
+        name, outcome = runner.wait(lambda name, share: on_progress(by_name[name], share))
         outcomes[name] = outcome
         on_end(by_name[name], outcome)
     return {stage.name: outcomes[stage.name] for stage in stages}

@@ -19,7 +19,7 @@ Job = Callable[[Callable[[float], None]], Any]
 OnProgress = Callable[[str, float], None]
 
 
-class Workers(Protocol):
+class JobRunner(Protocol):
     """What runs jobs. At most as many are started as are `free`; `wait` gives them back as they end."""
 
     @property
