@@ -29,8 +29,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from trl_ext.cli import bench_fit
-from trl_ext.cli.bench_tools import formatted
+from trl_ext.bench.tools import formatted
+from trl_ext.fit import command as bench_fit
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

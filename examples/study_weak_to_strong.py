@@ -24,10 +24,10 @@ from trl_ext import RewardConfig, WeakToStrongArguments, WeakToStrongConfig, Wea
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.demo.task import make_problems
 from trl_ext.pipelines.cascade import cascade
-from trl_ext.pipelines.generation import Sampling
-from trl_ext.pipelines.in_process import TransformersGenerator, load_policy
+from trl_ext.pipelines.generation.sampling import Sampling
+from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.likelihood_selection import select_by_likelihood
-from trl_ext.pipelines.weak_to_strong_legs import read_judgements
+from trl_ext.pipelines.weak_to_strong.runs import read_judgements
 
 
 PAIRS, CHARACTERS = "pairs_hh_harmless/split_test.jsonl", 300

@@ -29,15 +29,15 @@ _HOME = {
     "SegmentRewardTrainer": "trl_ext.trainers",
     "WeakToStrongConfig": "trl_ext.trainers",
     "WeakToStrongTrainer": "trl_ext.trainers",
-    "WeakToStrongArguments": "trl_ext.pipelines.weak_to_strong_config",
-    "weak_to_strong": "trl_ext.pipelines.weak_to_strong",
+    "WeakToStrongArguments": "trl_ext.pipelines.weak_to_strong.config",
+    "weak_to_strong": "trl_ext.pipelines.weak_to_strong.experiment",
     "performance_gap_recovered": "trl_ext.metrics.pgr",
     "RewardEnsemble": "trl_ext.scoring",
     "RewardScorer": "trl_ext.scoring",
-    "rejection_sample": "trl_ext.pipelines.rejection_sampling",
+    "rejection_sample": "trl_ext.pipelines.rejection_sampling.sampler",
     "best_of_n": "trl_ext.pipelines.best_of_n",
-    "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling_config",
-    "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling_trainer",
+    "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling.config",
+    "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
     "load_reward_model": "trl_ext.models",
     "merge_reward_model": "trl_ext.models",
 }
@@ -79,11 +79,11 @@ if TYPE_CHECKING:
     from trl_ext.metrics.pgr import performance_gap_recovered
     from trl_ext.models import load_reward_model, merge_reward_model
     from trl_ext.pipelines.best_of_n import best_of_n
-    from trl_ext.pipelines.rejection_sampling import rejection_sample
-    from trl_ext.pipelines.rejection_sampling_config import RejectionSamplingConfig
-    from trl_ext.pipelines.rejection_sampling_trainer import RejectionSamplingTrainer
-    from trl_ext.pipelines.weak_to_strong import weak_to_strong
-    from trl_ext.pipelines.weak_to_strong_config import WeakToStrongArguments
+    from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
+    from trl_ext.pipelines.rejection_sampling.sampler import rejection_sample
+    from trl_ext.pipelines.rejection_sampling.trainer import RejectionSamplingTrainer
+    from trl_ext.pipelines.weak_to_strong.config import WeakToStrongArguments
+    from trl_ext.pipelines.weak_to_strong.experiment import weak_to_strong
     from trl_ext.scoring import RewardEnsemble, RewardScorer
     from trl_ext.trainers import (
         ORMConfig,

@@ -37,12 +37,12 @@ class UpstreamName:
 
 
 _REWARD = "trl.trainer.reward_trainer:RewardTrainer"
-_OURS = "trl_ext.trainers.reward_trainer"
-_HEADS = "trl_ext.trainers.head_training"
+_OURS = "trl_ext.trainers.ranking.trainer"
+_HEADS = "trl_ext.trainers.common.head_training"
 _TRAINER = "transformers:Trainer"
-_TOKENS = "trl_ext.trainers.token_trainer"
+_TOKENS = "trl_ext.trainers.token.trainer"
 _SFT = "trl.trainer.sft_trainer:SFTTrainer"
-_STUDENT = "trl_ext.trainers.weak_to_strong_trainer"
+_STUDENT = "trl_ext.trainers.weak_to_strong.trainer"
 
 PRIVATE_NAMES = (
     UpstreamName(
@@ -114,7 +114,7 @@ PRIVATE_NAMES = (
         "trl.trainer.reward_config:RewardConfig",
         "_VALID_DICT_FIELDS",
         "class",
-        "trl_ext.trainers.reward_config",
+        "trl_ext.trainers.ranking.config",
         "fields that a command line gives as a JSON string and that become a dict",
     ),
     UpstreamName(
@@ -135,7 +135,7 @@ PRIVATE_NAMES = (
         "transformers:PreTrainedModel",
         "_init_weights",
         "method",
-        "trl_ext.models.stacked_model",
+        "trl_ext.models.ensemble.stacked_model",
         "draws the head of each ensemble member as from_pretrained draws a missing one",
         ("module",),
     ),

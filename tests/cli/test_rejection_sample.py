@@ -14,8 +14,8 @@ from trl_ext.cli._generation import SERVER
 from trl_ext.cli.best_of_n import BestOfNArguments
 from trl_ext.cli.main import main
 from trl_ext.cli.rejection_sample import RejectionSampleArguments, make_parser
-from trl_ext.pipelines.backends import make_generator
-from trl_ext.pipelines.generation import Sampling
+from trl_ext.pipelines.generation.backends import make_generator
+from trl_ext.pipelines.generation.sampling import Sampling
 
 
 ROOT = Path(__file__).resolve().parents[2]

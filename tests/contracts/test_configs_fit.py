@@ -7,9 +7,9 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from trl_ext.cli.fit_config import TRAINERS
-from trl_ext.cli.fit_pipelines import PIPELINES
 from trl_ext.cli.main import main
+from trl_ext.fit.config import TRAINERS
+from trl_ext.fit.pipelines import PIPELINES
 
 
 ROOT = Path(__file__).resolve().parents[2]

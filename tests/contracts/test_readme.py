@@ -99,7 +99,7 @@ def test_every_config_command_loss_metric_and_field_is_documented():
 
 def test_every_field_strategy_and_metric_of_ensembles_is_documented():
     import trl_ext
-    from trl_ext.trainers.ensemble_data import STRATEGIES
+    from trl_ext.trainers.ensemble.data import STRATEGIES
 
     text = section("Ensembles")
     new = {field.name for field in dataclasses.fields(trl_ext.RewardEnsembleConfig)}
@@ -113,10 +113,10 @@ def test_every_selector_field_and_metric_of_rejection_sampling_is_documented():
     import trl
 
     import trl_ext
-    from trl_ext.pipelines.diagnostics import evaluation_metrics, round_metrics
-    from trl_ext.pipelines.records import Sample
-    from trl_ext.pipelines.scored import Scored
-    from trl_ext.pipelines.selection import select, selectors
+    from trl_ext.pipelines.generation.records import Sample
+    from trl_ext.pipelines.rejection_sampling.diagnostics import evaluation_metrics, round_metrics
+    from trl_ext.pipelines.rejection_sampling.scored import Scored
+    from trl_ext.pipelines.rejection_sampling.selection import select, selectors
 
     text = section("Rejection sampling")
     assert all(f"| `{name}` |" in text for name, origin in selectors.available() if "trl_ext" in origin)
@@ -139,8 +139,8 @@ def test_every_field_loss_and_metric_of_token_level_trainers_is_documented():
 
     import trl_ext
     from trl_ext.losses.token import token_losses
-    from trl_ext.trainers.token_evaluation import OutcomeEvaluator, SegmentEvaluator, StepEvaluator
-    from trl_ext.trainers.token_objective import TokenObjective
+    from trl_ext.trainers.token.evaluation import OutcomeEvaluator, SegmentEvaluator, StepEvaluator
+    from trl_ext.trainers.token.objective import TokenObjective
 
     text = section("Token-level rewards")
     configs = (trl_ext.ORMConfig, trl_ext.PRMConfig, trl_ext.SegmentRewardConfig)

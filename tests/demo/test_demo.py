@@ -9,7 +9,7 @@ from trl_ext.demo import token_stages
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.demo.picking import compare_picks
 from trl_ext.demo.task import SPLITS, Problem, final_answer, make_problems, verify
-from trl_ext.pipelines.cached_stages import StageContext
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 MODELS = ("reward", "reward_nf4", "orm", "prm", "ensemble")

@@ -131,7 +131,7 @@ def full(bases, tmp_path_factory):
 def messages(full):
     """Save both models; the warnings that saving gave."""
     found = {}
-    logger = logging.getLogger("trl_ext.trainers.checkpoint")
+    logger = logging.getLogger("trl_ext.trainers.common.checkpoint")
     for pad, (trainer, _, _) in full.items():
         found[pad] = []
         handler = logging.Handler(level=logging.WARNING)

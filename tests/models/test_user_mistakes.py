@@ -9,7 +9,7 @@ from transformers.utils import is_flash_attn_2_available
 from tests.models.helpers import make_trainer, max_change, nf4, scores_of, tiny_base, train
 from tests.tiny import tiny_tokenizer
 from trl_ext.models import HeadError, build_reward_model, load_reward_model
-from trl_ext.pipelines.in_process import load_policy
+from trl_ext.pipelines.generation.transformers_backend import load_policy
 
 
 @pytest.fixture(scope="module")

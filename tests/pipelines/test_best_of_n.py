@@ -14,8 +14,8 @@ from trl_ext.data.validation import DataError
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.pipelines.answers import last_line, last_number, math_answers
 from trl_ext.pipelines.best_of_n import Best, Picker
-from trl_ext.pipelines.generation import Completion
-from trl_ext.pipelines.rewards import RewardError
+from trl_ext.pipelines.generation.sampling import Completion
+from trl_ext.pipelines.reward_functions import RewardError
 
 
 SAMPLING = dict(max_completion_length=6, backend_kwargs={"generation_batch_size": 256})

@@ -19,10 +19,10 @@ from tests.tiny import pair_rows
 from trl_ext import RewardEnsemble, RewardScorer, load_reward_model
 from trl_ext.data.validation import DataError
 from trl_ext.models.building import keep_4bit_exact_on_cpu
-from trl_ext.models.ensemble_files import EnsembleFileError, read_ensemble
+from trl_ext.models.ensemble.ensemble_files import EnsembleFileError, read_ensemble
 from trl_ext.models.fingerprint import fingerprint
 from trl_ext.models.loading import BaseMismatchError
-from trl_ext.pipelines.rewards import load_reward, reward_identity
+from trl_ext.pipelines.reward_functions import load_reward, reward_identity
 from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.members import SharedBaseSource, StackedSource
 

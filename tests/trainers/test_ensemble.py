@@ -13,10 +13,10 @@ from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from tests.trainers.helpers import StopAt, config, history, largest_difference, trainer_for, weights
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer, RewardScorer, RewardTrainer, load_reward_model
 from trl_ext.data.validation import DataError
-from trl_ext.models.ensemble_files import read_ensemble
+from trl_ext.models.ensemble.ensemble_files import read_ensemble
+from trl_ext.models.ensemble.stacked_lora import StackedLoRA
+from trl_ext.models.ensemble.stacked_model import StackedRewardModel, member_scores
 from trl_ext.models.heads import candidate_scores
-from trl_ext.models.stacked_lora import StackedLoRA
-from trl_ext.models.stacked_model import StackedRewardModel, member_scores
 
 
 M, SEED = 3, 7

@@ -9,9 +9,9 @@ from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, s
 from datasets import Dataset
 
 from trl_ext.data.collators import GroupCollator
-from trl_ext.trainers.ensemble_config import RewardEnsembleConfig
-from trl_ext.trainers.ensemble_data import MemberCollator, MemberRows, MemberSampler, RowWeights, member_dataloader
-from trl_ext.trainers.tracking import error_by_decile
+from trl_ext.trainers.common.tracking import error_by_decile
+from trl_ext.trainers.ensemble.config import RewardEnsembleConfig
+from trl_ext.trainers.ensemble.data import MemberCollator, MemberRows, MemberSampler, RowWeights, member_dataloader
 
 
 ROWS = torch.arange(6000)

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from tests.tiny import pair_rows, ranked_rows
 from tests.trainers.helpers import config, history, largest_difference, lora, trainer_for, weights
 from trl_ext.data.validation import DataError
-from trl_ext.trainers import health
-from trl_ext.trainers.health import HealthMonitor, NotFiniteError, RewardTrainingWarning, check_finite
+from trl_ext.trainers.common import health
+from trl_ext.trainers.common.health import HealthMonitor, NotFiniteError, RewardTrainingWarning, check_finite
 
 
 NAN, INF = float("nan"), float("inf")

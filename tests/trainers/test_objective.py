@@ -13,7 +13,7 @@ from tests.trainers.helpers import config, history, trainer_for
 from trl_ext import RewardConfig, load_reward_model
 from trl_ext.data.validation import DataError
 from trl_ext.losses.ranking import bradley_terry, ranking_losses
-from trl_ext.trainers.objective import RankingObjective
+from trl_ext.trainers.ranking.objective import RankingObjective
 
 
 def hinge(scores, ratings, mask, *, margin=None, target=None, width=1.0):

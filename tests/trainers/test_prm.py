@@ -14,9 +14,9 @@ from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history
 from tests.trainers.token_helpers import logits_of, step_rows, token_trainer
 from trl_ext import PRMConfig, PRMTrainer
-from trl_ext.trainers.token_evaluation import StepEvaluator
-from trl_ext.trainers.token_objective import TokenObjective
-from trl_ext.trainers.token_recording import labelled_points
+from trl_ext.trainers.token.evaluation import StepEvaluator
+from trl_ext.trainers.token.objective import TokenObjective
+from trl_ext.trainers.token.recording import labelled_points
 
 
 # The public arguments of TRL 1.13.0's `trl.experimental.prm`.

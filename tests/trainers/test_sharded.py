@@ -14,7 +14,7 @@ from tests.trainers import sharded_program
 from tests.trainers.helpers import config, lora, run_in_two_processes, trainer_for
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer, load_reward_model
 from trl_ext.models.heads import candidate_scores
-from trl_ext.trainers.setup import check_sharding, uses_fsdp
+from trl_ext.trainers.common.setup import check_sharding, uses_fsdp
 
 
 ROOT = Path(__file__).resolve().parents[2]

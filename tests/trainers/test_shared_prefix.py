@@ -13,7 +13,8 @@ from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from tests.trainers.helpers import config, history, largest_difference, lora, trainer_for, weights
 from trl_ext import RewardConfig, RewardTrainer, load_reward_model
 from trl_ext.models.sidecar import read_sidecar
-from trl_ext.trainers import head_training, reward_trainer
+from trl_ext.trainers.common import head_training
+from trl_ext.trainers.ranking import trainer as reward_trainer
 
 
 STEPS = 10

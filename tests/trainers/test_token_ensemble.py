@@ -25,10 +25,10 @@ from trl_ext import (
     load_reward_model,
 )
 from trl_ext.data.collators import SpanCollator
-from trl_ext.models.ensemble_files import read_ensemble
+from trl_ext.models.ensemble.ensemble_files import read_ensemble
+from trl_ext.models.ensemble.stacked_model import StackedRewardModel, member_token_scores
 from trl_ext.models.heads import token_logits_at_last
-from trl_ext.models.stacked_model import StackedRewardModel, member_token_scores
-from trl_ext.trainers.ensemble_data import MemberCollator
+from trl_ext.trainers.ensemble.data import MemberCollator
 
 
 M, SEED = 3, 7

@@ -12,8 +12,9 @@ from tests.trainers.helpers import history, largest_difference, lora, weights
 from tests.trainers.token_helpers import KINDS, token_trainer
 from trl_ext import load_reward_model
 from trl_ext.models.sidecar import read_sidecar
-from trl_ext.trainers import head_training, token_model
-from trl_ext.trainers import token_trainer as trainer_module
+from trl_ext.trainers.common import head_training
+from trl_ext.trainers.token import model as token_model
+from trl_ext.trainers.token import trainer as trainer_module
 
 
 METRICS = ("loss", "accuracy", "num_tokens", "grad_norm")

@@ -20,8 +20,8 @@ from tests.trainers.token_helpers import KINDS, outcome_rows, segment_rows, step
 from trl_ext import ORMTrainer, PRMConfig, RewardConfig
 from trl_ext.data.validation import DataError
 from trl_ext.models.heads import Float32Linear, HeadError
-from trl_ext.trainers.health import NotFiniteError
-from trl_ext.trainers.token_trainer import TokenRewardTrainer
+from trl_ext.trainers.common.health import NotFiniteError
+from trl_ext.trainers.token.trainer import TokenRewardTrainer
 
 
 def state(trainer):

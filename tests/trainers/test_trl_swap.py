@@ -16,7 +16,7 @@ from tests.tiny import pair_rows, save_tiny_model, tiny_tokenizer
 from tests.trainers.helpers import config, head_of, history, largest_difference, lora, trainer_for, weights
 from trl_ext import RewardConfig, RewardTrainer, load_reward_model
 from trl_ext.models.heads import candidate_scores
-from trl_ext.trainers import reward_trainer
+from trl_ext.trainers.ranking import trainer as reward_trainer
 
 
 def both(folder, model, rows=None, peft=None, **kwargs):

@@ -10,7 +10,7 @@ from transformers import PrinterCallback
 
 from tests.trainers.helpers import config
 from trl_ext import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, SegmentRewardConfig, SegmentRewardTrainer
-from trl_ext.trainers.token_trainer import TokenRewardTrainer
+from trl_ext.trainers.token.trainer import TokenRewardTrainer
 
 
 _GOOD = ("good", "clear", "correct", "kind")

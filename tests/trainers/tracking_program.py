@@ -14,7 +14,7 @@ from wandb.sdk.wandb_run import Run
 
 from tests.tiny import pair_rows, save_tiny_model
 from tests.trainers.helpers import config, trainer_for
-from trl_ext.trainers import tracking
+from trl_ext.trainers.common import tracking
 
 
 def main(folder: Path) -> dict:

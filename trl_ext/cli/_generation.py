@@ -113,8 +113,8 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 
 
 def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
-    """The fields of [`~trl_ext.pipelines.generation.Sampling`], with the examples of the file that few_shot names."""
-    from trl_ext.pipelines.generation import Sampling
+    """The fields of [`Sampling`], with the examples of the file that few_shot names."""
+    from trl_ext.pipelines.generation.sampling import Sampling
 
     sampling = {item.name: getattr(args, item.name) for item in fields(Sampling)}
     if args.few_shot is not None:

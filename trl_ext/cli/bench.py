@@ -12,8 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-from . import bench_ensemble, bench_fit, bench_generate, bench_reward, bench_score, bench_token
-from .main import TRACEBACK
+from trl_ext.bench import ensemble as bench_ensemble
+from trl_ext.bench import generate as bench_generate
+from trl_ext.bench import reward as bench_reward
+from trl_ext.bench import score as bench_score
+from trl_ext.bench import token as bench_token
+from trl_ext.cli.main import TRACEBACK
+from trl_ext.fit import command as bench_fit
 
 
 MEASURED = {
@@ -62,6 +67,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["bench", *sys.argv[1:]]))

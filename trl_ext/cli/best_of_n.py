@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._generation import (
+from trl_ext.cli._generation import (
     SERVER,
     GenerationArguments,
     described,
@@ -21,7 +21,7 @@ from ._generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from ._train import parse
+from trl_ext.cli._train import parse
 
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
 
 def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) -> int:
     """How many rows are done; what was written of an unfinished chunk is cut off."""
-    from trl_ext.pipelines.generation import Sampling
+    from trl_ext.pipelines.generation.sampling import Sampling
 
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE} | _identities(args)
     settings |= asdict(Sampling.of(**sampling_kwargs(args)))  # what files hold, not how they are called
@@ -151,8 +151,8 @@ def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) ->
 
 def _identities(args: BestOfNArguments) -> dict[str, Any]:
     """What the models and functions that are named in the arguments are now."""
-    from trl_ext.pipelines.backends import model_of_backend
-    from trl_ext.pipelines.rewards import reward_identity
+    from trl_ext.pipelines.generation.backends import model_of_backend
+    from trl_ext.pipelines.reward_functions import reward_identity
 
     policy = model_of_backend(args.model_name_or_path, args.backend, model_init_kwargs(args))
     return {"policy": policy, "rewards": [reward_identity(name) for name in args.reward_funcs]}
@@ -176,6 +176,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["best-of-n", *sys.argv[1:]]))

@@ -104,8 +104,8 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
     from trl_ext.demo.progress import Progress, clock
     from trl_ext.demo.report import format_table, make_report, save_plot, save_report
     from trl_ext.demo.tracking import stage_run
-    from trl_ext.pipelines.cached_stages import Outcome, Stage, StageError, find_done, run_stages
-    from trl_ext.pipelines.stage_workers import OwnProcesses, WorkerDied
+    from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageError, find_done, run_stages
+    from trl_ext.pipelines.stages.workers import OwnProcesses, WorkerDied
 
     stages = plan(seed, smoke)
     titles = {stage.name: stage.title for stage in stages}
@@ -160,6 +160,6 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["demo", *sys.argv[1:]]))

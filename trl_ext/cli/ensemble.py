@@ -9,8 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import trl_ext
-
-from ._train import train_main, train_parser
+from trl_ext.cli._train import train_main, train_parser
 
 
 if TYPE_CHECKING:
@@ -40,6 +39,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext_command
+    from trl_ext.cli.main import main as trl_ext_command
 
     sys.exit(trl_ext_command(["ensemble", *sys.argv[1:]]))

@@ -38,6 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["merge", *sys.argv[1:]]))

@@ -18,7 +18,7 @@ BUILT_IN = (  # the modules that make a registry
     "trl_ext.data.segmentation",
     "trl_ext.scoring.aggregation",
     "trl_ext.scoring.reducers",
-    "trl_ext.pipelines.selection",
+    "trl_ext.pipelines.rejection_sampling.selection",
 )
 
 
@@ -65,6 +65,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["plugins", *sys.argv[1:]]))

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._generation import (
+from trl_ext.cli._generation import (
     GenerationArguments,
     described,
     json_object,
@@ -17,7 +17,7 @@ from ._generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from ._train import parse
+from trl_ext.cli._train import parse
 
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def make_parser(prog: str | None = "trl-ext rejection-sample") -> "TrlParser":
 def run(args: RejectionSampleArguments) -> dict[str, Any] | None:
     """Run the stages that were asked for. Returns the report of the selection, if there is one."""
     from trl_ext.data.sources import load_source, select_split
-    from trl_ext.pipelines.rejection_sampling import RejectionSampler
+    from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
 
     splits = load_source(args.dataset_name, args.dataset_config)
     sampler = RejectionSampler(
@@ -98,6 +98,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["rejection-sample", *sys.argv[1:]]))

@@ -18,9 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ._train import parse
-from .score_arguments import ScoreArguments
-from .score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
+from trl_ext.cli._train import parse
+from trl_ext.cli.score_arguments import ScoreArguments
+from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
 
 
 if TYPE_CHECKING:
@@ -244,6 +244,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["score", *sys.argv[1:]]))

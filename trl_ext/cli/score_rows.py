@@ -7,9 +7,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.cli.score_arguments import ScoreArguments
 from trl_ext.data.validation import DataError
-
-from .score_arguments import ScoreArguments
 
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class ScoreError(Exception):
 
 def model_kind(path: str) -> str:
     """The `kind` in `reward_model.json`, `"scalar"` without one, and `"ensemble"` for the folder of an ensemble."""
-    from trl_ext.models.ensemble_files import read_ensemble
+    from trl_ext.models.ensemble.ensemble_files import read_ensemble
     from trl_ext.models.loading import local_folder
     from trl_ext.models.sidecar import read_sidecar
 

@@ -7,7 +7,7 @@ A row has `prompt`, `completion` and `segments`. Also a module for launchers:
 import sys
 from typing import TYPE_CHECKING
 
-from ._train import train_main, train_parser
+from trl_ext.cli._train import train_main, train_parser
 
 
 if TYPE_CHECKING:
@@ -29,6 +29,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext
+    from trl_ext.cli.main import main as trl_ext
 
     sys.exit(trl_ext(["segment", *sys.argv[1:]]))

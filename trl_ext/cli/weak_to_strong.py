@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._train import parse
+from trl_ext.cli._train import parse
 
 
 if TYPE_CHECKING:
@@ -138,6 +138,6 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
 
 
 if __name__ == "__main__":
-    from .main import main as trl_ext_main
+    from trl_ext.cli.main import main as trl_ext_main
 
     sys.exit(trl_ext_main(["weak-to-strong", *sys.argv[1:]]))

@@ -12,13 +12,12 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from trl_ext import RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer
+from trl_ext.demo.picking import mean_and_error, paired_gain
+from trl_ext.demo.policy_stages import read_rows
+from trl_ext.demo.reward_stages import softmax
+from trl_ext.demo.training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback
 from trl_ext.metrics.voting import best_of_k
-from trl_ext.pipelines.cached_stages import StageContext
-
-from .picking import mean_and_error, paired_gain
-from .policy_stages import read_rows
-from .reward_stages import softmax
-from .training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 # Beside the mean, which is the best of n of the stage.

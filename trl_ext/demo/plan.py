@@ -8,7 +8,7 @@
     policy -> weak_to_strong       a smaller model's solutions, learnt by the policy
            reward, orm -> rejection    the policy on its own best samples, and on as many at random
 
-A further stage is a [`~trl_ext.pipelines.cached_stages.Stage`] appended to [`plan`]: it names the stages that it needs
+A further stage is a [`Stage`] appended to [`plan`]: it names the stages that it needs
 and finds their files in `context.folders`. It knows names and numbers; what a stage does is in the `..._stages`
 modules.
 """
@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trl_ext.pipelines.cached_stages import Stage, StageContext
-
-from .ensemble_stages import run_ensemble
-from .policy_stages import run_policy, run_samples
-from .rejection_stages import run_rejection
-from .reward_stages import run_reward
-from .token_stages import run_orm, run_prm
-from .weak_to_strong_stages import run_weak_to_strong
+from trl_ext.demo.ensemble_stages import run_ensemble
+from trl_ext.demo.policy_stages import run_policy, run_samples
+from trl_ext.demo.rejection_stages import run_rejection
+from trl_ext.demo.reward_stages import run_reward
+from trl_ext.demo.token_stages import run_orm, run_prm
+from trl_ext.demo.weak_to_strong_stages import run_weak_to_strong
+from trl_ext.pipelines.stages.cached_stages import Stage, StageContext
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .model import tiny_model, tiny_tokenizer
-from .task import Problem, verify
+from trl_ext.demo.model import tiny_model, tiny_tokenizer
+from trl_ext.demo.task import Problem, verify
 
 
 class StopWhenMediocre(TrainerCallback):

@@ -11,11 +11,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext.pipelines.cached_stages import StageContext
-
-from .policy import sample_solutions, train_policy
-from .progress import ProgressCallback
-from .task import Problem, make_problems, verify
+from trl_ext.demo.policy import sample_solutions, train_policy
+from trl_ext.demo.progress import ProgressCallback
+from trl_ext.demo.task import Problem, make_problems, verify
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 def run_policy(context: StageContext) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_ext.pipelines.cached_stages import StageContext
-from trl_ext.pipelines.rejection_sampling import RejectionSampler
-from trl_ext.pipelines.rewards import RewardFunc
-
-from .picking import mean_and_error, paired_gain
-from .policy import sample_solutions
-from .task import Problem, make_problems, verify
+from trl_ext.demo.picking import mean_and_error, paired_gain
+from trl_ext.demo.policy import sample_solutions
+from trl_ext.demo.task import Problem, make_problems, verify
+from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
+from trl_ext.pipelines.reward_functions import RewardFunc
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 CONTROL = "random"

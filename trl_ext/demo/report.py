@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_ext.pipelines.cached_stages import Outcome
-
-from .progress import clock
+from trl_ext.demo.progress import clock
+from trl_ext.pipelines.stages.cached_stages import Outcome
 
 
 PICKS = ("random", "majority", "best_of_n", "oracle")

@@ -9,10 +9,17 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 from trl_ext import RewardConfig, RewardScorer, RewardTrainer
-from trl_ext.pipelines.cached_stages import StageContext
-
-from .policy_stages import read_rows
-from .training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback, train_and_reload
+from trl_ext.demo.policy_stages import read_rows
+from trl_ext.demo.training import (
+    EVALUATED_PROMPTS,
+    Rows,
+    adapter,
+    arguments,
+    picks,
+    progress_callback,
+    train_and_reload,
+)
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 def run_reward(context: StageContext) -> dict[str, Any]:

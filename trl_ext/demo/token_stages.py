@@ -11,11 +11,10 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, RewardScorer
-from trl_ext.pipelines.cached_stages import StageContext
+from trl_ext.demo.policy_stages import read_rows
+from trl_ext.demo.training import EVALUATED_PROMPTS, Rows, arguments, picks, progress_callback, train_and_reload
+from trl_ext.pipelines.stages.cached_stages import StageContext
 from trl_ext.scoring.aggregation import aggregators
-
-from .policy_stages import read_rows
-from .training import EVALUATED_PROMPTS, Rows, arguments, picks, progress_callback, train_and_reload
 
 
 # What is reported of the trainers' own evaluation.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.integrations import is_wandb_available
 
-from trl_ext.pipelines.cached_stages import Stage
+from trl_ext.pipelines.stages.cached_stages import Stage
 
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,10 @@ from peft import LoraConfig
 from transformers import PrinterCallback, Trainer
 
 from trl_ext import RewardScorer
-from trl_ext.pipelines.cached_stages import StageContext
-
-from .picking import compare_picks
-from .progress import ProgressCallback
-from .task import final_answer
+from trl_ext.demo.picking import compare_picks
+from trl_ext.demo.progress import ProgressCallback
+from trl_ext.demo.task import final_answer
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 # Held-out prompts that the trainer itself evaluates, for the run's table and histogram of scores.

@@ -9,11 +9,10 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext import WeakToStrongArguments, WeakToStrongConfig, weak_to_strong
-from trl_ext.pipelines.cached_stages import StageContext
-
-from .model import tiny_reward_base
-from .task import make_problems
-from .training import arguments
+from trl_ext.demo.model import tiny_reward_base
+from trl_ext.demo.task import make_problems
+from trl_ext.demo.training import arguments
+from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
 # The smaller model has one layer of half the width, and learns faster than the policy forgets.

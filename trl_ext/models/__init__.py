@@ -1,10 +1,10 @@
 """Reward models: building, heads, checkpoints, merging."""
 
-from .building import add_adapter, build_reward_model, is_quantized
-from .heads import HeadError, candidate_scores, head_modules
-from .loading import BaseMismatchError, load_reward_model
-from .merging import MergeError, merge_reward_model
-from .sidecar import Sidecar, SidecarError, get_sidecar, read_sidecar
+from trl_ext.models.building import add_adapter, build_reward_model, is_quantized
+from trl_ext.models.heads import HeadError, candidate_scores, head_modules
+from trl_ext.models.loading import BaseMismatchError, load_reward_model
+from trl_ext.models.merging import MergeError, merge_reward_model
+from trl_ext.models.sidecar import Sidecar, SidecarError, get_sidecar, read_sidecar
 
 
 __all__ = [

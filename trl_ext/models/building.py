@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .heads import HeadClass, HeadError, head_class, head_modules, make_head_exact, unwrap
+from trl_ext.models.heads import HeadClass, HeadError, head_class, head_modules, make_head_exact, unwrap
 
 
 _CLASSES = {

@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .ensemble_files import member_folders, read_ensemble
-from .loading import local_folder
-from .sidecar import read_sidecar
+from trl_ext.models.ensemble.ensemble_files import member_folders, read_ensemble
+from trl_ext.models.loading import local_folder
+from trl_ext.models.sidecar import read_sidecar
 
 
 # Other files of a model's folder (reports, trainer state) may change.

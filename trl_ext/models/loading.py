@@ -17,9 +17,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig
 
-from .building import as_dtype, build_reward_model
-from .heads import HeadError, head_modules, head_parameters, make_head_exact, unwrap
-from .sidecar import (
+from trl_ext.models.building import as_dtype, build_reward_model
+from trl_ext.models.heads import HeadError, head_modules, head_parameters, make_head_exact, unwrap
+from trl_ext.models.sidecar import (
     KINDS,
     SIDECAR_NAME,
     BaseModel,

@@ -17,11 +17,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from trl_ext.metrics.ranking import spearman
-
-from .building import as_dtype, is_quantized
-from .heads import head_parameters, make_head_exact
-from .loading import describe_base, load_reward_model, local_folder, save_sidecar
-from .sidecar import Sidecar, get_sidecar, make_probes, probe_scores, vocab_size
+from trl_ext.models.building import as_dtype, is_quantized
+from trl_ext.models.heads import head_parameters, make_head_exact
+from trl_ext.models.loading import describe_base, load_reward_model, local_folder, save_sidecar
+from trl_ext.models.sidecar import Sidecar, get_sidecar, make_probes, probe_scores, vocab_size
 
 
 REPORT_NAME = "merge_report.json"

@@ -16,8 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from trl_ext.data.prefix_layout import PrefixLayout, build_layout
-
-from .heads import last_head_module, unwrap
+from trl_ext.models.heads import last_head_module, unwrap
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .heads import token_logits_at_last, unwrap
+from trl_ext.models.heads import token_logits_at_last, unwrap
 
 
 logger = logging.getLogger(__name__)

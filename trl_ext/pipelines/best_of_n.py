@@ -14,12 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.validation import RowChecks
 from trl_ext.metrics.voting import majority_vote, weighted_vote
-
-from .answers import CANONICALISERS, Canonicaliser
-from .backends import make_generator
-from .generation import Backend, Generator, Sampling
-from .records import Sample, prompt_id, text_of
-from .rewards import RewardFunc, call_reward, load_reward, reward_names, weighted_total
+from trl_ext.pipelines.answers import CANONICALISERS, Canonicaliser
+from trl_ext.pipelines.generation.backends import make_generator
+from trl_ext.pipelines.generation.records import Sample, prompt_id, text_of
+from trl_ext.pipelines.generation.sampling import Backend, Generator, Sampling
+from trl_ext.pipelines.reward_functions import RewardFunc, call_reward, load_reward, reward_names, weighted_total
 
 
 logger = logging.getLogger(__name__)
@@ -172,10 +171,10 @@ def best_of_n(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
         backend, processing_class, backend_kwargs:
-            See [`~trl_ext.pipelines.backends.make_generator`], which gets them all.
+            See [`~trl_ext.pipelines.generation.backends.make_generator`], which gets them all.
         sampling:
             GRPO's names: `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p`, ...; see
-            [`~trl_ext.pipelines.generation.Sampling`].
+            [`~trl_ext.pipelines.generation.sampling.Sampling`].
 
     Returns:
         `list[Best]`: one for each prompt, in their order.

@@ -18,8 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.data.offsets import encode_with_offsets
 from trl_ext.data.tokenization import TokenPolicy
-
-from .in_process import load_policy
+from trl_ext.pipelines.generation.transformers_backend import load_policy
 
 
 logger = logging.getLogger(__name__)

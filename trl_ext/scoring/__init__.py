@@ -1,7 +1,7 @@
 """Scoring text with reward models: `scorer` turns one into a TRL reward function, `ensemble` several."""
 
-from .ensemble import RewardEnsemble
-from .scorer import RewardScorer
+from trl_ext.scoring.ensemble import RewardEnsemble
+from trl_ext.scoring.scorer import RewardScorer
 
 
 __all__ = ["RewardEnsemble", "RewardScorer"]

@@ -17,8 +17,7 @@ from trl_ext.data.prefix_layout import build_layout
 from trl_ext.data.tokenization import Prompt
 from trl_ext.models.heads import HeadError, candidate_scores, run_with_head_output, unwrap
 from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, use_shared_prefix
-
-from .packing import SharedRows, num_tokens, pack, padded_tokens, share_prompts
+from trl_ext.scoring.packing import SharedRows, num_tokens, pack, padded_tokens, share_prompts
 
 
 RUNNING = threading.RLock()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trl_ext.data.tokenization import Completion, Prompt
-from trl_ext.models.ensemble_files import (
+from trl_ext.models.ensemble.ensemble_files import (
     EnsembleFile,
     EnsembleFileError,
     check_normalizer,
@@ -23,13 +23,12 @@ from trl_ext.models.ensemble_files import (
 )
 from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import read_sidecar
-
-from .fusion import FusionMethod, fit_fusion_weights
-from .member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
-from .members import Member, check_finite, make_sources
-from .normalizer import mean_and_std
-from .reducers import combine, disagreement, reducers, takes_weights
-from .scorer import RewardScorer
+from trl_ext.scoring.fusion import FusionMethod, fit_fusion_weights
+from trl_ext.scoring.member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
+from trl_ext.scoring.members import Member, check_finite, make_sources
+from trl_ext.scoring.normalizer import mean_and_std
+from trl_ext.scoring.reducers import combine, disagreement, reducers, takes_weights
+from trl_ext.scoring.scorer import RewardScorer
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .reducers import combine, disagreement
+from trl_ext.scoring.reducers import combine, disagreement
 
 
 logger = logging.getLogger(__name__)

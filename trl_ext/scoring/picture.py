@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .view import colour, shares
+from trl_ext.scoring.view import colour, shares
 
 
 logger = logging.getLogger(__name__)

@@ -23,11 +23,10 @@ from trl_ext.data.validation import DataError
 from trl_ext.models.heads import unwrap
 from trl_ext.models.loading import load_reward_model
 from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar, vocab_size
-
-from .batches import BatchRunner
-from .normalizer import mean_and_std
-from .rows import RowEncoder, load_tokenizer, max_positions, row_error
-from .token_views import Aggregation, Cut, Neutral, Segmenter, TokenViews, Value, refuse
+from trl_ext.scoring.batches import BatchRunner
+from trl_ext.scoring.normalizer import mean_and_std
+from trl_ext.scoring.rows import RowEncoder, load_tokenizer, max_positions, row_error
+from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, TokenViews, Value, refuse
 
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from trl_ext.data.offsets import Located, completion_text
 from trl_ext.data.segmentation import CharSpan, segmenters
 from trl_ext.data.tokenization import Completion, as_messages
 from trl_ext.models.sidecar import Sidecar
-
-from .aggregation import aggregators, weighted_categories
+from trl_ext.scoring.aggregation import aggregators, weighted_categories
 
 
 Aggregation = str | Callable[[Any], float | None] | Mapping[str, float]

@@ -1,0 +1,235 @@
+"""`trl-ext bench`: runs, writes its report, and compares like with like."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+
+from tests.tiny import pair_rows, ranked_rows
+from trl_ext.bench import ensemble as bench_ensemble
+from trl_ext.bench import reward as bench_reward
+from trl_ext.bench import score as bench_score
+from trl_ext.bench import tools as bench_tools
+from trl_ext.cli import bench
+from trl_ext.cli.ensemble import KINDS
+from trl_ext.cli.main import main
+
+
+TINY = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--repeats", "2"]
+STEPS = ["--batch_size", "2", "--steps", "2"]
+SLOW = sorted(KINDS.keys() - {"reward", "prm"})
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def run(tmp_path, command, *arguments):
+    assert main(["bench", command, *TINY, *arguments, "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "bench.png").is_file() == HAS_MATPLOTLIB
+    return json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_reward_measures_both_sides_of_each_shape(tmp_path, capsys):
+    report = run(tmp_path, "reward", *STEPS, "--shapes", "24,8,2", "12,5,4", "0,9,2")
+    printed = capsys.readouterr().out
+    pairs, rankings, apart = report["cases"]
+    assert pairs["baseline"] == apart["baseline"] == "trl.RewardTrainer"
+    assert rankings["baseline"].startswith("padded rows") and "shared_prefix=False" in rankings["baseline"]
+    # the tokens that went through the models are those of the formula
+    assert pairs["token_bound"] == pytest.approx(pairs["formula"]) == 2 * 32 / 40
+    assert rankings["token_bound"] == pytest.approx(rankings["formula"]) == 4 * 17 / 32
+    assert apart["token_bound"] == apart["formula"] == 1.0
+    assert pairs["sides"]["padded"]["model_tokens"] == 2 * 64 and pairs["sides"]["trl_ext"]["model_tokens"] == 2 * 40
+    assert [case["sides"]["trl_ext"]["flat_batches"] for case in report["cases"]] == [1.0, 1.0, 0.0]
+    for case in report["cases"]:
+        ours, padded = case["sides"]["trl_ext"], case["sides"]["padded"]
+        assert case["losses_compared"] == 3 and case["loss_max_difference"] < 1e-5
+        turns = case["speedup_of_turns"]
+        assert len(turns["wall"]) == len(turns["cpu"]) == 2 and min(turns["wall"] + turns["cpu"]) > 0
+        assert case["speedup"] == pytest.approx(sum(turns["wall"]) / 2)  # the median of two
+        assert case["cpu_speedup"] == pytest.approx(sum(turns["cpu"]) / 2)
+        assert case["fraction_of_bound"] == pytest.approx(case["cpu_speedup"] / case["token_bound"])
+        assert all(side["seconds_per_step"] > 0 and side["tokens_per_second"] > 0 for side in (ours, padded))
+        assert case["name"] in printed
+    assert report["dtype"] in printed and report["attention"] in printed
+
+
+@pytest.mark.parametrize("rows,baseline", [(pair_rows(12), "trl"), (ranked_rows(12, k=3, ragged=True), "padded")])
+def test_reward_takes_the_lengths_of_a_data_set(rows, baseline, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(tmp_path, "reward", *STEPS, "--shapes", "--dataset_name", str(file), "--lora_r", "0", "--profile")
+    (case,) = report["cases"]
+    for operators in case["profile"].values():
+        assert sum(operator["share"] for operator in operators) == pytest.approx(1.0)
+        assert any(operator["name"] == "aten::mm" and operator["calls"] > 5 for operator in operators)
+    assert case["name"] == "rows.jsonl" and case["baseline"].startswith(baseline) and case["formula"] is None
+    assert case["token_bound"] > 1.05 and case["loss_max_difference"] < 1e-5
+    with pytest.raises(SystemExit):  # 12 rows are not enough
+        main(["bench", "reward", *TINY, "--shapes", "--batch_size", "9", "--dataset_name", str(file)])
+
+
+def test_token_measures_flat_beside_padded_rows(tmp_path, capsys):
+    report = run(tmp_path, "token", "--steps", "2", "--shapes", "24,8,4", "9,5,2")
+    printed = capsys.readouterr().out
+    assert all(case["name"] in printed for case in report["cases"])
+    assert [case["rows_per_batch"] for case in report["cases"]] == [8, 4]
+    for case, (p, c, k) in zip(report["cases"], ((24, 8, 4), (9, 5, 2)), strict=True):
+        padded, flat = case["sides"]["padded"], case["sides"]["flat"]
+        assert padded["model_tokens"] == 2 * k * (p + c) and flat["model_tokens"] == 2 * (p + k * c)
+        assert case["token_bound"] == pytest.approx(k * (p + c) / (p + k * c))
+        assert case["losses_compared"] == 3 and case["loss_max_difference"] < 1e-5
+        assert case["cpu_speedup"] == pytest.approx(padded["cpu_seconds_per_step"] / flat["cpu_seconds_per_step"])
+    with pytest.raises(SystemExit):
+        main(["bench", "token", *TINY, "--shapes", "24,1,4"])
+
+
+def test_score_measures_four_sides(tmp_path, capsys):
+    size = ["--num_prompts", "2", "--num_completions", "4", "--prompt_length", "20", "--completion_length", "6"]
+    report = run(tmp_path, "score", *size)
+    assert list(report["sides"]) == ["given_order", "sorted", "shared", "tokens"]
+    assert report["rows"] == 8
+    for name, side in report["sides"].items():
+        assert side["score_max_difference"] < 1e-5
+        assert report["speedup"][name] == pytest.approx(side["seconds"] / report["sides"]["shared"]["seconds"])
+    # (8 * 20 + C) / (2 * 20 + C), with C from 8 * 3 to 8 * 6 completion tokens
+    assert (160 + 48) / (40 + 48) <= report["token_bound"] <= (160 + 24) / (40 + 24)
+    assert report["token_cost"] == pytest.approx(
+        report["sides"]["tokens"]["cpu_seconds"] / report["sides"]["sorted"]["cpu_seconds"]
+    )
+    printed = capsys.readouterr().out
+    assert "shared prompts" in printed and f"{report['token_cost']:.2f} of the CPU time" in printed
+
+
+def test_generate_measures_a_plain_loop_beside_ours(tmp_path, capsys):
+    size = ["--num_prompts", "3", "--num_generations", "2", "--prompt_length", "9", "--completion_length", "4"]
+    report = run(tmp_path, "generate", *size, "--batch_size", "4")
+    assert list(report["sides"]) == ["plain", "backend", "stored"] and report["completions"] == 6
+    for name, side in report["sides"].items():
+        assert report["ratio"][name] == pytest.approx(side["seconds"] / report["sides"]["plain"]["seconds"])
+        assert side["tokens_per_second"] == pytest.approx(6 * 4 / side["seconds"])
+    assert "plain generate loop" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", "generate", *TINY, "--batch_size", "3", "--num_generations", "2"])
+
+
+@pytest.mark.parametrize("kind", ["reward", "prm", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
+def test_ensemble_measures_members_beside_single_runs(kind, tmp_path, capsys):
+    sizes = ["--members", "3", "--num_layers", "2", "--branch_at", "0.5", "--shapes", "4,5,2,2", "--lora_r", "2"]
+    report = run(tmp_path, "ensemble", "--kind", kind, *sizes, "--steps", "1", "--repeats", "1")
+    printed = capsys.readouterr().out
+    (case,) = report["cases"]
+    assert case["tokens"] == 2 * 2 * 9
+    training, scoring = case["training"], case["scoring"]
+    assert list(training["sides"]) == list(bench_ensemble.SIDES) and "stacked_own" not in scoring["sides"]
+    for part in (training, scoring):
+        one, many = (part["sides"][name]["cpu_seconds"] for name in ("one_full", "stacked_branched"))
+        assert part["ratios"]["branched / one full"] == pytest.approx(many / one)
+        assert part["ratios"]["branched / M separate full"] == pytest.approx(many / one / 3)
+        assert all(side["seconds"] > 0 for side in part["sides"].values())
+    assert "3 members, branched" in printed and "own batches / M separate branched" in printed
+    assert f"Members of kind {kind}" in printed
+    assert training["losses_compared"] == 3 * 2 and training["loss_max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "labelled"), [("orm", 7), ("prm", 1), ("segment", 1)])
+def test_labelled_rows_have_the_lengths_that_were_asked_for(kind, labelled, tmp_path):
+    from trl_ext.data.spans import prepare_spans
+    from trl_ext.data.tokenization import TokenPolicy
+
+    tokenizer = bench_tools.words_tokenizer()
+    rows = bench_tools.labelled_rows(kind, 2, p=5, c=7, k=3)
+    kinds = {"orm": "outcome", "prm": "stepwise", "segment": "segment"}
+    policy = TokenPolicy.for_training(tokenizer) if kind == "orm" else TokenPolicy(append_eos=False)
+    ready, _ = prepare_spans(rows, tokenizer, kind=kinds[kind], policy=policy, max_length=None)
+    assert len(ready) == 6
+    for row in ready:
+        assert len(row["span_input_ids"]) == 12 and row["completion_start"] == 5
+        assert tokenizer.unk_token_id not in row["span_input_ids"] and len(row["label_positions"]) == labelled
+    longer = bench_tools.labelled_rows(kind, 1, p=0, c=2 * bench_tools.SPAN + 1, k=1)
+    (row,) = prepare_spans(longer, tokenizer, kind=kinds[kind], policy=policy, max_length=None)[0]
+    assert len(row["span_input_ids"]) == 33 and len(row["label_positions"]) == (33 if kind == "orm" else 3)
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_tools.importlib.util, "find_spec", lambda name: None)
+    assert bench_tools.plot_bars(tmp_path / "a.png", ["a"], {"b": [1.0]}, "y", "t") is False
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_share_their_prompt_and_nothing_else():
+    rows = bench_tools.synthetic_groups(6, prompt=5, completion=4, candidates=3)
+    assert len(rows) == 6
+    for row in rows:
+        assert {tuple(ids[:5]) for ids in row["candidate_ids"]} == {tuple(row["candidate_ids"][0][:5])}
+        assert len({ids[5] for ids in row["candidate_ids"]}) == 3
+        assert {len(ids) for ids in row["candidate_ids"]} == {9}
+        assert row["ratings"] == [3.0, 2.0, 1.0]
+    assert list(rows) == list(bench_tools.synthetic_groups(6, prompt=5, completion=4, candidates=3))
+
+
+def test_the_tokenizer_of_a_data_set_is_lossless_and_shorter_than_bytes():
+    from datasets import Dataset
+
+    rows = Dataset.from_list(pair_rows(20, chat=True))
+    tokenizer = bench_tools.tokenizer_of(rows)
+    text = random.Random(0).choice(rows["chosen"])[0]["content"] + " é"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text and len(ids) < len(text.encode()) / 2
+    assert tokenizer.apply_chat_template(rows[0]["chosen"], tokenize=False).startswith("<bos>assistant")
+
+
+def test_medians_are_taken_step_by_step():
+    runs = [
+        {"wall": [1.0, 5.0], "cpu": [1.0, 2.0], "peak": 3.0, "model_tokens": 7, "flat_batches": 0.5},
+        {"wall": [2.0, 4.0], "cpu": [1.0, 2.0], "peak": None, "model_tokens": 7, "flat_batches": 0.5},
+        {"wall": [9.0, 3.0], "cpu": [1.0, 2.0], "peak": 5.0, "model_tokens": 7, "flat_batches": 0.5},
+    ]
+    assert bench_reward._summary(runs, 30.0) == {
+        "seconds_per_step": 3.0,  # the medians are 2 and 4
+        "cpu_seconds_per_step": 1.5,
+        "tokens_per_second": 10.0,
+        "peak_memory_mib": 4.0,
+        "model_tokens": 7,
+        "flat_batches": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["reward", "--shapes", "64,2"],
+        ["reward", "--shapes", "4,0,2"],
+        ["reward", "--warmup", "0"],
+        ["ensemble", "--shapes", "4"],
+        ["ensemble", "--kind", "orm", "--shapes", "0,1,2,2"],
+        ["ensemble", "--kind", "step"],
+        ["generate", "--num_generations", "0"],
+        ["train"],
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_an_option_that_leaves_nothing_to_do_is_named(tmp_path, monkeypatch, capsys):
+    arguments = ["score", *TINY[:-2], "--repeats", "0", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert "--repeats is 0; needed: 1 or more." in capsys.readouterr().err
+    monkeypatch.setenv("TRL_EXT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="--repeats is 0"):
+        bench.main(arguments)
+
+
+def test_the_report_is_kept_where_the_reader_is_gone(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(bench_score, "measure", lambda args: {"rows": args.num_prompts})
+    monkeypatch.setattr(bench_score, "table", closed)
+    with pytest.raises(BrokenPipeError):
+        bench.main(["score", "--num_prompts", "3", "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"bench": "score", "rows": 3}

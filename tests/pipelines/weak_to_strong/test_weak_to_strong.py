@@ -1,0 +1,483 @@
+"""The weak-to-strong experiment on tiny models: splits, what the student sees, legs that are kept, reports, errors."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from tests.tiny import save_tiny_model
+from tests.trainers.helpers import config as trainer_config
+from trl_ext import (
+    ORMConfig,
+    PRMConfig,
+    RewardConfig,
+    RewardEnsemble,
+    WeakToStrongArguments,
+    WeakToStrongConfig,
+    weak_to_strong,
+)
+from trl_ext.metrics.streams import Calibration
+from trl_ext.pipelines.weak_to_strong.experiment import describe, group_of, learnable, make_splits
+from trl_ext.pipelines.weak_to_strong.labels import combine, learnt_weights
+from trl_ext.pipelines.weak_to_strong.report import WeakToStrongReport, pair_report
+from trl_ext.pipelines.weak_to_strong.runs import Leg, in_own_process, own_arguments, read_judgements, run_leg
+from trl_ext.pipelines.weak_to_strong.tasks import (
+    TASKS,
+    GenerationTask,
+    Judgement,
+    OutcomeTask,
+    PreferenceTask,
+    StepTask,
+    exact_match,
+)
+
+
+CONFIGS = {"preference": RewardConfig, "outcome": ORMConfig, "steps": PRMConfig, "generation": WeakToStrongConfig}
+
+LEARNS_TO_END = {"max_steps": 40, "learning_rate": 5e-3}  # a weak model that writes an EOS now and then
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [str(save_tiny_model(folder / name, "llama")) for name in ("small", "large")]
+
+
+def make_rows(task: str, number: int = 48) -> Dataset:
+    """Which of two digits is larger."""
+    rng = random.Random(7)
+    rows = []
+    for index in range(number):
+        a, b = rng.sample(range(10), 2)
+        prompt, right = f"{a} {b} {index}", rng.random() < 0.5
+        answer = f" {max(a, b) if right else min(a, b)}"
+        rows.append(
+            {
+                "preference": {"prompt": prompt, "chosen": f" {max(a, b)}", "rejected": f" {min(a, b)}"},
+                "outcome": {"prompt": prompt, "completion": answer, "label": right},
+                "steps": {"prompt": prompt, "completions": [f"see {a}", answer], "labels": [True, right]},
+                "generation": {"prompt": prompt, "completion": answer},
+            }[task]
+        )
+    return Dataset.from_list(rows)
+
+
+def arguments(models, task="preference", **kwargs) -> WeakToStrongArguments:
+    defaults = {"task": task, "weak_training": {"max_steps": 2}, "max_completion_length": 4, "test_share": 0.3}
+    return WeakToStrongArguments(models[:1], models[1:], **(defaults | kwargs))
+
+
+def run(models, tmp_path, task="preference", rows=None, **kwargs):
+    """The report, and the names of the legs that ran."""
+    started = []
+    config = arguments(models, task, **kwargs)
+    args = trainer_config(tmp_path / "run", CONFIGS[task], max_steps=3)
+    rows = make_rows(task) if rows is None else rows
+    report = weak_to_strong(config, args, rows, on_start=lambda stage: started.append(stage.name))
+    return report, started
+
+
+# --------------------------------------------------------------------------------------- the experiment
+@pytest.mark.parametrize(
+    ("task", "loss"),
+    [
+        ("preference", "logconf"),
+        ("outcome", "xent"),
+        ("outcome", "logconf"),
+        ("steps", "logconf"),
+        ("generation", "kd"),
+    ],
+)
+def test_it_runs_and_reports(task, loss, models, tmp_path):
+    training = LEARNS_TO_END if task == "generation" else {"max_steps": 2}
+    report, started = run(models, tmp_path, task, student_loss=loss, weak_training=training)
+    assert started == ["weak-0-seed-0", "ceiling-0-seed-0", "student-weak-0-0-seed-0"]
+    assert all(0.0 <= value <= 1.0 for value in (report.weak, report.weak_to_strong, report.ceiling))
+    assert sum(report.rows.values()) == 48 and min(report.rows.values()) > 5
+    saved = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert saved["pairs"][0]["weak"] == report.weak and saved["task"] == task
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert f"{report.weak:.3f}" in text and (report.pgr is not None or "undefined" in text)
+    assert (tmp_path / "run" / "report.png").stat().st_size > 1000
+
+
+def test_legs_are_kept_while_nothing_changes(models, tmp_path):
+    first, started = run(models, tmp_path)
+    again, kept = run(models, tmp_path)
+    assert len(started) == 3 and kept == []
+    assert (again.weak, again.weak_to_strong, again.ceiling) == (first.weak, first.weak_to_strong, first.ceiling)
+    _, other = run(models, tmp_path, student_loss="logconf")
+    assert other == ["student-weak-0-0-seed-0"]  # weak model and ceiling are the same
+    _, more = run(models, tmp_path, student_loss="logconf", seeds=[0, 1])
+    assert more == ["weak-0-seed-1", "ceiling-0-seed-1", "student-weak-0-0-seed-1"]
+
+
+def test_a_leg_in_its_own_process_gives_the_same(models, tmp_path):
+    rows = list(make_rows("outcome", 12))
+    args = trainer_config(tmp_path, ORMConfig, max_steps=2)
+    leg = Leg("outcome", models[0], args, {}, 0, None, None)
+    found = []
+    for name, run_one in (("here", run_leg), ("apart", lambda *job: in_own_process(job, job[3]))):
+        folder = tmp_path / name
+        folder.mkdir()
+        result = run_one(leg, rows, {"test": rows}, folder, None, "none")
+        found.append((result["train_loss"], result["test"], read_judgements(folder, "test")))
+        assert not list(folder.glob("job.*")) and not list(folder.glob("result.*"))
+    assert found[0] == found[1]
+
+
+def a_metric(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+METRICS = [None, a_metric, partial(a_metric, x=1), partial(a_metric, x=2)]
+METRICS += [lambda prompts, completions, **columns: [0.0], lambda prompts, completions, **columns: [1.0]]
+
+
+def test_a_metric_that_another_process_cannot_import_is_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(a_metric, "__module__", "__main__")
+    for metric in (a_metric, partial(a_metric, x=1), lambda prompts, completions, **columns: [0.0]):
+        leg = Leg("generation", models[0], None, {}, 0, None, None, metric=metric)
+        with pytest.raises(ValueError, match="isolate='never'"):
+            in_own_process((leg, []), tmp_path)
+
+
+def test_a_metric_that_is_not_known_again_is_refused(tmp_path):
+    args = trainer_config(tmp_path, WeakToStrongConfig)
+    leg = Leg("generation", "m", args, {}, 0, None, None, metric=RewardEnsemble([a_metric]))
+    with pytest.raises(ValueError, match="ensemble in memory"):
+        describe(leg, "model")
+
+
+def test_two_weak_models_alone_and_together(models, tmp_path):
+    rows = make_rows("outcome")
+    args = trainer_config(tmp_path / "run", ORMConfig, max_steps=2)
+    config = WeakToStrongArguments(models, models[1:], task="outcome")
+    report = weak_to_strong(config, args, rows)
+    assert [pair.weak_models for pair in report.pairs] == [[models[0]], [models[1]]]
+    with pytest.raises(ValueError, match="2 pairs"):
+        _ = report.pgr
+    for how in ("mean", "vote"):
+        config = WeakToStrongArguments(models, models[1:], task="outcome", weak_ensemble=how)
+        together = weak_to_strong(config, args, rows)
+        assert together.pairs[0].weak_models == models and together.ceiling == report.pairs[0].ceiling
+        assert together.pairs[0].by_seed[0]["weights"] is None
+
+
+def test_weights_of_weak_models_are_learnt_from_rows_that_none_saw(models, tmp_path):
+    pytest.importorskip("sklearn")
+    rows, args = make_rows("outcome"), trainer_config(tmp_path / "run", ORMConfig, max_steps=2)
+    config = WeakToStrongArguments(models, models[1:], task="outcome", weak_ensemble="learned", fusion_share=0.4)
+    splits = make_splits(config, rows, None)
+    report = weak_to_strong(config, args, rows)
+    assert report.rows["fusion"] == len(splits["fusion"]) > 1
+    held_back = [read_judgements(tmp_path / "run" / f"weak-{i}-seed-0", "fusion") for i in (0, 1)]
+    weights = learnt_weights(OutcomeTask(), splits["fusion"], held_back)
+    assert report.pairs[0].by_seed[0]["weights"] == pytest.approx(weights) and len(weights) == 2
+
+
+def test_combined_labels_by_hand():
+    rows = [{"label": 1}, {"label": 0}]
+    one, two, three = ([Judgement(1.0, p) for p in outputs] for outputs in ((0.9, 0.2), (0.6, 0.4), (0.3, 0.9)))
+    assert combine(OutcomeTask(), rows, [one]) == one
+    mean = combine(OutcomeTask(), rows, [one, two, three], "mean")
+    assert [label.output for label in mean] == pytest.approx([0.6, 0.5]) and [label.right for label in mean] == [1, 1]
+    vote = combine(OutcomeTask(), rows, [one, two, three], "vote")
+    assert [label.output for label in vote] == pytest.approx([2 / 3, 1 / 3])
+    learned = combine(OutcomeTask(), rows, [one, three], "learned", weights=[2.0, -1.0])
+    odds = [(0.9 / 0.1) ** 2 * (0.7 / 0.3), (0.2 / 0.8) ** 2 * (0.1 / 0.9)]
+    assert [label.output for label in learned] == pytest.approx([x / (1 + x) for x in odds])
+    steps = [{"labels": [1, None, 0]}]
+    both = combine(StepTask(), steps, [[Judgement(0.0, [1.0, 0.5, 0.0])], [Judgement(0.0, [0.5, 0.5, 0.8])]], "mean")
+    assert both == [Judgement(1.0, pytest.approx([0.75, 0.5, 0.4]))]
+
+
+def test_a_model_that_knows_nothing_gets_no_weight():
+    pytest.importorskip("sklearn")
+    rows = [{"label": n % 2} for n in range(400)]
+    knows = [Judgement(1.0, 0.9 if row["label"] else 0.1) for row in rows]
+    knows[:40] = [Judgement(0.0, 1 - judgement.output) for judgement in knows[:40]]  # is wrong now and then
+    guesses = [Judgement(0.0, 0.9 if n % 4 < 2 else 0.1) for n in range(400)]
+    certain, random = learnt_weights(OutcomeTask(), rows, [knows, guesses])
+    assert certain == pytest.approx(1.0, abs=0.1) and abs(random) < 0.05  # log(9) says 0.9, and it is right 0.9
+    steps = learnt_weights(StepTask(), [{"labels": [1, None, 0]}] * 20, [[Judgement(1.0, [0.9, 0.1, 0.1])] * 20])
+    assert steps[0] > 0
+
+
+# --------------------------------------------------------------------------------------- what a student sees
+def test_gold_labels_of_split_b_do_not_reach_the_student():
+    """Whatever the gold label of a row is, the student's row is the same."""
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2.0}
+    swapped = {"prompt": "p", "chosen": "b", "rejected": "a", "margin": 2.0}
+    assert PreferenceTask().relabel(pair, 0.7, False) == pytest.approx(PreferenceTask().relabel(swapped, 0.3, False))
+    outcome = {"prompt": "p", "completion": "c"}
+    rows = [OutcomeTask().relabel({**outcome, "label": gold}, 0.7, False) for gold in (True, False)]
+    assert rows[0] == rows[1] == {**outcome, "label": 0.7}
+    steps = {"prompt": "p", "completions": ["x", "y", "z"]}
+    rows = [StepTask().relabel({**steps, "labels": [gold, None, gold]}, [0.2, 0.9, 0.8], False) for gold in (0, 1)]
+    assert rows[0] == rows[1] == {**steps, "labels": [0.2, None, 0.8]}
+    text = GenerationTask().relabel({"prompt": "p", "completion": "gold"}, "weak", False)
+    assert text["completion"] == "weak"
+
+
+def test_texts_that_were_cut_or_are_empty_are_left_out_and_counted(models, tmp_path, caplog):
+    """Behind a text that was cut SFT would put an EOS."""
+    report, _ = run(models, tmp_path, "generation", student_loss="sft", weak_training=LEARNS_TO_END)
+    folder = tmp_path / "run"
+    labels = read_judgements(folder / "weak-0-seed-0", "labelled")
+    counted = {"cut": sum(not label.finished for label in labels), "empty": 0}
+    counted["empty"] = sum(label.finished and not label.output for label in labels)
+    assert report.pairs[0].by_seed[0]["left_out"] == counted
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["pairs"][0]["by_seed"][0]["left_out"] == counted
+    assert f"{counted['cut']} that were cut" in report.markdown()
+
+    rows = [{"prompt": str(n), "completion": "gold"} for n in range(4)]
+    judged = [Judgement(0.0, "whole"), Judgement(0.0, "cu", finished=False), Judgement(0.0, ""), Judgement(0.0, "too")]
+    config = arguments(models, "generation")
+    learnt, told = learnable(config, rows, judged)
+    assert [(row["prompt"], row["completion"]) for row in learnt] == [("0", "whole"), ("3", "too")]
+    assert told == {"left_out": {"cut": 1, "empty": 1}}
+    assert "Of 4 weak texts 1 were cut at max_completion_length=4 and 1 are empty" in caplog.text
+    with pytest.raises(ValueError, match="nothing to learn from: of 2 texts 1 were cut .* raise max_compl"):
+        learnable(config, rows[:2], judged[1:3])
+
+
+def test_a_text_is_finished_if_it_ended_before_the_limit(models, tmp_path):
+    rows = list(make_rows("generation", 16))
+    args = trainer_config(tmp_path, WeakToStrongConfig, kd_weight=0.0, **LEARNS_TO_END)
+    leg = Leg("generation", models[0], args, {}, 0, None, None, max_completion_length=3)
+    run_leg(leg, rows, {"labelled": rows}, tmp_path, None, "none")
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    for label in read_judgements(tmp_path, "labelled"):
+        written = len(tokenizer(label.output, add_special_tokens=False)["input_ids"])
+        assert label.finished == (written < 3), label
+
+
+def test_pairs_are_shown_either_way_round():
+    rows = [
+        PreferenceTask().relabel({"prompt": str(n), "chosen": "a", "rejected": "b"}, 1.0, False) for n in range(200)
+    ]
+    assert 70 < sum(row["chosen"] == "a" for row in rows) < 130
+    assert all((row["preference_probability"] == 1.0) == (row["chosen"] == "a") for row in rows)
+
+
+def test_hard_labels_round():
+    assert OutcomeTask().relabel({"label": 0}, 0.7, True) == {"label": 1.0}
+    assert StepTask().relabel({"labels": [1, 1]}, [0.7, 0.4], True)["labels"] == [1.0, 0.0]
+
+
+# --------------------------------------------------------------------------------------- splits
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_are_disjoint_by_prompt_and_do_not_depend_on_order(task, models):
+    rows = make_rows(task)
+    doubled = Dataset.from_list([*rows, *rows])
+    config = arguments(models, task)
+    splits, other = make_splits(config, doubled, None), make_splits(config, doubled.shuffle(seed=1), None)
+    groups = {name: {group_of(row) for row in part} for name, part in splits.items()}
+    assert sum(map(len, groups.values())) == 48
+    assert groups == {name: {group_of(row) for row in part} for name, part in other.items()}
+
+
+def test_a_test_set_that_was_trained_on_is_refused(models):
+    rows = make_rows("outcome")
+    with pytest.raises(ValueError, match="share [123] prompts"):
+        make_splits(arguments(models, "outcome"), rows, rows.select(range(3)))
+
+
+def test_an_empty_split_and_a_single_class_are_refused(models):
+    with pytest.raises(ValueError, match="has no rows"):
+        make_splits(arguments(models), make_rows("preference", 1), None)
+    rows = make_rows("outcome").map(lambda row: {"label": True})
+    with pytest.raises(ValueError, match="are right"):
+        make_splits(arguments(models, "outcome"), rows, None)
+
+
+def test_labels_that_are_no_probabilities_are_refused_wherever_they_stand(models):
+    rows = list(make_rows("outcome"))
+    for bad in (None, 2.0, "yes"):
+        held_back = Dataset.from_list([{**rows[0], "prompt": "new", "label": bad}])
+        with pytest.raises(ValueError, match="'test' has (the|no) label"):
+            make_splits(arguments(models, "outcome"), Dataset.from_list(rows), held_back)
+    steps = make_rows("steps")
+    with pytest.raises(ValueError, match="are right"):
+        make_splits(arguments(models, "steps"), steps.map(lambda row: {"labels": [True, True]}), None)
+
+
+def test_a_stream_that_does_not_know_its_columns(models):
+    rows = make_rows("outcome")
+    stream = IterableDataset.from_generator(lambda: iter(list(rows)))
+    config = arguments(models, "outcome")
+    assert make_splits(config, stream, None) == make_splits(config, rows, None)
+    with pytest.raises(ValueError, match="no column"):
+        make_splits(config, IterableDataset.from_generator(lambda: iter([{"text": "a"}])), None)
+
+
+def test_pairs_without_a_prompt_column_stay_with_their_prompt():
+    def chat(*texts):
+        return [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(texts)]
+
+    one = {"chosen": chat("hi", "a"), "rejected": chat("hi", "b"), "score": 1.0}
+    two = {"chosen": chat("hi", "c"), "rejected": chat("hi", "d"), "score": 2.0}
+    assert group_of(one) == group_of(two) == group_of({"prompt": chat("hi")})
+    assert group_of(one) != group_of({"chosen": chat("ho", "a"), "rejected": chat("ho", "b")})
+    text = {"chosen": "Q: 1 A: 2", "rejected": "Q: 1 A: 3"}
+    assert group_of({**text, "score": 1.0}) == group_of({**text, "score": 2.0}) != group_of({**text, "chosen": "c"})
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "kwargs", "message"),
+    [
+        ("steps", "xent", {"num_labels": 3}, "three classes"),
+        ("steps", "logconf", {"num_labels": 1, "loss_type": "bce"}, "num_labels=2"),
+        ("outcome", "xent", {"loss_type": "mse"}, "no log-odds"),
+        ("preference", "xent", {"loss_type": "plackett_luce"}, "takes no probability"),
+    ],
+)
+def test_outputs_that_are_no_log_odds_are_refused(task, loss, kwargs, message, models, tmp_path):
+    args = trainer_config(tmp_path, CONFIGS[task], **kwargs)
+    with pytest.raises(ValueError, match=message):
+        weak_to_strong(arguments(models, task, student_loss=loss), args, make_rows(task))
+
+
+def test_kd_between_two_vocabularies_is_refused_before_a_leg(models, tmp_path):
+    other = str(save_tiny_model(tmp_path / "qwen", "qwen3"))  # a smaller vocabulary: sizes alone would let it pass
+    config = WeakToStrongArguments(models[:1], [other], task="generation", student_loss="kd")
+    with pytest.raises(ValueError, match="vocabularies of student and teacher"):
+        weak_to_strong(config, trainer_config(tmp_path / "run", WeakToStrongConfig), make_rows("generation"))
+    assert not (tmp_path / "run" / "weak-0-seed-0").exists()
+
+
+def test_missing_columns_are_named(models):
+    with pytest.raises(ValueError, match=r"no column \['label'\]"):
+        make_splits(arguments(models, "outcome"), make_rows("outcome").remove_columns("label"), None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weak_share": 1.0}, "weak_share=1.0"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"student_loss": "kd"}, "does not go with task='preference'"),
+        ({"student_loss_kwargs": {"alpha": 0.1}}, "of 'logconf'"),
+        ({"task": "generation", "weak_ensemble": "mean"}, "texts cannot be averaged"),
+        ({"weak_ensemble": True}, "weak_ensemble=True"),
+        ({"fusion_share": 0.0}, "fusion_share=0.0"),
+        ({"weak_training": "{"}, "not JSON"),
+    ],
+)
+def test_arguments_that_cannot_work(kwargs, message, models):
+    with pytest.raises(ValueError, match=message):
+        arguments(models, **kwargs)
+
+
+def test_an_unknown_argument_of_the_weak_model_is_named(models, tmp_path):
+    with pytest.raises(ValueError, match="'max_stepz'"):
+        run(models, tmp_path, weak_training={"max_stepz": 3})
+
+
+# --------------------------------------------------------------------------------------- reports
+def test_report_by_hand():
+    """Four test rows, one seed: weak right on two, student on three, ceiling on all."""
+
+    def judge(*right):
+        return [Judgement(value, 0.5 + 0.4 * value) for value in right]
+
+    runs = [{"seed": 0, "weak": judge(1, 1, 0, 0), "student": judge(1, 1, 1, 0), "ceiling": judge(1, 1, 1, 1)}]
+    runs[0]["labels"] = judge(1, 0)
+    many = [{**runs[0], **{name: runs[0][name] * 40 for name in ("weak", "student", "ceiling")}}]
+    found = pair_report(["w"], "s", many, ["a", "b", "a", "b"] * 40, [str(n) for n in range(160)], True)
+    assert (found.weak, found.weak_to_strong, found.ceiling, found.pgr) == (0.5, 0.75, 1.0, 0.5)
+    assert found.pgr_interval[0] < 0.5 < found.pgr_interval[1]
+    assert found.agreement == {"when_right": 1.0, "when_wrong": 0.5}
+    assert found.weak_labels["accuracy"] == 0.5
+    # sure of 0.9 (right) and 0.5 (wrong): |0.9 - 1| and |0.5 - 0|, half each
+    assert found.weak_labels["calibration_error"] == pytest.approx(0.3)
+    assert found.by_class["a"] == {"weak": 0.5, "student": 1.0, "ceiling": 1.0}
+
+
+def test_an_interval_without_an_end_is_null_in_the_report(tmp_path):
+    def judge(*right):
+        return [Judgement(float(value), 0.5 + 0.4 * value) for value in right]
+
+    run = {"seed": 0, "weak": judge(*[0] * 8), "student": judge(*[1, 0] * 4), "ceiling": judge(*[0] * 5, *[1] * 3)}
+    pair = pair_report(["w"], "s", [{**run, "labels": judge(1)}], ["a"] * 8, [str(n) for n in range(8)], True)
+    open_ended = replace(pair, pgr_interval=(pair.pgr_interval[0], float("inf")))
+    WeakToStrongReport("outcome", "xent", {}, [open_ended, pair]).save(tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    assert "Infinity" not in text and json.loads(text)["pairs"][0]["pgr_interval"][1] is None
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_calibration_error():
+    def error(probabilities, right):
+        calibration = Calibration(bins=10)
+        calibration.add(torch.tensor(probabilities), torch.tensor(right))
+        return calibration.summary()["ece"]
+
+    assert error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]) == pytest.approx(0.0)
+    assert error([1.0, 0.05], [0, 1]) == pytest.approx((1.0 + 0.95) / 2)
+
+
+def test_metric_of_texts_is_checked():
+    rows = [{"prompt": "p", "completion": "gold"}]
+    assert exact_match(["p"], [" gold "], ["gold"]) == [1.0]
+    assert GenerationTask().judge_texts(["gold"], rows, [False]) == [Judgement(1.0, "gold", finished=False)]
+    with pytest.raises(ValueError, match="not in"):
+        GenerationTask(lambda prompts, completions, **columns: [2.0]).judge_texts(["x"], rows, [True])
+
+
+# --------------------------------------------------------------------------------------- identity
+def test_identity_of_a_leg_counts_what_matters(models, tmp_path):
+    def identity(seed=0, **kwargs):
+        args = trainer_config(tmp_path, RewardConfig, **kwargs)
+        return describe(Leg("preference", models[0], args, {}, seed, None, None), "model")
+
+    same = identity()
+    assert identity(logging_steps=7) == same and identity(report_to="wandb") == same
+    assert identity(learning_rate=0.5) != same and identity(seed=1) != same
+    assert json.loads(json.dumps(same)) == same
+
+
+def test_the_run_of_a_leg_has_its_name(tmp_path):
+    def name(**kwargs):
+        leg = Leg("preference", "m", trainer_config(tmp_path, RewardConfig, **kwargs), {}, 0, None, None)
+        return own_arguments(leg, tmp_path / "weak-0-seed-1.partial", "wandb").run_name
+
+    assert name() == "weak-0-seed-1" and name(run_name="mine") == "mine-weak-0-seed-1"
+
+
+def test_identity_of_a_leg_without_a_teacher_has_no_weight_of_it(tmp_path):
+    def identity(loss, metric=None, **kwargs):
+        args = trainer_config(tmp_path, WeakToStrongConfig, **kwargs)
+        return describe(Leg("generation", "m", args, {}, 0, None, None, loss=loss, metric=metric), "model")
+
+    assert identity("gold", kd_weight=0.5) == identity("gold") and identity("kd", kd_weight=0.5) != identity("kd")
+    assert identity("gold", dataloader_drop_last=True) != identity("gold")
+    named = [identity("gold", metric) for metric in METRICS]
+    assert all(named.count(one) == 1 for one in named)
+
+
+def test_legs_of_a_model_whose_weights_changed_run_again(models, tmp_path):
+    weak = shutil.copytree(models[0], tmp_path / "weak")
+    pair = [str(weak), models[1]]
+    run(pair, tmp_path)
+    torch.save(load_file(weak / "model.safetensors"), weak / "pytorch_model.bin")
+    assert run(pair, tmp_path)[1] == ["weak-0-seed-0", "student-weak-0-0-seed-0"]
+
+
+def test_identity_of_a_leg_counts_the_text_of_its_chat_template(tmp_path):
+    template = tmp_path / "template.jinja"
+    found = []
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        args = trainer_config(tmp_path, RewardConfig, chat_template_path=str(template))
+        found.append(describe(Leg("preference", "m", args, {}, 0, None, None), "model"))
+    assert found[0] != found[1]

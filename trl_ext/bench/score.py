@@ -1,0 +1,195 @@
+"""`trl-ext bench score`: N completions of each prompt, scored by `RewardScorer` and as rows padded in two ways.
+
+The other sides are TRL's way (rows in the given order, tokenized, padded and run in batches of a fixed size) and our
+scorer with `shared_prefix=False` (rows sorted by length under a token budget). Beside that last one, the same weights
+as an outcome model score every token. All score the same texts in turns in one process. Knows scorers, and nothing of
+how they work.
+"""
+
+import argparse
+import copy
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from trl_ext.bench.tools import (
+    FIRST_WORD,
+    VOCABULARY,
+    add_model_arguments,
+    check_counts,
+    circumstances,
+    dtype_of,
+    forget_peak,
+    formatted,
+    peak,
+    plot_bars,
+    save_model,
+    words_tokenizer,
+)
+
+
+SIDES = {
+    "given_order": "padded, given order",
+    "sorted": "padded, sorted by length",
+    "shared": "shared prompts",
+    "tokens": "padded, sorted, every token",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `trl-ext bench score`."""
+    parser.add_argument("--num_prompts", type=int, default=4)
+    parser.add_argument("--num_completions", type=int, default=16, help="completions of each prompt")
+    parser.add_argument("--prompt_length", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--completion_length", type=int, default=64, help="tokens of the longest completion")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows in a batch of the given order")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side, in turns")
+    parser.add_argument("--output_dir", default="outputs/bench_score", help="where bench.json and bench.png go")
+    add_model_arguments(parser)
+
+
+def synthetic_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Prompts, and completions of half to all of `completion_length` words; rows are in random order."""
+    rng = random.Random(args.seed)
+
+    def words(length: int) -> str:
+        return " ".join(f"w{rng.randrange(FIRST_WORD, VOCABULARY)}" for _ in range(length))
+
+    longest = args.completion_length
+    rows = []
+    for _ in range(args.num_prompts):
+        prompt = words(args.prompt_length)
+        rows += [(prompt, " " + words(rng.randint((longest + 1) // 2, longest))) for _ in range(args.num_completions)]
+    rng.shuffle(rows)
+    return [prompt for prompt, _ in rows], [completion for _, completion in rows]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    Score the same rows on all sides.
+
+    Returns:
+        `dict` with `sides` (seconds, CPU seconds, sequence tokens per second, peak memory in MiB, and the largest
+        difference of a score from the given order, of `tokens` the last token's), `speedup` and `cpu_speedup` over
+        each other side, `token_bound` (real tokens of the rows over tokens with each prompt once), `token_cost` (CPU
+        time of scoring every token over that of one score a row, both in sorted rows), and the circumstances.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForSequenceClassification
+
+    from trl_ext import RewardScorer
+    from trl_ext.data.tokenization import TokenPolicy
+    from trl_ext.models.loading import describe_base
+    from trl_ext.models.sidecar import Sidecar, set_sidecar
+
+    check_counts(args, num_prompts=1, num_completions=1, prompt_length=1, completion_length=1, batch_size=1, repeats=1)
+    transformers.utils.logging.disable_progress_bar()
+    prompts, completions = synthetic_texts(args)
+    tokenizer = words_tokenizer()
+    rows = [tokenizer(p + c)["input_ids"] for p, c in zip(prompts, completions, strict=True)]
+    sequence_tokens = sum(map(len, rows))
+    repeated = (args.num_completions - 1) * args.num_prompts * args.prompt_length
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, args, args.prompt_length + args.completion_length, tokenizer)
+        torch.manual_seed(args.seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=1,
+            dtype=dtype_of(args),
+            attn_implementation=args.attn_implementation,
+            device_map="cuda" if torch.cuda.is_available() else None,
+        ).eval()
+    verifier = copy.deepcopy(model)  # the same weights, known to be of a model whose every token has a score
+    policy = TokenPolicy.without_sidecar().to_dict()
+    set_sidecar(verifier, Sidecar(describe_base(model), False, ["score"], policy, kind="outcome", loss_type="bce"))
+
+    def given_order() -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(prompts), args.batch_size):
+            texts = [p + c for p, c in zip(prompts, completions, strict=True)][start : start + args.batch_size]
+            batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+            with torch.no_grad():
+                scores += (
+                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
+                )
+        return scores
+
+    scorers = {
+        "sorted": RewardScorer(model, tokenizer, shared_prefix=False),
+        "shared": RewardScorer(model, tokenizer, shared_prefix="auto"),
+    }
+    calls = {"given_order": given_order, **{name: lambda s=s: s(prompts, completions) for name, s in scorers.items()}}
+    by_token = RewardScorer(verifier, tokenizer)
+    calls["tokens"] = lambda: [row[-1] for row in by_token.score_tokens(prompts, completions)]
+    scores = {name: call() for name, call in calls.items()}  # the warm-up
+    stamps: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in calls}
+    for repeat in range(args.repeats):
+        for name in calls if repeat % 2 == 0 else reversed(calls):
+            forget_peak()
+            wall, cpu = time.perf_counter(), time.process_time()
+            calls[name]()
+            stamps[name].append((time.perf_counter() - wall, time.process_time() - cpu, peak()))
+
+    sides = {}
+    for name, measured in stamps.items():
+        wall, cpu, peaks = zip(*measured, strict=True)
+        sides[name] = {
+            "seconds": statistics.median(wall),
+            "cpu_seconds": statistics.median(cpu),
+            "tokens_per_second": sequence_tokens / statistics.median(wall),
+            "peak_memory_mib": None if None in peaks else statistics.median(peaks),
+            "score_max_difference": max(abs(a - b) for a, b in zip(scores[name], scores["given_order"], strict=True)),
+        }
+    bound = sequence_tokens / (sequence_tokens - repeated)
+    shared = sides["shared"]
+    return {
+        "sides": sides,
+        "speedup": {name: side["seconds"] / shared["seconds"] for name, side in sides.items()},
+        "cpu_speedup": {name: side["cpu_seconds"] / shared["cpu_seconds"] for name, side in sides.items()},
+        "token_bound": bound,
+        "fraction_of_bound": sides["sorted"]["cpu_seconds"] / shared["cpu_seconds"] / bound,
+        "token_cost": sides["tokens"]["cpu_seconds"] / sides["sorted"]["cpu_seconds"],
+        "rows": len(rows),
+        **circumstances(args),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a table for the terminal."""
+    rows = [["", "s", "CPU s", "tokens/s", "peak MiB", "wall", "CPU", "score diff"]]
+    for name, side in report["sides"].items():
+        memory = side["peak_memory_mib"]
+        rows.append(
+            [
+                SIDES[name],
+                f"{side['seconds']:.3f}",
+                f"{side['cpu_seconds']:.3f}",
+                f"{side['tokens_per_second']:,.0f}",
+                "-" if memory is None else f"{memory:,.0f}",
+                f"{report['speedup'][name]:.2f}x",
+                f"{report['cpu_speedup'][name]:.2f}x",
+                f"{side['score_max_difference']:.0e}",
+            ]
+        )
+    return (
+        f"{formatted(rows)}\nwall and CPU: that side / shared prompts; token bound without any padding "
+        f"{report['token_bound']:.2f}, of which {report['fraction_of_bound']:.0%} is reached beside sorted rows; "
+        f"medians of {report['rows']} rows\nevery token / one score a row, both in sorted rows: "
+        f"{report['token_cost']:.2f} of the CPU time\n{report['machine']}, {report['dtype']}, "
+        f"{report['attention']} attention, memory {report['memory']}"
+    )
+
+
+def plot(report: dict[str, Any], path: Path) -> bool:
+    """How many times faster shared prompts are, as bars; `False` where matplotlib is not installed."""
+    labels = [SIDES[name] for name in report["sides"]]
+    series = {
+        "time ratio (wall)": list(report["speedup"].values()),
+        "time ratio (CPU)": list(report["cpu_speedup"].values()),
+    }
+    title = f"Scoring {report['rows']} rows: each side over shared prompts\n{report['machine']}, {report['dtype']}"
+    return plot_bars(path, labels, series, "times as long", title)

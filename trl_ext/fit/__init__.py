@@ -1,0 +1,1 @@
+"""How much memory a training config takes: an estimate without a GPU, and a measurement."""

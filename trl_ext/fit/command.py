@@ -1,0 +1,220 @@
+"""`trl-ext bench fit`: does a training config fit on a card, what takes the memory, and what would change that.
+
+The estimate needs neither a GPU nor weights (`trl_ext.fit.memory_estimate`). Beside it, real steps of the config's
+trainer are run on random weights: on a GPU capped at `--gpu_memory`, on a CPU only where the model is tiny, to see how
+far off the estimate is. A pipeline has several phases (`fit_phase_report`). Knows commands and their configs.
+Nothing is downloaded.
+"""
+
+import argparse
+import copy
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_ext.bench.tools import circumstances, formatted
+from trl_ext.fit.changes import advise, changes
+from trl_ext.fit.config import (
+    TRAINERS,
+    Parsed,
+    attention_note,
+    changed,
+    check_attention,
+    parse,
+    sizes_of,
+    training_step,
+    values_of,
+)
+from trl_ext.fit.phase_report import dominates, in_gib, measure_phases, phases_table, plot_memory, plot_phases
+from trl_ext.fit.pipelines import PIPELINES
+from trl_ext.fit.rows import Sizes, write_random_model
+from trl_ext.fit.runs import GIB, measured, run_training, too_much_here
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `trl-ext bench fit`."""
+    parser.add_argument("--config", required=True, help="YAML file of a command that trains or samples")
+    parser.add_argument(
+        "--trainer", choices=[*TRAINERS, *PIPELINES], default=None, help="default: the name of the config's folder"
+    )
+    parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="e.g. max_length=512")
+    parser.add_argument("--gpu_memory", type=float, default=24.0, help="GiB of the card")
+    parser.add_argument(
+        "--reserve", type=float, default=1.5, help="GiB of it that the estimate leaves to CUDA and the allocator"
+    )
+    parser.add_argument("--estimate", action="store_true", help="run nothing")
+    parser.add_argument("--no_changes", action="store_true", help="do not estimate what single changes would do")
+    parser.add_argument("--prompt_length", type=int, default=None, help="tokens; default: half of max_length")
+    parser.add_argument("--completion_length", type=int, default=None, help="tokens; default: the rest of max_length")
+    parser.add_argument(
+        "--candidates", type=int, default=None, help="of a group; default: 2 for bradley_terry, 4 for other losses"
+    )
+    parser.add_argument(
+        "--sft_config", default=None, help="of rejection sampling: YAML file of `trl sft` for what was selected"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default="outputs/bench_fit", help="where bench.json and bench.png go")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    Estimate, and measure where that can be done.
+
+    Returns:
+        `dict` with the `batch`, the `estimate` (GiB of each part and of the whole, operations), `fits`, `dominates`,
+        `changes`, `advice`, `measured` (`None`, and why under `not_measured`) with the estimate's `error`, and the
+        circumstances.
+    """
+    import transformers
+
+    from trl_ext.fit.known_shapes import config_of
+
+    if args.steps < 1:
+        raise ValueError("--steps must be at least 1.")
+    if args.gpu_memory <= 0 or args.reserve < 0:
+        raise ValueError("--gpu_memory must be positive, and --reserve not negative.")
+    transformers.utils.logging.disable_progress_bar()
+    if not Path(args.config).is_file():
+        raise ValueError(f"{args.config} is no file. Needed: the YAML file of a command that trains.")
+    command = args.trainer or Path(args.config).resolve().parent.name
+    if "distributed_type" in values_of(args):
+        raise ValueError(
+            f"{args.config} says how processes are launched (`accelerate launch --config_file`) and names no model. "
+            "Give the config of what is launched."
+        )
+    if args.sft_config is not None and command != "rejection_sampling":
+        raise ValueError(
+            f"--sft_config says what rejection sampling is followed by, and this is a config of {command}."
+        )
+    if command in PIPELINES:
+        report = measure_phases(command, args)
+        vars(args).update(dtype=None, attn_implementation=None)  # each phase has its own
+        return {**report, **circumstances(args), "dtype": None}
+    if command not in TRAINERS:
+        raise ValueError(
+            f"The folder {command!r} does not say whose config it is. Give --trainer: {[*TRAINERS, *PIPELINES]}."
+        )
+    parsed = parse(command, args)
+    config, source = config_of(parsed.model.model_name_or_path)
+    attention = parsed.model.attn_implementation
+    if not args.estimate:
+        check_attention(config, attention)
+    sizes = sizes_of(command, parsed, config, args)
+    found = _case(command, parsed, config, sizes, args)
+    estimate = found.pop("estimate")
+    report = {
+        "command": command,
+        "config": args.config,
+        "model": parsed.model.model_name_or_path,
+        "shape": source,
+        "batch": {**vars(sizes), "model_tokens": estimate.model_tokens},
+        "estimate": in_gib(estimate),
+        "gpu_memory": args.gpu_memory,
+        "reserve": args.reserve,
+        "fits": found["fits"],
+        "dominates": dominates(estimate.parts()),
+        "note": attention_note(attention),
+        "changes": [],
+        "advice": None,
+        "measured": None,
+        "not_measured": "--estimate" if args.estimate else None,
+    }
+    if not args.no_changes:
+        for change in changes(command, parsed.training, parsed.model):
+            case = change._asdict()
+            try:
+                new = changed(parsed, change.values)
+                own = sizes_of(command, new, config, args)
+                case |= _case(command, new, config, own, args)
+            except ValueError:  # what the change leads to cannot be trained or estimated
+                continue
+            del case["estimate"]
+            report["changes"].append(case)
+        report["advice"] = advise(report["changes"], found)
+    if not args.estimate:
+        report["not_measured"] = too_much_here(estimate.flops)
+        if report["not_measured"] is None:
+            report["measured"] = _measured(command, parsed, args, config, sizes)
+    for name in ("dtype", "attn_implementation"):  # what `circumstances` says of a run
+        vars(args)[name] = vars(parsed.model)[name]
+    return {**report, **circumstances(args)}
+
+
+def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
+    from trl_ext.fit.memory_estimate import estimate
+
+    found = estimate(training_step(command, parsed, config, sizes))
+    gib = found.peak / GIB
+    return {
+        "estimate": found,
+        "gib": gib,
+        "fits": gib + args.reserve <= args.gpu_memory,
+        "flops_per_row": found.flops / sizes.rows,
+    }
+
+
+def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: Any, sizes: Sizes) -> dict[str, Any]:
+    """Real steps of the trainer on random weights, beside the estimate of the same."""
+    import torch
+
+    from trl_ext.fit.memory_estimate import estimate
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        step = training_step(command, parsed, config, sizes, torch.cuda.is_available())
+        write_random_model(model, copy.deepcopy(config), step.dtype, sizes.words, args.seed)
+        run = partial(run_training, command, parsed, model, sizes, args)
+        return measured(run, args.gpu_memory, estimate(step).activations)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a table for the terminal."""
+    if "phases" in report:
+        return phases_table(report)
+    estimate, batch = report["estimate"], report["batch"]
+    rows = [["estimate", "GiB"], *([name, f"{gib:,.3f}"] for name, gib in estimate["gib"].items())]
+    rows.append(["the most at one time", f"{estimate['total_gib']:,.3f}"])
+    parts = [formatted(rows)]
+    verdict = "fits" if report["fits"] else "does not fit"
+    parts.append(
+        f"{report['command']} {report['config']}: {report['model']} ({report['shape']}), {batch['rows']} row(s) of "
+        f"{batch['candidates']} x ({batch['prompt']} + {batch['completion']}) tokens, {batch['model_tokens']:,} "
+        f"through the model.\nBy the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which "
+        f"{report['reserve']:g} are left to CUDA and the allocator (not estimated). Most of it: {report['dominates']}."
+    )
+    if report["note"]:
+        parts.append(report["note"])
+    if report["changes"]:
+        rows = [["change", "GiB", "fits", "operations a row", "learns the same"]]
+        base = estimate["flops"] / batch["rows"]
+        for case in report["changes"]:
+            words = ["yes" if case[name] else "no" for name in ("fits", "same_result")]
+            rows.append(
+                [case["name"], f"{case['gib']:.2f}", words[0], f"{case['flops_per_row'] / base:.0%}", words[1]]
+            )
+        parts += [formatted(rows), report["advice"]]
+    found = report["measured"]
+    if found is None:
+        parts.append(f"Not measured: {report['not_measured']}.")
+    elif "out_of_memory" in found:
+        parts.append(f"Measured: {found['out_of_memory']}")
+    else:
+        rows = [["measured", ""], *([name, _cell(value)] for name, value in found.items() if value is not None)]
+        parts.append(formatted(rows))
+        parts.append(f"The estimate of the activations is {found['error']:+.1%} off.")
+    return "\n\n".join(parts) + f"\n{report['machine']}"
+
+
+def _cell(value: float | bool) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def plot(report: dict[str, Any], path: Path) -> bool:
+    """What the memory is made of, and each change, beside the card; `False` where matplotlib is not installed."""
+    if "phases" in report:
+        return plot_phases(report, path)
+    bars = {"as it is": report["estimate"]["gib"]}
+    bars |= {case["name"]: {"after a change": case["gib"]} for case in report["changes"]}
+    return plot_memory(bars, report, f"{report['config']}: {report['model']}", path)

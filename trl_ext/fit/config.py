@@ -1,0 +1,221 @@
+"""What `trl-ext bench fit` reads in a training config: the arguments, the rows that fill it, the step to estimate.
+
+The config is parsed as its own command parses it. Knows commands, their configs, and what the estimate asks for. Runs
+nothing.
+"""
+
+import argparse
+import copy
+import importlib
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trl_ext.fit.rows import Sizes, batch_for
+
+
+TRAINERS = {
+    "reward": "RewardTrainer",
+    "ensemble": "RewardEnsembleTrainer",
+    "orm": "ORMTrainer",
+    "prm": "PRMTrainer",
+    "segment": "SegmentRewardTrainer",
+}
+
+
+PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
+"""Names of attention that is no part of a model: kernels of packages, of torch's compiler, and of the Hub."""
+
+
+class Parsed(argparse.Namespace):
+    """What TRL's parser made of a config: `training` and `model`."""
+
+
+def parse(command: str, args: argparse.Namespace) -> Parsed:
+    """The config of a command with the overrides, as the command itself reads it."""
+    parser = importlib.import_module(f"trl_ext.cli.{command}").make_parser()
+    _, training, model, _ = objects(parser, values_of(args))
+    if model.model_name_or_path is None:
+        raise ValueError(f"{args.config} names no model. Needed: model_name_or_path.")
+    return Parsed(training=training, model=model)
+
+
+def values_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the file says, with the overrides."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args.config} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{args.config} holds no arguments. Needed: lines such as `model_name_or_path: NAME`.")
+    for override in args.override:
+        name, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"--override {override} has no value. Needed: NAME=VALUE.")
+        values[name] = yaml.safe_load(value)
+    return values
+
+
+def objects(parser: Any, values: dict[str, Any], trains: bool = True) -> tuple[Any, ...]:
+    """What TRL's parser makes of the values of a config."""
+    import torch
+    import yaml
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+        flags = ["--use_cpu"] if trains and not torch.cuda.is_available() else []
+        return parser.parse_args_and_config(["--config", str(file), *flags])
+
+
+def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
+    """A copy with other values of some arguments."""
+    new = Parsed(training=copy.copy(parsed.training), model=copy.copy(parsed.model))
+    for name, value in values.items():
+        vars(new.training if name in vars(new.training) else new.model)[name] = value
+    return new
+
+
+def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace) -> Sizes:
+    """The rows that fill the config's `max_length`, and how many make up a batch."""
+    longest, training = parsed.training.max_length, parsed.training
+    wanted = (args.prompt_length or 0) + (args.completion_length or 0)
+    if longest is not None and wanted > longest:
+        raise ValueError(
+            f"--prompt_length and --completion_length are {wanted} tokens, and the config's max_length is {longest}: "
+            f"the trainer would drop or cut such rows. Add --override max_length={wanted}."
+        )
+    if longest is None and None in (args.prompt_length, args.completion_length):
+        raise ValueError("The config has no max_length. Give --prompt_length and --completion_length.")
+    prompt = args.prompt_length
+    if prompt is None:
+        prompt = longest // 2 if args.completion_length is None else longest - args.completion_length
+    completion = longest - prompt if args.completion_length is None else args.completion_length
+    candidates = args.candidates
+    if candidates is None:
+        ranked = command in ("reward", "ensemble")
+        alone = not ranked and not training.group_by_prompt
+        candidates = 1 if alone else 2 if training.loss_type == "bradley_terry" else 4
+    elif training.loss_type == "bradley_terry" and candidates != 2:
+        raise ValueError(f"--candidates is {candidates}, and the config's loss_type bradley_terry learns from pairs.")
+    if min(prompt, candidates) < 1 or completion < 2:
+        raise ValueError("Needed: at least 1 token of prompt, 2 of completion and 1 candidate.")
+    rows, words = training.per_device_train_batch_size, min(4096, config.get_text_config().vocab_size)
+    if training.max_tokens_per_batch is not None:
+        flat = training.shared_prefix is not False
+        of_group = prompt + candidates * completion if flat else candidates * (prompt + completion)
+        if command in ("reward", "ensemble"):
+            rows = max(1, training.max_tokens_per_batch // of_group)
+        else:
+            rows = max(1, training.max_tokens_per_batch * candidates // of_group)
+    return Sizes(prompt, completion, candidates, rows, words)
+
+
+def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gpu: bool = True) -> Any:
+    """What the estimate has to know of a command's run."""
+    import torch
+    from transformers.training_args import OptimizerNames
+    from trl import get_peft_config
+
+    from trl_ext.fit.memory_estimate import TrainingStep
+    from trl_ext.models.building import as_dtype
+
+    training, model = parsed.training, parsed.model
+    check(command, parsed)
+    if model.load_in_8bit:
+        raise ValueError("8-bit bases are not estimated. Use load_in_4bit, or measure on the device.")
+    flat = _flat_rows(training, config, model.attn_implementation or "sdpa")
+    members = training.num_members if command == "ensemble" else None
+    own_batches = command == "ensemble" and training.data_strategy == "shuffle"
+    labels = 1
+    if command in ("prm", "segment"):
+        labels = training.num_labels
+    if command == "segment":
+        labels *= max(1, len(training.categories or []))
+    wanted = as_dtype(model.dtype)
+    return TrainingStep(
+        config=config,
+        batch=batch_for(command, sizes, flat, training.pad_to_multiple_of, members if own_batches else 1),
+        num_labels=labels,
+        token_level=command in ("orm", "prm", "segment"),
+        dtype=wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32,
+        bf16=bool(training.bf16),
+        four_bit=model.load_in_4bit,
+        nested=model.use_bnb_nested_quant,
+        peft_config=get_peft_config(model),
+        members=members,
+        branch_share=training.branch_at if command == "ensemble" else None,
+        own_batches=own_batches,
+        checkpointing=training.gradient_checkpointing,
+        reentrant=bool((training.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)),
+        accumulates=training.gradient_accumulation_steps > 1,
+        dropout=not training.disable_dropout,
+        optimizer=OptimizerNames(training.optim).value,
+        attention=estimated_attention(model.attn_implementation),
+        on_gpu=on_gpu,
+    )
+
+
+def check(command: str, parsed: Parsed) -> None:
+    """Raise `ValueError` for arguments that the trainer would refuse, with its own checks."""
+    from transformers.integrations import get_reporting_integration_callbacks
+    from trl import get_peft_config, get_quantization_config
+
+    import trl_ext
+    from trl_ext.trainers.common.setup import check_sharding, uses_fsdp
+    from trl_ext.trainers.ensemble.member_training import check_adapter
+
+    training = parsed.training
+    if command in TRAINERS:
+        trl_ext.__getattr__(TRAINERS[command]).check_arguments(training)
+    if command == "ensemble":
+        check_adapter(get_peft_config(parsed.model))
+    check_sharding(uses_fsdp(training), 0, get_quantization_config(parsed.model))
+    get_reporting_integration_callbacks([name for name in training.report_to if name != "wandb"])
+
+
+def estimated_attention(wanted: str | None) -> str:
+    """What the estimate runs for an `attn_implementation`: kernels that keep no weights run as `sdpa`."""
+    return "sdpa" if wanted is None or PACKAGES.search(wanted) else wanted
+
+
+def attention_note(wanted: str | None) -> str | None:
+    """What the estimate leaves out of an `attn_implementation`, if it does."""
+    if wanted in (None, estimated_attention(wanted)):
+        return None
+    return (
+        f"attn_implementation={wanted!r} is estimated as 'sdpa', on padded rows, as flat rows need 'sdpa' or 'eager': "
+        "neither keeps attention weights for the backward pass, and padding that a kernel leaves out is counted."
+    )
+
+
+def check_attention(config: Any, wanted: str | None) -> None:
+    """Raise `ValueError` if a run would need an attention that is not installed here."""
+    import torch
+    from transformers import AutoModel
+
+    from trl_ext.models.building import attention_at_hand
+
+    try:
+        with torch.device("meta"), attention_at_hand(wanted):
+            AutoModel.from_config(config, attn_implementation=wanted)
+    except ImportError as error:
+        raise ValueError(f"{error} --estimate needs neither.") from error
+
+
+def _flat_rows(training: Any, config: Any, attention: str) -> bool:
+    """Whether the trainer's batches are flat rows, as far as can be told without numbers."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from trl_ext.models.shared_prefix import SharedPrefixSupport, is_granted, refused_by_config
+    from trl_ext.trainers.common.batching import wants_flat_rows
+
+    if not wants_flat_rows(training):
+        return False
+    refused = refused_by_config(config.get_text_config(), attention)
+    if refused is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        refused = f"{config.model_type!r} is no decoder"
+    return is_granted(training.shared_prefix, SharedPrefixSupport(refused is None, refused or ""))

@@ -1,0 +1,321 @@
+"""Counting what runs on tensors that have a shape, a dtype and no numbers: bytes that are alive, and operations.
+
+Every tensor that an operation makes is counted until it is freed ([`LiveBytes`]). 4-bit layers are stand-ins of the
+same size that make the same tensors. Knows models, optimizers and bytes, and not what is trained or generated.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from trl_ext.fit.live_bytes import LiveBytes
+
+
+GIB = 2**30
+BLOCK = 64
+"""Weights that share a scale in NF4 (bitsandbytes' default)."""
+NESTED_BLOCK = 256
+"""Scales that share a scale when they are quantized too (double quantization)."""
+CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
+"""Not among the operations that torch counts."""
+STATE_BYTES = {
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "paged_adamw_32bit": 8.0,
+    "adamw_8bit": 2.0 + 8 / NESTED_BLOCK,
+    "adamw_bnb_8bit": 2.0 + 8 / NESTED_BLOCK,
+    "paged_adamw_8bit": 2.0 + 8 / NESTED_BLOCK,
+    "sgd": 0.0,
+}
+"""Bytes of optimizer state for each trained parameter (in fp32)."""
+SMALLEST_IN_8_BITS = 4096
+"""Numbers of a tensor: bitsandbytes keeps 32-bit states for smaller ones, and Trainer has it do so for embeddings."""
+
+
+@dataclass
+class Estimate:
+    """
+    Bytes and operations of one micro-batch, forward and backward, or of what runs without a backward pass.
+
+    `weights` by kind; `gradients` and `optimizer` of what is trained; `activations` is the most that was alive beside
+    these at one time: `saved` of it waited for the backward pass when the forward pass had ended, `logits` is the
+    head's output, and `cache` the keys and values of tokens that were generated. `peak` is the whole. `flops` counts
+    matrix products and attention.
+    """
+
+    weights: dict[str, int]
+    gradients: int
+    optimizer: int
+    activations: int
+    saved: int
+    logits: int
+    peak: int
+    flops: int
+    model_tokens: int
+    trained_parameters: int
+    cache: int = 0
+
+    def parts(self) -> dict[str, int]:
+        """What the peak is made of, in bytes."""
+        return {
+            **{f"weights: {name}": size for name, size in self.weights.items() if size},
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            **({"KV cache": self.cache} if self.cache else {}),
+            "logits": self.logits,
+            "activations": self.activations - self.logits - self.cache,
+        }
+
+
+class _Flops(TorchDispatchMode):
+    """Operations of matrix products and attention. (torch's own counter also keeps what checkpointing would free.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if str(packet) == CPU_ATTENTION:
+            self.total += sdpa_flop_count(*(states.shape for states in args[:3]))
+        elif str(packet) == f"{CPU_ATTENTION}_backward":
+            self.total += sdpa_backward_flop_count(*(states.shape for states in args[:4]))
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+class _Dequantized(torch.autograd.Function):
+    """x W^T with a W that is made for the product and freed after it, once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int], scales: int) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.shape, ctx.scales = shape, scales
+        return x @ _unpacked(shape, scales, x).t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        return gradient @ _unpacked(ctx.shape, ctx.scales, gradient), None, None, None
+
+
+def _unpacked(shape: tuple[int, int], scales: int, like: torch.Tensor) -> torch.Tensor:
+    block_scales = like.new_empty(scales, dtype=torch.float32)  # noqa: F841  alive while the weights are made
+    return like.new_empty(shape)
+
+
+class StandIn4bit(bnb.nn.Linear4bit):
+    """A linear layer of bitsandbytes' size in NF4 that makes the tensors of one, without numbers."""
+
+    def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype, nested: bool):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        number = linear.weight.numel()
+        blocks = -(-number // BLOCK)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * 256 if nested else 4 * blocks  # bytes
+        packed = linear.weight.new_empty(-(-number // 2), dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("scales", linear.weight.new_empty(scales + 4 * 16, dtype=torch.uint8))
+        self.weight.compress_statistics, self.weight.quant_type = nested, "nf4"  # PEFT asks
+        self.bias = linear.bias
+        self.compute_dtype = compute_dtype
+        self._blocks = blocks if nested else 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (self.out_features, self.in_features)
+        output = _Dequantized.apply(x.to(self.compute_dtype), self.weight, shape, self._blocks)
+        if self.bias is not None:
+            output = output + self.bias.to(self.compute_dtype)
+        return output.to(x.dtype)
+
+
+def check_optimizer(optimizer: str) -> None:
+    """Raise `ValueError` for an optimizer whose states have no known size."""
+    if optimizer not in STATE_BYTES:
+        raise ValueError(
+            f"The size of optim={optimizer!r} is not known here. Known: {', '.join(STATE_BYTES)}. Measure it on "
+            "the device instead."
+        )
+
+
+def count_training(
+    model: nn.Module,
+    loss_of: Callable[[], tuple[torch.Tensor, int]],
+    optimizer: str,
+    accumulates: bool,
+    tokens: int,
+    beside: nn.Module | None = None,
+) -> Estimate:
+    """
+    One forward and backward pass of a model on the device `meta`.
+
+    Args:
+        model (`nn.Module`): what is trained, in training mode.
+        loss_of (`Callable`): runs it; returns the loss and the bytes of the logits.
+        optimizer (`str`): Trainer's `optim`. accumulates (`bool`): gradients of an earlier micro-batch are there.
+        tokens (`int`): that go through the model.
+        beside (`nn.Module`, *optional*): a teacher, that is held and run too.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make_fake(model)
+        weights = _weights(model)
+        if beside is not None:
+            make_fake(beside)
+            weights["teacher"] = _bytes(beside)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = sum(p.numel() * p.element_size() for p in trained)
+        if accumulates:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+        there = [*model.parameters(), *model.buffers()]
+        there += [] if beside is None else [*beside.parameters(), *beside.buffers()]
+        there += [p.grad for p in trained if p.grad is not None]
+        flops = _Flops()
+        with LiveBytes(there) as count, flops:
+            loss, logits = loss_of()
+            saved = count.live
+            loss.backward()
+    grown = 0 if accumulates else gradients  # they came into being during the pass
+    states = _optimizer_bytes(model, optimizer)
+    own = sum(weights.values()) + states
+    peak = own + max(count.peak + (gradients - grown), gradients)
+    return Estimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=states,
+        activations=peak - own - gradients,
+        saved=saved,
+        logits=logits,
+        peak=peak,
+        flops=flops.total,
+        model_tokens=tokens,
+        trained_parameters=sum(p.numel() for p in trained),
+    )
+
+
+def count_inference(model: nn.Module, run: Callable[[], tuple[int, int]], tokens: int) -> Estimate:
+    """
+    What a model on the device `meta` takes when `run` is called without gradients.
+
+    `run` returns the bytes of the logits and of the cache of keys and values.
+    """
+    model.requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        make_fake(model)
+        weights = _weights(model)
+        flops = _Flops()
+        with LiveBytes([*model.parameters(), *model.buffers()]) as count, flops:
+            logits, cache = run()
+    return Estimate(
+        weights=weights,
+        gradients=0,
+        optimizer=0,
+        activations=count.peak,
+        saved=0,
+        logits=logits,
+        peak=sum(weights.values()) + count.peak,
+        flops=flops.total,
+        model_tokens=tokens,
+        trained_parameters=0,
+        cache=cache,
+    )
+
+
+def quantized(model: nn.Module, dtype: torch.dtype, nested: bool, skip: Sequence[str] = ()) -> None:
+    """Put stand-ins in 4 bits in place of linear layers, in place, those under the names of `skip` aside."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not any(path == name or path.startswith(f"{name}.") for name in skip):
+            model.set_submodule(path, StandIn4bit(module, dtype, nested))
+    model.requires_grad_(False)
+    model.is_quantized = model.is_loaded_in_4bit = True
+
+
+def prepare_layers(model: nn.Module, dropout: bool, on_gpu: bool) -> None:
+    """Dropout off unless it is wanted; LoRA layers as they are on a GPU."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not dropout:
+            module.p = 0.0
+        if isinstance(module, LoraLayer) and on_gpu:
+            module.register_forward_pre_hook(_autocast_as_on_gpu)
+
+
+def checkpointed(model: nn.Module, reentrant: bool) -> None:
+    """Switch gradient checkpointing on as Trainer does."""
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if isinstance(model, PeftModel):
+        model.enable_input_require_grads()
+
+
+def make_fake(model: nn.Module) -> None:
+    """Tensors on the CPU without numbers in place of those on the device `meta`, on which fewer operations run."""
+    new: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if id(tensor) not in new:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+            setattr(module, name, new[id(tensor)])
+
+
+def _weights(model: nn.Module) -> dict[str, int]:
+    """Bytes of the base (4-bit and other), and of what is trained."""
+    sizes = {"base, 4-bit": 0, "base": 0, "trained": 0}
+    packed = {id(t) for m in model.modules() if isinstance(m, StandIn4bit) for t in (m.weight, m.scales)}
+    for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values():
+        kind = "base, 4-bit" if id(tensor) in packed else "trained" if tensor.requires_grad else "base"
+        sizes[kind] += tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(
+        t.numel() * t.element_size() for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    )
+
+
+def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+    """What the optimizer keeps for all that is trained."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    size = 0.0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        each = STATE_BYTES[optimizer]
+        if optimizer.startswith("adamw_torch"):  # states have the parameter's dtype
+            each = 2.0 * parameter.element_size()
+        elif "8bit" in optimizer and (parameter.numel() < SMALLEST_IN_8_BITS or id(parameter) in embeddings):
+            each = STATE_BYTES["adamw_torch"]
+        size += each * parameter.numel()
+    return int(size)
+
+
+def _autocast_as_on_gpu(module: nn.Module, args: tuple) -> None:
+    """PEFT's 4-bit layers ask for the autocast state of a GPU, also when a checkpointed layer runs again."""
+    torch.set_autocast_enabled("cuda", torch.is_autocast_enabled("cpu"))
+
+
+@contextmanager
+def autocast(bf16: bool) -> Iterator[None]:
+    """bf16 autocast of the CPU, whose tensors these are; that of the GPU is put back as it was."""
+    if not bf16:
+        yield
+        return
+    before = torch.is_autocast_enabled("cuda")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)

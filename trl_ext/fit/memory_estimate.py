@@ -1,0 +1,164 @@
+"""How much memory a training step takes, and how much it computes, found without a GPU and without weights.
+
+The model is built with tensors that have a shape, a dtype and no numbers, and runs a real forward and backward pass on
+them: LoRA, gradient checkpointing, flat rows, members of an ensemble, autocast. `memory_count` counts what they make.
+
+Not seen: what a kernel allocates for itself, what the allocator rounds up and keeps, the CUDA context.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PretrainedConfig
+
+from trl_ext.data.prefix_layout import PrefixLayout
+from trl_ext.fit.memory_count import (
+    Estimate,
+    autocast,
+    check_optimizer,
+    checkpointed,
+    count_inference,
+    count_training,
+    prepare_layers,
+    quantized,
+)
+from trl_ext.models.building import add_adapter, choose_head_class
+from trl_ext.models.ensemble.member_config import branch_at, complete_config
+from trl_ext.models.ensemble.stacked_model import StackedRewardModel
+from trl_ext.models.heads import head_modules, make_head_exact, run_with_head_output
+from trl_ext.models.shared_prefix import flat_token_logits
+
+
+@dataclass
+class TrainingStep:
+    """
+    What is trained, and on which batch.
+
+    Args:
+        config (`PretrainedConfig`): the architecture.
+        batch (`dict`): of a collator: `prefix_layout` for a flat row, or `input_ids` and `attention_mask`.
+        num_labels (`int`): outputs of the head. token_level (`bool`): whether it gives them for every token.
+        dtype (`torch.dtype`): of the base's weights. bf16 (`bool`): whether the step runs under bf16 autocast.
+        four_bit (`bool`), nested (`bool`): NF4 for linear layers; with double quantization.
+        peft_config (`LoraConfig`, *optional*): adapters; all weights are trained without.
+        members (`int`, *optional*), branch_share (`float`, *optional*): of an ensemble.
+        own_batches (`bool`): the rows of the batch are the members' own, equally many each.
+        checkpointing (`bool`): gradient checkpointing. reentrant (`bool`): its kind.
+        accumulates (`bool`): gradients of an earlier micro-batch are there already.
+        dropout (`bool`): leave dropout on.
+        optimizer (`str`): Trainer's `optim`.
+        attention (`str`): `attn_implementation` for padded rows.
+        on_gpu (`bool`): follow what PEFT does under autocast on a GPU; `False` to compare with a run on CPU.
+    """
+
+    config: PretrainedConfig
+    batch: dict[str, Any]
+    num_labels: int = 1
+    token_level: bool = False
+    dtype: torch.dtype = torch.float32
+    bf16: bool = False
+    four_bit: bool = False
+    nested: bool = False
+    peft_config: LoraConfig | None = None
+    members: int | None = None
+    branch_share: float | None = None
+    own_batches: bool = False
+    checkpointing: bool = False
+    reentrant: bool = False
+    accumulates: bool = False
+    dropout: bool = False
+    optimizer: str = "adamw_torch_fused"
+    attention: str = "sdpa"
+    on_gpu: bool = True
+
+
+@dataclass
+class _RepeatedBefore(PrefixLayout):
+    """A layout whose copies for the members were made where tensors have numbers."""
+
+    copies: PrefixLayout | None = None
+
+    def repeated(self, times: int) -> PrefixLayout:
+        return self.copies
+
+
+def estimate(step: TrainingStep) -> Estimate:
+    """
+    Run one forward and backward pass without numbers and count.
+
+    Raises:
+        `ValueError`: something that cannot be estimated; says what.
+    """
+    check_optimizer(step.optimizer)
+    layout = _layout(step)
+    with torch.device("meta"):
+        model = _build(step)
+
+    def loss_of() -> tuple[torch.Tensor, int]:
+        with autocast(step.bf16):
+            logits = _forward(model, step, layout)
+        return logits.float().sum(), logits.numel() * logits.element_size()
+
+    return count_training(model, loss_of, step.optimizer, step.accumulates, _tokens(step.batch))
+
+
+def estimate_scoring(step: TrainingStep) -> Estimate:
+    """The forward pass of a reward model on a batch, as it scores: in eval mode, without gradients or autocast."""
+    layout = _layout(step)
+    with torch.device("meta"):
+        model = _build(replace(step, checkpointing=False)).eval()
+
+    def run() -> tuple[int, int]:
+        logits = _forward(model, step, layout)
+        return logits.numel() * logits.element_size(), 0
+
+    return count_inference(model, run, _tokens(step.batch))
+
+
+def _layout(step: TrainingStep) -> PrefixLayout | None:
+    layout = step.batch.get("prefix_layout")
+    if layout is None or step.members is None:
+        return layout
+    return _RepeatedBefore(**layout.__dict__, copies=layout.repeated(step.members))
+
+
+def _build(step: TrainingStep) -> nn.Module:
+    """The model as the trainers build it: head, 4-bit layers, adapters, checkpointing, no dropout."""
+    config = copy.deepcopy(step.config)
+    config.num_labels = step.num_labels
+    kind = choose_head_class(config) if step.token_level else "sequence"
+    auto_class = AutoModelForSequenceClassification if kind == "sequence" else AutoModelForTokenClassification
+    model = auto_class.from_config(config, dtype=step.dtype, attn_implementation=step.attention)
+    head = head_modules(model)
+    if step.four_bit:
+        quantized(model, step.dtype, step.nested, head)
+    make_head_exact(model, head)
+    adapter = step.peft_config
+    if step.members is not None:
+        adapter = adapter if step.branch_share is None else branch_at(model, adapter, step.branch_share)
+        model = StackedRewardModel(model, complete_config(model, adapter, head), head, step.members, check=False)
+        if step.own_batches:
+            model.use_rows([1] * step.members)
+    elif adapter is not None:
+        model = add_adapter(model, adapter, head)
+    prepare_layers(model, step.dropout, step.on_gpu)
+    model.train()
+    if step.checkpointing:
+        checkpointed(model, step.reentrant)
+    return model
+
+
+def _forward(model: nn.Module, step: TrainingStep, layout: PrefixLayout | None) -> torch.Tensor:
+    """The head's output for every token, or after pooling."""
+    if layout is not None:
+        return flat_token_logits(model, layout)
+    return run_with_head_output(model, step.batch["input_ids"], step.batch["attention_mask"])[1]
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    layout = batch.get("prefix_layout")
+    return batch["input_ids"].numel() if layout is None else layout.num_tokens

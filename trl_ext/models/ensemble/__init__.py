@@ -1,0 +1,1 @@
+"""Many ensemble members on one base: stacked in training, branched where they differ, loaded together."""

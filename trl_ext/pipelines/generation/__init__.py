@@ -1,0 +1,1 @@
+"""Generating completions: sampling settings, the transformers backend, and servers."""

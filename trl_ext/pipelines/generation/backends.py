@@ -1,0 +1,96 @@
+"""The generation backends by name, and what each one's completions depend on of the model.
+
+Knows what they are made with; what they do is in `in_process` and `servers`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from trl_ext.models.fingerprint import model_identity, tokenizer_identity
+from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Generator, Sampling
+from trl_ext.pipelines.generation.servers import OpenAIGenerator, VLLMGenerator
+from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
+
+
+def make_generator(
+    model: Any,
+    backend: Backend = "transformers",
+    sampling: Sampling | None = None,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    generation_batch_size: int = 32,
+    model_init_kwargs: dict[str, Any] | None = None,
+    server_base_url: str = "http://localhost:8000",
+    server_timeout: float = 240.0,
+    max_concurrency: int = 64,
+    max_retries: int = 6,
+    api_key_variable: str | None = None,
+) -> Generator:
+    """
+    The backend of a name.
+
+    Args:
+        model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
+            Folder or Hub id, full or adapter; for `"transformers"` also a model in memory. For `"vllm"` its tokenizer
+            is used, for `"openai"` it is the name that the server knows it by.
+        backend (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"` in this process; `"vllm"`, a `trl vllm-serve` or `vllm serve` through TRL's client;
+            `"openai"`, any OpenAI-compatible server.
+        sampling ([`Sampling`], *optional*): how to sample.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the model's.
+        generation_batch_size (`int`, *optional*, defaults to `32`): completions in a batch, in this process.
+        model_init_kwargs (`dict`, *optional*): for `from_pretrained` (`dtype`, `revision`, `quantization_config` ...).
+        server_base_url (`str`, *optional*): where the server is, with or without `/v1`.
+        server_timeout (`float`, *optional*, defaults to `240.0`): seconds to wait for a server to come up, and for
+            the answer to a request.
+        max_concurrency (`int`, *optional*, defaults to `64`): requests that are under way at a time.
+        max_retries (`int`, *optional*, defaults to `6`): how often a request is repeated after 429, 5xx, a broken
+            connection, a time-out or an unreadable answer, after 0.5, 1, 2 ... seconds or what the server asks for.
+        api_key_variable (`str`, *optional*): name of the environment variable that holds the server's key.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; needed: one of {', '.join(BACKENDS)}.")
+    sampling = sampling or Sampling()
+    if backend == "transformers":
+        return TransformersGenerator(model, sampling, processing_class, generation_batch_size, model_init_kwargs)
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"backend={backend!r} cannot take a {type(model).__name__}: a server holds its own weights. Give the "
+            "folder or id that it serves."
+        )
+    if backend == "vllm":
+        init = model_init_kwargs or {}
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model, revision=init.get("revision"))
+        return VLLMGenerator(server_base_url, sampling, tokenizer, server_timeout, max_concurrency)
+    return OpenAIGenerator(
+        server_base_url, str(model), sampling, server_timeout, max_concurrency, max_retries, api_key_variable
+    )
+
+
+def model_of_backend(
+    model: Any, backend: str, init: dict[str, Any], processing_class: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """What the policy's outputs depend on: content of its folder, or name and revision of what a server holds."""
+    identity: dict[str, Any] = {}
+    if backend == "transformers" or not isinstance(model, (str, Path)) or Path(model).is_dir():
+        identity["content"] = model_identity(model, init.get("revision"))
+    else:
+        identity["name"] = str(model)
+    if processing_class is not None:
+        identity["tokenizer"] = tokenizer_identity(processing_class)
+    identity |= {name: value for name, value in as_plain(init).items() if name not in ("device_map", "token")}
+    return identity
+
+
+def as_plain(value: Any) -> Any:
+    """JSON-ready: configs as their dictionaries, dtypes as their names."""
+    if isinstance(value, dict):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    to_dict = getattr(value, "to_dict", None)
+    return as_plain(to_dict()) if to_dict is not None else str(value).removeprefix("torch.")

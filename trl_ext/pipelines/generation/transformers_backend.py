@@ -1,0 +1,186 @@
+"""The backend `transformers`: `model.generate` in this process, in batches of prompts of like length.
+
+Knows models and tokens. Knows nothing of shards or scores.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trl_ext.data.validation import DataError
+from trl_ext.models.building import as_dtype, attention_at_hand
+from trl_ext.models.loading import local_folder
+from trl_ext.pipelines.generation.sampling import Chat, Columns, Completion, GenerationError, PromptEncoder, Sampling
+
+
+class TransformersGenerator:
+    """
+    Completes prompts with a model in this process; see [`~trl_ext.pipelines.generation.sampling.Generator`].
+
+    Every completion is a row of a batch, and rows are sorted by the length of their prompts, so that any
+    `num_generations` goes with any batch size. The prompts of one call and its seed decide all that is drawn.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        sampling: Sampling,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 32,
+        model_init_kwargs: dict[str, Any] | None = None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"generation_batch_size={batch_size}; needed: a number of completions >= 1.")
+        init = model_init_kwargs or {}
+        if isinstance(model, (str, Path)):
+            source = local_folder(model, init.get("revision"))  # of the tokenizer too
+            model = load_policy(source, init)
+        else:
+            source = None if isinstance(model, PeftModel) else model.config._name_or_path
+        if processing_class is None:
+            if source is None:
+                raise ValueError("An adapter in memory does not know its tokenizer: pass `processing_class`.")
+            remote_code = init.get("trust_remote_code", False)
+            processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
+        self.model = model
+        self._sampling = sampling
+        self._encoder = PromptEncoder(processing_class, sampling)
+        self._batch_size = batch_size
+        own = model.generation_config.eos_token_id
+        ends = {*([own] if isinstance(own, int) else own or ()), processing_class.eos_token_id} - {None}
+        self._ends = ends  # every one that the model declares ends a completion
+        self._pad = (
+            processing_class.pad_token_id if processing_class.pad_token_id is not None else min(ends, default=0)
+        )
+        self._config = self._generation_config()
+
+    def _generation_config(self) -> GenerationConfig:
+        sampling = self._sampling
+        arguments: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            arguments = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p,
+            }
+        arguments |= {
+            "max_new_tokens": sampling.max_completion_length,
+            "repetition_penalty": sampling.repetition_penalty,
+            "stop_strings": sampling.stop,
+            "bos_token_id": self._encoder.tokenizer.bos_token_id,
+            "eos_token_id": sorted(self._ends) or None,
+            "pad_token_id": self._pad,
+        }
+        return GenerationConfig(**(arguments | (sampling.generation_kwargs or {})))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Chat],
+        num_generations: int,
+        seed: int,
+        columns: Sequence[Columns] | None = None,
+    ) -> list[list[Completion]]:
+        """See [`~trl_ext.pipelines.generation.sampling.Generator`]."""
+        encoded = self._encoder.ids(prompts, columns)
+        self._check_lengths(encoded)
+        order = sorted(range(len(prompts)), key=lambda row: (-len(encoded[row]), row))  # what needs most comes first
+        rows = [row for row in order for _ in range(num_generations)]
+        found: list[list[Completion]] = [[] for _ in prompts]
+        with self._ready(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for first in range(0, len(rows), self._batch_size):
+                batch = rows[first : first + self._batch_size]
+                started = time.perf_counter()
+                outputs = self._run([encoded[row] for row in batch])
+                latency = time.perf_counter() - started
+                for row, ids in zip(batch, outputs, strict=True):
+                    text, ids, reason = self._encoder.finished(
+                        prompts[row], encoded[row], ids, self._ends, self._config.max_new_tokens
+                    )
+                    found[row].append(Completion(text, ids, reason, None, seed, latency))
+        return found
+
+    def _run(self, encoded: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, encoded))
+        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in encoded])  # (B, T)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])  # (B, T)
+        try:
+            output = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=self._config,
+                tokenizer=self._encoder.tokenizer,
+            )  # (B, T + new)
+        except torch.OutOfMemoryError as error:
+            raise GenerationError(
+                f"The GPU has no memory for {len(encoded)} completions at a time, of prompts of up to {width} tokens "
+                f"and {self._config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
+            ) from error
+        generated = output[:, width:].tolist()
+        return [self._without_padding(row) for row in generated]
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        if self._pad in self._ends:
+            return ids  # what follows the first of them is cut off in any case
+        end = len(ids)
+        while end and ids[end - 1] == self._pad:
+            end -= 1
+        return ids[:end]
+
+    def _check_lengths(self, encoded: list[list[int]]) -> None:
+        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        for row, ids in enumerate(encoded):
+            if limit is not None and len(ids) + self._config.max_new_tokens > limit:
+                raise DataError(
+                    f"a prompt of {len(ids)} tokens, which with {self._config.max_new_tokens} new ones is longer than "
+                    f"the model's {limit} positions",
+                    f"at most {limit} together",
+                    "Lower max_completion_length, or remove long prompts with dataset.filter.",
+                    row=row,
+                    column="prompt",
+                )
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Eval mode, and no sampling defaults of the checkpoint; undone afterwards."""
+        model, was_training, own = self.model, self.model.training, self.model.generation_config
+        model.eval()
+        model.generation_config = GenerationConfig()  # it would fill in all that is None in ours
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            model.generation_config = own
+            model.train(was_training)
+
+
+def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:
+    """A language model from a folder or Hub id; an adapter comes on its base. `dtype` defaults to the saved one."""
+    kwargs = {"dtype": "auto", "device_map": {"": PartialState().device}} | (model_init_kwargs or {})
+    kwargs["dtype"] = as_dtype(kwargs["dtype"])
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    quantization = kwargs.get("quantization_config")
+    if isinstance(quantization, dict):
+        kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(dict(quantization))
+    folder = local_folder(path, kwargs.get("revision"))
+    with attention_at_hand(kwargs.get("attn_implementation")):
+        if not Path(folder, "adapter_config.json").is_file():
+            return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        kwargs.pop("revision", None)  # that of the adapter, not of its base
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)

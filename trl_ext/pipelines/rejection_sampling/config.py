@@ -1,0 +1,179 @@
+"""Arguments of [`RejectionSamplingTrainer`]: TRL's for supervised fine-tuning, GRPO's for sampling, and the rounds."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import trl
+
+from trl_ext.models.fingerprint import path_identity
+from trl_ext.pipelines.rejection_sampling.selection import selectors
+
+
+logger = logging.getLogger(__name__)
+
+# Fields of both configs that mean different things in them.
+_NOT_SHARED = {"loss_type", "shuffle_dataset", "remove_unused_columns", "pad_to_multiple_of"}
+# GRPO fills these in by itself, from others.
+_DERIVED = {"generation_batch_size", "steps_per_generation"}
+
+# What changes nothing in a round: a rerun may have other values.
+_FREE = {"output_dir", "num_rounds", "report_to", "run_name", "disable_tqdm", "project", "trackio_space_id"}
+_FREE |= {"do_train", "do_eval", "do_predict", "use_vllm", "generation_batch_size"}
+_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_", "dataloader_", "vllm_server_")
+
+
+@dataclass
+class RejectionSamplingConfig(trl.SFTConfig):
+    r"""
+    Configuration of [`RejectionSamplingTrainer`]. All arguments of `trl.SFTConfig` keep their meaning and their
+    defaults, and apply to the fine-tuning of each round; those for sampling have GRPO's names, meaning and defaults.
+
+    Args:
+        num_rounds (`int`, *optional*, defaults to `1`):
+            How often to generate, score, select and fine-tune.
+        selection (`str`, *optional*, defaults to `"top_per_prompt"`):
+            Which samples to fine-tune on: `"top_per_prompt"`, `"top_k_overall"`, `"threshold"`, `"random_per_prompt"`,
+            `"random_k_overall"`, `"rso"`, `"budget_by_difficulty"` or the name of an installed plugin. In Python also
+            a function.
+        selection_kwargs (`dict`, *optional*):
+            Options of the selector, e.g. `{"n": 2}`.
+        start_from (`"current"` or `"initial"`, *optional*, defaults to `"current"`):
+            Which weights the fine-tuning of a round starts from: those of the round before (as in RAFT), or the first
+            ones (as in ReST-EM). Samples always come from the round before.
+        accumulate_rounds (`bool`, *optional*, defaults to `False`):
+            Fine-tune on what earlier rounds selected too; exact duplicates once.
+        num_generations (`int`, *optional*, defaults to `8`):
+            Completions of each prompt.
+        num_generations_eval (`int`, *optional*):
+            The same in evaluation. `num_generations` by default.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest completion in tokens.
+        temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs, chat_template_kwargs:
+            As in `GRPOConfig`.
+        reward_weights (`list[float]`, *optional*):
+            A weight for each reward function. All 1 by default.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Never fine-tune on completions that were cut at `max_completion_length`. Where it is off and some are
+            selected, a warning says how many: SFT puts an EOS behind them, and the policy learns to stop there.
+        generation_batch_size (`int`, *optional*, defaults to `32`):
+            Completions generated at a time on a device.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Generate on a `trl vllm-serve`, which serves the model that training starts from. For one round, because
+            the server keeps its weights. Evaluation generates in this process.
+        vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout:
+            As in `GRPOConfig`.
+    """
+
+    _VALID_DICT_FIELDS = trl.SFTConfig._VALID_DICT_FIELDS + [
+        "selection_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    num_rounds: int = field(default=1, metadata={"help": "How often to generate, score, select and fine-tune."})
+    selection: str = field(
+        default="top_per_prompt",
+        metadata={"help": "Which samples to fine-tune on; a name that `trl-ext plugins` lists as a selector."},
+    )
+    selection_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the selector as JSON, e.g. '{\"n\": 2}'."}
+    )
+    start_from: Literal["current", "initial"] = field(
+        default="current",
+        metadata={"help": "Weights that a round's fine-tuning starts from: of the round before, or the first ones."},
+    )
+    accumulate_rounds: bool = field(
+        default=False, metadata={"help": "Fine-tune on what earlier rounds selected too; exact duplicates once."}
+    )
+    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions of each prompt in evaluation; num_generations by default."}
+    )
+    max_completion_length: int = field(default=512, metadata={"help": "Longest completion in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of sampling; 1 switches it off."})
+    top_k: int = field(default=0, metadata={"help": "Likeliest tokens to keep; 0 switches it off."})
+    min_p: float | None = field(default=None, metadata={"help": "Least probability, scaled by the likeliest token's."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "1 switches it off."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of GenerationConfig, or of requests to the server."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template in generation."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward function; all 1 by default."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Never fine-tune on completions that were cut at max_completion_length."}
+    )
+    generation_batch_size: int = field(default=32, metadata={"help": "Completions generated at a time on a device."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate on a `trl vllm-serve`; for one round."})
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "The server, e.g. http://host:8000."})
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host, if no base URL is given."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "The server's port, if no base URL is given."})
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_rounds", "num_generations", "max_completion_length", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; needed: 1 or more.")
+        if self.num_generations_eval is not None and self.num_generations_eval < 1:
+            raise ValueError(f"num_generations_eval={self.num_generations_eval}; needed: 1 or more, or None.")
+        if self.start_from not in ("current", "initial"):
+            raise ValueError(f"start_from={self.start_from!r}; needed: 'current' or 'initial'.")
+        if self.use_vllm and self.num_rounds > 1:
+            raise ValueError(
+                f"use_vllm=True with num_rounds={self.num_rounds}: the server would go on sampling from the weights "
+                "that it was started with. Run one round, start the server on what it saved, and go on from there."
+            )
+        if self.fsdp or self.deepspeed:
+            raise ValueError(
+                "FSDP and DeepSpeed divide the weights, and generation in this process needs them whole: use DDP, or "
+                "call rejection_sample(...) and trl.SFTTrainer one after the other."
+            )
+        if self.push_to_hub:
+            raise ValueError("push_to_hub cannot be used in rounds: upload output_dir with `hf upload` afterwards.")
+        selectors.get(self.selection)
+
+    def to_dict(self) -> dict[str, Any]:
+        name = self.selection if isinstance(self.selection, str) else self.selection.__qualname__
+        return {**super().to_dict(), "selection": name}
+
+    def settings_of_a_round(self) -> dict[str, Any]:
+        """What of these arguments changes what a round gives, as values that JSON can hold."""
+        settings = {
+            name: value if isinstance(value, (str, int, float, bool, type(None), list, dict)) else str(value)
+            for name, value in self.to_dict().items()
+            if name not in _FREE and not name.startswith(_FREE_PREFIXES)
+        }
+        if self.chat_template_path is not None:
+            settings["chat_template_path"] = path_identity(self.chat_template_path)
+        return settings
+
+    @classmethod
+    def from_grpo(cls, args: trl.GRPOConfig) -> "RejectionSamplingConfig":
+        """
+        Our configuration from a `trl.GRPOConfig`, for scripts that swap only the trainer.
+
+        A value that is GRPO's default becomes ours (a learning rate of 1e-6 is no fine-tuning). Fields that mean
+        nothing here, such as `beta`, are named in a warning if they were set.
+        """
+        ours = {item.name for item in dataclasses.fields(cls) if item.init} - _NOT_SHARED - _DERIVED
+        defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
+        values, ignored = {}, []
+        for item in dataclasses.fields(args):
+            value = getattr(args, item.name)
+            if not item.init or item.name == "output_dir" or value == getattr(defaults, item.name):
+                continue
+            if item.name in ours:
+                values[item.name] = value
+            elif item.name not in _DERIVED:
+                ignored.append(item.name)
+        if ignored:
+            logger.warning(f"These arguments of {type(args).__name__} have no meaning here: {', '.join(ignored)}.")
+        same = {name: getattr(args, name) for name in ("use_cpu", "bf16")}
+        return cls(output_dir=args.output_dir, **{**same, **values})

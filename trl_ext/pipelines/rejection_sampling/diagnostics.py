@@ -1,0 +1,195 @@
+"""What a round of sampling and selecting says about itself: numbers, a file of them, a plot, and a warning.
+
+Knows samples and arrays of them. Knows nothing of models or trainers. Matplotlib is needed for the plot only.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trl_ext.pipelines.generation.records import Sample
+from trl_ext.pipelines.rejection_sampling.generate_and_score import length_of
+from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, group_numbers
+from trl_ext.pipelines.reward_functions import weighted_total
+
+
+logger = logging.getLogger(__name__)
+
+
+def round_metrics(scored: Scored, selection: Selection) -> dict[str, float]:
+    """
+    What was sampled and what was selected of it.
+
+    Args:
+        scored ([`Scored`]):
+            All samples of the round, as they went into [`select`].
+        selection ([`Selection`]):
+            What came out.
+
+    Returns:
+        `dict[str, float]`: the names and meanings are those of the table in the README; those that the data do not
+        define (a mean of nothing) are left out.
+    """
+    known = ~np.isnan(scored.score)
+    taken = selection.rows if selection.rejected is None else np.concatenate([selection.rows, selection.rejected])
+    taken = np.unique(taken)
+    metrics = {f"{name}": float(count) for name, count in selection.counts.items()}
+    metrics |= _share("acceptance", len(taken), len(scored))
+    metrics |= _share("unscorable_share", (~known).sum(), len(scored))
+    metrics |= _share("truncated_share", (~scored.finished).sum(), len(scored))
+    texts = np.unique(np.stack([scored.prompt.astype(np.uint64), scored.text_hash]), axis=1).shape[1]
+    metrics |= _share("distinct_share", texts, len(scored))
+    metrics |= _mean("length", scored.length) | _mean("selected_length", scored.length[selection.rows])
+    metrics |= _mean("reward", scored.score[known]) | _mean("selected_reward", scored.score[selection.rows])
+    if not known.any():
+        return metrics
+    metrics["reward_std"] = float(scored.score[known].std())
+
+    order = np.argsort(scored.prompt[known], kind="stable")
+    score, length = scored.score[known][order], scored.length[known][order].astype(np.float64)
+    group, sizes = group_numbers(scored.prompt[known][order])
+    first = np.cumsum(sizes) - sizes
+    with np.errstate(invalid="ignore"):  # infinite scores
+        spread = np.maximum.reduceat(score, first) - np.minimum.reduceat(score, first)
+    metrics["decidable"] = float((spread > 0).mean())
+    metrics["reward_spread"] = float(spread.mean())
+    within_score = score - (np.bincount(group, score) / sizes)[group]
+    within_length = length - (np.bincount(group, length) / sizes)[group]
+    scale = np.sqrt((within_score**2).sum() * (within_length**2).sum())
+    if scale > 0:
+        metrics["length_correlation"] = float((within_score * within_length).sum() / scale)
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def evaluation_metrics(
+    groups: Iterable[Sequence[Sample]], weights: Mapping[str, float], verifier: str | None
+) -> dict[str, float]:
+    """
+    How good the samples of a policy are.
+
+    Args:
+        groups (iterable of `Sequence[Sample]`):
+            The scored samples of each prompt.
+        weights (`Mapping[str, float]`):
+            The reward functions by name, and what they weigh.
+        verifier (`str`, *optional*):
+            The name of the verifier.
+
+    Returns:
+        `dict[str, float]`: `eval_reward`, `eval_verifier` and `eval_length`, means over prompts of means over their
+        samples, the first two with the standard error of the mean over prompts (`_error`) if there are several.
+    """
+    values: dict[str, list[float]] = {"reward": [], "verifier": [], "length": []}
+    for group in groups:
+        totals = [weighted_total({name: sample.scores[name] for name in weights}, weights) for sample in group]
+        columns = {"reward": totals, "length": [float(length_of(sample)) for sample in group]}
+        if verifier is not None:
+            columns["verifier"] = [sample.scores[verifier] for sample in group]
+        for name, column in columns.items():
+            known = [value for value in column if value is not None]
+            if known:
+                values[name].append(sum(known) / len(known))
+    metrics = {}
+    for name, means in values.items():
+        if means:
+            metrics[f"eval_{name}"] = float(np.mean(means))
+        if len(means) > 1 and name != "length":
+            metrics[f"eval_{name}_error"] = float(np.std(means, ddof=1) / np.sqrt(len(means)))
+    return metrics
+
+
+def hacking_warning(history: Sequence[Mapping[str, float]], width: float = 2.0) -> str | None:
+    """
+    Does the reward rise while what it stands for does not?
+
+    Args:
+        history (`Sequence[Mapping[str, float]]`):
+            The metrics of each round, the policy before training first.
+        width (`float`, *optional*, defaults to `2.0`):
+            How many standard errors of the difference count as a rise. (The rounds share their prompts, so these are
+            larger than they need be, and the watch is slow rather than nervous.)
+
+    Returns:
+        `str` or `None`: a sentence with the numbers if the last `eval_reward` is above the first by more than `width`
+        standard errors and `eval_verifier` is not; nothing else, also where there is no verifier.
+    """
+    names = ("eval_reward", "eval_verifier")
+    if len(history) < 2 or not all(f"{name}_error" in history[at] for at in (0, -1) for name in names):
+        return None
+    if not _rose(history, "eval_reward", width) or _rose(history, "eval_verifier", width):
+        return None
+    first, last = history[0], history[-1]
+    return (
+        f"The reward rose from {first['eval_reward']:.4g} to {last['eval_reward']:.4g} while the verifier went from "
+        f"{first['eval_verifier']:.4g} to {last['eval_verifier']:.4g}: the policy may be learning the reward's "
+        "mistakes. Look at samples with a high reward, train fewer rounds, or use a better reward."
+    )
+
+
+def _rose(history: Sequence[Mapping[str, float]], name: str, width: float) -> bool:
+    first, last = history[0], history[-1]
+    return last[name] - first[name] > width * float(np.hypot(first[f"{name}_error"], last[f"{name}_error"]))
+
+
+def log_rounds(rows: Sequence[Mapping[str, float]], plot: Path | None) -> None:
+    """Log the metrics of rounds, and a plot, to the W&B run that is open, if one is; a failure is a warning."""
+    try:
+        import wandb
+
+        if wandb.run is None:  # before the first fine-tuning
+            return
+        wandb.define_metric("round/*", step_metric="round/round")
+        for row in rows:
+            wandb.log({f"round/{name}": value for name, value in row.items()})
+        if plot is not None:
+            wandb.log({"round/plot": wandb.Image(str(plot))})
+    except Exception as error:  # a full disk, a dead service: no reason to stop
+        logger.warning(f"The metrics of round {rows[-1]['round']} could not be logged to Weights & Biases: {error!r}")
+
+
+def plot_rounds(history: Sequence[Mapping[str, float]], path: str | Path) -> bool:
+    """
+    Draw reward and verifier, lengths, and shares over the rounds.
+
+    Args:
+        history (`Sequence[Mapping[str, float]]`):
+            The metrics of each round; a line has a point wherever a round has the metric.
+        path (`str` or `Path`):
+            The PNG to write.
+
+    Returns:
+        `bool`: `False` where matplotlib is not installed (the extra `plots`), and nothing was drawn.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    panels = {
+        "rewards": ("reward", "selected_reward", "eval_reward", "eval_verifier"),
+        "tokens": ("length", "selected_length"),
+        "shares": ("decidable", "acceptance", "distinct_share", "truncated_share"),
+    }
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name in names:
+            points = [(row["round"], row[name]) for row in history if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(title=title, xlabel="round")
+        axes.set_xticks([row["round"] for row in history])
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _share(name: str, part: int, whole: int) -> dict[str, float]:
+    return {name: float(part / whole)} if whole else {}
+
+
+def _mean(name: str, values: np.ndarray) -> dict[str, float]:
+    return {name: float(values.mean())} if len(values) else {}

@@ -1,0 +1,103 @@
+"""The supervised fine-tuning of one round: which rows, and from a policy on disk to another policy on disk.
+
+`trl.SFTTrainer` does it, unsubclassed, with an optimizer of its own each time; killed, it goes on from its last
+checkpoint. Nothing of it stays in memory. Knows nothing of sampling, scores or evaluation.
+"""
+
+import copy
+import gc
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from trl_ext.pipelines.generation.records import canonical
+from trl_ext.pipelines.generation.transformers_backend import load_policy
+from trl_ext.pipelines.rejection_sampling.rounds import Rounds
+from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
+from trl_ext.pipelines.stages.store import write_lines
+from trl_ext.trainers.common.tracking import open_run, use_safe_callback
+
+
+def rows_to_learn_from(rounds: Rounds, number: int, rows: Dataset, accumulate: bool) -> Dataset:
+    """The rows that a round selected, which are kept, and if asked for those of the rounds before; equal ones once."""
+    folder = rounds.of(number)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process and not (folder / "rows.jsonl").is_file():
+            write_lines(folder / "rows.jsonl", rows, checksums=False)
+    wanted = {"prompt", "completion", "tools", "chat_template_kwargs"}
+    rows = rows.select_columns([name for name in rows.column_names if name in wanted])
+    if not accumulate or number == 1:
+        return rows
+    before = [dataset_of_rows(rounds.of(earlier) / "rows.jsonl") for earlier in range(1, number)]
+    both = concatenate_datasets([rows, *(item.select_columns(rows.column_names) for item in reversed(before))])
+    seen: set[bytes] = set()
+    first = []
+    for place, row in enumerate(both):
+        digest = hashlib.sha256(canonical([row["prompt"], row["completion"]])).digest()
+        if digest not in seen:
+            seen.add(digest)
+            first.append(place)
+    return both.select(first)
+
+
+def fine_tune(
+    rounds: Rounds,
+    number: int,
+    source: str | Path,
+    rows: Dataset,
+    args: trl.SFTConfig,
+    processing_class: PreTrainedTokenizerBase,
+    model_init_kwargs: dict[str, Any],
+    peft_config: PeftConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> None:
+    """
+    Train the policy of a round, unless that is done, and put it in its place.
+
+    Args:
+        rounds ([`~trl_ext.pipelines.rejection_sampling.rounds.Rounds`]), number (`int`): where it goes.
+        source (`str` or `Path`): the policy to start from, full or adapter.
+        rows (`Dataset`): what the trainer needs, `prompt` and `completion`.
+        args (`trl.SFTConfig`): of the run; seed, run name and folder of the round are made from its own.
+        processing_class (`PreTrainedTokenizerBase`): of the policy.
+        model_init_kwargs (`dict`): for `from_pretrained`.
+        peft_config (`PeftConfig`, *optional*): of a new adapter.
+        callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
+    """
+    folder = rounds.of(number)
+    if rounds.policy(number).is_dir():
+        return
+    run_name = f"{args.run_name or Path(args.output_dir).name}-round-{number}"
+    args = copy.deepcopy(args)
+    args.output_dir, args.run_name, args.seed = str(folder / "sft"), run_name, args.seed + number
+    args.eval_strategy, args.load_best_model_at_end, args.model_init_kwargs = "no", False, None
+    set_seed(args.seed)  # the weights of a new adapter
+    adapted = Path(source, "adapter_config.json").is_file()
+    trainer = trl.SFTTrainer(
+        model=load_policy(source, model_init_kwargs | ({"is_trainable": True} if adapted else {})),
+        args=args,
+        train_dataset=rows,
+        processing_class=processing_class,
+        callbacks=callbacks,
+        peft_config=copy.deepcopy(peft_config),  # PEFT writes into it
+    )
+    use_safe_callback(trainer)
+    open_run(trainer)
+    output = trainer.train(resume_from_checkpoint=rounds.last_checkpoint(number))
+    trainer.save_model(str(folder / "policy.partial"))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        rounds.finish_training(number, {"steps": output.global_step, "loss": output.training_loss})
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

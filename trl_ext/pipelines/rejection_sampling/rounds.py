@@ -1,0 +1,112 @@
+"""The rounds of a run on disk: what is done, the policies that are still needed, and whether a rerun is the same run.
+
+    rounds/settings.json     what every round depends on
+    rounds/initial/          a model that was given in memory
+    rounds/0/round.json      the policy before training, evaluated
+    rounds/1/samples/        completions, scores and selections
+    rounds/1/sft/            checkpoints of the fine-tuning, while it runs
+    rounds/1/policy/         what came out
+    rounds/1/round.json      its metrics; written last
+
+Knows folders and numbers. Knows nothing of models, trainers or samples.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trl_ext.pipelines.stages.store import write_json
+
+
+class Rounds:
+    """
+    The folder of a run's rounds.
+
+    Args:
+        folder (`Path`): where they are or will be.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def clear(self) -> None:
+        """Forget all rounds."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """
+        Keep the settings, or compare them with those of the rounds that are here.
+
+        Raises:
+            ValueError: they differ; names what does.
+        """
+        path = self.folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if not path.is_file():
+            write_json(path, settings)
+            return
+        there = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+        if different:
+            shown = ", ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now" for name in different)
+            raise ValueError(
+                f"The rounds in {self.folder} were made with other settings ({shown}). Go on with the old ones, give "
+                "another output_dir, or start over with train(resume_from_checkpoint=False)."
+            )
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of the rounds that are done, from round 0 on."""
+        done = []
+        while (path := self.of(len(done)) / "round.json").is_file():
+            done.append(json.loads(path.read_text(encoding="utf-8")))
+        return done
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Mark a round as done."""
+        write_json(self.of(metrics["round"]) / "round.json", metrics)
+        shutil.rmtree(self.of(metrics["round"]) / "sft", ignore_errors=True)
+
+    def of(self, number: int) -> Path:
+        """The folder of a round."""
+        return self.folder / str(number)
+
+    def policy(self, number: int) -> Path:
+        """The policy that came out of a round."""
+        return self.of(number) / "policy"
+
+    def finish_training(self, number: int, output: dict[str, Any]) -> None:
+        """Move the policy to its place, and keep what its training gave."""
+        write_json(self.of(number) / "training.json", output)
+        os.replace(self.of(number) / "policy.partial", self.policy(number))
+
+    def trained(self, number: int) -> dict[str, Any]:
+        """What `finish_training` kept."""
+        return json.loads((self.of(number) / "training.json").read_text(encoding="utf-8"))
+
+    def keep(self, numbers: set[int]) -> None:
+        """Delete the policies of all other rounds."""
+        for path in self.folder.glob("*/policy"):
+            if int(path.parent.name) not in numbers:
+                shutil.rmtree(path)
+
+    def last_checkpoint(self, number: int) -> str | None:
+        """The newest whole checkpoint of a round's fine-tuning; the state is the last thing that a checkpoint gets."""
+        found = []
+        for path in (self.of(number) / "sft").glob("checkpoint-*"):
+            try:
+                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            found.append(path)
+        return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def best_round(history: list[dict[str, Any]]) -> int:
+    """The round whose policy is kept: the best by the verifier, else by reward, else the last; of equals the first."""
+    for name in ("eval_verifier", "eval_reward"):
+        rated = [row for row in history if row["round"] > 0 and name in row]
+        if rated:
+            return max(rated, key=lambda row: row[name])["round"]
+    return history[-1]["round"]

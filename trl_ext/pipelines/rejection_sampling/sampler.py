@@ -1,0 +1,349 @@
+"""Rejection sampling: generate N completions a prompt, score them, keep the best; stopped and resumed at any moment.
+
+Knows the order of the stages and what their results depend on. `stages` makes completions and scores, `sample_table`
+reads them as arrays, `selection` decides on these, `store` keeps files.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_ext.pipelines.generation.backends import as_plain, model_of_backend
+from trl_ext.pipelines.generation.records import Sample
+from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
+from trl_ext.pipelines.rejection_sampling.diagnostics import round_metrics
+from trl_ext.pipelines.rejection_sampling.generate_and_score import (
+    GenerateStage,
+    OwnProcess,
+    ScoreStage,
+    Workers,
+    run_stage,
+)
+from trl_ext.pipelines.rejection_sampling.prompts import write_prompts
+from trl_ext.pipelines.rejection_sampling.sample_table import StoredSamples
+from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
+from trl_ext.pipelines.rejection_sampling.selection import select
+from trl_ext.pipelines.reward_functions import RewardFunc, reward_identity, reward_names
+from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
+from trl_ext.pipelines.stages.store import ShardStore, StoreError, key_of, write_json, write_lines
+
+
+logger = logging.getLogger(__name__)
+
+StageName = Literal["all", "generate", "score", "select"]
+
+FORMAT = 1  # of all files; another number gets stores of its own
+
+
+@dataclass
+class Selected:
+    """
+    What one selection of a run gave.
+
+    Args:
+        dataset (`Dataset`): the selected rows, see [`rejection_sample`].
+        scored ([`~trl_ext.pipelines.rejection_sampling.scored.Scored`]): all samples as arrays.
+        selection ([`~trl_ext.pipelines.rejection_sampling.scored.Selection`]): which of them are in the data set.
+        report (`dict`): counts and where things lie, as in `report.json` beside the rows.
+        path (`Path`): the JSON lines of the rows.
+    """
+
+    dataset: Dataset
+    scored: Scored
+    selection: Selection
+    report: dict[str, Any]
+    path: Path
+
+
+def check_request(num_generations: int, backend: str, sampling: Sampling) -> None:
+    """Raise `ValueError` for completions that cannot be had."""
+    if num_generations < 1:
+        raise ValueError(f"num_generations={num_generations}; needed: a number of completions >= 1.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; needed: one of {', '.join(BACKENDS)}.")
+    if sampling.temperature == 0 and num_generations > 1:
+        raise ValueError(
+            f"temperature=0 gives {num_generations} times the same completion. Raise it, or set num_generations=1."
+        )
+
+
+def weights_by_name(rewards: Sequence[RewardFunc], weights: Sequence[float] | None) -> dict[str, float]:
+    """The weight of each reward function, 1 by default; raises `ValueError` for another number of weights."""
+    weights = [1.0] * len(rewards) if weights is None else list(weights)
+    if len(weights) != len(rewards):
+        raise ValueError(f"reward_weights has {len(weights)} numbers; needed: {len(rewards)}, one a function.")
+    return dict(zip(reward_names(rewards), weights, strict=True))
+
+
+class RejectionSampler:
+    """
+    The stages of rejection sampling, one by one; [`rejection_sample`] runs them all, and explains the arguments.
+
+    ```python
+    >>> sampler = RejectionSampler("Qwen/Qwen3-0.6B", "outputs/rankings", prompts, "outputs/samples")
+    >>> sampler.generate()
+    >>> sampler.score()
+    >>> best = sampler.select("top_per_prompt").dataset
+    >>> control = sampler.select("random_per_prompt").dataset
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
+        dataset: Dataset | IterableDataset,
+        output_dir: str | Path,
+        num_generations: int = 8,
+        seed: int = 0,
+        backend: Backend = "transformers",
+        *,
+        reward_weights: Sequence[float] | None = None,
+        shard_size: int = 64,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        generation_batch_size: int = 32,
+        model_init_kwargs: dict[str, Any] | None = None,
+        server: dict[str, Any] | None = None,
+        own_process: OwnProcess = "auto",
+        **sampling: Any,
+    ):
+        self.sampling = Sampling.of(**sampling)
+        check_request(num_generations, backend, self.sampling)
+        if Workers.here().count > 1:
+            PartialState()  # here, where all processes come by; a scorer asks for it later, where not all may
+        self.output_dir = Path(output_dir)
+        self.num_generations = num_generations
+        self._own_process = own_process
+        self._rewards = [] if reward_funcs is None else _as_list(reward_funcs)
+        self.reward_weights = weights_by_name(self._rewards, reward_weights)
+        self.reward_names = list(self.reward_weights)
+        self._prompts = write_prompts(dataset, self.output_dir / "prompts", shard_size)
+        in_process = backend == "transformers"
+        kwargs = {"generation_batch_size": generation_batch_size} if in_process else dict(server or {})
+        if in_process and server:
+            raise ValueError(f"server={server} is for the backends 'vllm' and 'openai'.")
+        if backend != "openai":
+            kwargs["model_init_kwargs"] = as_plain(model_init_kwargs or {})
+        manifest = {
+            "format": FORMAT,
+            "backend": backend,
+            "model": model_of_backend(model, backend, model_init_kwargs or {}, processing_class),
+            "sampling": asdict(self.sampling),
+            "num_generations": num_generations,
+            "seed": seed,
+            "prompts": self._prompts.ids_key,
+            "shard_size": shard_size,
+        }
+        if in_process:  # another batch size draws other completions
+            manifest["generation_batch_size"] = generation_batch_size
+        self._generate = GenerateStage(
+            self._prompts,
+            ShardStore(self.output_dir / "rollouts", manifest, self._prompts.sizes),
+            model,
+            backend,
+            self.sampling,
+            num_generations,
+            seed,
+            kwargs,
+            processing_class,
+        )
+
+    @cached_property
+    def _score(self) -> list[ScoreStage]:
+        if not self._rewards:
+            raise ValueError("There is nothing to score with: give reward_funcs.")
+        stages = []
+        for name, spec in zip(self.reward_names, self._rewards, strict=True):
+            identity = reward_identity(spec)
+            if identity is None:
+                if Workers.here().count > 1:
+                    raise ValueError("An ensemble in memory cannot be shared by processes: save it and give its path.")
+                logger.warning(
+                    f"{name} is an ensemble in memory, whose scores cannot be used again: save it, and give its path."
+                )
+                identity = {"name": name, "run": time.time_ns()}
+            manifest = {
+                "format": FORMAT,
+                "rollouts": self._generate.store.folder.name,
+                "prompts": self._prompts.content_key,
+                "reward": identity,
+            }
+            store = ShardStore(self.output_dir / "scores" / name, manifest, self._prompts.sizes)
+            stages.append(ScoreStage(self._prompts, self._generate.store, store, spec, name))
+        return stages
+
+    def generate(self) -> None:
+        """Generate what is missing."""
+        run_stage(self._generate, self._own_process)
+
+    def score(self) -> None:
+        """Score what is missing. Raises [`~trl_ext.pipelines.stages.store.StoreError`] if completions are missing."""
+        self._need(self._generate.store, "generate")
+        for stage in self._score:
+            run_stage(stage, self._own_process)
+
+    def _need(self, store: ShardStore, stage: str) -> None:
+        missing = store.missing()
+        if not missing:
+            return
+        near = store.nearest()
+        other = f" There is {near[0].name}, made with {near[1]}." if near and not store.folder.is_dir() else ""
+        raise StoreError(
+            f"{len(missing)} of {len(store.sizes)} shards are missing from {store.folder}.{other} Run the stage "
+            f"{stage!r} with the same arguments first."
+        )
+
+    # ------------------------------------------------------------------------------------------------------ selecting
+    def scored(self) -> Scored:
+        """All samples as arrays, from the files of scores alone."""
+        return self._stored().table().scored
+
+    def samples(self) -> Iterator[list[Sample]]:
+        """The samples of each prompt with their scores, in the order of the prompts, read as they are asked for."""
+        yield from self._stored().samples()
+
+    def _stored(self) -> StoredSamples:
+        self._need(self._generate.store, "generate")
+        for stage in self._score:
+            self._need(stage.store, "score")
+        scores = dict(zip(self.reward_names, (stage.store for stage in self._score), strict=True))
+        return StoredSamples(self._prompts, self._generate.store, scores, self.reward_weights, self.num_generations)
+
+    def select(
+        self,
+        selection: str = "top_per_prompt",
+        selection_kwargs: dict[str, Any] | None = None,
+        drop_truncated: bool = False,
+    ) -> Selected:
+        """Select from the scored samples, and write the rows. See [`select`]."""
+        stored = self._stored()
+        table = stored.table()
+        scored = table.scored
+        unscorable = dict(zip(self.reward_names, np.isnan(table.scores).sum(1).tolist(), strict=True))
+        kwargs = selection_kwargs or {}
+        chosen = select(scored, selection, drop_truncated=drop_truncated, **kwargs)
+        name = selection if isinstance(selection, str) else selection.__name__
+        manifest = {
+            "selection": name,
+            "options": as_plain(kwargs),
+            "drop_truncated": drop_truncated,
+            "reward_weights": self.reward_weights,
+            "scores": [stage.store.folder.name for stage in self._score],
+        }
+        folder = self.output_dir / "selected" / f"{name}-{key_of(manifest)}"
+        path = folder / "rows.jsonl"
+        counts = write_lines(path, stored.rows(table, chosen), checksums=False)
+        report = {
+            **manifest,
+            "counts": chosen.counts,
+            "rows": counts,
+            "unscorable": unscorable,
+            "metrics": round_metrics(scored, chosen),
+            "rollouts": str(self._generate.store.folder),
+            "prompts": self._prompts.count,
+            "num_generations": self.num_generations,
+        }
+        write_json(folder / "report.json", report)
+        if not counts:
+            raise ValueError(
+                f"The selection {name!r} kept none of {len(scored)} samples ({chosen.counts}). Lower what it asks "
+                f"for; the samples and their scores are kept in {self.output_dir}."
+            )
+        return Selected(dataset_of_rows(path), scored, chosen, report, path)
+
+
+def rejection_sample(
+    model: str | Path | PreTrainedModel,
+    reward_funcs: RewardFunc | Sequence[RewardFunc],
+    dataset: Dataset | IterableDataset,
+    output_dir: str | Path,
+    num_generations: int = 8,
+    selection: str = "top_per_prompt",
+    seed: int = 0,
+    backend: Backend = "transformers",
+    *,
+    selection_kwargs: dict[str, Any] | None = None,
+    drop_truncated: bool = False,
+    **options: Any,
+) -> Dataset:
+    """
+    Generate `num_generations` completions of each prompt, score them, and keep the best.
+
+    Everything is kept in `output_dir` in shards, each of which is there whole or not at all. Kill it at any moment and
+    run the same again: it goes on, nothing is missing and nothing is there twice. With the backend `"transformers"`
+    the selection is then that of a run that was never interrupted. Completions are shared by all scorers and
+    selections: another reward function only scores, another selection only selects.
+
+    Args:
+        model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
+            The policy: folder or Hub id, full model or adapter; in memory only with `"transformers"`. With `"openai"`
+            the name by which the server knows it.
+        reward_funcs (`str`, `Path`, model, `Callable`, or list of these):
+            TRL reward functions: a reward model by its path or in memory, a [`~trl_ext.RewardScorer`], a function, one
+            of `trl.rewards` by name, or the dotted path of a function. `None` from one of them is unscorable, and
+            counted; a sample for which all give `None` is never selected.
+        dataset (`Dataset` or `IterableDataset`):
+            Rows with a `prompt`, text or messages; the other columns go to the reward functions.
+        output_dir (`str` or `Path`):
+            Where everything is kept.
+        num_generations (`int`, *optional*, defaults to `8`):
+            Completions of each prompt.
+        selection (`str` or `Callable`, *optional*, defaults to `"top_per_prompt"`):
+            A selector, see `trl_ext.pipelines.rejection_sampling.selection`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the generation.
+        backend (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"`, in this process (several with `accelerate launch`); `"vllm"`, a vLLM server through TRL's
+            client; `"openai"`, any OpenAI-compatible server.
+        selection_kwargs (`dict`, *optional*):
+            Options of the selector.
+        drop_truncated (`bool`, *optional*, defaults to `False`):
+            Never select a completion that was cut at `max_completion_length`.
+        options:
+            `reward_weights` (one number a function; 1 by default); `shard_size` (prompts that are generated and stored
+            at a time, 64); `processing_class`; `generation_batch_size` (completions in a batch in this process, 32);
+            `model_init_kwargs`; `server`, a `dict` of `server_base_url`, `server_timeout`, `max_concurrency`,
+            `max_retries`, `api_key_variable` (see [`make_generator`]); `own_process`
+            (each stage in a process of its own: `"auto"`, where there is a GPU and everything is given by path);
+            and the fields of [`Sampling`]: `max_completion_length`, `temperature`,
+            `top_p`, `top_k`, `min_p`, `repetition_penalty`, `stop`, `generation_kwargs`, `chat_template`,
+            `chat_template_kwargs`, `system_prompt`, `few_shot`.
+
+    Returns:
+        `Dataset` in the order of the prompts. For `SFTTrainer`: `prompt`, `completion`, `score`, `scores` by function,
+        `sample_index`, `finish_reason`. For `DPOTrainer` (selectors of pairs): `prompt`, `chosen`, `rejected`,
+        `chosen_rating`, `rejected_rating`, `score_margin`. For `RewardTrainer` (selectors of groups): `prompt`,
+        `completions`, `ratings`. All with `prompt_id` and the data set's other columns.
+
+    Raises:
+        [`DataError`]: a row cannot be used; names row and column.
+        [`GenerationError`], [`RewardError`],
+        [`StoreError`]: a backend, a reward function or the disk fails. What was finished is
+            kept, and the same call goes on from there.
+
+    Example:
+
+    ```python
+    >>> best = rejection_sample("Qwen/Qwen3-0.6B", "outputs/rankings", prompts, "outputs/samples", num_generations=16)
+    >>> trl.SFTTrainer("Qwen/Qwen3-0.6B", train_dataset=best).train()
+    ```
+    """
+    sampler = RejectionSampler(
+        model, reward_funcs, dataset, output_dir, num_generations, seed=seed, backend=backend, **options
+    )
+    sampler.generate()
+    sampler.score()
+    return sampler.select(selection, selection_kwargs, drop_truncated).dataset
+
+
+def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]

@@ -1,0 +1,103 @@
+"""Scored samples as arrays, a few bytes each, and what is selected of them as row numbers.
+
+It knows prompts, samples and scores by number, and nothing of texts, models or files.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Scored:
+    """
+    N scored samples as arrays, in any order.
+
+    Args:
+        prompt (`np.ndarray` of `int64`, shape `(N,)`):
+            The prompt's place in the data set.
+        sample (`np.ndarray` of `int64`, shape `(N,)`):
+            Which of the prompt's samples it is.
+        score (`np.ndarray` of `float64`, shape `(N,)`):
+            Higher is better; NaN where it could not be scored.
+        text_hash (`np.ndarray` of `uint64`, shape `(N,)`):
+            [`text_hash`] of the completion. Equal within a prompt means: the same text.
+        length (`np.ndarray` of `int64`, shape `(N,)`):
+            Tokens of the completion.
+        finished (`np.ndarray` of `bool`, shape `(N,)`):
+            Whether the completion ended by itself rather than at the length limit.
+    """
+
+    prompt: np.ndarray
+    sample: np.ndarray
+    score: np.ndarray
+    text_hash: np.ndarray
+    length: np.ndarray
+    finished: np.ndarray
+
+    def __post_init__(self):
+        types = {"prompt": np.int64, "sample": np.int64, "score": np.float64}
+        types |= {"text_hash": np.uint64, "length": np.int64, "finished": np.bool_}
+        for name, dtype in types.items():
+            setattr(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        shapes = {name: getattr(self, name).shape for name in types}
+        if any(shape != (len(self.prompt),) for shape in shapes.values()):
+            raise ValueError(f"The columns of scored samples must have one shape (N,), found {shapes}.")
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def take(self, rows: np.ndarray) -> "Scored":
+        """These samples, in this order."""
+        return Scored(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+@dataclass(slots=True)
+class Selection:
+    """
+    What was selected, as row numbers of the [`Scored`] that went in.
+
+    Args:
+        rows (`np.ndarray` of `int64`):
+            The selected samples; of pairs the chosen ones; of groups all members, group after group, best first.
+        rejected (`np.ndarray` of `int64`, *optional*):
+            Of pairs: the other half, of the same length.
+        margin (`np.ndarray` of `float64`, *optional*):
+            Of pairs: score of the chosen minus score of the rejected one, above 0.
+        starts (`np.ndarray` of `int64`, *optional*):
+            Of groups: where in `rows` each of them starts.
+        counts (`dict[str, int]`):
+            What became of the samples: see [`~trl_ext.pipelines.rejection_sampling.selection.select`].
+    """
+
+    rows: np.ndarray
+    rejected: np.ndarray | None = None
+    margin: np.ndarray | None = None
+    starts: np.ndarray | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """`"rows"`, `"pairs"` or `"groups"`."""
+        return "pairs" if self.rejected is not None else "groups" if self.starts is not None else "rows"
+
+    @property
+    def groups(self) -> list[np.ndarray]:
+        """The rows of each group, best first."""
+        if self.starts is None:
+            raise ValueError(f"This selection holds {self.kind}. Groups come from 'ranked_groups'.")
+        return np.split(self.rows, self.starts[1:])
+
+
+def text_hash(text: str) -> int:
+    """A hash of a text in 64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def group_numbers(prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the group of each row, size of each group) of rows that are sorted by prompt."""
+    new = np.ones(len(prompt), dtype=bool)
+    new[1:] = np.diff(prompt) != 0
+    group = np.cumsum(new) - 1
+    return group, np.bincount(group) if len(group) else np.zeros(0, dtype=np.int64)

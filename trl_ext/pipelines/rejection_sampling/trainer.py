@@ -1,0 +1,395 @@
+"""Expert iteration with the arguments of `trl.GRPOTrainer`: sample, score, select, fine-tune, repeat.
+
+Every round is on disk when it is done, and so are its samples and checkpoints before that: the same script run again
+goes on where it was stopped. Between stages nothing stays in memory; each loads the policy that the one before saved.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import trl
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import TrainOutput
+
+from trl_ext.models.fingerprint import model_identity
+from trl_ext.pipelines.generation.transformers_backend import load_policy
+from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
+from trl_ext.pipelines.rejection_sampling.diagnostics import (
+    evaluation_metrics,
+    hacking_warning,
+    log_rounds,
+    plot_rounds,
+    round_metrics,
+)
+from trl_ext.pipelines.rejection_sampling.prompts import RESERVED
+from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
+from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
+from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
+from trl_ext.pipelines.reward_functions import RewardFunc, reward_identity, reward_names, with_tokenizers
+from trl_ext.pipelines.stages.store import write_json
+from trl_ext.trainers.common.tracking import without_missing_wandb
+
+
+logger = logging.getLogger(__name__)
+
+
+class RejectionSamplingTrainer:
+    """
+    Rounds of rejection sampling and supervised fine-tuning.
+
+    A round draws `num_generations` completions of each prompt from the policy, scores them with the reward functions,
+    selects, and fine-tunes with `trl.SFTTrainer`, whose optimizer is new each time. After each round the policy is
+    evaluated on `eval_dataset`, and the best one is kept: by the verifier if there is one, else by the reward.
+
+    See *RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment* by Dong et al.
+    (https://huggingface.co/papers/2304.06767) and, for `start_from="initial"`, *Beyond Human Data: Scaling
+    Self-Training for Problem-Solving with Language Models* by Singh et al. (https://huggingface.co/papers/2312.06585).
+
+    Args:
+        model, reward_funcs, processing_class, reward_processing_classes, callbacks, quantization_config, peft_config:
+            As in `trl.GRPOTrainer`. A model that is given in memory is saved first and is not changed itself: the
+            trained one is `trainer.model`. Reward functions may also be reward models of this package, by path.
+        args ([`RejectionSamplingConfig`] or `trl.GRPOConfig`, *optional*):
+            The configuration. Of GRPO's, what has a meaning here is taken over.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
+            Rows with a `prompt`; the reward functions get the other columns.
+        verifier (reward function, *optional*):
+            What the reward stands for, such as a check of the answer. It is never selected by: it rates rounds on
+            `eval_dataset`, and a warning is given if the reward rises and it does not.
+
+    Attributes:
+        history (`list[dict]`): the metrics of each round, round 0 being the policy before training.
+
+    Example:
+
+    ```python
+    from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer  # was: trl's GRPOConfig and GRPOTrainer
+
+    trainer = RejectionSamplingTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs="outputs/rankings",
+        args=RejectionSamplingConfig(output_dir="outputs/rejection_sampling", num_rounds=3),
+        train_dataset=prompts,
+    )
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: RejectionSamplingConfig | trl.GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any | None = None,
+        verifier: RewardFunc | None = None,
+    ):
+        if args is None:
+            args = RejectionSamplingConfig(output_dir="rejection_sampling_output")
+        elif isinstance(args, trl.GRPOConfig):
+            args = RejectionSamplingConfig.from_grpo(args)
+        given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"RejectionSamplingTrainer cannot use `{name}` of GRPOTrainer.")
+        if any(item is not None for item in optimizers):
+            raise ValueError("Each round needs a new optimizer: set `optim` and `learning_rate`, not `optimizers`.")
+        if reward_funcs is None or train_dataset is None:
+            missing = "reward_funcs" if reward_funcs is None else "train_dataset"
+            raise ValueError(f"RejectionSamplingTrainer needs {missing}.")
+        if isinstance(eval_dataset, dict):
+            raise ValueError("Rounds are compared on one eval_dataset, found a dict of them. Give one of them.")
+        if verifier is not None and eval_dataset is None:
+            raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
+        if isinstance(model, PeftModel) and peft_config is not None:
+            raise ValueError("Found a PeftModel and a peft_config; give one of them.")
+        without_missing_wandb(args)
+        self.args = args
+        self.history: list[dict[str, Any]] = []
+        self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
+        self._verifier = verifier
+        self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        self._callbacks, self._peft_config = callbacks, peft_config
+        self._init_kwargs = dict(args.model_init_kwargs or {})
+        if args.trust_remote_code:
+            self._init_kwargs["trust_remote_code"] = True
+        if quantization_config is not None:
+            self._init_kwargs["quantization_config"] = quantization_config
+        self._rounds = Rounds(Path(args.output_dir) / "rounds")
+        self._model: PreTrainedModel | PeftModel | None = None
+        self._given = model
+        self._tokenizer = self._given_tokenizer = processing_class
+        self._in_memory = not isinstance(model, (str, Path))
+        if self._in_memory and processing_class is None:
+            source = model.get_base_model() if isinstance(model, PeftModel) else model
+            self._tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
+        """
+        Run the rounds that are not done yet.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                `False` forgets the rounds in `output_dir`. By default, and with `True`, they are gone on with.
+
+        Returns:
+            `TrainOutput`: the optimizer steps of the rounds that this call finished, also those that were made before
+            it went on; the last round's loss, and its metrics.
+
+        Raises:
+            ValueError: the rounds in `output_dir` were made with other settings, or a selection kept nothing.
+        """
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}; needed: None, True or False. What is resumed is "
+                "in output_dir."
+            )
+        self._begin(start_over=resume_from_checkpoint is False)
+        self._model = None
+        if not self.history:
+            self._finish({"round": 0, **self._evaluate(0)})
+        steps = 0
+        while (number := len(self.history)) <= self.args.num_rounds:
+            taken, metrics = self._round(number)
+            steps += taken
+            self._finish(metrics)
+        if "eval_reward" in self.history[0]:
+            self._compare_with_the_start()
+        self.save_model()
+        return TrainOutput(steps, self.history[-1]["train_loss"], dict(self.history[-1]))
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the kept policy on `eval_dataset`; what is there is used again."""
+        if self._eval_dataset is None:
+            raise ValueError("There is no eval_dataset to evaluate on.")
+        if not self.history:
+            self._begin()
+        return self._evaluate(self.best_round)
+
+    @property
+    def best_round(self) -> int:
+        """The round whose policy is kept; 0 before training."""
+        return best_round(self.history) if self.history else 0
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The kept policy, loaded when it is asked for."""
+        if self._in_memory and self.best_round == 0:
+            return self._given
+        if self._model is None:
+            self._model = load_policy(self._policy(self.best_round), self._init_kwargs)
+        return self._model
+
+    @property
+    def processing_class(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self._given, revision=self._init_kwargs.get("revision"), trust_remote_code=self.args.trust_remote_code
+            )
+        return self._tokenizer
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Copy the kept policy, with its tokenizer, to `output_dir` (by default that of the arguments)."""
+        if self.best_round == 0:
+            raise ValueError("No round is done, so there is nothing to save. Call train() first.")
+        if PartialState().is_main_process:
+            target = Path(output_dir or self.args.output_dir)
+            shutil.copytree(self._rounds.policy(self.best_round), target, dirs_exist_ok=True)
+
+    def _begin(self, start_over: bool = False) -> None:
+        """Take up what is in `output_dir`, if it was made with the same settings."""
+        state = PartialState()
+        with state.main_process_first():
+            if state.is_main_process and start_over:
+                self._rounds.clear()
+            if state.is_main_process:
+                self._rounds.check(self._settings())
+                self._save_initial()
+        self.history = self._rounds.history()
+
+    def _round(self, number: int) -> tuple[int, dict[str, Any]]:
+        args = self.args
+        sampler = self._sampler(
+            number - 1, self._train_dataset, self._rounds.of(number) / "samples", args.seed + number
+        )
+        sampler.generate()
+        sampler.score()
+        with PartialState().main_process_first():
+            selected = sampler.select(
+                args.selection, args.selection_kwargs, drop_truncated=args.mask_truncated_completions
+            )
+        if "completion" not in selected.dataset.column_names:
+            raise ValueError(
+                f"selection={args.selection!r} gives {selected.selection.kind}, which are not for supervised "
+                "fine-tuning. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
+            )
+        cut = int((~selected.scored.finished[selected.selection.rows]).sum())
+        if cut and PartialState().is_main_process:
+            logger.warning(
+                f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
+                f"max_completion_length={args.max_completion_length}. SFT puts an EOS behind them, and the policy "
+                "learns to stop there: set mask_truncated_completions=True, or raise max_completion_length."
+            )
+        metrics = {"round": number, **round_metrics(selected.scored, selected.selection)}
+        rows = rows_to_learn_from(self._rounds, number, selected.dataset, args.accumulate_rounds)
+        metrics["rows"] = len(rows)
+        fresh = number == 1 or args.start_from == "initial"
+        fine_tune(
+            self._rounds,
+            number,
+            self._policy(0 if fresh else number - 1),
+            rows,
+            args,
+            self.processing_class,
+            self._init_kwargs if fresh else self._without_revision(),
+            self._peft_config if fresh else None,
+            self._callbacks,
+        )
+        trained = self._rounds.trained(number)
+        return trained["steps"], metrics | {"train_loss": trained["loss"], **self._evaluate(number)}
+
+    def _sampler(
+        self, number: int, dataset: Any, folder: Path, seed: int, evaluating: bool = False
+    ) -> RejectionSampler:
+        """A sampler from the policy that came out of a round."""
+        args = self.args
+        weights = list(args.reward_weights or [1.0] * len(self._rewards))
+        rewards = list(self._rewards)
+        if evaluating and self._verifier is not None:
+            rewards, weights = [*rewards, self._verifier], [*weights, 0.0]
+        on_server = args.use_vllm and not evaluating
+        host = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        server = {"server_base_url": host, "server_timeout": args.vllm_server_timeout}
+        return RejectionSampler(
+            str(self._policy(number)),
+            rewards,
+            dataset,
+            folder,
+            (args.num_generations_eval or args.num_generations) if evaluating else args.num_generations,
+            seed=seed,
+            backend="vllm" if on_server else "transformers",
+            reward_weights=weights,
+            # only the policy before training may lack a tokenizer of its own
+            processing_class=self._given_tokenizer if number == 0 and not self._in_memory else None,
+            generation_batch_size=args.generation_batch_size,
+            model_init_kwargs=self._init_kwargs if number == 0 else self._without_revision(),
+            server=server if on_server else None,
+            max_completion_length=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            generation_kwargs=args.generation_kwargs,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+
+    def _evaluate(self, number: int) -> dict[str, float]:
+        """Reward and verifier of the policy that came out of a round; the same prompts and seed every time."""
+        if self._eval_dataset is None:
+            return {}
+        folder = self._rounds.of(number) / "evaluation"
+        sampler = self._sampler(number, self._eval_dataset, folder, self.args.seed, evaluating=True)
+        sampler.generate()
+        sampler.score()
+        own = reward_names(self._rewards)
+        weights = dict(zip(own, self.args.reward_weights or [1.0] * len(own), strict=True))
+        return evaluation_metrics(sampler.samples(), weights, self._names[-1] if self._verifier is not None else None)
+
+    def _finish(self, metrics: dict[str, Any]) -> None:
+        """Record a round, report it, and delete the policies that are no longer needed."""
+        self.history.append(metrics)
+        warning = hacking_warning(self.history)
+        if self._verifier is not None:
+            metrics["hacking_suspected"] = float(warning is not None)
+        if not PartialState().is_main_process:
+            return
+        if warning is not None:
+            logger.warning(f"Round {metrics['round']}: {warning}")
+        write_json(Path(self.args.output_dir) / "rounds.json", self.history)
+        plot = Path(self.args.output_dir) / "rounds.png"
+        drawn = plot_rounds(self.history, plot)
+        self._rounds.record(metrics)  # what is not done before this is never done
+        self._rounds.keep({metrics["round"], best_round(self.history)})
+        if "wandb" in self.args.report_to:
+            log_rounds(self.history[:2] if metrics["round"] == 1 else [metrics], plot if drawn else None)
+
+    def _compare_with_the_start(self) -> None:
+        name = "eval_verifier" if "eval_verifier" in self.history[0] else "eval_reward"
+        best = self.history[self.best_round]
+        if best[name] <= self.history[0][name]:
+            logger.warning(
+                f"No round is better than the policy before training: {name} {self.history[0][name]:.4g} before, "
+                f"{best[name]:.4g} after round {best['round']}, which is kept."
+            )
+
+    def _policy(self, number: int) -> str | Path:
+        """The policy after a round; 0: the one that training starts from."""
+        if number:
+            return self._rounds.policy(number)
+        return self._rounds.folder / "initial" if self._in_memory else self._given
+
+    def _without_revision(self) -> dict[str, Any]:
+        return {name: value for name, value in self._init_kwargs.items() if name != "revision"}
+
+    def _save_initial(self) -> None:
+        """Save a model that was given in memory, once."""
+        folder = self._rounds.folder / "initial"
+        if not self._in_memory or folder.is_dir():
+            return
+        staging = folder.with_name("initial.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        self._given.save_pretrained(staging)
+        self.processing_class.save_pretrained(staging)
+        os.replace(staging, folder)
+
+    def _settings(self) -> dict[str, Any]:
+        """What every round depends on."""
+        settings = self.args.settings_of_a_round()
+        settings["model"] = model_identity(self._given, self._init_kwargs.get("revision"))
+        if "quantization_config" in self._init_kwargs:
+            settings["quantization_config"] = str(self._init_kwargs["quantization_config"])
+        settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
+        if self._verifier is not None:
+            settings["verifier"] = reward_identity(self._verifier) or reward_names([self._verifier])[0]
+        settings["prompts"] = _digest(self._train_dataset)
+        if self._eval_dataset is not None:
+            settings["eval_prompts"] = _digest(self._eval_dataset)
+        if self._peft_config is not None:
+            peft = self._peft_config.to_dict()
+            settings["peft"] = {name: sorted(v) if isinstance(v, set) else str(v) for name, v in peft.items()}
+        return settings
+
+
+def _digest(dataset: Iterable[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for row in dataset:
+        seen = {name: value for name, value in row.items() if name == "prompt" or name not in RESERVED}
+        digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]

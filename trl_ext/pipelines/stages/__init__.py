@@ -1,0 +1,1 @@
+"""What is kept on disk and when it is still valid; how stages run."""

@@ -1,0 +1,260 @@
+"""Stages that depend on each other, each with a folder of its own that is kept and used again.
+
+A stage is used again when nothing that its result depends on has changed: its own settings, the versions of the
+libraries, and, through their keys, the stages that it needs. It knows nothing of models or of what a stage does.
+
+    >>> two = Stage("two", "Two", lambda context: {"value": context.settings["value"]}, {"value": 2})
+    >>> four = Stage("four", "Four", lambda context: {"value": 2 * context.results["two"]["value"]}, {}, ("two",))
+    >>> outcomes = run_stages([two, four], output_dir="outputs/example")
+    >>> outcomes["four"].result, outcomes["four"].cached
+    ({'value': 4}, False)
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import trl_ext
+from trl_ext.pipelines.stages.workers import JobRunner, ThisProcess
+
+
+RECORD = "stage.json"
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """
+    What a stage is given.
+
+    Args:
+        folder (`Path`):
+            An empty folder for its files. It is moved when the stage is done: write no absolute paths into it.
+        settings (`Mapping[str, Any]`):
+            The stage's settings.
+        results (`Mapping[str, dict]`):
+            The results of the stages that it needs, by name.
+        folders (`Mapping[str, Path]`):
+            Their folders.
+        report_to (`str`):
+            For the `report_to` of trainers.
+        progress (`Callable[[float], None]`):
+            To be called with the share that is done, in `[0, 1]`.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    results: Mapping[str, dict[str, Any]]
+    folders: Mapping[str, Path]
+    report_to: str
+    progress: Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stage.
+
+    Args:
+        name (`str`):
+            Its name, and that of its folder.
+        title (`str`):
+            What the progress line calls it.
+        run (`Callable[[StageContext], dict]`):
+            Does it and returns what is worth reporting, as values that JSON can hold.
+        settings (`Mapping[str, Any]`):
+            Everything that its result depends on, as values that JSON can hold.
+        needs (`tuple[str, ...]`, *optional*):
+            Names of the stages whose results or folders it uses.
+        seconds (`float`, *optional*, defaults to `10.0`):
+            How long it takes on two CPU cores, for the estimate of the time that is left.
+        trains (`bool`, *optional*, defaults to `False`):
+            Whether it trains, and so has a run of its own on Weights & Biases.
+    """
+
+    name: str
+    title: str
+    run: Callable[[StageContext], dict[str, Any]]
+    settings: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    seconds: float = 10.0
+    trains: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage: its result, its files, the seconds it took when it ran, and whether that was earlier."""
+
+    result: dict[str, Any]
+    folder: Path
+    seconds: float
+    cached: bool
+    title: str
+
+
+class StageError(ValueError):
+    """The stages do not fit together, or a result cannot be stored."""
+
+
+def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
+    """
+    The hash of everything that each stage's result depends on, by name.
+
+    Raises:
+        [`StageError`]: Two stages have one name, or a stage needs one that does not come before it.
+    """
+    versions = {"trl-ext": trl_ext.__version__, **{name: version(name) for name in LIBRARIES}}
+    keys: dict[str, str] = {}
+    for stage in stages:
+        if stage.name in keys:
+            raise StageError(f"two stages are called {stage.name!r}; names are folders and must differ")
+        missing = [name for name in stage.needs if name not in keys]
+        if missing:
+            raise StageError(f"stage {stage.name!r} needs {missing}; put them before it. Before it are: {list(keys)}")
+        content = {
+            "name": stage.name,
+            "settings": dict(stage.settings),
+            "versions": versions,
+            "needs": {name: keys[name] for name in stage.needs},
+        }
+        keys[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return keys
+
+
+def find_done(stages: Sequence[Stage], output_dir: str | Path) -> dict[str, Outcome]:
+    """The stages whose folders in `output_dir` hold a result that is still valid, by name."""
+    done = {}
+    keys = stage_keys(stages)
+    for stage in stages:
+        folder = Path(output_dir) / stage.name
+        record = _read_record(folder)
+        if record is not None and record["key"] == keys[stage.name]:
+            done[stage.name] = Outcome(record["result"], folder, record["seconds"], cached=True, title=stage.title)
+    return done
+
+
+def _no_run(stage: Stage) -> AbstractContextManager[str]:
+    return nullcontext("none")
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    output_dir: str | Path,
+    *,
+    fresh: bool = False,
+    on_start: Callable[[Stage], None] = lambda stage: None,
+    on_progress: Callable[[Stage, float], None] = lambda stage, share: None,
+    on_end: Callable[[Stage, Outcome], None] = lambda stage, outcome: None,
+    open_run: Callable[[Stage], AbstractContextManager[str]] = _no_run,
+    runner: JobRunner | None = None,
+) -> dict[str, Outcome]:
+    """
+    Runs the stages, except those whose result is there already.
+
+    A stage writes to `<name>.partial`, which becomes `<name>` when it is done: a run that was interrupted leaves no
+    folder that looks complete. Only folders that a stage of this name made are ever replaced.
+
+    Args:
+        stages (`Sequence[Stage]`):
+            In an order in which each comes after those that it needs.
+        output_dir (`str` or `Path`):
+            Where the folders are.
+        fresh (`bool`, *optional*, defaults to `False`):
+            Run all of them, whatever is there.
+        on_start (`Callable[[Stage], None]`, *optional*):
+            Called before a stage that really runs.
+        on_progress (`Callable[[Stage, float], None]`, *optional*):
+            Called with a stage and the share of it that is done.
+        on_end (`Callable[[Stage, Outcome], None]`, *optional*):
+            Called after every stage, also one that was there already.
+        open_run (`Callable[[Stage], AbstractContextManager[str]]`, *optional*):
+            Opens a stage's run on an experiment tracker and gives its `report_to`; closed when the stage ends.
+        runner ([`~trl_ext.pipelines.stages.workers.JobRunner`], *optional*):
+            Where stages run. By default one after the other in this process; with
+            [`~trl_ext.pipelines.stages.workers.OwnProcesses`] side by side, each as soon as those that it needs are
+            done and a process is free (`run` and `open_run` are then functions of a module).
+
+    Returns:
+        `dict[str, Outcome]`: By name, in order.
+
+    Raises:
+        [`StageError`]: see [`stage_keys`]; or a result holds something that JSON does not; or a folder of that name is
+            there which no stage made.
+    """
+    output_dir = Path(output_dir)
+    keys = stage_keys(stages)
+    by_name = {stage.name: stage for stage in stages}
+    runner = ThisProcess() if runner is None else runner
+    outcomes = {} if fresh else find_done(stages, output_dir)
+    for name, outcome in outcomes.items():
+        on_end(by_name[name], outcome)
+    waiting = [stage for stage in stages if stage.name not in outcomes]
+    while len(outcomes) < len(stages):
+        ready = [stage for stage in waiting if all(name in outcomes for name in stage.needs)]
+        for stage in ready[: runner.free]:
+            waiting.remove(stage)
+            on_start(stage)
+            needed = {name: outcomes[name] for name in stage.needs}
+            runner.start(stage.name, partial(_run, stage, keys[stage.name], output_dir, needed, open_run))
+        name, outcome = runner.wait(lambda name, share: on_progress(by_name[name], share))
+        outcomes[name] = outcome
+        on_end(by_name[name], outcome)
+    return {stage.name: outcomes[stage.name] for stage in stages}
+
+
+def _run(
+    stage: Stage,
+    key: str,
+    output_dir: Path,
+    needed: Mapping[str, Outcome],
+    open_run: Callable[[Stage], AbstractContextManager[str]],
+    on_progress: Callable[[float], None],
+) -> Outcome:
+    folder, draft = output_dir / stage.name, output_dir / f"{stage.name}.partial"
+    if folder.exists() and _read_record(folder) is None:
+        raise StageError(
+            f"{folder} is there but was not made by this stage (it has no {RECORD}): it is left alone. "
+            "Move it away or choose another output folder."
+        )
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    start = time.monotonic()
+    with open_run(stage) as report_to:
+        result = stage.run(
+            StageContext(
+                folder=draft,
+                settings=stage.settings,
+                results={name: outcome.result for name, outcome in needed.items()},
+                folders={name: outcome.folder for name, outcome in needed.items()},
+                report_to=report_to,
+                progress=on_progress,
+            )
+        )
+    seconds = time.monotonic() - start
+    record = {"key": key, "settings": dict(stage.settings), "seconds": seconds, "result": result}
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StageError(f"the result of stage {stage.name!r} cannot be stored as JSON: {error}") from error
+    (draft / RECORD).write_text(text + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    # what a later run will read: tuples are lists there
+    return Outcome(json.loads(text)["result"], folder, seconds, cached=False, title=stage.title)
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a stage that is done, or `None` where there is no such record or it is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and {"key", "seconds", "result"} <= record.keys() else None

@@ -1,0 +1,263 @@
+"""Files that survive a crash: shards of JSON lines, each line with a checksum, each file there whole or not at all.
+
+A store is a folder named after the hash of its manifest, which says what its content depends on. Its shards are
+numbered, and each holds a known number of records. A shard is written to one side, synced and renamed, so that a kill
+at any moment leaves it missing or finished. It knows nothing of what records mean.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trl_ext.pipelines.generation.records import canonical
+
+
+logger = logging.getLogger(__name__)
+
+_CHECKSUM = len(b'{"crc": "00000000", ')
+
+
+class StoreError(RuntimeError):
+    """Stored data cannot be read or written; the message says what was found, what was kept and what to do."""
+
+
+class DamagedError(StoreError):
+    """A file that is truncated or changed."""
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool = True) -> int:
+    """
+    Write records as lines of JSON, with a checksum each or without; the file is there when it is whole, never before.
+
+    Returns:
+        `int`: number of records.
+
+    Raises:
+        [`StoreError`]: the disk is full or the folder cannot be written to.
+    """
+    count = 0
+    with _whole_file(
+        path,
+        "Everything that was finished before is kept. Make room or give another output_dir (and copy this one there), "
+        "then run the same again.",
+    ) as file:
+        for record in records:
+            file.write(_line(record) if checksums else _json(record) + b"\n")
+            count += 1
+    return count
+
+
+def read_lines(path: Path, places: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+    """
+    The records of a file that `write_lines` made; with `places`, those with these numbers, from 0.
+
+    Raises:
+        [`DamagedError`]: a line is truncated or was changed.
+    """
+    wanted = None if places is None else set(places)
+    for place, body in enumerate(_bodies(path)):
+        if wanted is None or place in wanted:
+            yield json.loads(body)
+
+
+def count_lines(path: Path) -> int:
+    """Number of records, after checking each line's checksum. Raises [`DamagedError`]."""
+    return sum(1 for _ in _bodies(path))
+
+
+def _bodies(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            body = b"{" + line[_CHECKSUM:-1]
+            if not line.endswith(b"\n") or line[9:17] != b"%08x" % zlib.crc32(body):
+                raise DamagedError(f"{path}, line {number}: truncated or changed (its checksum does not match).")
+            yield body
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    body = _json(record)
+    return b'{"crc": "%08x", %b\n' % (zlib.crc32(body), body[1:])
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    # half a surrogate pair, which a text can hold and UTF-8 cannot, is written as its escape
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def key_of(manifest: dict[str, Any]) -> str:
+    """The name of a store: a hash of what its content depends on."""
+    return hashlib.sha256(canonical(manifest)).hexdigest()[:16]
+
+
+@dataclass
+class ShardStore:
+    """
+    Numbered shards in the folder `root/<hash of the manifest>`.
+
+    Args:
+        root (`Path`): folder of all stores of this kind.
+        manifest (`dict`): JSON-ready; all that the content depends on.
+        sizes (`list[int]`): records of each shard.
+
+    Attributes:
+        folder (`Path`): where the shards are.
+    """
+
+    root: Path
+    manifest: dict[str, Any]
+    sizes: list[int]
+    folder: Path = field(init=False)
+    _complete: set[int] = field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.folder = self.root / key_of(self.manifest)
+
+    @classmethod
+    def at(cls, folder: Path, sizes: list[int]) -> "ShardStore":
+        """The store that [`~ShardStore.create`] made at this place."""
+        store = cls(folder.parent, _read_manifest(folder / "manifest.json"), sizes)
+        if store.folder.name != folder.name:
+            raise StoreError(f"{folder}/manifest.json was changed: it does not belong there. Delete {folder}.")
+        return store
+
+    def create(self) -> None:
+        """
+        Make the folder with its manifest, or check the one that is there.
+
+        Other stores beside it, made by another configuration, stay as they are; what differs is said once.
+        """
+        path = self.folder / "manifest.json"
+        if path.is_file():
+            ShardStore.at(self.folder, self.sizes)
+            return
+        near = self.nearest()
+        if near is not None:
+            logger.warning(
+                f"{self.root} already holds {near[0].name}, made with {near[1]}. It is kept, and not used: this "
+                f"configuration gets a folder of its own, {self.folder.name}."
+            )
+        write_json(path, self.manifest)
+
+    def nearest(self) -> tuple[Path, str] | None:
+        """The store beside this one whose manifest differs least, and in what (its value first, then ours)."""
+        found = []
+        for path in sorted(self.root.glob("*/manifest.json")):
+            if path.parent != self.folder:
+                differences = _differences(_read_manifest(path), self.manifest)
+                found.append((len(differences), path.parent, "; ".join(differences)))
+        return min(found)[1:] if found else None
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"shard-{shard:06d}.jsonl"
+
+    def write(self, shard: int, records: Iterable[dict[str, Any]]) -> None:
+        """Write a shard. Raises [`StoreError`] where that fails, and if it does not have its number of records."""
+        count = write_lines(self.path(shard), records)
+        if count != self.sizes[shard]:
+            self.path(shard).unlink()
+            raise StoreError(f"Shard {shard} of {self.folder} got {count} records; needed: {self.sizes[shard]}.")
+        self._complete.add(shard)
+
+    def read(self, shard: int, places: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
+        """The records of a shard, or those at some places. Raises [`StoreError`] where it is missing or damaged."""
+        if not self.path(shard).is_file():
+            raise StoreError(f"{self.path(shard)} is missing. Run the stage that makes it again.")
+        needed = self.sizes[shard] if places is None else len(places)
+        count = 0
+        for record in read_lines(self.path(shard), places):
+            count += 1
+            yield record
+        if count != needed:
+            raise DamagedError(f"{self.path(shard)} gave {count} records; needed: {needed}.")
+
+    def is_complete(self, shard: int) -> bool:
+        """Whether a shard is there and whole, which is checked once. Of a damaged one a warning says so."""
+        if shard in self._complete:
+            return True
+        path = self.path(shard)
+        if not path.is_file():
+            return False
+        try:
+            count = count_lines(path)
+            if count != self.sizes[shard]:
+                raise DamagedError(f"{path} holds {count} records; needed: {self.sizes[shard]}.")
+        except DamagedError as error:
+            logger.warning(f"{error} The shard is made again.")
+            return False
+        self._complete.add(shard)
+        return True
+
+    def missing(self) -> list[int]:
+        """The shards that are not there, or not whole."""
+        return [shard for shard in range(len(self.sizes)) if not self.is_complete(shard)]
+
+    def wait(self, seconds: float = 0.2) -> None:
+        """Return when all shards are there, those that other processes make too."""
+        while self.missing():
+            time.sleep(seconds)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file that is there when it is whole. Raises [`StoreError`]."""
+    with _whole_file(path, "Make room and run again.") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name once it is whole and synced. Raises [`StoreError`], with what to do."""
+    staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")  # two processes may write the same
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(staging, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error.strerror or error}. {advice}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is not valid JSON ({error}). Delete {path.parent} to make its content again."
+        ) from error
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for key in sorted({*before, *now}):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other)
+        elif one != other:
+            found.append(f"{key}={_short(one)}, now {_short(other)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

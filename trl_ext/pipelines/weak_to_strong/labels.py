@@ -1,0 +1,88 @@
+"""One label of several weak models: their mean, their vote, or a sum with weights that were learnt.
+
+Knows judgements of rows, and how a task judges an output. Knows no models, splits or files.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, sigmoid
+from trl_ext.scoring.fusion import fit_fusion_weights
+
+
+# A probability of 0 or 1 has no log-odds: it is taken as this far from it.
+CLOSEST = 1e-6
+
+
+def log_odds(probability: float) -> float:
+    """log(p / (1 - p)), finite."""
+    probability = min(max(probability, CLOSEST), 1.0 - CLOSEST)
+    return math.log(probability / (1.0 - probability))
+
+
+def learnt_weights(task: Any, rows: Sequence[Row], judgements: Sequence[Sequence[Judgement]]) -> list[float]:
+    """
+    How much each weak model counts, by the logistic fit of [`~trl_ext.scoring.fusion.fit_fusion_weights`] on rows with
+    ground truth that none of them was trained on.
+
+    Args:
+        task: of [`~trl_ext.pipelines.weak_to_strong.tasks.TASKS`].
+        rows (sequence of `dict`, N): with ground truth.
+        judgements (sequence of N [`Judgement`] each, M): of the M weak models.
+
+    Returns:
+        `list[float]`: M weights of log-odds.
+    """
+    margins = []  # log-odds in favour of the truth, of every label that is known
+    for row, own in zip(rows, zip(*judgements, strict=True), strict=True):
+        outputs = [_values(judgement.output) for judgement in own]
+        for place, gold in enumerate(task.gold_labels(row)):
+            if gold is not None:
+                margins.append([(1.0 if gold > 0.5 else -1.0) * log_odds(values[place]) for values in outputs])
+    return fit_fusion_weights(np.array(margins))
+
+
+def combine(
+    task: Any,
+    rows: Sequence[Row],
+    judgements: Sequence[Sequence[Judgement]],
+    how: str | None = None,
+    weights: Sequence[float] | None = None,
+) -> list[Judgement]:
+    """
+    The judgements of one weak model as they are, or of several as those of one.
+
+    Args:
+        task, rows, judgements: as in [`learnt_weights`].
+        how (`str`, *optional*):
+            `"mean"` of probabilities; `"vote"`, the share of the models that say more than 0.5; `"learned"`, the
+            sigmoid of the weighted sum of log-odds.
+        weights (sequence of `float`, *optional*): of `"learned"`.
+
+    Returns:
+        `list[Judgement]`, N.
+    """
+    if len(judgements) == 1 and how != "learned":
+        return list(judgements[0])
+    combined = []
+    for row, own in zip(rows, zip(*judgements, strict=True), strict=True):
+        columns = zip(*(_values(judgement.output) for judgement in own), strict=True)
+        values = [_one_of(column, how, weights) for column in columns]
+        output = values if isinstance(own[0].output, list) else values[0]
+        combined.append(task.judge_output(row, output))
+    return combined
+
+
+def _one_of(probabilities: Sequence[float], how: str | None, weights: Sequence[float] | None) -> float:
+    if how == "learned":
+        return sigmoid(sum(w * log_odds(p) for w, p in zip(weights, probabilities, strict=True)))
+    if how == "vote":
+        probabilities = [float(p > 0.5) for p in probabilities]
+    return sum(probabilities) / len(probabilities)
+
+
+def _values(output: float | list[float]) -> list[float]:
+    return output if isinstance(output, list) else [output]

@@ -1,0 +1,1 @@
+"""What every trainer of reward models uses."""

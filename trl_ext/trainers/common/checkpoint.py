@@ -1,0 +1,150 @@
+"""What our trainers save beside what `Trainer` saves: `reward_model.json`, checked against the files.
+
+Knows trainers, sidecars and the head. Knows nothing of losses, data or how a model was built.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.models.ensemble.ensemble_files import ENSEMBLE_NAME, EnsembleFile, write_ensemble
+from trl_ext.models.ensemble.stacked_model import MEMBER
+from trl_ext.models.loading import describe_base, save_sidecar
+from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar, vocab_size
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@contextmanager
+def picklable_loss(args: trl.RewardConfig, name: str) -> Iterator[None]:
+    """Have `args.loss_type` be a word while the arguments are pickled, which not every callable can be."""
+    loss_type = args.loss_type
+    args.loss_type = name
+    try:
+        yield
+    finally:
+        args.loss_type = loss_type
+
+
+class SidecarWriter:
+    """
+    Describes a trainer's model: in memory from the start, and as `reward_model.json` beside what it saves.
+
+    Args:
+        trainer (`Trainer`): the trainer, its model and tokenizer set up.
+        head (`list[str]`): names of the head's modules.
+        policy ([`TokenPolicy`]): how plain text became token ids.
+        **described: fields of [`Sidecar`] that do not change while the model trains.
+    """
+
+    def __init__(self, trainer: Trainer, head: list[str], policy: TokenPolicy, **described: Any):
+        self._head = head
+        self._policy = policy
+        self._described = described
+        self._warned_of_pad = False
+        set_sidecar(trainer.model, self._describe(trainer, probes=None))  # replaces what it was loaded with
+
+    def write(self, trainer: Trainer, folder: str | Path) -> None:
+        """Write it on the process that saves; raise [`HeadError`] if a head tensor is not in the folder's files."""
+        if not trainer.args.should_save:
+            return
+        if not isinstance(trainer.model, PeftModel):
+            _set_aside_stale_adapter(folder)
+        probes = None
+        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # sharded: cannot be run on one process
+            ids = make_probes(vocab_size(trainer.model))
+            probes = {"input_ids": ids, "scores": probe_scores(trainer.model, ids)}
+        sidecar = self._describe(trainer, probes)
+        self._warn_of_pad(sidecar)
+        save_sidecar(trainer.model, sidecar, folder)
+
+    def _warn_of_pad(self, sidecar: Sidecar) -> None:
+        if sidecar.pad_is_eos and not self._warned_of_pad:
+            self._warned_of_pad = True
+            logger.warning(
+                "The pad token is EOS. trl_ext scores this model right, but plain transformers finds the last token "
+                "by comparing with the pad id and ignores a final EOS, so its scores can differ. "
+                f"({SIDECAR_NAME} says so too.)"
+            )
+
+    def _describe(self, trainer: Trainer, probes: dict[str, list] | None) -> Sidecar:
+        model, tokenizer = trainer.model, trainer.processing_class
+        return Sidecar(
+            base=describe_base(model),
+            is_adapter=isinstance(model, PeftModel),
+            head_modules=self._head,
+            token_policy=self._policy.to_dict(),
+            max_length=trainer.args.max_length,
+            pad_is_eos=tokenizer.pad_token_id == tokenizer.eos_token_id,
+            probes=probes,
+            **self._described,
+        )
+
+
+def _set_aside_stale_adapter(folder: str | Path) -> None:
+    """Rename the adapter that an earlier run left beside a full model: whoever loads the folder would get it."""
+    stale = [path for name in ADAPTER_FILES if (path := Path(folder, name)).is_file()]
+    for path in stale:
+        path.replace(path.with_name(f"{path.name}.earlier"))
+    if stale:
+        names = " and ".join(path.name for path in stale)
+        logger.warning(
+            f"{folder} held the adapter of an earlier run, which would be loaded in place of the full model: {names} "
+            "renamed to end in '.earlier'."
+        )
+
+
+class PushCallback(TrainerCallback):
+    """
+    Where Trainer copies the weights of a checkpoint to the output folder, to push that: copies what describes them
+    too, which Trainer does not know of. Without it the Hub's copy would be scored without its policy.
+    """
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if not args.should_save:
+            return
+        for pattern in (SIDECAR_NAME, ENSEMBLE_NAME, f"{MEMBER.format('*')}/*"):
+            for file in checkpoint.glob(pattern):
+                target = Path(args.output_dir, file.relative_to(checkpoint))
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(file, target)
+
+
+class EnsembleWriter(SidecarWriter):
+    """
+    The same for a [`StackedRewardModel`]: each member's folder gets
+    a tokenizer and a `reward_model.json` of its own, and the ensemble's its `reward_ensemble.json`.
+    """
+
+    def write(self, trainer: Trainer, folder: str | Path) -> None:
+        if not trainer.args.should_save:
+            return
+        model = trainer.model
+        model.use_rows()
+        ids = make_probes(vocab_size(model))
+        scores = torch.tensor(probe_scores(model, ids)).view(len(ids), model.members, -1)  # (probes, M, C)
+        names = [MEMBER.format(member) for member in range(model.members)]
+        for member, name in enumerate(names):
+            model.check_saved(member, Path(folder, name))
+            trainer.processing_class.save_pretrained(Path(folder, name))
+            probes = {"input_ids": ids, "scores": scores[:, member].flatten().tolist()}
+            sidecar = self._describe(trainer, probes)
+            sidecar.save(Path(folder, name))
+        self._warn_of_pad(sidecar)
+        write_ensemble(folder, EnsembleFile(members=names, branch_layer=model.branch_layer))

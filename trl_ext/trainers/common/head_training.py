@@ -1,0 +1,91 @@
+"""What training any reward head adds to a `Trainer`, whatever its rows and losses.
+
+A head that is known to train, scores and gradients that are watched, one W&B run, and a sidecar beside the weights.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from trl_ext.models.heads import check_head_trains
+from trl_ext.models.shared_prefix import current_attention, select_attention
+from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
+from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
+from trl_ext.trainers.common.setup import TrainableModel, set_up_model
+from trl_ext.trainers.common.tracking import open_run, use_safe_callback
+from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
+
+
+logger = logging.getLogger(__name__)
+
+
+class HeadTraining:
+    """
+    Put before a trainer: `class X(HeadTraining, Trainer)`, whose `__init__` ends with [`HeadTraining._watch`].
+
+    It needs `_objective`, with the `name` of its loss, and `_writer`, which writes the sidecar.
+    """
+
+    loss_is_scaled_for_ga = True
+    _writer_class = SidecarWriter
+
+    def _set_up(self, *args: Any, **kwargs: Any) -> TrainableModel:
+        """What is trained, its tokenizer and its head; arguments of [`set_up_model`]."""
+        trainable = set_up_model(*args, **kwargs)
+        check_head_trains(trainable.model, trainable.head)
+        return trainable
+
+    def _watch(self, head: tuple[str, ...], recording: TrainerCallback) -> None:
+        """From now on, scores and gradients are checked, and what training gives is recorded."""
+        self._attention = current_attention(self.model)
+        self._monitor = HealthMonitor()
+        self.add_callback(GradientCallback(self._monitor, head))
+        self.add_callback(recording)
+        self.add_callback(PushCallback())
+        follow_confidence(self)
+        use_safe_callback(self)
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Around a forward pass, which may choose the attention of flat rows."""
+        try:
+            yield
+        finally:
+            if not self.model.training:  # in training the backward pass may run the layers again
+                select_attention(self.model, self._attention)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            select_attention(self.model, self._attention)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if not self.args.report_to and self.is_world_process_zero():
+            logger.warning("Metrics are reported nowhere (`report_to` is 'none'); set report_to='wandb' to keep them.")
+        open_run(self)
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; the model's mode is put back, which tells whether the next log entry is one of the training."""
+        open_run(self)
+        training = self.model.training
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.model.train(training)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        open_run(self)
+        return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""
+        with picklable_loss(self.args, self._objective.name):
+            super().save_model(output_dir, _internal_call)
+        self._writer.write(self, output_dir or self.args.output_dir)

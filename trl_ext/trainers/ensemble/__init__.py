@@ -1,0 +1,1 @@
+"""Trainers of ensembles: many reward models on one base in one run."""

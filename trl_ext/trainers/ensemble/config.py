@@ -1,0 +1,94 @@
+"""Arguments of the trainers of ensembles: those of the trainer of one model, and what members are and train on."""
+
+from dataclasses import dataclass, field
+
+from trl_ext.trainers.ensemble.data import COLUMN_PREFIX, STRATEGIES
+from trl_ext.trainers.ranking.config import RewardConfig
+from trl_ext.trainers.token.orm_config import ORMConfig
+from trl_ext.trainers.token.prm_config import PRMConfig
+from trl_ext.trainers.token.segment_config import SegmentRewardConfig
+
+
+@dataclass
+class EnsembleFields:
+    """
+    What the configurations of ensembles have beside the arguments for one model, which keep meaning and defaults.
+
+    `max_grad_norm` applies to each member by itself. `seed` decides the order of rows that all members share.
+
+    Args:
+        num_members (`int`, *optional*, defaults to `4`):
+            M, the number of members.
+        member_seeds (`list[int]`, *optional*):
+            A seed for each member: its head, its adapter and (with `"shuffle"`) its order of rows are those of a
+            trainer of one model with that seed. Defaults to `seed`, `seed + 1`, ...
+        data_strategy (`str`, *optional*, defaults to `"shuffle"`):
+            What members train on. `"shuffle"`: all rows, each in an order of its own. The others give all members the
+            same batches, so that the layers below the first adapted one run once for all: `"shared"`: all rows, in one
+            order; `"bootstrap"`: each row counts as often as a Poisson(1) draw of the member says; `"kfold"`: all rows
+            but the member's own fold; `"column:<name>"`: the rows that the column names for it (one distinct value per
+            member, in sorted order; a list names several, null all).
+        branch_at (`float`, *optional*):
+            Share of the layers, from the first on, that have no adapters and run once for all members, e.g. 0.75. It
+            sets `layers_to_transform` of the LoRA config, which may have `target_modules="all-linear"` all the same.
+            `None`: the layers that the LoRA config says.
+    """
+
+    num_members: int = field(default=4, metadata={"help": "Number of members."})
+    member_seeds: list[int] | None = field(
+        default=None, metadata={"help": "A seed for each member; default: seed, seed + 1, ..."}
+    )
+    data_strategy: str = field(
+        default="shuffle",
+        metadata={
+            "help": "What members train on: 'shuffle' (all rows, each in its own order), or on the same batches "
+            "'shared', 'bootstrap', 'kfold' or 'column:<name>'."
+        },
+    )
+    branch_at: float | None = field(
+        default=None,
+        metadata={"help": "Share of the layers, from the first on, without adapters: they run once for all members."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_members < 2:
+            raise ValueError(f"num_members={self.num_members} is no ensemble. Needed: 2 or more, or RewardTrainer.")
+        if self.member_seeds is not None and len(set(self.member_seeds)) != self.num_members:
+            raise ValueError(
+                f"member_seeds={self.member_seeds} with num_members={self.num_members}. Needed: a different seed for "
+                "each member."
+            )
+        if self.branch_at is not None and not 0.0 <= self.branch_at < 1.0:
+            raise ValueError(f"branch_at={self.branch_at} is not a share of the layers. Needed: from 0 to below 1.")
+        column = self.data_strategy.removeprefix(COLUMN_PREFIX)
+        if self.data_strategy not in STRATEGIES and (column == self.data_strategy or not column):
+            raise ValueError(
+                f"data_strategy={self.data_strategy!r} is not known. Needed: {', '.join(map(repr, STRATEGIES))} or "
+                f"'{COLUMN_PREFIX}<name>'."
+            )
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each member."""
+        return self.member_seeds or [self.seed + member for member in range(self.num_members)]
+
+
+@dataclass
+class RewardEnsembleConfig(EnsembleFields, RewardConfig):
+    """Configuration of [`RewardEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`RewardConfig`]."""
+
+
+@dataclass
+class ORMEnsembleConfig(EnsembleFields, ORMConfig):
+    """Configuration of [`ORMEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`ORMConfig`]."""
+
+
+@dataclass
+class PRMEnsembleConfig(EnsembleFields, PRMConfig):
+    """Configuration of [`PRMEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`PRMConfig`]."""
+
+
+@dataclass
+class SegmentEnsembleConfig(EnsembleFields, SegmentRewardConfig):
+    """Configuration of [`SegmentEnsembleTrainer`]: [`EnsembleFields`] beside those of [`SegmentRewardConfig`]."""

@@ -1,0 +1,208 @@
+"""`RewardEnsembleTrainer`: M reward models on one base in one run, each as if it were trained alone.
+
+The loss is the sum of the members' losses and their gradients are clipped member by member, so that no member knows of
+the others. What does not depend on what a member predicts is in `member_training`.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl_ext.metrics.ranking import pair_accuracy
+from trl_ext.trainers.common.health import check_finite
+from trl_ext.trainers.common.tracking import log_disagreement
+from trl_ext.trainers.ensemble.config import RewardEnsembleConfig
+from trl_ext.trainers.ensemble.member_training import MemberTraining, for_members
+from trl_ext.trainers.ranking.recording import ScoredBatch, signed_ratings
+from trl_ext.trainers.ranking.trainer import RewardTrainer, in_groups
+
+
+PER_GROUP = ("ratings", "group_mask", "completion_lengths", "row_index", "margin", "target")
+"""What a loss wants to know of the groups."""
+
+
+class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
+    """
+    Trainer for M reward models that share one base: LoRA adapters and heads of their own, trained in one run.
+
+    Takes the arguments of [`RewardTrainer`], with a `RewardEnsembleConfig`; `peft_config` is needed. Member i ends as
+    `RewardTrainer` with `seed=member_seeds[i]` would, on the same rows in the same order (dropout aside, which is off
+    by default). `save_model()`, and every checkpoint, writes one ordinary adapter folder per member and
+    `reward_ensemble.json`.
+
+    With LoRA on the last layers only (`branch_at`, or `layers_to_transform` of the LoRA config) the layers below run
+    without a gradient, and if the members share their batches, once for all.
+
+    Metrics in training are means over the members. In evaluation they are those of the members' mean score, except
+    `loss`, the mean of the members' losses. What `predict` returns are the scores of all members, (rows, K, M).
+
+    Raises:
+        `ValueError`: what cannot be trained together: FSDP, DeepSpeed, adapters other than plain LoRA, a family that
+            mixes rows.
+    """
+
+    _tag_names = ["trl", "reward-trainer", "reward-ensemble", "trl-ext"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: RewardEnsembleConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = RewardEnsembleConfig(f"{Path(name).name}-Reward-Ensemble")
+        elif not isinstance(args, RewardEnsembleConfig):
+            args = RewardEnsembleConfig.from_trl(args)
+        self._disagreements: list[tuple[float, float]] = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            **kwargs,
+        )
+
+    # -------------------------------------------------------------------------------------------------------- data
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The batches of an optimizer step, and the groups each member counts in them, (M,), over all processes."""
+        batches, groups = super().get_batch_samples(epoch_iterator, num_batches, device)
+        members = self.args.num_members
+        if self._weights is None:
+            return batches, (groups / members if self._own_batches else groups).expand(members)
+        counts = torch.zeros(members, device=device)
+        for batch in batches:  # none where a stream ends
+            batch["member_weights"] = self._weights(batch["row_index"])  # (M, B)
+            counts = counts + batch["member_weights"].sum(1).to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    # -------------------------------------------------------------------------------------------------------- loss
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sum of the members' losses in training; in evaluation their mean."""
+        members, shares = self.args.num_members, inputs.get("member_shares")
+        self.model.use_rows(shares)
+        batch = inputs if shares is not None else {**inputs, **for_members(inputs, PER_GROUP, members)}
+        mask = batch["group_mask"]  # (M * B, K)
+        scores = in_groups(self._candidate_scores(model, inputs), mask)  # (M * B, K)
+        losses = self._objective(scores, batch)  # (M * B,)
+        weights = inputs.get("member_weights")  # (M, B)
+        if self.model.training and num_items_in_batch is not None:
+            each = losses.view(members, -1) if weights is None else losses.view(members, -1) * weights
+            # a member that counts no group of this step has the loss 0
+            counts = num_items_in_batch.to(each.device).clamp(min=1)
+            loss = (each.sum(1) * (self.accelerator.num_processes / counts)).sum()
+        else:
+            loss = losses.mean()
+        with torch.no_grad():
+            if self.model.training:
+                self._observe_training(scores.detach(), losses.detach(), batch, weights)
+            else:
+                self._observe_evaluation(scores, losses, inputs)
+        if not return_outputs:
+            return loss
+        by_member = scores.masked_fill(~mask, -100.0).view(members, -1, mask.shape[1])
+        return loss, {"scores": by_member.permute(1, 2, 0)}  # (B, K, M)
+
+    def _observe_training(
+        self, scores: torch.Tensor, losses: torch.Tensor, batch: dict[str, Any], weights: torch.Tensor | None
+    ) -> None:
+        """Check and record a pass, each member's groups for themselves."""
+        self._watch_training(scores, losses, batch)
+        mask, rows, recorder = batch["group_mask"], batch["row_index"], self._recorders["train"]
+        ratings = signed_ratings(batch)
+        members = self.args.num_members
+        whose = torch.arange(members, device=losses.device).repeat_interleave(len(losses) // members)
+        accuracy = pair_accuracy(scores, ratings, mask)
+        more = {}
+        for name, values in (("loss", losses.float()), ("accuracy", accuracy)):
+            more |= {f"{name}_member_{m}": values.where(whose == m, torch.nan) for m in range(members)}
+        observed = ScoredBatch(scores, ratings, mask, batch["completion_lengths"], losses, rows, more)
+        if weights is not None:
+            counted = weights.flatten() > 0
+            observed = ScoredBatch(
+                *(tensor[counted] for tensor in observed[:-1]), {name: value[counted] for name, value in more.items()}
+            )
+        recorder.add(observed)
+
+    def _observe_evaluation(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Check and record a pass: the members' mean score, and how members differ."""
+        members, mask, rows = self.args.num_members, inputs["group_mask"], inputs["row_index"]
+        check_finite(scores, losses, rows.repeat(members))
+        scores, losses = scores.view(members, *mask.shape), losses.view(members, -1)  # (M, B, K), (M, B)
+        mean, ratings = scores.mean(0), signed_ratings(inputs)
+        self._keep_samples(mean, inputs)
+        spread = disagreement(scores, mask)
+        more = {"disagreement": spread}
+        for member in range(members):
+            more[f"loss_member_{member}"] = losses[member].float()
+            more[f"accuracy_member_{member}"] = pair_accuracy(scores[member], ratings, mask)
+        recorder = self._recorders["eval"]
+        recorder.add(ScoredBatch(mean, ratings, mask, inputs["completion_lengths"], losses.mean(0), rows, more))
+        if "wandb" in self.args.report_to and self.is_world_process_zero():
+            errors = 1 - pair_accuracy(mean, ratings, mask)
+            self._disagreements.extend(zip(spread.tolist(), errors.tolist(), strict=True))
+
+    # ------------------------------------------------------------------------------------- training and evaluation
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._disagreements = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        log_disagreement(self, self._disagreements, metric_key_prefix)
+        return output
+
+
+def disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    How far members are apart about the candidates of each group, whatever their level.
+
+    The standard deviation over the members (of the population: divided by M) of a candidate's score minus the member's
+    mean score of its group, averaged over the candidates. Losses of comparisons do not fix a member's level.
+
+    Args:
+        scores (`torch.Tensor` of shape `(M, B, K)`): scores of the members.
+        mask (`torch.Tensor` of shape `(B, K)`): True = a real candidate.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, fp32.
+
+    Example:
+
+    ```python
+    >>> scores = torch.tensor([[[1.0, -1.0]], [[5.0, 1.0]]])  # level 0 and 3, differences 2 and 4
+    >>> disagreement(scores, torch.ones(1, 2, dtype=torch.bool))
+    tensor([0.5000])
+    ```
+    """
+    scores = scores.float().masked_fill(~mask, 0.0)
+    count = mask.sum(-1)  # (B,)
+    level = scores.sum(-1) / count  # (M, B)
+    spread = (scores - level[..., None]).std(dim=0, correction=0)  # (B, K)
+    return (spread * mask).sum(-1) / count

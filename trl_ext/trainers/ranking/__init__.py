@@ -1,0 +1,1 @@
+"""`RewardTrainer`: reward models from pairs and K-way rankings."""

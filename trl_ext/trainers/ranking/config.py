@@ -1,0 +1,99 @@
+"""Arguments of [`RewardTrainer`]: everything of `trl.RewardConfig`, and what rankings need."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+import trl
+
+from trl_ext.trainers.ranking.objective import check_loss_type, loss_name, parse_loss_kwargs
+
+
+@dataclass
+class RewardConfig(trl.RewardConfig):
+    r"""
+    Configuration of [`RewardTrainer`]. All arguments of `trl.RewardConfig` keep their meaning and their defaults.
+
+    Args:
+        loss_type (`str`, *optional*, defaults to `"bradley_terry"`):
+            Ranking loss: `"bradley_terry"` (TRL's loss), `"pairwise"`, `"plackett_luce"`, `"listnet"`, `"pointwise"`
+            or the name of an installed plugin. In Python a callable with the same signature is accepted too.
+        loss_kwargs (`dict`, *optional*):
+            Keyword arguments of the loss, e.g. `{"temperature": 0.5}` for `listnet` or `{"margin_from_ratings": true}`
+            for `bradley_terry` and `pairwise`.
+        shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
+            Run the candidates of a group as one flat row that holds their common prompt once and no padding, wherever
+            that saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
+            model passes a numerical check at the start; `True` raises if it does not; `False` never does.
+        max_tokens_per_batch (`int`, *optional*):
+            Make batches of as many groups as have at most so many tokens: those that go through the model, a shared
+            prompt once and padding included. A group is never split. `per_device_train_batch_size` then has no
+            meaning.
+        min_survival (`float`, *optional*, defaults to `0.5`):
+            Training is refused if a smaller share of the rows is left after the over-long ones were dropped.
+        log_table_size (`int`, *optional*, defaults to `16`):
+            Number of evaluated groups in the sample table on Weights & Biases; `0` logs no table.
+
+    `center_rewards_coefficient` applies to every loss and any number of candidates: it multiplies
+    \\( (2 \cdot \mathrm{mean}_k r_k)^2 \\), which is TRL's \\( (r_c + r_r)^2 \\) for a pair.
+    """
+
+    _VALID_DICT_FIELDS = trl.RewardConfig._VALID_DICT_FIELDS + ["loss_kwargs"]
+
+    loss_type: str = field(
+        default="bradley_terry",
+        metadata={
+            "help": "Ranking loss: 'bradley_terry', 'pairwise', 'plackett_luce', 'listnet', 'pointwise' or the name "
+            "of an installed plugin (see `trl-ext plugins`)."
+        },
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of the loss as JSON, e.g. '{\"temperature\": 0.5}' for listnet."},
+    )
+    shared_prefix: Literal["auto", True, False] = field(
+        default="auto",
+        metadata={
+            "help": "Run the candidates of a group as one flat row with their common prompt once: 'auto' (if the "
+            "model passes a numerical check), True (raise if it does not) or False."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Make batches of as many whole groups as have at most so many tokens (a shared prompt once, "
+            "padding included); per_device_train_batch_size then has no meaning."
+        },
+    )
+    min_survival: float = field(
+        default=0.5,
+        metadata={"help": "Refuse to train if a smaller share of the rows is left after over-long ones were dropped."},
+    )
+    log_table_size: int = field(
+        default=16,
+        metadata={"help": "Evaluated groups in the sample table on Weights & Biases; 0 logs no table."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_loss_type(self.loss_type)
+        if not 0.0 <= self.min_survival <= 1.0:
+            raise ValueError(f"min_survival={self.min_survival} is not a share. Needed: a number from 0 to 1.")
+        self.loss_kwargs = parse_loss_kwargs(self.loss_kwargs)
+        if self.log_table_size < 0:
+            raise ValueError(f"log_table_size={self.log_table_size} is negative. Needed: 0 or more groups.")
+
+    @classmethod
+    def from_trl(cls, args: trl.RewardConfig) -> "RewardConfig":
+        """
+        Our configuration with every value of a `trl.RewardConfig` (for scripts that swap only the trainer).
+
+        The values are taken over as they are, without a second `__post_init__`: what that derived from them (devices,
+        plugins, parsed dictionaries) and the fields of a subclass stay.
+        """
+        config = cls.__new__(cls)
+        ours = {f.name: f.default for f in fields(cls) if f.default is not MISSING and f.name not in args.__dict__}
+        config.__dict__.update({**ours, **args.__dict__})
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "loss_type": loss_name(self.loss_type)}

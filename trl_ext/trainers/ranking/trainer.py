@@ -1,0 +1,357 @@
+"""`RewardTrainer`: TRL's reward trainer for groups of any size, with a head that is trained, saved and exact.
+
+A pair is a group of two. What is not named here (arguments, callbacks, PEFT, Accelerate, model cards) is TRL's.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
+
+from trl_ext.data.collators import GroupCollator
+from trl_ext.data.formats import prepare_groups
+from trl_ext.data.report import DataReport
+from trl_ext.data.token_batches import group_sizes
+from trl_ext.data.tokenization import TokenPolicy, common_prefix_length
+from trl_ext.models.building import is_quantized
+from trl_ext.models.heads import candidate_scores
+from trl_ext.models.shared_prefix import flat_scores
+from trl_ext.models.sidecar import vocab_size
+from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
+from trl_ext.trainers.common.head_training import HeadTraining
+from trl_ext.trainers.common.health import check_finite
+from trl_ext.trainers.common.setup import is_template_file
+from trl_ext.trainers.common.tracking import ScoredGroup, log_evaluation, without_missing_wandb
+from trl_ext.trainers.ranking.config import RewardConfig
+from trl_ext.trainers.ranking.objective import RankingObjective
+from trl_ext.trainers.ranking.recording import GroupRecorder, RecordingCallback, ScoredBatch, signed_ratings
+
+
+EvalDataset = Dataset | IterableDataset
+
+GROUP_COLUMNS = ["candidate_ids", "candidate_ratings", "row_index", "group_margin", "group_target"]
+
+
+class RewardTrainer(HeadTraining, trl.RewardTrainer):
+    """
+    Trainer for reward models from pairs, K-way rankings, ratings, margins and soft preferences.
+
+    A drop-in superset of `trl.RewardTrainer`: same arguments, same losses and metrics on plain pairs. Different on
+    purpose: the score is read at the last *real* token (TRL does not see the final EOS when the pad token is EOS); the
+    head and the LoRA weights are fp32, also on a quantized base; LoRA always trains and saves the head, whatever
+    `task_type` says; dropped rows are counted and shown; evaluation metrics are means over groups, not over batches.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            Hub id or folder of a language model, encoder or reward model (an adapter saved by this trainer too, which
+            is then trained further), or a sequence-classification instance with one label.
+        args ([`RewardConfig`] or `trl.RewardConfig`, *optional*):
+            Arguments.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
+            Preference rows (`chosen`, `rejected`, and optionally `prompt`, `margin`, `preference_probability` or
+            `chosen_rating` with `rejected_rating`), ranked rows (`prompt`, `completions`, and `ratings` or `ranks`),
+            as text or chat messages; or tokenized rows (`chosen_ids` and `rejected_ids`, or `candidate_ids`).
+        quantization_config (`BitsAndBytesConfig`, *optional*):
+            Quantization of the backbone; the head stays fp32.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter; its task type, head modules and exclusions are set here.
+        data_collator, processing_class, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
+        preprocess_logits_for_metrics:
+            As in TRL. A custom collator must return what [`GroupCollator`] returns.
+
+    Raises:
+        [`DataError`]: a malformed row; names row index, column and fix.
+        [`HeadError`]: the head is frozen, quantized or missing.
+        [`NotFiniteError`]: a score, loss or gradient is NaN or infinite.
+    """
+
+    _tag_names = ["trl", "reward-trainer", "trl-ext"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = RewardConfig(f"{Path(name).name}-Reward")
+        elif not isinstance(args, RewardConfig):
+            args = RewardConfig.from_trl(args)
+        self._objective = self.check_arguments(args, train_dataset)
+        self._reports: list[DataReport] = []
+        self._policy: TokenPolicy | None = None
+        self._flat_rows = False
+        without_missing_wandb(args)
+
+        set_seed(args.seed)  # the head is drawn next: same seed, same head as TRL
+        model, processing_class, head = self._set_up(model, args, processing_class, quantization_config, peft_config)
+        self._vocab_size = vocab_size(model)
+        # TRL casts the trainable weights of a quantized model to bf16: they are copied before and put back after
+        exact = (
+            {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            if is_quantized(model)
+            else {}
+        )
+        used_up = ["model_init_kwargs", "chat_template_path"]
+        if args.chat_template_path is not None and not is_template_file(args.chat_template_path):
+            used_up.append("eos_token")  # the template's tokenizer has the last word, as in TRL
+        stashed = {name: args.__dict__[name] for name in used_up}
+        args.__dict__.update(dict.fromkeys(used_up))
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+        finally:
+            args.__dict__.update(stashed)
+        for name, parameter in self.model.named_parameters():
+            if name in exact:
+                parameter.data = exact.pop(name).to(parameter.device)
+        training = {"loss_type": self._objective.name, "loss_kwargs": self._objective.loss_kwargs}
+        self._writer = self._writer_class(self, head, self._policy, training=training)
+        if data_collator is None:
+            self._flat_rows = use_flat_rows(self)
+            pad_token_id, multiple = self.processing_class.pad_token_id, args.pad_to_multiple_of
+            self.data_collator = GroupCollator(pad_token_id, multiple, self._flat_rows)
+        self._recorders = {
+            "train": GroupRecorder(self.accelerator, evaluation=False),
+            "eval": GroupRecorder(self.accelerator, evaluation=True),
+        }
+        self._sample: tuple[list[dict], list[float]] = ([], [])
+        self._watch(head, RecordingCallback(self._recorders["train"]))
+
+    @classmethod
+    def check_arguments(
+        cls, args: RewardConfig, train_dataset: Dataset | IterableDataset | None = None
+    ) -> RankingObjective:
+        """The loss that the arguments name; raises `ValueError` for what no model and no other rows could cure."""
+        set_up_batching(args, train_dataset)
+        wants_flat_rows(args)
+        return RankingObjective(args.loss_type, args.loss_kwargs, args.center_rewards_coefficient)
+
+    # -------------------------------------------------------------------------------------------------------- data
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: RewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        if self._policy is None:
+            self._policy = TokenPolicy.for_training(processing_class)
+        state = PartialState()
+        with state.main_process_first(), state.local_main_process_first():
+            prepared, report = prepare_groups(
+                dataset,
+                processing_class,
+                policy=self._policy,
+                max_length=args.max_length,
+                dataset_name=dataset_name,
+                num_proc=args.dataset_num_proc,
+                min_survival=args.min_survival,
+                loss_needs_ratings=self._objective.needs_ratings,
+                vocab_size=self._vocab_size,
+            )
+            self._objective.check_data(prepared, dataset_name)
+        if "row_index" not in (dataset.column_names or []):  # else it was prepared, and reported, before
+            self._reports.append(report)
+        return prepared
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = [*GROUP_COLUMNS]
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.max_tokens_per_batch is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        sizes = group_sizes(self.train_dataset, self._flat_rows)
+        return make_train_dataloader(self, sizes, GROUP_COLUMNS, self._flat_rows)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The batches of one optimizer step and the number of groups in them, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        groups = torch.tensor(sum(len(batch["ratings"]) for batch in batches), device=device)
+        if self.accelerator.num_processes > 1:
+            groups = self.accelerator.reduce(groups, reduction="sum")
+        return batches, groups
+
+    # -------------------------------------------------------------------------------------------------------- loss
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mask = inputs["group_mask"]
+        scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
+        losses = self._objective(scores, inputs)  # (B,)
+        if self.model.training and num_items_in_batch is not None:
+            # groups of the whole accumulation window; DDP averages over processes
+            loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
+        else:
+            loss = losses.mean()
+        with torch.no_grad():
+            self._observe(scores.detach(), losses.detach(), inputs)
+        # outputs are padded with -100 as Trainer pads them across batches
+        return (loss, {"scores": scores.masked_fill(~mask, -100.0)}) if return_outputs else loss
+
+    def _candidate_scores(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The score of each candidate of the batch, (N,), from a flat row or from padded rows."""
+        if "prefix_layout" not in inputs:
+            return candidate_scores(model, inputs["input_ids"], inputs["attention_mask"])
+        with self._forward():
+            return flat_scores(model, inputs["prefix_layout"].to(inputs["group_mask"].device))[:, 0]
+
+    def _observe(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Check what a forward pass gave and record it."""
+        mask, rows = inputs["group_mask"], inputs["row_index"]
+        if self.model.training:
+            self._watch_training(scores, losses, inputs)
+        else:
+            check_finite(scores, losses, rows)
+            self._keep_samples(scores, inputs)
+        mode = "train" if self.model.training else "eval"
+        lengths = inputs["completion_lengths"]
+        self._recorders[mode].add(ScoredBatch(scores, signed_ratings(inputs), mask, lengths, losses, rows))
+
+    def _watch_training(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Let the monitor see a forward pass of the training, and count its tokens."""
+        self._monitor.update(
+            self.state.global_step,
+            scores,
+            inputs["group_mask"],
+            losses,
+            inputs["row_index"],
+            chance=lambda: self._objective(torch.zeros_like(scores), inputs),
+        )
+        layout = inputs.get("prefix_layout")
+        tokens = inputs["attention_mask"].sum() if layout is None else layout.sequence_tokens
+        self._recorders["train"].count_tokens(tokens)
+
+    def _keep_samples(self, scores: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Keep what the main process evaluates for the histogram, and the first groups for the table."""
+        groups, all_scores = self._sample
+        if "wandb" not in self.args.report_to or not self.is_world_process_zero():
+            return
+        mask = inputs["group_mask"]
+        all_scores.extend(scores[mask].tolist())
+        if "prefix_layout" in inputs:
+            sequences = iter(inputs["prefix_layout"].sequences())
+        else:
+            rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+            sequences = (ids[real].tolist() for ids, real in rows)
+        for b in range(min(len(mask), self.args.log_table_size - len(groups))):
+            k = int(mask[b].sum())
+            ids = list(islice(sequences, k))
+            groups.append({"ids": ids, "scores": scores[b, :k].tolist(), "ratings": inputs["ratings"][b, :k].tolist()})
+
+    # ------------------------------------------------------------------------------------- training and evaluation
+    def predict(
+        self, test_dataset: EvalDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """
+        Score a data set of the same kind as the training data.
+
+        `predictions` are the scores (rows, K), -100 where a row has no candidate; dropped rows have none. `metrics`
+        are those of `evaluate`.
+        """
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop; the metrics (`loss` too) count every group once, whatever the batches and processes."""
+        recorder = GroupRecorder(self.accelerator, evaluation=True, stream=not has_length(dataloader.dataset))
+        self._recorders["eval"], self._sample = recorder, ([], [])
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        recorder.flush()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in recorder.summary().items()}
+        metrics[f"{metric_key_prefix}_num_tokens"] = float(self._total_train_tokens)
+        own = {name: value for name, value in output.metrics.items() if name != f"{metric_key_prefix}_loss"}
+        output.metrics.update({**metrics, **own})  # what the user's `compute_metrics` returns wins
+        groups, scores = self._sample
+        log_evaluation(self, [self._as_text(group) for group in groups], scores, metric_key_prefix)
+        return output
+
+    def _as_text(self, group: dict[str, list]) -> ScoredGroup:
+        prefix = common_prefix_length(group["ids"])
+        decode = self.processing_class.decode
+        return ScoredGroup(
+            prompt=decode(group["ids"][0][:prefix]),
+            completions=[decode(ids[prefix:]) for ids in group["ids"]],
+            scores=group["scores"],
+            ratings=group["ratings"],
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            recorder = self._recorders["train"]
+            if self.accelerator.num_processes == 1:  # else RecordingCallback did, in all processes
+                recorder.flush()
+            self._total_train_tokens = recorder.tokens // self._tp_size
+            summary = recorder.summary()
+            if summary:
+                summary.pop("loss")  # Trainer's own counts every optimizer step once
+                logs.update(summary)
+                logs["num_tokens"] = float(self._total_train_tokens)
+                logs.update(self._data_counts())
+        super().log(logs, start_time)
+
+    def _data_counts(self) -> dict[str, int]:
+        """What became of the rows, for the first log entry; of a stream for every one, while the counts grow."""
+        counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
+        self._reports = [report for report in self._reports if report.streaming]
+        return counts
+
+
+def in_groups(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores (N,) of the candidates where the mask (B, K) has them; 0 elsewhere."""
+    if scores.numel() == mask.numel():  # every group has K candidates
+        return scores.view(mask.shape)
+    return torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)

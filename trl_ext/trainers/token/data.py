@@ -1,0 +1,107 @@
+"""Data sets of a token-level run: prepared as the run reads them, checked against its loss, and counted.
+
+Knows rows, labels and what is counted of them. Knows nothing of models or batches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.data.report import DataReport
+from trl_ext.data.span_rows import COLUMNS, SpanKind
+from trl_ext.data.spans import prepare_spans
+from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.trainers.token.config import TokenRewardConfig
+from trl_ext.trainers.token.objective import TokenObjective
+
+
+Rows = Dataset | IterableDataset
+
+# Columns that the collators read: of prepared rows, and of the original ones.
+_PREPARED = [
+    "span_input_ids",
+    "label_positions",
+    "label_values",
+    "label_categories",
+    "label_steps",
+    "completion_start",
+    "row_index",
+]
+_ORIGINAL = {"outcome": ["prompt"], "stepwise": ["labels"], "segment": []}
+
+
+class LabelledData:
+    """
+    Prepares the data sets of one run.
+
+    Args:
+        kind (`str`): `"outcome"`, `"stepwise"` or `"segment"`.
+        tokenizer (`PreTrainedTokenizerBase`): makes token ids, by `policy`.
+        policy ([`TokenPolicy`]): how plain text becomes ids.
+        args ([`TokenRewardConfig`]): limits, placement of labels.
+        categories (`tuple[str, ...]`): names of the categories.
+        objective ([`TokenObjective`]): says which labels the loss can use.
+        reading (`Callable[[bool], dict]`): arguments of `prepare_spans` that only this kind has, for training or not.
+    """
+
+    def __init__(
+        self,
+        kind: SpanKind,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: TokenPolicy,
+        args: TokenRewardConfig,
+        categories: tuple[str, ...],
+        objective: TokenObjective,
+        reading: Callable[[bool], dict[str, Any]],
+    ):
+        self._kind = kind
+        self._tokenizer = tokenizer
+        self._policy = policy
+        self._args = args
+        self._categories = categories
+        self._objective = objective
+        self._reading = reading
+        self._reports: list[DataReport] = []
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a batch is made of."""
+        return [*_PREPARED, *_ORIGINAL[self._kind]]
+
+    def prepare(self, dataset: Rows, name: str, training: bool = False) -> Rows:
+        """The rows with token ids and labelled tokens; prepared rows as they are. Raises [`DataError`]."""
+        done = "row_index" in (dataset.column_names or [])
+        state = PartialState()
+        with state.main_process_first(), state.local_main_process_first():
+            prepared, report = prepare_spans(
+                dataset,
+                self._tokenizer,
+                kind=self._kind,
+                policy=self._policy,
+                max_length=self._args.max_length,
+                dataset_name=name,
+                num_proc=self._args.dataset_num_proc,
+                min_survival=self._args.min_survival,
+                label_placement=self._args.label_placement,
+                categories=self._categories,
+                **self._reading(training),
+            )
+            if not done:
+                prepared = self._objective.check_data(prepared, name, COLUMNS[self._kind][1])
+                self._reports.append(report)
+        return prepared
+
+    def prepare_all(self, datasets: Rows | dict[str, Rows] | None, name: str = "eval") -> Any:
+        """As `prepare`, for one data set for evaluation, several by name, or none."""
+        if isinstance(datasets, dict):
+            return {key: self.prepare(rows, f"{name}_{key}") for key, rows in datasets.items()}
+        return None if datasets is None else self.prepare(datasets, name)
+
+    def counts(self) -> dict[str, int]:
+        """What became of the rows, once; of a stream each time, while the counts grow."""
+        counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
+        self._reports = [report for report in self._reports if report.streaming]
+        return counts

@@ -1,0 +1,203 @@
+"""The loss of a token-level run: a token loss by name or as a callable, its averaging, and what labels it can use.
+
+Knows losses, logits and labels, and how an output is read as a score. Knows nothing of models, tokens or trainers.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from trl_ext.data.validation import DataError
+from trl_ext.losses.token import average, averaging_items, averaging_terms, bce, ce, hinge, mse, token_losses
+from trl_ext.metrics.token import log_odds
+from trl_ext.trainers.ranking.objective import loss_name
+
+
+Averaging = Literal["token", "sequence"]
+
+
+class TokenObjective:
+    """
+    A token loss with its arguments and averaging, checked on a small example when it is made.
+
+    Args:
+        loss_type (`str` or `Callable`): name in the registry, or a function with the signature of
+            `trl_ext.losses.token`.
+        loss_kwargs (`dict`, *optional*): keyword arguments of the loss.
+        class_weights (`list[float]`, *optional*): a weight for each class.
+        averaging (`str`): `"token"` or `"sequence"`, see [`~trl_ext.losses.token.average`].
+        categories (`int`): G.
+        outputs (`int`): C, outputs of the head for each category.
+
+    Attributes:
+        name (`str`): the loss as a word.
+        is_number (`bool`): an output estimates the label, any number.
+        calibrated (`bool`): sigmoid(score) is a probability.
+        threshold (`float`): score above which a position counts as right.
+
+    Raises:
+        ValueError: an unknown name, an argument that the loss does not take or refuses, a number of outputs that it
+            cannot use, or a loss that does not return one number per sequence.
+    """
+
+    def __init__(
+        self,
+        loss_type: str | Callable,
+        loss_kwargs: dict[str, Any] | None,
+        class_weights: Sequence[float] | None,
+        averaging: Averaging,
+        categories: int,
+        outputs: int,
+    ):
+        self._loss = token_losses.get(loss_type)
+        self.name = loss_name(loss_type)
+        self.averaging = averaging
+        self.categories = categories
+        self.outputs = outputs
+        self.loss_kwargs = dict(loss_kwargs or {})
+        if class_weights is not None:
+            if "class_weights" in self.loss_kwargs:
+                raise ValueError("class_weights is given twice, also in `loss_kwargs`. Give it in one place.")
+            self.loss_kwargs["class_weights"] = list(class_weights)
+        self.is_number = self._loss is mse
+        self.calibrated = self._loss in (bce, ce)
+        self.threshold = 0.5 if self.is_number else 0.0
+        self._check_arguments()
+        self._try()
+
+    # --------------------------------------------------------------------------------------------------------- loss
+    def sums(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each sequence (B,), summed over its labels, from logits (B, T, G, C) and a collated batch."""
+        return self._loss(logits, batch["token_labels"], batch["label_mask"], **self.loss_kwargs)
+
+    def items(self, mask: torch.Tensor) -> torch.Tensor:
+        """What each sequence adds to the divisor, (B,)."""
+        return averaging_items(mask, self.averaging)
+
+    def terms(self, sums: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What each sequence adds to what is divided, (B,)."""
+        return averaging_terms(sums, mask, self.averaging)
+
+    def mean(
+        self, sums: torch.Tensor, mask: torch.Tensor, num_items: torch.Tensor | float | None = None
+    ) -> torch.Tensor:
+        """The batch's share of the mean loss over `num_items` (by default, those of the batch)."""
+        return average(sums, mask, self.averaging, num_items)
+
+    # ------------------------------------------------------------------------------------------------------- scores
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Logits (..., C) as scores (...) of which more is better: the only output, or log-odds.
+
+        Of three classes (-1, 0, 1) the log-odds are those of neutral or positive against negative.
+        """
+        return log_odds(logits, (1, 2) if logits.shape[-1] == 3 else (-1,))
+
+    def right(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels as numbers in which more than one half is right: of three classes, neutral is."""
+        return (labels >= 0).to(labels.dtype) if self.outputs == 3 else labels
+
+    def hits(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whether a prediction (B, T, G) from logits (B, T, G, C) is the label; numbers count as right above 0.5."""
+        return (self.scores(logits) > self.threshold) == (self.right(batch["token_labels"]) > 0.5)
+
+    @property
+    def meaning(self) -> str:
+        """What an output is, in words."""
+        if self._loss is ce:
+            return "class logits: wrong, right" if self.outputs == 2 else "class logits: -1, 0, 1"
+        known = {
+            bce: "log-odds of right",
+            mse: "estimate of the label, higher is better",
+            hinge: "above 0 is right, higher is better",
+        }
+        return known.get(self._loss, f"outputs trained with the loss '{self.name}'")
+
+    # --------------------------------------------------------------------------------------------------------- data
+    def check_data(self, dataset: Dataset | IterableDataset, name: str, column: str) -> Dataset | IterableDataset:
+        """
+        Check the labels of a prepared data set, at once or (of a stream) as rows are read; returns the data set.
+
+        Raises:
+            DataError: a label that the loss cannot use, with row, column and cure.
+        """
+        if self._loss not in (bce, ce, hinge):
+            return dataset
+        check = _LabelCheck(self._loss, self.outputs, name, column)
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(check.row)
+        for batch in dataset.select_columns(["label_values", "row_index"]).with_format("arrow").iter(batch_size=4096):
+            lists = batch["label_values"].combine_chunks()
+            rows = np.repeat(batch["row_index"].to_numpy(), np.diff(lists.offsets.to_numpy()))
+            check(lists.flatten().to_numpy(zero_copy_only=False), rows)
+        return dataset
+
+    def _check_arguments(self) -> None:
+        clash = sorted({"logits", "labels", "mask"} & set(self.loss_kwargs))
+        if clash:
+            raise ValueError(f"loss_kwargs gives {clash}, which come from the data.")
+        try:
+            inspect.signature(self._loss).bind(None, None, None, **self.loss_kwargs)
+        except TypeError as error:
+            own = list(inspect.signature(self._loss).parameters)[3:]
+            raise ValueError(
+                f"The loss '{self.name}' cannot be called with {self.loss_kwargs}: {error}. It takes "
+                f"(logits, labels, mask) and the keyword arguments {own or 'none'}."
+            ) from error
+
+    def _try(self) -> None:
+        """Call the loss on two sequences of one token."""
+        shape = (2, 1, self.categories)
+        labels = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(shape)
+        mask = torch.ones(shape, dtype=torch.bool)
+        sums = self._loss(torch.zeros(*shape, self.outputs), labels, mask, **self.loss_kwargs)
+        averaging_items(mask, self.averaging)
+        if not isinstance(sums, torch.Tensor) or sums.shape != (2,):
+            found = tuple(sums.shape) if isinstance(sums, torch.Tensor) else type(sums).__name__
+            raise ValueError(
+                f"The loss '{self.name}' returned {found} for 2 sequences. Needed: a tensor of shape (2,), the sum "
+                "over the labels of each."
+            )
+
+
+class _LabelCheck:
+    """Raises at the first label out of range for a loss; remembers whether -1 and 0 both occurred."""
+
+    def __init__(self, loss: Callable, outputs: int, name: str, column: str):
+        self._range = (loss is bce) or (loss is ce and outputs == 2)
+        self._hinge = loss is hinge
+        self._loss, self._outputs, self._name, self._column = loss.__name__, outputs, name, column
+        self._seen: set[float] = set()
+
+    def __call__(self, values: np.ndarray, rows: np.ndarray) -> None:
+        if self._range:
+            self._refuse(values, rows, ~((values >= 0) & (values <= 1)), "labels in [0, 1]")
+            return
+        self._refuse(values, rows, ~np.isin(values, (-1.0, 0.0, 1.0)), "labels -1, 0 or 1")
+        if self._hinge:
+            self._seen.update(np.unique(values).tolist())
+            if {-1.0, 0.0} <= self._seen:
+                self._refuse(values, rows, np.isin(values, (-1.0, 0.0)), "labels +1 and -1, or 1 and 0, not all three")
+
+    def row(self, row: dict[str, Any]) -> bool:
+        """The check of a stream's row; always true."""
+        values = np.asarray(row["label_values"], dtype=np.float64)
+        self(values, np.full(len(values), row["row_index"]))
+        return True
+
+    def _refuse(self, values: np.ndarray, rows: np.ndarray, wrong: np.ndarray, needed: str) -> None:
+        if wrong.any():
+            first = int(wrong.argmax())
+            outputs = f" of {self._outputs} outputs" if self._loss == "ce" else ""
+            raise DataError(
+                f"the label {values[first]:g}, which the loss '{self._loss}'{outputs} cannot use",
+                needed,
+                "Map the labels, set those that are not annotated to null, or use loss_type='mse' for numbers.",
+                row=int(rows[first]),
+                column=self._column,
+                dataset=self._name,
+            )

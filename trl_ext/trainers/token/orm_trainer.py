@@ -1,0 +1,43 @@
+"""`ORMTrainer`: an outcome verifier that scores every token. See `token_trainer` for how."""
+
+from trl_ext.trainers.token.evaluation import OutcomeEvaluator
+from trl_ext.trainers.token.orm_config import ORMConfig
+from trl_ext.trainers.token.trainer import TokenRewardTrainer
+
+
+class ORMTrainer(TokenRewardTrainer):
+    """
+    Trainer for outcome reward models: was the completion right?
+
+    The label of the completion is put on each of its tokens (and on what closes it, EOS or the end of the turn), as in
+    *Training Verifiers to Solve Math Word Problems* by K. Cobbe et al. (https://huggingface.co/papers/2110.14168),
+    without their language model loss beside it. The output at a token then estimates how the solution will end, and
+    the output at the last token is the score of the completion. The checkpoint of a decoder is a plain scalar
+    sequence-classification model: merged or full, it goes straight into `GRPOTrainer(reward_funcs="path")`.
+
+    Rows: `prompt`, `completion`, and `label`: a bool or the probability that the completion is right; text or chat.
+    Metrics: AUC, balanced accuracy, per-class precision and recall, calibration; and where several rows share a
+    prompt, AUC within a question and best-of-n.
+
+    Arguments are those of [`TokenRewardTrainer`], with `args` of the class [`ORMConfig`].
+
+    Example:
+
+    ```python
+    trainer = ORMTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=ORMConfig(output_dir="outputs/orm"),
+        train_dataset=Dataset.from_list([{"prompt": "2 + 2 =", "completion": " 4", "label": True}, ...]),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl-ext", "orm"]
+    config_class = ORMConfig
+    kind = "outcome"
+    rows = "outcome"
+    append_eos = True
+
+    def _make_evaluator(self) -> OutcomeEvaluator:
+        return OutcomeEvaluator(self._objective)

@@ -1,0 +1,60 @@
+"""`PRMTrainer`: a process reward model that judges each step. See `token_trainer` for how."""
+
+from typing import Any
+
+from trl_ext.trainers.token.evaluation import StepEvaluator
+from trl_ext.trainers.token.prm_config import PRMConfig
+from trl_ext.trainers.token.trainer import TokenRewardTrainer
+
+
+class PRMTrainer(TokenRewardTrainer):
+    """
+    Trainer for process reward models: is this step right?
+
+    The home for users of the `PRMTrainer` that TRL had up to 1.13: change the import, and scripts and data sets stay
+    as they are. New: three classes and soft labels, LoRA and QLoRA with a head that is saved, chats, streams, and
+    metrics that tell more than accuracy. The label of a step is on the last token of its separator.
+
+    Rows: `prompt`, `completions` (a list of steps), and `labels`, one per step: bool, 0 or 1, or a probability; with
+    `num_labels=3` one of -1, 0, 1; null where a step has none.
+    Metrics: base rate, per-class precision, recall and F1, balanced accuracy, AUC up to the first error, accuracy of
+    the first error and ProcessBench's F1. Of three classes neutral counts as right in these, and `class_...` has each.
+
+    Arguments are those of [`TokenRewardTrainer`], with `args` of the class [`PRMConfig`].
+
+    Example:
+
+    ```python
+    row = {"prompt": "What is 3 + 4, doubled?", "completions": ["3 + 4 = 7", "7 * 2 = 15"], "labels": [True, False]}
+    trainer = PRMTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=PRMConfig(output_dir="outputs/prm"),
+        train_dataset=Dataset.from_list([row, ...]),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl-ext", "prm"]
+    config_class = PRMConfig
+    kind = "process"
+    rows = "stepwise"
+
+    @classmethod
+    def _outputs(cls, args: PRMConfig) -> int:
+        return args.num_labels
+
+    def _reading(self, args: PRMConfig, training: bool) -> dict[str, Any]:
+        return {
+            "step_separator": args.step_separator,
+            "num_labels": args.num_labels,
+            "max_completion_length": args.max_completion_length,
+            "train_on_last_step_only": args.train_on_last_step_only and training,
+            "mask_after_first_error": args.mask_after_first_error,
+        }
+
+    def _make_evaluator(self) -> StepEvaluator:
+        return StepEvaluator(self._objective)
+
+    def _describe(self) -> dict[str, Any]:
+        return {**super()._describe(), "step_separator": self.args.step_separator}

@@ -1,0 +1,1 @@
+"""`WeakToStrongTrainer`: supervised fine-tuning with a weak teacher."""

@@ -1,0 +1,186 @@
+"""`WeakToStrongTrainer`: `trl.SFTTrainer` whose loss also keeps the student near a weak teacher's distribution.
+
+Knows a student, a teacher and the loss of `trl_ext.losses.distillation`. Data and everything else is TRL's.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import trl
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_ext.losses.distillation import distillation, entropy_sum, scheduled_weight
+from trl_ext.trainers.weak_to_strong.config import WeakToStrongConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Tensors of a batch that a forward pass is given: those of padded rows, and those of packed ones.
+FORWARD_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+
+
+class WeakToStrongTrainer(trl.SFTTrainer):
+    r"""
+    Supervised fine-tuning with a weak teacher: cross-entropy to the data plus lambda KL(weak || strong).
+
+    It is equation 10.13 of *Foundations of Large Language Models* by T. Xiao and J. Zhu. The data are whatever the
+    student shall imitate: outputs of the weak model (then with `kd_weight=0` it is equation 10.10), or labels.
+
+    All arguments of `trl.SFTTrainer` keep their meaning, and:
+
+    Args:
+        teacher_model (`str` or `PreTrainedModel`):
+            The weak model, with the student's vocabulary: both distributions are over the same tokens. It is put in
+            eval mode, gets no gradient and is not saved. May be left out where `args.kd_weight` is 0.
+        args ([`WeakToStrongConfig`], *optional*).
+
+    Logged beside TRL's metrics: `ce_loss` and `kd_loss` (already weighted by lambda), both per trained token, and
+    `kd_weight`.
+
+    Raises:
+        ValueError: a teacher with another vocabulary, no teacher, or a model that TRL trains in a way that gives the
+            loss no logits (a mixture of experts with an auxiliary loss, sequence parallelism).
+    """
+
+    _tag_names = ["trl", "sft", "weak-to-strong"]
+    _name = "Weak-to-strong"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: WeakToStrongConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = WeakToStrongConfig(f"{name.rstrip('/').split('/')[-1]}-WeakToStrong")
+        elif not isinstance(args, WeakToStrongConfig):
+            raise TypeError(f"args is a {type(args).__name__}. Needed: a WeakToStrongConfig.")
+        if teacher_model is None and args.kd_weight > 0:
+            raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
+        super().__init__(model=model, args=args, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "The model adds a router loss of its own, which this trainer would lose. Load it with "
+                "output_router_logits=False."
+            )
+        self._teacher: PreTrainedModel | None = None
+        if teacher_model is not None and args.kd_weight > 0:
+            self._teacher = self._load_teacher(teacher_model)
+
+    def _load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
+        tokenizer = self.processing_class
+        source = teacher if isinstance(teacher, str) else teacher.config._name_or_path
+        if isinstance(teacher, str):
+            init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
+            teacher = AutoModelForCausalLM.from_pretrained(source, **init_kwargs)
+        try:
+            own_tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            logger.warning(
+                f"No tokenizer was found at {source!r}: the teacher is taken to have the student's vocabulary."
+            )
+        else:
+            check_same_vocabulary(tokenizer, own_tokenizer, source)
+        for role, model in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
+            size = model.config.get_text_config().vocab_size
+            if size < len(tokenizer):
+                raise ValueError(
+                    f"The {role} scores {size} tokens and the tokenizer has {len(tokenizer)}. Both models need a "
+                    "score for every token: use models of one family."
+                )
+        teacher.requires_grad_(False)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        given = {name: inputs[name] for name in FORWARD_INPUTS if name in inputs}
+        outputs = model(**given, use_cache=False)
+        labels = inputs["labels"][:, 1:]  # (B, T - 1)
+        mask = labels != -100
+        logits = outputs.logits[:, :-1][mask]  # (n, V)
+        wanted = labels[mask]  # (n,)
+        weight = scheduled_weight(self.args.kd_weight, self._progress(), self.args.kd_schedule)
+        if self._teacher is None or weight == 0:
+            teacher_logits, weight = logits.detach(), 0.0
+        else:
+            with torch.no_grad():
+                teacher_logits = self._teacher(**given, use_cache=False).logits[:, :-1][mask]  # (n, V')
+            # vocabularies padded to different sizes: the tokens that both know
+            known = min(logits.shape[-1], teacher_logits.shape[-1])
+            logits, teacher_logits = logits[:, :known], teacher_logits[:, :known]
+        real = torch.ones_like(wanted, dtype=torch.bool)
+        cross_entropy, divergence = distillation(logits, teacher_logits, wanted, real, weight)
+        items = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = (cross_entropy + divergence).sum() / items.to(logits.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        with torch.no_grad():
+            self._observe(logits, wanted, cross_entropy, divergence, weight, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _progress(self) -> float:
+        """Share of training that is done."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def _observe(
+        self,
+        logits: torch.Tensor,
+        wanted: torch.Tensor,
+        cross_entropy: torch.Tensor,
+        divergence: torch.Tensor,
+        weight: float,
+        inputs: dict[str, torch.Tensor],
+    ) -> None:
+        """TRL's metrics of a batch, and the two parts of the loss."""
+        mode = "train" if self.model.training else "eval"
+        entropy = entropy_sum(logits)
+        right = (logits.argmax(-1) == wanted).sum()
+        if "attention_mask" in inputs:
+            tokens = inputs["attention_mask"].sum()
+        else:
+            tokens = torch.tensor(inputs["input_ids"].numel(), device=logits.device)
+        sums = torch.stack(
+            [value.double() for value in (cross_entropy.sum(), divergence.sum(), entropy, right)]
+            + [torch.tensor(float(len(wanted)), device=logits.device).double(), tokens.double()]
+        )
+        ce, kd, entropy, right, count, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        names = {"ce_loss": ce, "kd_loss": kd, "entropy": entropy, "mean_token_accuracy": right}
+        for name, value in names.items():
+            self._metrics[mode][name].append(value / count if count else 0.0)
+        self._metrics[mode]["kd_weight"].append(weight)
+        if mode == "train":
+            self._total_train_tokens += int(tokens) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def check_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str = "the teacher"
+) -> None:
+    """Raise `ValueError` unless every token of one has the same id in the other (tokens added by TRL aside)."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    wrong = [token for token, index in theirs.items() if ours.get(token) != index]
+    extra = [token for token in ours if token not in theirs and token not in tokenizer.get_added_vocab()]
+    if wrong or extra:
+        example = (wrong or extra)[0]
+        raise ValueError(
+            f"The vocabularies of student and teacher ({name}) differ, for example in {example!r} "
+            f"({ours.get(example)} and {theirs.get(example)}): KL(weak || strong) compares the same tokens. Use "
+            "models of one family, or train on the weak model's texts instead (kd_weight=0)."
+        )
