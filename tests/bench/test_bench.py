@@ -134,19 +134,21 @@ def test_ensemble_measures_members_beside_single_runs(kind, tmp_path, capsys):
 @pytest.mark.parametrize(("kind", "labelled"), [("orm", 7), ("prm", 1), ("segment", 1)])
 def test_labelled_rows_have_the_lengths_that_were_asked_for(kind, labelled, tmp_path):
     from trl_ext.data.spans import prepare_spans
-    from trl_ext.data.tokenization import TokenPolicy
+    from trl_ext.data.tokenization import TokenizationSettings
 
     tokenizer = bench_tools.words_tokenizer()
     rows = bench_tools.labelled_rows(kind, 2, p=5, c=7, k=3)
     kinds = {"orm": "outcome", "prm": "stepwise", "segment": "segment"}
-    policy = TokenPolicy.for_training(tokenizer) if kind == "orm" else TokenPolicy(append_eos=False)
-    ready, _ = prepare_spans(rows, tokenizer, kind=kinds[kind], policy=policy, max_length=None)
+    tokenization = (
+        TokenizationSettings.for_training(tokenizer) if kind == "orm" else TokenizationSettings(append_eos=False)
+    )
+    ready, _ = prepare_spans(rows, tokenizer, kind=kinds[kind], tokenization=tokenization, max_length=None)
     assert len(ready) == 6
     for row in ready:
         assert len(row["span_input_ids"]) == 12 and row["completion_start"] == 5
         assert tokenizer.unk_token_id not in row["span_input_ids"] and len(row["label_positions"]) == labelled
     longer = bench_tools.labelled_rows(kind, 1, p=0, c=2 * bench_tools.SPAN + 1, k=1)
-    (row,) = prepare_spans(longer, tokenizer, kind=kinds[kind], policy=policy, max_length=None)[0]
+    (row,) = prepare_spans(longer, tokenizer, kind=kinds[kind], tokenization=tokenization, max_length=None)[0]
     assert len(row["span_input_ids"]) == 33 and len(row["label_positions"]) == (33 if kind == "orm" else 3)
 
 

@@ -4,7 +4,7 @@ from datasets import Dataset, IterableDataset
 
 from tests.tiny import tiny_tokenizer
 from trl_ext.data.spans import prepare_spans
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 
 
 TOKENIZER = tiny_tokenizer("llama")
@@ -14,8 +14,10 @@ NEW += ["completion_start", "row_index"]
 
 def prepare(rows, kind, tokenizer=TOKENIZER, **kwargs):
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    policy = TokenPolicy.for_training(tokenizer)
-    return prepare_spans(dataset, tokenizer, **{"kind": kind, "policy": policy, "max_length": None, **kwargs})
+    tokenization = TokenizationSettings.for_training(tokenizer)
+    return prepare_spans(
+        dataset, tokenizer, **{"kind": kind, "tokenization": tokenization, "max_length": None, **kwargs}
+    )
 
 
 def stream_of(rows: list[dict]) -> IterableDataset:

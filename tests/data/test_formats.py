@@ -13,17 +13,17 @@ from trl_ext.data import formats
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
 from trl_ext.data.report import STREAM_ROWS_BEFORE_JUDGING
-from trl_ext.data.tokenization import TokenPolicy, encode
+from trl_ext.data.tokenization import TokenizationSettings, encode
 from trl_ext.data.validation import DataError
 
 
 TOKENIZER = tiny_tokenizer("llama")
-POLICY = TokenPolicy.for_training(TOKENIZER)
+SETTINGS = TokenizationSettings.for_training(TOKENIZER)
 
 
 def prepare(rows, **kwargs):
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return prepare_groups(dataset, TOKENIZER, **{"policy": POLICY, "max_length": None, **kwargs})
+    return prepare_groups(dataset, TOKENIZER, **{"tokenization": SETTINGS, "max_length": None, **kwargs})
 
 
 def stream_of(rows: list[dict]) -> IterableDataset:
@@ -49,7 +49,7 @@ def test_pairs(chat):
         "row_index",
     ]
     for index, (row, new) in enumerate(zip(rows, prepared, strict=True)):
-        expected = [encode(TOKENIZER, row["prompt"], row[name], POLICY).ids for name in ("chosen", "rejected")]
+        expected = [encode(TOKENIZER, row["prompt"], row[name], SETTINGS).ids for name in ("chosen", "rejected")]
         assert new["candidate_ids"] == expected
         assert new["candidate_ratings"] == [1.0, 0.0]
         assert new["row_index"] == index
@@ -77,7 +77,7 @@ def test_ranked(chat, ranks):
     prepared, _ = prepare(rows)
     assert len({len(row["completions"]) for row in rows}) > 1
     for row, new in zip(rows, prepared, strict=True):
-        expected = [encode(TOKENIZER, row["prompt"], completion, POLICY).ids for completion in row["completions"]]
+        expected = [encode(TOKENIZER, row["prompt"], completion, SETTINGS).ids for completion in row["completions"]]
         assert new["candidate_ids"] == expected
         wanted = [-rank for rank in row["ranks"]] if ranks else row["ratings"]
         assert new["candidate_ratings"] == wanted
@@ -287,9 +287,9 @@ def test_counts_are_right_when_the_cache_is_read(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="cache was not read"):
         prepare(load(), max_length=13)
     with pytest.raises(AssertionError, match="cache was not read"):
-        prepare(load(), max_length=12, policy=TokenPolicy(append_eos=False))
+        prepare(load(), max_length=12, tokenization=TokenizationSettings(append_eos=False))
     with pytest.raises(AssertionError, match="cache was not read"):
-        prepare_groups(load(), tiny_tokenizer("qwen"), policy=POLICY, max_length=12)
+        prepare_groups(load(), tiny_tokenizer("qwen"), tokenization=SETTINGS, max_length=12)
 
 
 def test_nothing_is_dropped_at_exactly_max_length():

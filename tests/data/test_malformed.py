@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 
 from tests.tiny import pair_rows, ranked_rows, tiny_tokenizer
 from trl_ext.data.formats import prepare_groups
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.data.validation import DataError
 
 
@@ -17,8 +17,8 @@ USER = [{"role": "user", "content": "hello"}]
 
 
 def prepare(dataset, tokenizer=TOKENIZER, **kwargs):
-    policy = TokenPolicy.for_training(tokenizer)
-    return prepare_groups(dataset, tokenizer, **{"policy": policy, "max_length": None, **kwargs})
+    tokenization = TokenizationSettings.for_training(tokenizer)
+    return prepare_groups(dataset, tokenizer, **{"tokenization": tokenization, "max_length": None, **kwargs})
 
 
 def pair(**changes) -> dict:
@@ -275,8 +275,12 @@ def test_chat_template_that_objects_to_a_row():
 
 def test_text_that_gives_no_token():
     with pytest.raises(DataError, match="row 0, column 'chosen'.*without any token"):
-        policy = TokenPolicy(append_eos=False, adds_special_tokens=False)
-        prepare(Dataset.from_list([pair(prompt="", chosen=" ")]), tokenizer=tiny_tokenizer("bert"), policy=policy)
+        tokenization = TokenizationSettings(append_eos=False, adds_special_tokens=False)
+        prepare(
+            Dataset.from_list([pair(prompt="", chosen=" ")]),
+            tokenizer=tiny_tokenizer("bert"),
+            tokenization=tokenization,
+        )
 
 
 def test_margin_zero_is_accepted_and_kept():

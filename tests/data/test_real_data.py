@@ -11,7 +11,7 @@ from trl import RewardConfig, RewardTrainer
 from tests.tiny import tiny_tokenizer
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
-from trl_ext.data.tokenization import TokenPolicy, encode
+from trl_ext.data.tokenization import TokenizationSettings, encode
 from trl_ext.data.validation import DataError
 
 
@@ -22,7 +22,7 @@ def read(path) -> list[dict]:
 
 
 def prepare(dataset, tokenizer, **kwargs):
-    return prepare_groups(dataset, tokenizer, policy=TokenPolicy.for_training(tokenizer), **kwargs)
+    return prepare_groups(dataset, tokenizer, tokenization=TokenizationSettings.for_training(tokenizer), **kwargs)
 
 
 def trl_pairs(rows, tokenizer, max_length):
@@ -90,12 +90,12 @@ def test_oasst_rankings(data_dir):
     prepared, report = prepare(Dataset.from_list(rows), tokenizer, max_length=None)
     assert report.rows == report.kept == 211
     assert {len(ids) for ids in prepared["candidate_ids"]} == {2, 3, 4, 5, 6, 8, 9}
-    policy = TokenPolicy.for_training(tokenizer)
+    tokenization = TokenizationSettings.for_training(tokenizer)
     for row, new in zip(rows, prepared, strict=True):
         assert new["candidate_ratings"] == [-float(rank) for rank in row["ranks"]]
         assert new["synthetic"] == row["synthetic"]
         answer = [{"role": "assistant", "content": row["completions"][0]}]
-        assert new["candidate_ids"][0] == encode(tokenizer, row["prompt"], answer, policy).ids
+        assert new["candidate_ids"][0] == encode(tokenizer, row["prompt"], answer, tokenization).ids
     batch = GroupCollator(tokenizer.pad_token_id)([prepared[i] for i in range(8)])
     assert batch["group_mask"].sum().item() == len(batch["input_ids"])
 

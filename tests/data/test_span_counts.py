@@ -9,7 +9,7 @@ from datasets import load_dataset
 from tests.data.span_helpers import nonzero, outcome, prepare, segmented, stepwise, stream_of
 from tests.tiny import tiny_tokenizer
 from trl_ext.data import spans
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.data.validation import DataError
 
 
@@ -129,7 +129,7 @@ def test_cache_is_read_and_keyed_by_every_argument(tmp_path, monkeypatch):
         dict(max_completion_length=9),
         dict(train_on_last_step_only=True),
         dict(mask_after_first_error=True),
-        dict(policy=TokenPolicy(append_eos=False)),
+        dict(tokenization=TokenizationSettings(append_eos=False)),
     ):
         with pytest.raises(AssertionError, match="cache was not read"):
             prepare(load(), "stepwise", **{"max_length": 60, **change})

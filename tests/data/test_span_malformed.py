@@ -5,7 +5,7 @@ from datasets import Dataset, IterableDataset
 
 from tests.tiny import tiny_tokenizer
 from trl_ext.data.spans import find_categories, prepare_spans
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.data.validation import DataError
 
 
@@ -15,8 +15,10 @@ USER = [{"role": "user", "content": "hello"}]
 
 
 def prepare(dataset, kind, tokenizer=TOKENIZER, **kwargs):
-    policy = TokenPolicy.for_training(tokenizer)
-    return prepare_spans(dataset, tokenizer, **{"kind": kind, "policy": policy, "max_length": None, **kwargs})
+    tokenization = TokenizationSettings.for_training(tokenizer)
+    return prepare_spans(
+        dataset, tokenizer, **{"kind": kind, "tokenization": tokenization, "max_length": None, **kwargs}
+    )
 
 
 def outcome(**changes) -> dict:

@@ -10,7 +10,7 @@ from tests.tiny import tiny_tokenizer
 from trl_ext.data.collators import SpanCollator
 from trl_ext.data.segmentation import sentences
 from trl_ext.data.spans import find_categories, prepare_spans
-from trl_ext.data.tokenization import TokenPolicy, encode
+from trl_ext.data.tokenization import TokenizationSettings, encode
 
 
 # Rows and steps (and rows with a mistake) of each task, from the data's own description.
@@ -31,8 +31,8 @@ def read(path) -> list[dict]:
 
 def prepare(rows, tokenizer, **kwargs):
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    policy = TokenPolicy.for_training(tokenizer)
-    return prepare_spans(dataset, tokenizer, **{"policy": policy, "max_length": None, **kwargs})
+    tokenization = TokenizationSettings.for_training(tokenizer)
+    return prepare_spans(dataset, tokenizer, **{"tokenization": tokenization, "max_length": None, **kwargs})
 
 
 def text_until(row: dict, position: int, tokenizer) -> str:
@@ -45,10 +45,10 @@ def test_orm_gsm8k(data_dir):
     rows = read(path)[:600]
     prepared, report = prepare(rows, tokenizer, kind="outcome", max_length=1024)
     assert report.rows == 600 and report.kept == len(prepared) > 590
-    policy = TokenPolicy.for_training(tokenizer)
+    tokenization = TokenizationSettings.for_training(tokenizer)
     for new in prepared.select(range(50)):
         row = rows[new["row_index"]]
-        ids = encode(tokenizer, row["prompt"], row["completion"], policy).ids
+        ids = encode(tokenizer, row["prompt"], row["completion"], tokenization).ids
         assert new["span_input_ids"] == ids
         assert new["label_positions"] == list(range(new["completion_start"], len(ids)))
         assert set(new["label_values"]) == {float(row["label"])}

@@ -21,7 +21,7 @@ from tests.data.span_helpers import (
 from tests.tiny import TOKENIZER_KINDS, tiny_tokenizer
 from trl_ext.data.collators import SpanCollator
 from trl_ext.data.spans import find_categories, mask_after_first_error, prefix_score_differences
-from trl_ext.data.tokenization import TokenPolicy, encode
+from trl_ext.data.tokenization import TokenizationSettings, encode
 
 
 USER = [{"role": "user", "content": "What is 7 * 8?"}]
@@ -40,7 +40,7 @@ def test_outcome_labels_the_completion_and_what_closes_it(kind, chat):
     rows = [outcome(completion, label, prompt) for label in (True, False)]
     prepared, report = prepare(rows, "outcome", tokenizer)
     last, _ = prepare(rows, "outcome", tokenizer, label_placement="last")
-    ids = encode(tokenizer, prompt, completion, TokenPolicy.for_training(tokenizer)).ids
+    ids = encode(tokenizer, prompt, completion, TokenizationSettings.for_training(tokenizer)).ids
     alone = (
         tokenizer.apply_chat_template([prompt], add_generation_prompt=True) if chat else [tokenizer(prompt).input_ids]
     )

@@ -1,4 +1,4 @@
-"""The one tokenization function: TRL's ids, the EOS policy, truncation, shared prefixes."""
+"""The one tokenization function: TRL's ids, EOS, truncation, shared prefixes."""
 
 import random
 
@@ -9,7 +9,7 @@ from trl import RewardConfig, RewardTrainer
 from tests.tiny import TOKENIZER_KINDS, tiny_tokenizer
 from trl_ext.data.formats import prepare_groups
 from trl_ext.data.tokenization import (
-    TokenPolicy,
+    TokenizationSettings,
     common_prefix_length,
     encode,
     encode_candidates,
@@ -35,8 +35,8 @@ def trl_ids(rows: list[dict], tokenizer) -> list[list[list[int]]]:
 
 
 def our_ids(rows: list[dict], tokenizer) -> list[list[list[int]]]:
-    policy = TokenPolicy.for_training(tokenizer)
-    prepared, _ = prepare_groups(Dataset.from_list(rows), tokenizer, policy=policy, max_length=None)
+    tokenization = TokenizationSettings.for_training(tokenizer)
+    prepared, _ = prepare_groups(Dataset.from_list(rows), tokenizer, tokenization=tokenization, max_length=None)
     return list(prepared["candidate_ids"])
 
 
@@ -110,7 +110,7 @@ def test_template_arguments_that_differ_by_row_equal_trl():
 
 def test_bert_text_is_closed_once():
     tokenizer = tiny_tokenizer("bert")
-    assert not TokenPolicy.for_training(tokenizer).append_eos
+    assert not TokenizationSettings.for_training(tokenizer).append_eos
     for row in our_ids(text_rows(tokenizer, True), tokenizer):
         for ids in row:
             assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
@@ -120,67 +120,73 @@ def test_bert_text_is_closed_once():
 def test_no_eos_is_appended_where_eos_is_the_separator_that_closes_a_text():
     tokenizer = tiny_tokenizer("bert")
     tokenizer.eos_token = "[SEP]"  # as in DeBERTa and RoBERTa
-    assert TokenPolicy.for_training(tokenizer) == TokenPolicy(append_eos=False)
-    ids = encode(tokenizer, "a", " good answer", TokenPolicy.for_training(tokenizer)).ids
+    assert TokenizationSettings.for_training(tokenizer) == TokenizationSettings(append_eos=False)
+    ids = encode(tokenizer, "a", " good answer", TokenizationSettings.for_training(tokenizer)).ids
     assert ids.count(tokenizer.sep_token_id) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "mistral", "gemma", "gpt2"])
 def test_policy_for_training_appends_eos(kind):
-    assert TokenPolicy.for_training(tiny_tokenizer(kind)) == TokenPolicy(append_eos=True)
+    assert TokenizationSettings.for_training(tiny_tokenizer(kind)) == TokenizationSettings(append_eos=True)
 
 
 def test_policy_round_trip():
-    policy = TokenPolicy(append_eos=True, adds_special_tokens=False)
-    assert TokenPolicy.from_dict(policy.to_dict()) == policy
-    assert TokenPolicy.without_sidecar() == TokenPolicy(append_eos=False)
+    tokenization = TokenizationSettings(append_eos=True, adds_special_tokens=False)
+    assert TokenizationSettings.from_dict(tokenization.to_dict()) == tokenization
+    assert TokenizationSettings.without_sidecar() == TokenizationSettings(append_eos=False)
     with pytest.raises(TypeError):
-        TokenPolicy.from_dict({"append_eos": True, "unknown": 1})
+        TokenizationSettings.from_dict({"append_eos": True, "unknown": 1})
 
 
 def test_policy_without_special_tokens():
     tokenizer = tiny_tokenizer("llama")
-    ids = encode(tokenizer, "a", " good answer", TokenPolicy(False, adds_special_tokens=False)).ids
+    ids = encode(tokenizer, "a", " good answer", TokenizationSettings(False, adds_special_tokens=False)).ids
     assert ids == tokenizer("a good answer", add_special_tokens=False)["input_ids"]
     assert tokenizer.bos_token_id not in ids
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_completions_after_a_chat_prompt_may_be_strings_or_single_messages(kind):
-    tokenizer, policy = tiny_tokenizer(kind), TokenPolicy(append_eos=True)
+    tokenizer, tokenization = tiny_tokenizer(kind), TokenizationSettings(append_eos=True)
     prompt, message = [{"role": "user", "content": "hello"}], {"role": "assistant", "content": "fine"}
-    as_list = encode(tokenizer, prompt, [message], policy).ids
-    assert as_list == encode(tokenizer, prompt, "fine", policy).ids == encode(tokenizer, prompt, message, policy).ids
+    as_list = encode(tokenizer, prompt, [message], tokenization).ids
+    assert (
+        as_list
+        == encode(tokenizer, prompt, "fine", tokenization).ids
+        == encode(tokenizer, prompt, message, tokenization).ids
+    )
     whole = [*prompt, message]
-    assert as_list == encode(tokenizer, None, whole, policy).ids == encode(tokenizer, [], whole, policy).ids
+    assert (
+        as_list == encode(tokenizer, None, whole, tokenization).ids == encode(tokenizer, [], whole, tokenization).ids
+    )
     # The reference: the template, nothing appended.
     assert as_list == tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_candidates_together_equal_each_alone(kind):
-    tokenizer, policy = tiny_tokenizer(kind), TokenPolicy.for_training(tiny_tokenizer(kind))
+    tokenizer, tokenization = tiny_tokenizer(kind), TokenizationSettings.for_training(tiny_tokenizer(kind))
     completions = [" yes", " no, 12\n", " maybe 🙂 or not, who knows"]
-    together = encode_candidates(tokenizer, "Well?", completions, policy)
-    assert together == [encode(tokenizer, "Well?", completion, policy).ids for completion in completions]
-    assert encode_candidates(tokenizer, "Well?", [], policy) == []
+    together = encode_candidates(tokenizer, "Well?", completions, tokenization)
+    assert together == [encode(tokenizer, "Well?", completion, tokenization).ids for completion in completions]
+    assert encode_candidates(tokenizer, "Well?", [], tokenization) == []
 
 
 def test_text_prompt_with_chat_completion_is_refused():
     with pytest.raises(TypeError, match="prompt is text and the completion is chat"):
-        encode(tiny_tokenizer(), "hello", [{"role": "assistant", "content": "hi"}], TokenPolicy(True))
+        encode(tiny_tokenizer(), "hello", [{"role": "assistant", "content": "hi"}], TokenizationSettings(True))
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_truncation_cuts_the_prompt_from_the_left(kind):
     tokenizer = tiny_tokenizer(kind)
-    policy = TokenPolicy.for_training(tokenizer)
+    tokenization = TokenizationSettings.for_training(tokenizer)
     prompt, completion = "one two three four five six seven eight nine ten " * 3, "the answer is 56"
-    whole = encode(tokenizer, prompt, completion, policy)
+    whole = encode(tokenizer, prompt, completion, tokenization)
     assert not whole.truncated
-    assert encode(tokenizer, prompt, completion, policy, max_length=len(whole.ids)) == whole
+    assert encode(tokenizer, prompt, completion, tokenization, max_length=len(whole.ids)) == whole
     limit = len(whole.ids) - 9
-    cut = encode(tokenizer, prompt, completion, policy, max_length=limit)
+    cut = encode(tokenizer, prompt, completion, tokenization, max_length=limit)
     assert cut.truncated and len(cut.ids) == limit
     opening = 1 if kind in ("llama", "mistral", "gemma", "bert") else 0
     assert cut.ids == whole.ids[:opening] + whole.ids[len(whole.ids) - limit + opening :]
@@ -189,10 +195,10 @@ def test_truncation_cuts_the_prompt_from_the_left(kind):
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_truncation_of_a_long_completion_cuts_it_at_the_right(kind):
     tokenizer = tiny_tokenizer(kind)
-    policy = TokenPolicy.for_training(tokenizer)
+    tokenization = TokenizationSettings.for_training(tokenizer)
     prompt, completion = "Well?", " the answer is 56, and then some more words about the weather in the city"
-    whole = encode(tokenizer, prompt, completion, policy).ids
-    cut = encode(tokenizer, prompt, completion, policy, max_length=8)
+    whole = encode(tokenizer, prompt, completion, tokenization).ids
+    cut = encode(tokenizer, prompt, completion, tokenization, max_length=8)
     assert cut.truncated and len(cut.ids) == 8
     text = tokenizer.decode(cut.ids, skip_special_tokens=True)
     assert text.strip().lower().startswith("the answer")
@@ -204,33 +210,33 @@ def test_truncation_of_a_long_completion_cuts_it_at_the_right(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "mistral"])
 def test_truncation_of_a_chat(kind):
-    tokenizer, policy = tiny_tokenizer(kind), TokenPolicy(append_eos=True)
+    tokenizer, tokenization = tiny_tokenizer(kind), TokenizationSettings(append_eos=True)
     prompt = [{"role": "user", "content": "one two three four five six seven eight nine ten " * 3}]
-    whole = encode(tokenizer, prompt, "The answer is 56.", policy).ids
-    cut = encode(tokenizer, prompt, "The answer is 56.", policy, max_length=len(whole) - 20)
+    whole = encode(tokenizer, prompt, "The answer is 56.", tokenization).ids
+    cut = encode(tokenizer, prompt, "The answer is 56.", tokenization, max_length=len(whole) - 20)
     opening = int(whole[0] == tokenizer.bos_token_id)
     assert cut.truncated and cut.ids == whole[:opening] + whole[opening + 20 :]
-    short = encode(tokenizer, prompt, "The answer is 56. " * 8, policy, max_length=12).ids
+    short = encode(tokenizer, prompt, "The answer is 56. " * 8, tokenization, max_length=12).ids
     assert len(short) == 12 and "The answer is 56" in tokenizer.decode(short)
 
 
 def test_truncation_needs_room_for_one_token():
     with pytest.raises(ValueError, match="max_length=2 leaves no room"):
-        encode(tiny_tokenizer("bert"), "a", "b c d e", TokenPolicy(False), max_length=2)
+        encode(tiny_tokenizer("bert"), "a", "b c d e", TokenizationSettings(False), max_length=2)
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_truncation_never_exceeds_the_limit_and_keeps_a_suffix_of_the_whole(kind):
     tokenizer = tiny_tokenizer(kind)
-    policy = TokenPolicy.for_training(tokenizer)
+    tokenization = TokenizationSettings.for_training(tokenizer)
     rng = random.Random(0)
     words = ["apples", "\n\n", "12", "Über", "日本", "🙂", "don't", "a", "  "]
     for _ in range(40):
         prompt = " ".join(rng.choices(words, k=rng.randint(0, 12)))
         completion = " ".join(rng.choices(words, k=rng.randint(1, 12)))
-        whole = encode(tokenizer, prompt, completion, policy).ids
+        whole = encode(tokenizer, prompt, completion, tokenization).ids
         limit = rng.randint(4, 30)
-        cut = encode(tokenizer, prompt, completion, policy, max_length=limit)
+        cut = encode(tokenizer, prompt, completion, tokenization, max_length=limit)
         assert cut.truncated == (len(whole) > limit)
         assert len(cut.ids) == min(limit, len(whole))
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from tests.tiny import save_tiny_model, tiny_tokenizer, tokenizer_kind
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models import Sidecar, add_adapter, build_reward_model
 from trl_ext.models.loading import describe_base
 
@@ -35,8 +35,8 @@ def save_reward_model(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     if sidecar:
-        policy = TokenPolicy.for_training(tokenizer).to_dict()
-        Sidecar(base=describe_base(model), is_adapter=lora, head_modules=head, token_policy=policy).save(path)
+        tokenization = TokenizationSettings.for_training(tokenizer).to_dict()
+        Sidecar(base=describe_base(model), is_adapter=lora, head_modules=head, token_policy=tokenization).save(path)
     return path
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from tests.models.helpers import tiny_base
 from tests.tiny import ranked_rows
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models import Sidecar, add_adapter, build_reward_model
 from trl_ext.models.loading import describe_base, save_sidecar
 from trl_ext.models.sidecar import make_probes, probe_scores, vocab_size
@@ -49,7 +49,7 @@ def save_members(
             base=describe_base(model),
             is_adapter=True,
             head_modules=head,
-            token_policy=TokenPolicy.for_training(tokenizer).to_dict(),
+            token_policy=TokenizationSettings.for_training(tokenizer).to_dict(),
             probes={"input_ids": probes, "scores": probe_scores(model, probes)},
             **fields,
         )

@@ -17,7 +17,7 @@ from tests.scoring.conftest import save_reward_model
 from tests.tiny import pair_rows, ranked_rows, tiny_tokenizer
 from trl_ext import RewardScorer
 from trl_ext.data.formats import prepare_groups
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.data.validation import DataError
 from trl_ext.models import get_sidecar, load_reward_model, read_sidecar
 from trl_ext.scoring import scorer as scorer_module
@@ -120,9 +120,9 @@ def test_the_original_order_of_any_sequence_is_kept(reward_path):
 def test_ids_are_those_of_training(reward_path, family, chat):
     scorer = RewardScorer(reward_path(family), batch_size=1)
     tokenizer = AutoTokenizer.from_pretrained(reward_path(family))
-    policy = TokenPolicy.for_training(tokenizer)
+    tokenization = TokenizationSettings.for_training(tokenizer)
     rows = pair_rows(3, chat=chat, seed=2)
-    groups, _ = prepare_groups(Dataset.from_list(rows), tokenizer, policy=policy, max_length=None)
+    groups, _ = prepare_groups(Dataset.from_list(rows), tokenizer, tokenization=tokenization, max_length=None)
     for row, group in zip(rows, groups, strict=True):
         for column, want in zip(("chosen", "rejected"), group["candidate_ids"], strict=True):
             with seen_ids(scorer) as seen:
@@ -141,7 +141,9 @@ def test_tools_and_template_arguments_are_those_of_training(reward_path):
     plain = None
     for extra in ({}, *options, options[0] | options[1]):
         data = Dataset.from_list([row | extra for row in rows])
-        groups, _ = prepare_groups(data, tokenizer, policy=TokenPolicy.for_training(tokenizer), max_length=None)
+        groups, _ = prepare_groups(
+            data, tokenizer, tokenization=TokenizationSettings.for_training(tokenizer), max_length=None
+        )
         want = [group["candidate_ids"][0] for group in groups]
         columns = {name: [value] * 2 for name, value in extra.items()}
         with seen_ids(scorer) as seen:

@@ -17,7 +17,7 @@ from tests.trainers.token_helpers import logits_of, outcome_rows, segment_rows, 
 from trl_ext import RewardScorer, merge_reward_model
 from trl_ext.cli import main as cli
 from trl_ext.data.spans import prepare_spans
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models import load_reward_model
 from trl_ext.scoring.aggregation import weighted_categories
 
@@ -49,12 +49,16 @@ def trained(bases, tmp_path_factory):
 
 def prepared(trainer, rows, kind, **options):
     """Training's rows: ids and labelled positions."""
-    policy = TokenPolicy.for_training(trainer.processing_class) if kind == "outcome" else TokenPolicy(append_eos=False)
+    tokenization = (
+        TokenizationSettings.for_training(trainer.processing_class)
+        if kind == "outcome"
+        else TokenizationSettings(append_eos=False)
+    )
     data, _ = prepare_spans(
         Dataset.from_list(rows),
         trainer.processing_class,
         kind=kind,
-        policy=policy,
+        tokenization=tokenization,
         max_length=None,
         min_survival=0.0,
         **options,

@@ -13,7 +13,7 @@ from tests.scoring.test_scorer import seen_ids
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from trl_ext import RewardConfig, RewardScorer, RewardTrainer
 from trl_ext.data.formats import prepare_groups
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 
 
 class Recorder(RewardScorer):
@@ -84,7 +84,7 @@ def test_two_steps_in_stock_trainers(reward_path, policy_path, tmp_path, trainer
         for p, c, other in zip(prompts, completions, completions[1:] + completions[:1], strict=True)
     ]
     groups, _ = prepare_groups(
-        Dataset.from_list(rows), tokenizer, policy=TokenPolicy.for_training(tokenizer), max_length=None
+        Dataset.from_list(rows), tokenizer, tokenization=TokenizationSettings.for_training(tokenizer), max_length=None
     )
     assert sorted(seen) == sorted(group["candidate_ids"][0] for group in groups)
 

@@ -79,7 +79,7 @@ def test_every_checkpoint_is_a_reward_model(peft, base, tmp_path):
         assert content["max_length"] == 200
         assert content["training"] == {"loss_type": "bradley_terry", "loss_kwargs": {}}
     loaded = load_reward_model(tmp_path / "checkpoint-4")
-    assert get_sidecar(loaded).token_policy == trainer._policy.to_dict()
+    assert get_sidecar(loaded).token_policy == trainer._tokenization.to_dict()
     saved = {name: p for name, p in loaded.named_parameters() if name in weights(trainer)}
     assert largest_difference(saved, weights(trainer)) == 0
 

@@ -132,7 +132,7 @@ def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
 
     from trl_ext.data.formats import prepare_groups
     from trl_ext.data.sources import load_source, select_split
-    from trl_ext.data.tokenization import TokenPolicy
+    from trl_ext.data.tokenization import TokenizationSettings
 
     rows = select_split(load_source(args.dataset_name), args.dataset_split, "--dataset_split")
     if "clean" in rows.column_names:  # marked by hand: irregular rows would be refused
@@ -141,7 +141,7 @@ def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
     prepared, _ = prepare_groups(
         rows.shuffle(seed=args.seed),
         tokenizer,
-        policy=TokenPolicy.for_training(tokenizer),
+        tokenization=TokenizationSettings.for_training(tokenizer),
         max_length=args.max_length,
         dataset_name=args.dataset_name,
     )

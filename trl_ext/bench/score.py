@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification
 
     from trl_ext import RewardScorer
-    from trl_ext.data.tokenization import TokenPolicy
+    from trl_ext.data.tokenization import TokenizationSettings
     from trl_ext.models.loading import describe_base
     from trl_ext.models.sidecar import Sidecar, set_sidecar
 
@@ -104,8 +104,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             device_map="cuda" if torch.cuda.is_available() else None,
         ).eval()
     verifier = copy.deepcopy(model)  # the same weights, known to be of a model whose every token has a score
-    policy = TokenPolicy.without_sidecar().to_dict()
-    set_sidecar(verifier, Sidecar(describe_base(model), False, ["score"], policy, kind="outcome", loss_type="bce"))
+    tokenization = TokenizationSettings.without_sidecar().to_dict()
+    set_sidecar(
+        verifier, Sidecar(describe_base(model), False, ["score"], tokenization, kind="outcome", loss_type="bce")
+    )
 
     def given_order() -> list[float]:
         scores: list[float] = []

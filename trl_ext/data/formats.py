@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset, List, Value
 from trl_ext.data.mapping import COUNTS, map_rows, open_rows
 from trl_ext.data.report import COUNTED, DataReport
 from trl_ext.data.schema import DECISIVE, Group, Schema, check_row, find_schema
-from trl_ext.data.tokenization import Tokenizer, TokenPolicy, encode_candidates
+from trl_ext.data.tokenization import TokenizationSettings, Tokenizer, encode_candidates
 from trl_ext.data.validation import RowChecks
 
 
@@ -29,7 +29,7 @@ def prepare_groups(
     dataset: Dataset | IterableDataset,
     tokenizer: Tokenizer,
     *,
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     max_length: int | None,
     dataset_name: str = "train",
     num_proc: int | None = None,
@@ -58,7 +58,7 @@ def prepare_groups(
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
         tokenizer: a transformers tokenizer; with a chat template if the rows are chats.
-        policy (`TokenPolicy`): how plain text becomes ids.
+        tokenization (`TokenizationSettings`): how plain text becomes ids.
         max_length (`int` or `None`): limit in tokens for prompt + completion; `None` for no limit.
         dataset_name (`str`, *optional*, defaults to `"train"`): for messages.
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
@@ -81,7 +81,7 @@ def prepare_groups(
     schema = find_schema(columns, first, dataset_name, loss_needs_ratings)
     arguments = {
         "tokenizer": tokenizer,
-        "policy": policy,
+        "tokenization": tokenization,
         "schema": schema,
         "max_length": max_length,
         "dataset_name": dataset_name,
@@ -95,7 +95,7 @@ def prepare_row(
     row: dict[str, Any],
     index: int,
     tokenizer: Tokenizer,
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     schema: Schema,
     max_length: int | None,
     dataset_name: str,
@@ -105,7 +105,7 @@ def prepare_row(
     """The new columns of one row, with its counts; `candidate_ids` is empty where the group does not survive."""
     checks = RowChecks(index, dataset_name, vocab_size)
     group = check_row(row, schema, checks)
-    ids = group.completions if schema.tokenized else _encode(group, tokenizer, policy, schema, checks)
+    ids = group.completions if schema.tokenized else _encode(group, tokenizer, tokenization, schema, checks)
     fits = [max_length is None or len(candidate) <= max_length for candidate in ids]
     survives = sum(fits) >= 2
     kept = [candidate for candidate, fit in zip(ids, fits, strict=True) if fit and survives]
@@ -128,7 +128,7 @@ def prepare_row(
 
 
 def _encode(
-    group: Group, tokenizer: Tokenizer, policy: TokenPolicy, schema: Schema, checks: RowChecks
+    group: Group, tokenizer: Tokenizer, tokenization: TokenizationSettings, schema: Schema, checks: RowChecks
 ) -> list[list[int]]:
     """Token ids of a group; what tokenizer or chat template object to becomes a `DataError` at this row."""
     column = schema.candidates[0]
@@ -137,7 +137,7 @@ def _encode(
             tokenizer,
             group.prompt,
             group.completions,
-            policy,
+            tokenization,
             tools=group.tools,
             chat_template_kwargs=group.chat_template_kwargs,
         )

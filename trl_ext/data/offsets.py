@@ -13,8 +13,8 @@ from trl_ext.data.tokenization import (
     Completion,
     Message,
     Prompt,
+    TokenizationSettings,
     Tokenizer,
-    TokenPolicy,
     as_messages,
     is_chat,
     plain_text,
@@ -96,7 +96,7 @@ def encode_with_offsets(
     tokenizer: Tokenizer,
     prompt: Prompt,
     completion: Completion,
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     *,
     tools: list[Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -115,7 +115,7 @@ def encode_with_offsets(
     Example:
 
     ```python
-    >>> located = encode_with_offsets(gpt2_tokenizer, "2 + 2 =", " 4\\n", TokenPolicy(append_eos=True))
+    >>> located = encode_with_offsets(gpt2_tokenizer, "2 + 2 =", " 4\\n", TokenizationSettings(append_eos=True))
     >>> located.ids, located.starts.tolist(), located.ends.tolist(), located.completion_start
     ([17, 1343, 362, 796, 604, 198, 50256], [-7, -6, -4, -2, 0, 2, 3], [-6, -4, -2, 0, 2, 3, 16], 4)
     >>> located.tokens(0, 3)
@@ -145,8 +145,8 @@ def encode_with_offsets(
     else:
         start, first, last = len(prompt or ""), 0, len(text)
         encoding = tokenizer(
-            text=[plain_text(tokenizer, prompt, completion, policy)],
-            add_special_tokens=policy.adds_special_tokens,
+            text=[plain_text(tokenizer, prompt, completion, tokenization)],
+            add_special_tokens=tokenization.adds_special_tokens,
             return_offsets_mapping=True,
         )
     ids = encoding["input_ids"][0]
@@ -161,7 +161,7 @@ def encode_with_offsets(
 
     truncated = max_length is not None and len(ids) > max_length
     if truncated:
-        kept = positions_that_fit(tokenizer, prompt, completion, ids, policy, max_length, **arguments)
+        kept = positions_that_fit(tokenizer, prompt, completion, ids, tokenization, max_length, **arguments)
         completion_start = sum(position < completion_start for position in kept)
         ids, starts, ends = [ids[position] for position in kept], starts[kept], ends[kept]
     stripped = (first, last) != (0, len(text))

@@ -35,7 +35,7 @@ from trl_ext.data.span_rows import (
     check_span_row,
     find_categories,
 )
-from trl_ext.data.tokenization import Tokenizer, TokenPolicy, closing_tokens
+from trl_ext.data.tokenization import TokenizationSettings, Tokenizer, closing_tokens
 from trl_ext.data.validation import Kind, RowChecks
 
 
@@ -66,7 +66,7 @@ def prepare_spans(
     tokenizer: Tokenizer,
     *,
     kind: SpanKind,
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     max_length: int | None,
     dataset_name: str = "train",
     num_proc: int | None = None,
@@ -105,7 +105,7 @@ def prepare_spans(
         dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
         tokenizer: a fast transformers tokenizer; with a chat template if the rows are chats.
         kind (`str`): `"outcome"`, `"stepwise"` or `"segment"`.
-        policy (`TokenPolicy`): how plain text becomes ids.
+        tokenization (`TokenizationSettings`): how plain text becomes ids.
         max_length (`int` or `None`): limit in tokens for prompt + completion; `None` for no limit.
         dataset_name (`str`, *optional*, defaults to `"train"`): for messages.
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
@@ -156,7 +156,7 @@ def prepare_spans(
     check_columns(columns, layout, dataset_name)
     arguments = {
         "tokenizer": tokenizer,
-        "policy": policy,
+        "tokenization": tokenization,
         "layout": layout,
         "only_kind": check_span_row(first, layout, RowChecks(0, dataset_name)).kind,
         "max_length": max_length,
@@ -171,7 +171,7 @@ def prepare_span_row(
     row: dict[str, Any],
     index: int,
     tokenizer: Tokenizer,
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     layout: SpanFormat,
     only_kind: Kind,
     max_length: int | None,
@@ -187,13 +187,13 @@ def prepare_span_row(
             tokenizer,
             span_row.prompt,
             span_row.completion,
-            policy,
+            tokenization,
             tools=span_row.tools,
             chat_template_kwargs=span_row.chat_template_kwargs,
         )
     ids, stop = located.ids, len(located.ids)
     if max_completion_length is not None:
-        closing = 0 if span_row.kind == "chat" else closing_tokens(tokenizer, policy)
+        closing = 0 if span_row.kind == "chat" else closing_tokens(tokenizer, tokenization)
         stop = min(stop, located.completion_start + max_completion_length)
         if stop < len(ids) - closing:  # what the tokenizer itself closes a text with stays
             ids = ids[:stop] + ids[len(ids) - closing :]

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenPolicy:
+class TokenizationSettings:
     """How *plain text* becomes token ids; a chat is always what the chat template makes of it, with nothing added.
 
     Args:
@@ -43,10 +43,10 @@ class TokenPolicy:
     Example:
 
     ```python
-    >>> TokenPolicy.for_training(llama_tokenizer)
-    TokenPolicy(append_eos=True, adds_special_tokens=True)
-    >>> TokenPolicy.for_training(bert_tokenizer)
-    TokenPolicy(append_eos=False, adds_special_tokens=True)
+    >>> TokenizationSettings.for_training(llama_tokenizer)
+    TokenizationSettings(append_eos=True, adds_special_tokens=True)
+    >>> TokenizationSettings.for_training(bert_tokenizer)
+    TokenizationSettings(append_eos=False, adds_special_tokens=True)
     ```
     """
 
@@ -54,8 +54,8 @@ class TokenPolicy:
     adds_special_tokens: bool = True
 
     @classmethod
-    def for_training(cls, tokenizer: Tokenizer) -> "TokenPolicy":
-        """TRL's policy (EOS appended), except where that cannot work or would double a separator.
+    def for_training(cls, tokenizer: Tokenizer) -> "TokenizationSettings":
+        """TRL's settings (EOS appended), except where that cannot work or would double a separator.
 
         No EOS is appended when the tokenizer has none, or closes every text by itself with EOS or SEP (BERT, RoBERTa,
         DeBERTa, T5).
@@ -69,16 +69,16 @@ class TokenPolicy:
         return cls(append_eos=not closes_itself)
 
     @classmethod
-    def without_sidecar(cls) -> "TokenPolicy":
-        """For a model that says nothing of its policy: the tokenizer's own special tokens, no EOS."""
+    def without_sidecar(cls) -> "TokenizationSettings":
+        """For a model that says nothing about its tokenization: the tokenizer's own special tokens, no EOS."""
         return cls(append_eos=False)
 
     def to_dict(self) -> dict[str, bool]:
-        """The policy as plain values, for the sidecar."""
+        """The settings as plain values, for the sidecar."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, bool]) -> "TokenPolicy":
+    def from_dict(cls, values: dict[str, bool]) -> "TokenizationSettings":
         """The inverse of `to_dict`. Raises `TypeError` for a missing `append_eos` or an unknown key."""
         return cls(**values)
 
@@ -95,7 +95,7 @@ def encode(
     tokenizer: Tokenizer,
     prompt: Prompt,
     completion: Completion,
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     *,
     tools: list[Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -114,11 +114,11 @@ def encode(
         `ValueError`: `max_length` leaves no room for a single token of the completion.
     """
     arguments = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-    ids = encode_candidates(tokenizer, prompt, [completion], policy, **arguments)[0]
+    ids = encode_candidates(tokenizer, prompt, [completion], tokenization, **arguments)[0]
     if max_length is None or len(ids) <= max_length:
         return Encoded(ids, truncated=False)
 
-    kept = positions_that_fit(tokenizer, prompt, completion, ids, policy, max_length, **arguments)
+    kept = positions_that_fit(tokenizer, prompt, completion, ids, tokenization, max_length, **arguments)
     return Encoded([ids[position] for position in kept], truncated=True)
 
 
@@ -127,7 +127,7 @@ def positions_that_fit(
     prompt: Prompt,
     completion: Completion,
     ids: list[int],
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     max_length: int,
     *,
     tools: list[Any] | None = None,
@@ -136,7 +136,7 @@ def positions_that_fit(
     """Which positions of `ids`, which are too many, are kept: the rules of `encode`."""
     chat = is_chat(prompt) or not isinstance(completion, str)
     opening = int(ids[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None})
-    closing = 0 if chat else closing_tokens(tokenizer, policy)
+    closing = 0 if chat else closing_tokens(tokenizer, tokenization)
     room = max_length - opening - closing
     if room < 1:
         raise ValueError(
@@ -144,7 +144,7 @@ def positions_that_fit(
             "give a larger max_length"
         )
     arguments = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-    start = max(opening, _prompt_length(tokenizer, prompt, ids, policy, chat, arguments))
+    start = max(opening, _prompt_length(tokenizer, prompt, ids, tokenization, chat, arguments))
     stop = len(ids) - closing
     kept = range(stop - room, stop) if stop - start <= room else range(start, start + room)
     return [*range(opening), *kept, *range(stop, len(ids))]
@@ -154,7 +154,7 @@ def encode_candidates(
     tokenizer: Tokenizer,
     prompt: Prompt,
     completions: Sequence[Completion],
-    policy: TokenPolicy,
+    tokenization: TokenizationSettings,
     *,
     tools: list[Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -162,8 +162,8 @@ def encode_candidates(
     """Token ids of `prompt` + each of `completions`, all of one kind: the same ids as TRL's `RewardTrainer` makes.
 
     Text: prompt and completion are joined as strings and tokenized in one piece (a token may span the boundary), after
-    the EOS string has been appended where the policy says so. Chat: the messages of both are joined and go through the
-    tokenizer's chat template, and nothing is appended. After a chat prompt a completion may also be a string or a
+    the EOS string has been appended where the settings say so. Chat: the messages of both are joined and go through
+    the tokenizer's chat template, and nothing is appended. After a chat prompt a completion may also be a string or a
     single message: a string becomes one assistant message.
 
     Args:
@@ -181,7 +181,7 @@ def encode_candidates(
     Example:
 
     ```python
-    >>> encode_candidates(gpt2_tokenizer, "2 + 2 =", [" 4", " 5"], TokenPolicy(append_eos=True))
+    >>> encode_candidates(gpt2_tokenizer, "2 + 2 =", [" 4", " 5"], TokenizationSettings(append_eos=True))
     [[17, 1343, 362, 796, 604, 50256], [17, 1343, 362, 796, 642, 50256]]
     ```
     """
@@ -198,13 +198,13 @@ def encode_candidates(
         options = {"tools": tools, **(chat_template_kwargs or {})}
         return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **options)["input_ids"]
 
-    texts = [plain_text(tokenizer, prompt, completion, policy) for completion in completions]
-    return tokenizer(text=texts, add_special_tokens=policy.adds_special_tokens)["input_ids"]
+    texts = [plain_text(tokenizer, prompt, completion, tokenization) for completion in completions]
+    return tokenizer(text=texts, add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
 
 
-def plain_text(tokenizer: Tokenizer, prompt: str | None, completion: str, policy: TokenPolicy) -> str:
-    """The text that is tokenized for a row without messages, with the EOS that the policy asks for."""
-    if policy.append_eos and not completion.endswith(tokenizer.eos_token):
+def plain_text(tokenizer: Tokenizer, prompt: str | None, completion: str, tokenization: TokenizationSettings) -> str:
+    """The text that is tokenized for a row without messages, with the EOS that the settings ask for."""
+    if tokenization.append_eos and not completion.endswith(tokenizer.eos_token):
         completion = completion + tokenizer.eos_token
     return (prompt or "") + completion
 
@@ -253,9 +253,9 @@ def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     return limit
 
 
-def closing_tokens(tokenizer: Tokenizer, policy: TokenPolicy) -> int:
+def closing_tokens(tokenizer: Tokenizer, tokenization: TokenizationSettings) -> int:
     """How many special tokens the tokenizer itself puts behind a text ([SEP], T5's EOS)."""
-    if not policy.adds_special_tokens:
+    if not tokenization.adds_special_tokens:
         return 0
     with_special = tokenizer(text=["a"])["input_ids"][0]
     bare = tokenizer(text=["a"], add_special_tokens=False)["input_ids"][0]
@@ -266,7 +266,12 @@ def closing_tokens(tokenizer: Tokenizer, policy: TokenPolicy) -> int:
 
 
 def _prompt_length(
-    tokenizer: Tokenizer, prompt: Prompt, ids: list[int], policy: TokenPolicy, chat: bool, arguments: dict[str, Any]
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    ids: list[int],
+    tokenization: TokenizationSettings,
+    chat: bool,
+    arguments: dict[str, Any],
 ) -> int:
     """Number of leading tokens of `ids` that the prompt alone gives too (not one that crosses the boundary)."""
     if not prompt:
@@ -276,7 +281,7 @@ def _prompt_length(
         options["add_generation_prompt"] = True
         alone = tokenizer.apply_chat_template([list(prompt)], tokenize=True, return_dict=True, **options)["input_ids"]
     else:
-        alone = tokenizer(text=[prompt], add_special_tokens=policy.adds_special_tokens)["input_ids"]
+        alone = tokenizer(text=[prompt], add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
     length = 0
     for token, other in zip(alone[0], ids, strict=False):
         if token != other:

@@ -58,7 +58,7 @@ class Sidecar:
         base ([`BaseModel`]): what it was trained on.
         is_adapter (`bool`): whether the folder holds an adapter (else a full model).
         head_modules (`list[str]`): names of the head's modules, e.g. `["score"]`.
-        token_policy (`dict`): how text becomes token ids (see `trl_ext.data.tokenization.TokenPolicy`).
+        token_policy (`dict`): how text becomes token ids (see `trl_ext.data.tokenization.TokenizationSettings`).
         kind (`str`): `"scalar"`: one score per candidate. Of token rewards `"outcome"`, `"process"` or `"segment"`.
         label_meaning (`str`): what a larger score means, or what the classes are.
         head_class (`str`): `"sequence"` or `"token"`: the class of transformers that holds the head.

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.data.offsets import encode_with_offsets
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 
 
@@ -68,11 +68,11 @@ def completion_cross_entropies(
         model = load_policy(model)
     elif processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    policy = TokenPolicy.for_training(processing_class)
+    tokenization = TokenizationSettings.for_training(processing_class)
     rows = []
     for row in dataset:
         located = encode_with_offsets(
-            processing_class, row["prompt"], row["completion"], policy, max_length=max_length
+            processing_class, row["prompt"], row["completion"], tokenization, max_length=max_length
         )
         rows.append((located.ids, located.completion_start))
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))

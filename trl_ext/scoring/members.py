@@ -145,8 +145,8 @@ class StackedSource(Source):
         scalar = all(one.kind == "scalar" or (one.kind == "outcome" and one.num_labels == 1) for one in sidecars)
         if not scalar or kwargs.get("aggregation") is not None:
             raise ValueError("Only members whose score is the output at the last token are stacked.")
-        policies = [one.token_policy for one in sidecars]
-        if any(policy != policies[0] for policy in policies) or len(set(map(_tokenizer_files, folders))) > 1:
+        settings = [one.token_policy for one in sidecars]
+        if any(one != settings[0] for one in settings) or len(set(map(_tokenizer_files, folders))) > 1:
             raise ValueError("The members were trained on different token ids of a text.")
         device = torch.device(kwargs.pop("device", None) or PartialState().device)
         model = StackedRewardModel.from_folders(folders, device_map={"": device})
@@ -282,7 +282,7 @@ def _shared_source(folders: list[Path], base_model: nn.Module | None, scorer_kwa
 
 
 def _tokenizer_files(folder: Path) -> tuple[bytes, ...]:
-    """What the token ids of a text depend on beside the token policy."""
+    """What the token ids of a text depend on beside the tokenization settings."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
     names += ("tokenizer_config.json", "special_tokens_map.json")  # which token is EOS
     return tuple((folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.data.offsets import Located, encode_with_offsets
-from trl_ext.data.tokenization import Completion, Encoded, Prompt, TokenPolicy, encode
+from trl_ext.data.tokenization import Completion, Encoded, Prompt, TokenizationSettings, encode
 from trl_ext.data.validation import DataError, RowChecks
 
 
@@ -29,14 +29,14 @@ class RowEncoder:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's.
-        policy (`TokenPolicy`): how the model was trained to see plain text.
+        tokenization (`TokenizationSettings`): how the model was trained to see plain text.
         vocab_size (`int`): token ids the model knows.
         max_positions (`int` or `None`): longest row the model can take at all.
         max_length (`int` or `None`): longer rows are cut.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    policy: TokenPolicy
+    tokenization: TokenizationSettings
     vocab_size: int
     max_positions: int | None
     max_length: int | None
@@ -74,7 +74,7 @@ class RowEncoder:
                 self.tokenizer,
                 prompt,
                 completion,
-                self.policy,
+                self.tokenization,
                 tools=json.loads(tools) if isinstance(tools, str) else tools,
                 chat_template_kwargs=template,
                 max_length=self.max_length,

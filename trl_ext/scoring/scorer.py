@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.data.offsets import completion_text
 from trl_ext.data.segmentation import CharSpan
-from trl_ext.data.tokenization import Completion, Prompt, TokenPolicy
+from trl_ext.data.tokenization import Completion, Prompt, TokenizationSettings
 from trl_ext.data.validation import DataError
 from trl_ext.models.heads import unwrap
 from trl_ext.models.loading import load_reward_model
@@ -41,16 +41,16 @@ class RewardScorer:
     """
     Scores completions with a reward model. It is a TRL reward function: `reward_funcs=[scorer]`.
 
-    A score is the model applied to the token ids that training made of the same text, by the policy stored with the
-    model. A model without our `reward_model.json` (from the Hub, or trained by plain TRL) gets its chat template, or
-    its tokenizer's own special tokens and no EOS, which is said once. Rows are sorted by length and run in batches;
-    scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less exactly in bf16).
+    A score is the model applied to the token ids that training made of the same text, by the tokenization settings
+    stored with the model. A model without our `reward_model.json` (from the Hub, or trained by plain TRL) gets its
+    chat template, or its tokenizer's own special tokens and no EOS, which is said once. Rows are sorted by length and
+    run in batches; scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less exactly in bf16).
     They are computed in eval mode, without autocast and without gradients, and the model's mode is put back. Calls
     from several threads wait for each other.
 
     In detail:
 
-    - A text completion counts as finished: EOS is appended where the policy says so, also behind a completion that a
+    - A text completion counts as finished: EOS is appended where the settings say so, also behind a completion that a
       policy in training could not finish within its length limit. That is how training saw every completion.
     - An empty completion gets the score of the prompt alone (with EOS). `None` comes back only where there is no token
       at all: no prompt, no text, and nothing that the tokenizer adds.
@@ -158,13 +158,13 @@ class RewardScorer:
         self._views = None if self._kind == "scalar" else TokenViews(sidecar, aggregation, segmenter)
         self._gives_scalars = self._views is None or self._views.is_scalar  # the last token's output is all
         if sidecar is None:
-            policy = TokenPolicy.without_sidecar()
+            tokenization = TokenizationSettings.without_sidecar()
             logger.warning(
                 f"{self.__name__}: the model has no reward_model.json, so it is not known how it was trained to see "
                 "text. Chats get its chat template; plain text gets the tokenizer's own special tokens and no EOS."
             )
         else:
-            policy = TokenPolicy.from_dict(sidecar.token_policy)
+            tokenization = TokenizationSettings.from_dict(sidecar.token_policy)
 
         self.model = model
         self.normalizer = None if sidecar is None else sidecar.normalizer
@@ -173,7 +173,7 @@ class RewardScorer:
         self.choices = {"max_length": max_length, "aggregation": aggregation, "segmenter": segmenter}
         self._encoder = RowEncoder(
             tokenizer=self.processing_class,
-            policy=policy,
+            tokenization=tokenization,
             vocab_size=vocab_size(model),
             max_positions=max_positions(unwrap(model)),
             max_length=max_length,

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from tests.trainers.helpers import run_offline_wandb
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
+from trl_ext.pipelines.rejection_sampling import trainer as rejection_sampling_trainer
 from trl_ext.pipelines.rejection_sampling.diagnostics import log_rounds
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
-from trl_ext.pipelines.rejection_sampling import trainer as rejection_sampling_trainer
 
 
 ROWS = [{"prompt": f"say {number}:"} for number in range(32)]

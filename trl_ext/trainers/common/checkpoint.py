@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models.ensemble.ensemble_files import ENSEMBLE_NAME, EnsembleFile, write_ensemble
 from trl_ext.models.ensemble.stacked_model import MEMBER
 from trl_ext.models.loading import describe_base, save_sidecar
@@ -46,13 +46,13 @@ class SidecarWriter:
     Args:
         trainer (`Trainer`): the trainer, its model and tokenizer set up.
         head (`list[str]`): names of the head's modules.
-        policy ([`TokenPolicy`]): how plain text became token ids.
+        tokenization ([`TokenizationSettings`]): how plain text became token ids.
         **described: fields of [`Sidecar`] that do not change while the model trains.
     """
 
-    def __init__(self, trainer: Trainer, head: list[str], policy: TokenPolicy, **described: Any):
+    def __init__(self, trainer: Trainer, head: list[str], tokenization: TokenizationSettings, **described: Any):
         self._head = head
-        self._policy = policy
+        self._tokenization = tokenization
         self._described = described
         self._warned_of_pad = False
         set_sidecar(trainer.model, self._describe(trainer, probes=None))  # replaces what it was loaded with
@@ -86,7 +86,7 @@ class SidecarWriter:
             base=describe_base(model),
             is_adapter=isinstance(model, PeftModel),
             head_modules=self._head,
-            token_policy=self._policy.to_dict(),
+            token_policy=self._tokenization.to_dict(),
             max_length=trainer.args.max_length,
             pad_is_eos=tokenizer.pad_token_id == tokenizer.eos_token_id,
             probes=probes,
@@ -110,7 +110,7 @@ def _set_aside_stale_adapter(folder: str | Path) -> None:
 class PushCallback(TrainerCallback):
     """
     Where Trainer copies the weights of a checkpoint to the output folder, to push that: copies what describes them
-    too, which Trainer does not know of. Without it the Hub's copy would be scored without its policy.
+    too, which Trainer does not know of. Without it the Hub's copy would be scored without its tokenization settings.
     """
 
     def on_push_begin(

@@ -29,7 +29,7 @@ from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
 from trl_ext.data.report import DataReport
 from trl_ext.data.token_batches import group_sizes
-from trl_ext.data.tokenization import TokenPolicy, common_prefix_length
+from trl_ext.data.tokenization import TokenizationSettings, common_prefix_length
 from trl_ext.models.building import is_quantized
 from trl_ext.models.heads import candidate_scores
 from trl_ext.models.shared_prefix import flat_scores
@@ -107,7 +107,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             args = RewardConfig.from_trl(args)
         self._objective = self.check_arguments(args, train_dataset)
         self._reports: list[DataReport] = []
-        self._policy: TokenPolicy | None = None
+        self._tokenization: TokenizationSettings | None = None
         self._flat_rows = False
         without_missing_wandb(args)
 
@@ -145,7 +145,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             if name in exact:
                 parameter.data = exact.pop(name).to(parameter.device)
         training = {"loss_type": self._objective.name, "loss_kwargs": self._objective.loss_kwargs}
-        self._writer = self._writer_class(self, head, self._policy, training=training)
+        self._writer = self._writer_class(self, head, self._tokenization, training=training)
         if data_collator is None:
             self._flat_rows = use_flat_rows(self)
             pad_token_id, multiple = self.processing_class.pad_token_id, args.pad_to_multiple_of
@@ -174,14 +174,14 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if self._policy is None:
-            self._policy = TokenPolicy.for_training(processing_class)
+        if self._tokenization is None:
+            self._tokenization = TokenizationSettings.for_training(processing_class)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():
             prepared, report = prepare_groups(
                 dataset,
                 processing_class,
-                policy=self._policy,
+                tokenization=self._tokenization,
                 max_length=args.max_length,
                 dataset_name=dataset_name,
                 num_proc=args.dataset_num_proc,

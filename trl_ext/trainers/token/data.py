@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.data.report import DataReport
 from trl_ext.data.span_rows import COLUMNS, SpanKind
 from trl_ext.data.spans import prepare_spans
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.trainers.token.config import TokenRewardConfig
 from trl_ext.trainers.token.objective import TokenObjective
 
@@ -39,8 +39,8 @@ class LabelledData:
 
     Args:
         kind (`str`): `"outcome"`, `"stepwise"` or `"segment"`.
-        tokenizer (`PreTrainedTokenizerBase`): makes token ids, by `policy`.
-        policy ([`TokenPolicy`]): how plain text becomes ids.
+        tokenizer (`PreTrainedTokenizerBase`): makes token ids, by `tokenization`.
+        tokenization ([`TokenizationSettings`]): how plain text becomes ids.
         args ([`TokenRewardConfig`]): limits, placement of labels.
         categories (`tuple[str, ...]`): names of the categories.
         objective ([`TokenObjective`]): says which labels the loss can use.
@@ -51,7 +51,7 @@ class LabelledData:
         self,
         kind: SpanKind,
         tokenizer: PreTrainedTokenizerBase,
-        policy: TokenPolicy,
+        tokenization: TokenizationSettings,
         args: TokenRewardConfig,
         categories: tuple[str, ...],
         objective: TokenObjective,
@@ -59,7 +59,7 @@ class LabelledData:
     ):
         self._kind = kind
         self._tokenizer = tokenizer
-        self._policy = policy
+        self._tokenization = tokenization
         self._args = args
         self._categories = categories
         self._objective = objective
@@ -80,7 +80,7 @@ class LabelledData:
                 dataset,
                 self._tokenizer,
                 kind=self._kind,
-                policy=self._policy,
+                tokenization=self._tokenization,
                 max_length=self._args.max_length,
                 dataset_name=name,
                 num_proc=self._args.dataset_num_proc,

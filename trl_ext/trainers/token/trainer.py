@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_len
 from trl_ext.data.collators import SpanCollator
 from trl_ext.data.span_rows import SpanKind
 from trl_ext.data.token_batches import span_sizes
-from trl_ext.data.tokenization import TokenPolicy
+from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models.heads import head_class, unwrap
 from trl_ext.models.sidecar import Sidecar
 from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
@@ -135,11 +135,17 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         )  # fmt: skip
         check_token_model(model, self._objective, self.kind, known)
         finish_set_up(model, processing_class, args)
-        policy = TokenPolicy.for_training(processing_class)
-        policy = policy if self.append_eos else TokenPolicy(append_eos=False)
+        tokenization = TokenizationSettings.for_training(processing_class)
+        tokenization = tokenization if self.append_eos else TokenizationSettings(append_eos=False)
 
         self._data = LabelledData(
-            self.rows, processing_class, policy, args, self._categories, self._objective, partial(self._reading, args)
+            self.rows,
+            processing_class,
+            tokenization,
+            args,
+            self._categories,
+            self._objective,
+            partial(self._reading, args),
         )
         if train_dataset is not None:
             train_dataset = self._data.prepare(train_dataset, "train", training=True)
@@ -170,7 +176,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             )
             self.data_collator = TokenRewardCollator(spans, self.rows)
         unwrap(self.model).add_model_tags(self._tag_names)
-        self._writer = self._writer_class(self, head, policy, **self._describe())
+        self._writer = self._writer_class(self, head, tokenization, **self._describe())
         self._recorder: EvaluationRecorder | None = None
         self._training = self._make_recorder()
         self._samples: SampleTable | None = None
