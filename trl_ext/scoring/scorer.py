@@ -44,9 +44,9 @@ class RewardScorer:
     A score is the model applied to the token ids that training made of the same text, by the tokenization settings
     stored with the model. A model without our `reward_model.json` (from the Hub, or trained by plain TRL) gets its
     chat template, or its tokenizer's own special tokens and no EOS, which is said once. Rows are sorted by length and
-    run in batches; scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less exactly in bf16).
-    They are computed in eval mode, without autocast and without gradients, and the model's mode is put back. Calls
-    from several threads wait for each other.
+    run in batches; scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less
+    exactly in bf16). They are computed in eval mode, without autocast and without gradients, and the model's mode is
+    put back. Calls from several threads wait for each other.
 
     In detail:
 
