@@ -76,11 +76,13 @@ def test_the_listing_names_the_distribution_without_importing_it(installed):
     assert "  plackett_luce  trl_ext.losses.ranking\n" in output
     assert "  hinge          trl-ext-plugin-hinge 0.1.0 (trl_ext_plugin_hinge:hinge)\n" in output
     assert "CONFLICT" not in output
+    declared = "uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False"
+    assert f"\n                   {declared}\n" in output  # --check shows what the plugin declares
 
 
 def test_the_tests_of_the_package_pass(installed):
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(PACKAGE / "tests"), installed=installed)
-    assert "7 passed" in output
+    assert "8 passed" in output
 
 
 def test_a_conflict_is_shown_and_fails_the_check(tmp_path, monkeypatch, capsys):

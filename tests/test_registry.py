@@ -1,7 +1,9 @@
 """The registry: names, plugins found through entry points, and every way in which a lookup fails."""
 
+import functools
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 
@@ -131,3 +133,47 @@ def test_all_registries_is_a_copy_in_order_of_creation(registry):
     assert all_registries() == [registry, other]
     all_registries().clear()
     assert all_registries() == [registry, other]
+
+
+@dataclass(frozen=True)
+class ThingProperties:
+    is_round: bool = False
+    colour: str | None = None
+
+
+@pytest.fixture
+def with_properties(monkeypatch):
+    monkeypatch.setattr(registry_module, "_REGISTRIES", [])
+    return Registry(kind="thing", group=GROUP, properties=ThingProperties)
+
+
+def test_properties_are_those_declared_and_strict_defaults_for_the_rest(with_properties, install):
+    @with_properties.register("ball", is_round=True)
+    def ball():
+        pass
+
+    @with_properties.declare(colour="red")
+    def box():
+        pass
+
+    assert with_properties.properties_of("ball") == ThingProperties(is_round=True)
+    assert with_properties.properties_of(box) == ThingProperties(colour="red")
+    assert with_properties.properties_of(functools.partial(functools.partial(ball))).is_round
+    assert with_properties.properties_of(max) == ThingProperties()
+    install("old-plugin", "old", "def thing(): pass")
+    assert with_properties.properties_of("old") == ThingProperties()
+    install("new-plugin", "new", "def thing(): pass\nthing.trl_ext_properties = {'is_round': True}")
+    assert with_properties.properties_of("new") == ThingProperties(is_round=True)
+
+
+def test_a_property_that_does_not_exist_is_refused_where_it_is_declared(with_properties, registry, install):
+    with pytest.raises(ValueError, match="'weight', which a thing does not have. Known properties: is_round, colour"):
+        with_properties.register("heavy", weight=3)
+    with pytest.raises(ValueError, match="'weight'"):
+        with_properties.declare(weight=3)
+    with pytest.raises(ValueError, match="Known properties: none"):
+        registry.register("heavy", weight=3)
+    assert registry.properties_of("built_in") is None
+    install("wrong-plugin", "wrong", "def thing(): pass\nthing.trl_ext_properties = {'weight': 3}")
+    with pytest.raises(ValueError, match="function thing.*'weight'"):
+        with_properties.properties_of("wrong")

@@ -1,16 +1,22 @@
 """Registries: where a string in a config selects a pure callable, built in or from an installed plugin.
 
-Knows names, callables and entry points. It does not know what the callables compute, and imports nothing but the
-standard library: a plugin is imported when its name is asked for, never before.
+A registry knows names, callables, entry points, and the properties that a callable declares (for example, that a loss
+compares two candidates). It does not know what the callables compute. It imports nothing but the standard library: a
+plugin is imported when you ask for its name, never before.
 """
 
 import difflib
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 F = TypeVar("F", bound=Callable)
+
+PROPERTIES = "trl_ext_properties"
+"""Attribute in which a callable keeps the properties that it declares, as a dictionary."""
 
 _REGISTRIES: list["Registry"] = []
 
@@ -31,6 +37,9 @@ class Registry:
             What is registered, in words for messages, e.g. `"ranking loss"`.
         group (`str`):
             Entry-point group that plugins use, e.g. `"trl_ext.ranking_losses"`.
+        properties (`type`, *optional*):
+            A dataclass with the properties that a callable of this kind can declare. Its defaults are the strict
+            reading: they hold for a callable that declares nothing.
 
     Example:
 
@@ -49,9 +58,10 @@ class Registry:
     ```
     """
 
-    def __init__(self, kind: str, group: str):
+    def __init__(self, kind: str, group: str, properties: type | None = None):
         self.kind = kind
         self.group = group
+        self._properties = properties
         self._callables: dict[str, Callable] = {}
         self._loaded: dict[str, Callable] = {}
         _REGISTRIES.append(self)
@@ -59,12 +69,12 @@ class Registry:
     def __repr__(self) -> str:
         return f"Registry(kind={self.kind!r}, group={self.group!r})"
 
-    def register(self, name: str) -> Callable[[F], F]:
+    def register(self, name: str, **properties: Any) -> Callable[[F], F]:
         """
-        Decorator that adds a callable under `name` and returns it unchanged.
+        Decorator that adds a callable under `name`, with the properties that it declares, and returns the callable.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if the name is taken, or this kind of callable has no such property.
         """
         if name in self._callables:
             raise ValueError(
@@ -72,10 +82,60 @@ class Registry:
             )
 
         def decorate(function: F) -> F:
-            self._callables[name] = function
+            self._callables[name] = declare(function)
+            return function
+
+        declare = self.declare(**properties)
+        return decorate
+
+    def declare(self, **properties: Any) -> Callable[[F], F]:
+        """
+        Decorator that notes the properties of a callable and returns it: for the target of a plugin's entry point, and
+        for a callable that you pass in place of a name.
+
+        Raises:
+            ValueError: if this kind of callable has no such property.
+
+        Example:
+
+        ```python
+        @ranking_losses.declare(uses_distances=False, max_candidates=None)
+        def my_loss(scores, ratings, mask, *, margin=None, target=None): ...
+        ```
+        """
+        self._read(properties, "the decorator")
+
+        def decorate(function: F) -> F:
+            if properties:
+                setattr(function, PROPERTIES, properties)
             return function
 
         return decorate
+
+    def properties_of(self, name: str | Callable) -> Any:
+        """
+        What the callable declares, as the registry's dataclass; what it does not declare has the strict default.
+
+        A `functools.partial` has the properties of the callable inside.
+
+        Raises:
+            As [`Registry.get`], and `ValueError` if it declares a property that this kind of callable does not have.
+        """
+        function = self.get(name)
+        while isinstance(function, partial):
+            function = function.func
+        # most callables, those of plugins too, declare nothing and have no such attribute
+        return self._read(getattr(function, PROPERTIES, None) or {}, f"{function!r}")
+
+    def _read(self, properties: dict[str, Any], where: str) -> Any:
+        known = [] if self._properties is None else [field.name for field in fields(self._properties)]
+        unknown = sorted(set(properties) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{where} declares {', '.join(map(repr, unknown))}, which a {self.kind} does not have. Known "
+                f"properties: {', '.join(known) or 'none'}."
+            )
+        return None if self._properties is None else self._properties(**properties)
 
     def get(self, name: str | Callable) -> Callable:
         """

@@ -126,6 +126,7 @@ def test_a_margin_beside_a_probability_is_refused_unless_the_loss_takes_both(bas
     ):
         trainer_for(base, config(tmp_path), rows)
 
+    @ranking_losses.declare(takes_margin=True, takes_target=True)
     def own(scores, ratings, mask, *, margin=None, target=None):
         return (scores[:, 0] - scores[:, 1]).square()
 

@@ -1,13 +1,14 @@
 """`trl-ext plugins`: which names a config can use, and which module or distribution each comes from.
 
-Listing imports our own registries (and torch with them), but no plugin; `--check` imports those too. It knows
-registries and prints them.
+Listing imports our own registries (and torch with them), but no plugin. `--check` imports the plugins too, and shows
+the properties that each callable declares.
 """
 
 import argparse
 import importlib
 import sys
 from collections import Counter
+from dataclasses import asdict
 
 from trl_ext.registry import Registry, all_registries
 
@@ -29,18 +30,21 @@ def make_parser(prog: str | None = "trl-ext plugins") -> argparse.ArgumentParser
         description="List the names that a config can use, built in or from plugins, and where each is from.",
     )
     parser.add_argument(
-        "--check", action="store_true", help="also import every plugin; the exit status is 1 if one cannot be used"
+        "--check",
+        action="store_true",
+        help="also import every plugin and show what it declares; the exit status is 1 if one cannot be used",
     )
     return parser
 
 
-def _problem(registry: Registry, name: str) -> str | None:
-    """What stops `name` from being used, or None."""
+def _check(registry: Registry, name: str) -> tuple[str, str | None]:
+    """The properties of a callable in words, and what stops it from being used, or None."""
     try:
-        registry.get(name)
+        properties = registry.properties_of(name)
     except (ValueError, TypeError, ImportError) as error:
-        return str(error)
-    return None
+        return "", str(error)
+    named = {} if properties is None else asdict(properties)
+    return ", ".join(f"{key}={value!r}" for key, value in named.items()), None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,8 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         for name, origin in entries:
             conflict = "  CONFLICT: this name cannot be used" if claims[name] > 1 else ""
             print(f"  {name:<{width}}  {origin}{conflict}")
-        if args.check:
-            problems += filter(None, (_problem(registry, name) for name in claims))
+            if args.check:
+                properties, problem = _check(registry, name)
+                if properties:
+                    print(f"  {'':<{width}}    {properties}")
+                if problem is not None and problem not in problems:
+                    problems.append(problem)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -116,7 +116,8 @@ def find_schema(columns: list[str], first: dict[str, Any], dataset_name: str, lo
             raise error(
                 "ranks",
                 "ratings, since this loss uses the distance between candidates and ranks only order them",
-                "Give a column 'ratings', or use plackett_luce or pairwise (without margins from ratings).",
+                "Give a column 'ratings', or use plackett_luce or pairwise (without margins from ratings). A loss of "
+                "your own takes ranks if it is declared with uses_distances=False.",
                 "ranks",
             )
     else:

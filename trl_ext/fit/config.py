@@ -81,6 +81,8 @@ def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
 
 def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace) -> Sizes:
     """The rows that fill the config's `max_length`, and how many make up a batch."""
+    from trl_ext.losses.ranking import ranking_losses
+
     longest, training = parsed.training.max_length, parsed.training
     wanted = (args.prompt_length or 0) + (args.completion_length or 0)
     if longest is not None and wanted > longest:
@@ -94,13 +96,15 @@ def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace
     if prompt is None:
         prompt = longest // 2 if args.completion_length is None else longest - args.completion_length
     completion = longest - prompt if args.completion_length is None else args.completion_length
-    candidates = args.candidates
+    candidates, ranked = args.candidates, command in ("reward", "ensemble")
+    most = ranking_losses.properties_of(training.loss_type).max_candidates if ranked else None
     if candidates is None:
-        ranked = command in ("reward", "ensemble")
         alone = not ranked and not training.group_by_prompt
-        candidates = 1 if alone else 2 if training.loss_type == "bradley_terry" else 4
-    elif training.loss_type == "bradley_terry" and candidates != 2:
-        raise ValueError(f"--candidates is {candidates}, and the config's loss_type bradley_terry learns from pairs.")
+        candidates = 1 if alone else min(4, most or 4)
+    elif most == 2 and candidates != 2:
+        raise ValueError(
+            f"--candidates is {candidates}, and the config's loss_type {training.loss_type} learns from pairs."
+        )
     if min(prompt, candidates) < 1 or completion < 2:
         raise ValueError("Needed: at least 1 token of prompt, 2 of completion and 1 candidate.")
     rows, words = training.per_device_train_batch_size, min(4096, config.get_text_config().vocab_size)

@@ -16,6 +16,7 @@ computation and the result are fp32 (fp64 where the scores are fp64).
 """
 
 from trl_ext.losses.ranking import (
+    RankingLossProperties,
     bradley_terry,
     center_rewards,
     listnet,
@@ -24,10 +25,12 @@ from trl_ext.losses.ranking import (
     pointwise,
     ranking_losses,
 )
-from trl_ext.losses.token import average, averaging_items, bce, ce, hinge, mse, token_losses
+from trl_ext.losses.token import TokenLossProperties, average, averaging_items, bce, ce, hinge, mse, token_losses
 
 
 __all__ = [
+    "RankingLossProperties",
+    "TokenLossProperties",
     "average",
     "averaging_items",
     "bce",

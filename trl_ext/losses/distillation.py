@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from trl_ext.losses.token import check_labels
+from trl_ext.losses.ranking import ranking_losses
+from trl_ext.losses.token import check_labels, token_losses
 
 
 class ConfidenceLoss:
@@ -139,6 +140,7 @@ def _balanced_threshold(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return torch.quantile(logits.double(), share.clamp(0.0, 1.0)).to(logits.dtype)
 
 
+@ranking_losses.declare(uses_distances=False, max_candidates=2, takes_target=True)
 class LogConfRanking:
     """
     [`ConfidenceLoss`] of pairs, with the signature of the ranking losses.
@@ -177,6 +179,7 @@ class LogConfRanking:
         return torch.zeros(len(scores), dtype=losses.dtype, device=losses.device).masked_scatter(real, losses)
 
 
+@token_losses.declare(outputs="log_odds", labels="probability")
 class LogConfToken:
     """
     [`ConfidenceLoss`] of labelled tokens, with the signature of the token losses, for heads of 1 or 2 outputs. Given

@@ -14,6 +14,7 @@ It does not know where scores come from, and nothing of tokens, batches of a tra
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,30 @@ from trl_ext.losses.ties import tied_blocks
 from trl_ext.registry import Registry
 
 
-ranking_losses = Registry(kind="ranking loss", group="trl_ext.ranking_losses")
+@dataclass(frozen=True)
+class RankingLossProperties:
+    """
+    What a ranking loss declares about itself. Defaults are the strict reading, which holds for an undeclared loss.
+
+    Args:
+        uses_distances (`bool` or `str`, *optional*, defaults to `True`):
+            The size of the ratings counts, so that `ranks` cannot be used. A string names the keyword argument of the
+            loss that switches this on.
+        max_candidates (`int`, *optional*, defaults to `2`):
+            The most candidates that a group may have; `None` for any number.
+        takes_margin (`bool`, *optional*, defaults to `False`):
+            The loss uses `margin`.
+        takes_target (`bool`, *optional*, defaults to `False`):
+            The loss uses `target`, the probability that the better candidate wins.
+    """
+
+    uses_distances: bool | str = True
+    max_candidates: int | None = 2
+    takes_margin: bool = False
+    takes_target: bool = False
+
+
+ranking_losses = Registry("ranking loss", "trl_ext.ranking_losses", RankingLossProperties)
 
 
 def _prepare(
@@ -62,7 +86,9 @@ def _zero_if_undecided(loss: torch.Tensor, ratings: torch.Tensor, mask: torch.Te
     return torch.where(spread > 0, loss, 0.0) + 0.0 * spread
 
 
-@ranking_losses.register("bradley_terry")
+@ranking_losses.register(
+    "bradley_terry", uses_distances="margin_from_ratings", max_candidates=2, takes_margin=True, takes_target=True
+)
 def bradley_terry(
     scores: torch.Tensor,
     ratings: torch.Tensor,
@@ -148,7 +174,7 @@ def bradley_terry(
     return _zero_if_undecided(loss, ratings, mask)
 
 
-@ranking_losses.register("pairwise")
+@ranking_losses.register("pairwise", uses_distances="margin_from_ratings", max_candidates=None, takes_margin=True)
 def pairwise(
     scores: torch.Tensor,
     ratings: torch.Tensor,
@@ -215,7 +241,7 @@ def pairwise(
     return _zero_if_undecided(loss, ratings, mask)
 
 
-@ranking_losses.register("plackett_luce")
+@ranking_losses.register("plackett_luce", uses_distances=False, max_candidates=None)
 def plackett_luce(
     scores: torch.Tensor,
     ratings: torch.Tensor,
@@ -295,7 +321,7 @@ def plackett_luce(
     return _zero_if_undecided(loss, ratings, mask)
 
 
-@ranking_losses.register("listnet")
+@ranking_losses.register("listnet", uses_distances=True, max_candidates=None)
 def listnet(
     scores: torch.Tensor,
     ratings: torch.Tensor,
@@ -349,7 +375,7 @@ def listnet(
     return _zero_if_undecided(loss, ratings, mask)
 
 
-@ranking_losses.register("pointwise")
+@ranking_losses.register("pointwise", uses_distances=True, max_candidates=None)
 def pointwise(
     scores: torch.Tensor,
     ratings: torch.Tensor,

@@ -15,6 +15,7 @@ It does not know which token stands for which span or step, and nothing of token
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,7 +24,34 @@ import torch.nn.functional as F
 from trl_ext.registry import Registry
 
 
-token_losses = Registry(kind="token loss", group="trl_ext.token_losses")
+@dataclass(frozen=True)
+class TokenLossProperties:
+    """
+    What a token loss declares about itself. Defaults are the strict reading, which holds for an undeclared loss.
+
+    Args:
+        outputs (`str`, *optional*, defaults to `"unknown"`):
+            What an output is. `"log_odds"`: of *right*, or a logit for each class, so that probabilities can be read
+            from it; `"label"`: an estimate of the label; `"sign"`: above 0 is right; `"unknown"`: only that more is
+            better.
+        labels (`str`, *optional*, defaults to `"any"`):
+            Labels that the loss can use, which are checked before training. `"probability"`: in [0, 1], and with three
+            outputs -1, 0 or 1; `"sign"`: +1 and -1, or 1 and 0; `"any"`: no check, the loss itself refuses.
+    """
+
+    outputs: Literal["log_odds", "label", "sign", "unknown"] = "unknown"
+    labels: Literal["probability", "sign", "any"] = "any"
+
+
+OUTPUT_MEANINGS = {
+    "log_odds": "log-odds of right",
+    "label": "estimate of the label, higher is better",
+    "sign": "above 0 is right, higher is better",
+}
+"""What an output is, in the words that a checkpoint keeps (`label_meaning`), for a head of one output."""
+
+
+token_losses = Registry("token loss", "trl_ext.token_losses", TokenLossProperties)
 
 
 def _prepare(
@@ -80,7 +108,7 @@ def _sum(terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, terms, 0.0).sum((1, 2))
 
 
-@token_losses.register("bce")
+@token_losses.register("bce", outputs="log_odds", labels="probability")
 def bce(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -132,7 +160,7 @@ def bce(
     return _sum(-right * q * F.logsigmoid(z) - wrong * (1 - q) * F.logsigmoid(-z), mask)
 
 
-@token_losses.register("ce")
+@token_losses.register("ce", outputs="log_odds", labels="probability")
 def ce(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -195,7 +223,7 @@ def ce(
     return _sum(-(weights * targets * logits.log_softmax(-1)).sum(-1), mask)
 
 
-@token_losses.register("mse")
+@token_losses.register("mse", outputs="label", labels="any")
 def mse(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -245,7 +273,7 @@ def mse(
     return _sum((logits[..., 0] - labels.masked_fill(~mask, 0.0)).square(), mask)
 
 
-@token_losses.register("hinge")
+@token_losses.register("hinge", outputs="sign", labels="sign")
 def hinge(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -14,6 +14,7 @@ from trl_ext.data import segmentation
 from trl_ext.data.offsets import Located, completion_text
 from trl_ext.data.segmentation import CharSpan, segmenters
 from trl_ext.data.tokenization import Completion, as_messages
+from trl_ext.losses.token import OUTPUT_MEANINGS
 from trl_ext.models.sidecar import Sidecar
 from trl_ext.scoring.aggregation import aggregators, weighted_categories
 
@@ -55,7 +56,9 @@ class TokenViews:
     def __init__(self, sidecar: Sidecar, aggregation: Aggregation | None, segmenter: Segmenter | None):
         self.kind = sidecar.kind
         self.is_scalar = sidecar.kind == "outcome" and aggregation is None  # then the last token's output is all
-        self._loss = sidecar.loss_type
+        meaning = sidecar.label_meaning  # what the loss declares, so that the losses of plugins count too
+        self._is_log_odds = sidecar.loss_type == "bce" or meaning == OUTPUT_MEANINGS["log_odds"]
+        self._is_label = sidecar.loss_type == "mse" or meaning == OUTPUT_MEANINGS["label"]
         self._outputs = sidecar.outputs_per_category
         self._categories = sidecar.categories or []
         self._placement = sidecar.label_placement or "last"
@@ -196,9 +199,9 @@ class TokenViews:
         outputs = outputs.double()
         if outputs.shape[1] > 1:
             return outputs.softmax(1)[:, 1 if neutral == "positive" else -1 :].sum(1)
-        if self._loss == "bce":
+        if self._is_log_odds:
             return outputs[:, 0].sigmoid()
-        return outputs[:, 0].clamp(0, 1) if self._loss == "mse" else outputs[:, 0]
+        return outputs[:, 0].clamp(0, 1) if self._is_label else outputs[:, 0]
 
     def _label(self, outputs: torch.Tensor) -> torch.Tensor:
         """The estimated label, (S, G), of outputs (S, G, C)."""
@@ -206,7 +209,7 @@ class TokenViews:
         if self._outputs > 1:
             classes = torch.arange(self._outputs, dtype=torch.float64) - (1 if self._outputs == 3 else 0)
             return outputs.softmax(-1) @ classes
-        return outputs[..., 0].sigmoid() if self._loss == "bce" else outputs[..., 0]
+        return outputs[..., 0].sigmoid() if self._is_log_odds else outputs[..., 0]
 
 
 def refuse(method: str, kind: str, name: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl_ext_plugin_hinge import hinge
 
-from trl_ext.losses import ranking_losses
+from trl_ext.losses import RankingLossProperties, ranking_losses
 
 
 def everyone(scores):
@@ -67,5 +67,15 @@ def test_errors():
         hinge(scores, ratings, everyone(scores), width=0.0)
 
 
-def test_is_found_by_name():
+def test_is_found_by_name_with_its_properties():
     assert ranking_losses.get("hinge") is hinge
+    assert ranking_losses.properties_of("hinge") == RankingLossProperties(
+        uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False
+    )
+
+
+def test_only_the_order_of_the_ratings_counts():
+    torch.manual_seed(0)
+    scores, ratings = torch.randn(4, 5), torch.rand(4, 5)
+    ranks = ratings.argsort(-1).argsort(-1).float()
+    assert torch.equal(hinge(scores, ratings, everyone(scores)), hinge(scores, ranks, everyone(scores)))

@@ -23,6 +23,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
+from trl_ext.losses.ranking import ranking_losses
+from trl_ext.losses.token import token_losses
 from trl_ext.models.fingerprint import model_identity, path_identity
 from trl_ext.pipelines.reward_functions import reward_identity
 from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageContext, run_stages
@@ -50,7 +52,6 @@ IRRELEVANT = (
 )
 IRRELEVANT_PREFIXES = ("logging_", "log_", "hub_", "push_to_hub", "save_", "eval_", "dataloader_")
 RELEVANT = ("dataloader_drop_last",)  # in spite of its prefix
-UNSOFT = ("pairwise", "plackett_luce", "listnet", "pointwise")  # losses of pairs that take no soft label
 KD_ONLY = ("kd_weight", "kd_schedule", "teacher_model_init_kwargs")
 
 
@@ -271,9 +272,14 @@ def _labels(
 # ----------------------------------------------------------------------------------------------------------- checks
 def check_outputs(config: WeakToStrongArguments, args: TrainingArguments) -> None:
     """Raise `ValueError` for a head or a loss whose outputs are no log-odds, or that takes no soft label."""
-    if config.task == "preference" and config.student_loss == "xent" and args.loss_type in UNSOFT:
+    if (
+        config.task == "preference"
+        and config.student_loss == "xent"
+        and not ranking_losses.properties_of(args.loss_type).takes_target
+    ):
         raise ValueError(
-            f"loss_type={args.loss_type!r} takes no probability, which a weak label is. Needed: 'bradley_terry'."
+            f"loss_type={args.loss_type!r} takes no probability, which a weak label is. Needed: 'bradley_terry', or a "
+            "loss that is declared with takes_target=True."
         )
     if config.task not in ("outcome", "steps"):
         return
@@ -283,9 +289,10 @@ def check_outputs(config: WeakToStrongArguments, args: TrainingArguments) -> Non
         )
     if config.student_loss == "logconf" and config.task == "steps" and args.num_labels != 2:
         raise ValueError("logconf of steps needs a head of two outputs: set num_labels=2 and loss_type='ce'.")
-    if args.loss_type in ("mse", "hinge"):
+    if token_losses.properties_of(args.loss_type).outputs != "log_odds":
         raise ValueError(
-            f"loss_type={args.loss_type!r} gives no log-odds, which weak labels are read from. Needed: 'bce' or 'ce'."
+            f"loss_type={args.loss_type!r} gives no log-odds, which weak labels are read from. Needed: 'bce', 'ce', or "
+            "a loss that is declared with outputs='log_odds'."
         )
 
 

@@ -1,11 +1,14 @@
 """The loss of a training run: a ranking loss by name or as a callable, its arguments, and what data it can use.
 
-Knows losses, batches and column names. Knows nothing of models or trainers. What cannot work is said before training.
+It knows losses, batches and column names, and nothing of models or trainers. What the loss cannot use raises an error
+before training: a loss declares its properties (see [`RankingLossProperties`]), and what it does not declare is read
+strictly.
 """
 
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,12 +16,14 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.validation import DataError
-from trl_ext.losses.ranking import bradley_terry, center_rewards, listnet, pointwise, ranking_losses
+from trl_ext.losses.ranking import center_rewards, ranking_losses
 
 
 PER_GROUP = {"margin": "group_margin", "target": "group_target"}
 """What a loss may be given per group, and the prepared column that it comes from."""
 
+SOURCES = {"margin": "margin", "target": "preference_probability"}
+"""The column of the user's rows that each of them comes from."""
 
 PAIR_COLUMNS = {"chosen", "chosen_ids"}
 RATING_COLUMNS = {"chosen_rating", "ratings"}
@@ -45,6 +50,7 @@ class RankingObjective:
         center_rewards_coefficient: float | None = None,
     ):
         self._loss = ranking_losses.get(loss_type)
+        self._properties = ranking_losses.properties_of(loss_type)
         self.name = loss_name(loss_type)
         self.loss_kwargs = dict(loss_kwargs or {})
         self._center = center_rewards_coefficient
@@ -61,12 +67,28 @@ class RankingObjective:
 
     @property
     def needs_ratings(self) -> bool:
-        """Whether the size of the ratings matters, so that `ranks` cannot be used."""
-        return self._loss in (listnet, pointwise) or bool(self.loss_kwargs.get("margin_from_ratings"))
+        """Whether the size of the ratings counts, so that `ranks` cannot be used."""
+        uses = self._properties.uses_distances
+        return bool(self._arguments().get(uses)) if isinstance(uses, str) else uses
+
+    def _arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the loss, those bound by a `functools.partial` too."""
+        bound, loss = {}, self._loss
+        while isinstance(loss, partial):
+            bound, loss = {**loss.keywords, **bound}, loss.func
+        return {**bound, **self.loss_kwargs}
 
     def __call__(self, scores: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each group, (B,), from scores (B, K) and the batch of a `GroupCollator`."""
         given = {name: batch[name] for name in PER_GROUP if name in batch}
+        limit = self._properties.max_candidates
+        if limit is not None and scores.shape[1] > limit:  # rows of a stream are first seen here
+            found = int(batch["group_mask"].sum(-1).max())
+            if found > limit:
+                raise ValueError(
+                    f"The loss '{self.name}' compares {limit} candidates, found {found} in a row: use `pairwise` or "
+                    "`plackett_luce`, or a loss that is declared with max_candidates=None."
+                )
         losses = self._loss(scores, batch["ratings"], batch["group_mask"], **given, **self.loss_kwargs)
         if self._center is not None:
             losses = losses + self._center * center_rewards(scores, batch["group_mask"])
@@ -75,28 +97,19 @@ class RankingObjective:
     def check_data(self, dataset: Dataset | IterableDataset, name: str) -> None:
         """Raise [`DataError`] if the prepared data set has columns or group sizes that the loss cannot use."""
         columns = set(dataset.column_names or [])
-        if self.loss_kwargs.get("margin_from_ratings") and columns & PAIR_COLUMNS and not columns & RATING_COLUMNS:
+        switch = self._properties.uses_distances
+        on = isinstance(switch, str) and self.needs_ratings
+        if on and columns & PAIR_COLUMNS and not columns & RATING_COLUMNS:
             raise DataError(
-                "pairs without ratings, and margin_from_ratings=True (every margin would be 1)",
+                f"pairs without ratings, and {switch}=True (every margin would be 1)",
                 "`chosen_rating` and `rejected_rating`",
-                "Add the two columns, or leave `margin_from_ratings` out of loss_kwargs.",
+                f"Add the two columns, or leave `{switch}` out of loss_kwargs.",
                 column="chosen_rating",
                 dataset=name,
             )
         for argument, column in PER_GROUP.items():
-            if column not in (dataset.column_names or []):
-                continue
-            try:
-                self._try(**{argument: torch.tensor([0.5, 0.25])})
-            except (TypeError, ValueError) as error:
-                source = {"margin": "margin", "target": "preference_probability"}[argument]
-                raise DataError(
-                    f"a column that the loss '{self.name}' cannot use ({error})",
-                    f"a loss that takes a {argument}, or data without one",
-                    f"Use 'bradley_terry', or drop it with dataset.remove_columns({source!r}).",
-                    column=source,
-                    dataset=name,
-                ) from error
+            if column in columns:
+                self._check_takes(argument, name)
         if columns.issuperset(PER_GROUP.values()):
             try:
                 self._try(**dict.fromkeys(PER_GROUP, torch.tensor([0.5, 0.25])))
@@ -108,21 +121,49 @@ class RankingObjective:
                     column="margin",
                     dataset=name,
                 ) from error
-        if self._loss is bradley_terry and isinstance(dataset, Dataset):  # of a stream the first batch tells
+        limit = self._properties.max_candidates
+        if limit is not None and isinstance(dataset, Dataset):
             columns = dataset.select_columns(["candidate_ratings", "row_index"]).with_format("arrow")[:]
             sizes = pc.list_value_length(columns["candidate_ratings"]).to_numpy()
-            if (sizes > 2).any():
-                position = int((sizes > 2).argmax())
+            if (sizes > limit).any():
+                position = int((sizes > limit).argmax())
                 raise DataError(
-                    f"{sizes[position]} candidates, and the loss 'bradley_terry' compares two",
-                    "2 candidates in every row",
-                    "Use loss_type='plackett_luce' or 'pairwise'.",
+                    f"{sizes[position]} candidates, and the loss '{self.name}' compares {limit}",
+                    f"{limit} candidates in every row",
+                    "Use loss_type='plackett_luce' or 'pairwise', or declare the loss with "
+                    "`@ranking_losses.declare(max_candidates=None)` if it takes any number.",
                     row=columns["row_index"][position].as_py(),
                     column="completions" if "completions" in dataset.column_names else "candidate_ids",
                     dataset=name,
                 )
 
+    def _check_takes(self, argument: str, name: str) -> None:
+        """Raise [`DataError`] unless the loss declares that it uses this argument, and can be called with it."""
+        source, reason, cause = SOURCES[argument], None, None
+        try:
+            self._try(**{argument: torch.tensor([0.5, 0.25])})
+        except (TypeError, ValueError) as error:
+            reason, cause = str(error), error
+        if reason is None and not getattr(self._properties, f"takes_{argument}"):
+            reason = f"it does not declare takes_{argument}=True"
+        if reason is not None:
+            raise DataError(
+                f"a column that the loss '{self.name}' cannot use ({reason})",
+                f"a loss that takes a {argument}, or data without one",
+                f"Use 'bradley_terry', or drop the column with dataset.remove_columns({source!r}). A loss that you "
+                f"wrote says that it uses the column with `@ranking_losses.declare(takes_{argument}=True)`.",
+                column=source,
+                dataset=name,
+            ) from cause
+
     def _check_arguments(self) -> None:
+        switch = self._properties.uses_distances
+        known = inspect.signature(self._loss).parameters
+        if isinstance(switch, str) and switch not in known:
+            raise ValueError(
+                f"The loss '{self.name}' declares uses_distances={switch!r}, and has no keyword argument of that name. "
+                f"Needed: True, False, or one of {[*known][3:]}."
+            )
         clash = sorted({*PER_GROUP, "scores", "ratings", "mask"} & set(self.loss_kwargs))
         if clash:
             raise ValueError(f"loss_kwargs gives {clash}, which come from the data. Give them as columns.")
@@ -141,7 +182,7 @@ class RankingObjective:
             ) from error
 
     def _try(self, **given: torch.Tensor) -> None:
-        """Call the loss on two pairs."""
+        """Call the loss on two pairs; raise what it raises, and `ValueError` unless it returns a loss for each."""
         scores, ratings = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         losses = self._loss(scores, ratings, torch.ones(2, 2, dtype=torch.bool), **given, **self.loss_kwargs)
         if not isinstance(losses, torch.Tensor) or losses.shape != (2,):
@@ -153,9 +194,12 @@ class RankingObjective:
 
 
 def loss_name(loss_type: str | Callable) -> str:
-    """The loss as a word: its name, or where a callable was defined."""
+    """The loss as a word: its name, or where a callable was defined; of a partial, with the arguments it binds."""
     if isinstance(loss_type, str):
         return loss_type
+    if isinstance(loss_type, partial):
+        bound = [*map(repr, loss_type.args), *(f"{name}={value!r}" for name, value in loss_type.keywords.items())]
+        return f"{loss_name(loss_type.func)}({', '.join(bound)})"
     if inspect.isfunction(loss_type):
         return f"{loss_type.__module__}.{loss_type.__qualname__}"
     return f"{type(loss_type).__module__}.{type(loss_type).__qualname__}"

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.validation import DataError
-from trl_ext.losses.token import average, averaging_items, averaging_terms, bce, ce, hinge, mse, token_losses
+from trl_ext.losses.token import OUTPUT_MEANINGS, average, averaging_items, averaging_terms, token_losses
 from trl_ext.metrics.token import log_odds
 from trl_ext.trainers.ranking.objective import loss_name
 
@@ -54,6 +54,7 @@ class TokenObjective:
         outputs: int,
     ):
         self._loss = token_losses.get(loss_type)
+        self._properties = token_losses.properties_of(loss_type)
         self.name = loss_name(loss_type)
         self.averaging = averaging
         self.categories = categories
@@ -63,8 +64,8 @@ class TokenObjective:
             if "class_weights" in self.loss_kwargs:
                 raise ValueError("class_weights is given twice, also in `loss_kwargs`. Give it in one place.")
             self.loss_kwargs["class_weights"] = list(class_weights)
-        self.is_number = self._loss is mse
-        self.calibrated = self._loss in (bce, ce)
+        self.is_number = self._properties.outputs == "label"
+        self.calibrated = self._properties.outputs == "log_odds"
         self.threshold = 0.5 if self.is_number else 0.0
         self._check_arguments()
         self._try()
@@ -108,14 +109,9 @@ class TokenObjective:
     @property
     def meaning(self) -> str:
         """What an output is, in words."""
-        if self._loss is ce:
+        if self.calibrated and self.outputs > 1:
             return "class logits: wrong, right" if self.outputs == 2 else "class logits: -1, 0, 1"
-        known = {
-            bce: "log-odds of right",
-            mse: "estimate of the label, higher is better",
-            hinge: "above 0 is right, higher is better",
-        }
-        return known.get(self._loss, f"outputs trained with the loss '{self.name}'")
+        return OUTPUT_MEANINGS.get(self._properties.outputs, f"outputs trained with the loss '{self.name}'")
 
     # --------------------------------------------------------------------------------------------------------- data
     def check_data(self, dataset: Dataset | IterableDataset, name: str, column: str) -> Dataset | IterableDataset:
@@ -125,9 +121,9 @@ class TokenObjective:
         Raises:
             DataError: a label that the loss cannot use, with row, column and cure.
         """
-        if self._loss not in (bce, ce, hinge):
+        if self._properties.labels == "any":
             return dataset
-        check = _LabelCheck(self._loss, self.outputs, name, column)
+        check = _LabelCheck(self.name, self._properties.labels == "sign", self.outputs, name, column)
         if isinstance(dataset, IterableDataset):
             return dataset.filter(check.row)
         for batch in dataset.select_columns(["label_values", "row_index"]).with_format("arrow").iter(batch_size=4096):
@@ -165,12 +161,20 @@ class TokenObjective:
 
 
 class _LabelCheck:
-    """Raises at the first label out of range for a loss; remembers whether -1 and 0 both occurred."""
+    """
+    Raises at the first label that a loss cannot use; remembers whether -1 and 0 both occurred.
 
-    def __init__(self, loss: Callable, outputs: int, name: str, column: str):
-        self._range = (loss is bce) or (loss is ce and outputs == 2)
-        self._hinge = loss is hinge
-        self._loss, self._outputs, self._name, self._column = loss.__name__, outputs, name, column
+    Args:
+        loss (`str`): the name of the loss, for messages.
+        signs (`bool`): labels are +1 and -1, or 1 and 0; else they are probabilities, and with three outputs -1, 0, 1.
+        outputs (`int`): outputs of the head for each category.
+        name, column (`str`): the data set and the column that the labels came from, for messages.
+    """
+
+    def __init__(self, loss: str, signs: bool, outputs: int, name: str, column: str):
+        self._range = not signs and outputs < 3
+        self._signs = signs
+        self._loss, self._outputs, self._name, self._column = loss, outputs, name, column
         self._seen: set[float] = set()
 
     def __call__(self, values: np.ndarray, rows: np.ndarray) -> None:
@@ -178,7 +182,7 @@ class _LabelCheck:
             self._refuse(values, rows, ~((values >= 0) & (values <= 1)), "labels in [0, 1]")
             return
         self._refuse(values, rows, ~np.isin(values, (-1.0, 0.0, 1.0)), "labels -1, 0 or 1")
-        if self._hinge:
+        if self._signs:
             self._seen.update(np.unique(values).tolist())
             if {-1.0, 0.0} <= self._seen:
                 self._refuse(values, rows, np.isin(values, (-1.0, 0.0)), "labels +1 and -1, or 1 and 0, not all three")
@@ -192,7 +196,7 @@ class _LabelCheck:
     def _refuse(self, values: np.ndarray, rows: np.ndarray, wrong: np.ndarray, needed: str) -> None:
         if wrong.any():
             first = int(wrong.argmax())
-            outputs = f" of {self._outputs} outputs" if self._loss == "ce" else ""
+            outputs = f" of {self._outputs} outputs" if self._outputs > 1 else ""
             raise DataError(
                 f"the label {values[first]:g}, which the loss '{self._loss}'{outputs} cannot use",
                 needed,

@@ -2,10 +2,15 @@
 
 import torch
 
+from trl_ext.losses import ranking_losses
+
 
 __all__ = ["hinge"]
 
 
+# What the trainer may rely on. Leave a property out, and the trainer takes the strict reading: the loss uses the
+# distances of the ratings, compares two candidates, and uses neither a margin nor a target.
+@ranking_losses.declare(uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False)
 def hinge(
     scores: torch.Tensor,
     ratings: torch.Tensor,
