@@ -15,8 +15,8 @@ A mask is bool and `True` means real; for token losses, that a label is given. S
 computation and the result are fp32 (fp64 where the scores are fp64).
 """
 
+from trl_ext.losses.properties import RankingLossProperties, TokenLossProperties
 from trl_ext.losses.ranking import (
-    RankingLossProperties,
     bradley_terry,
     center_rewards,
     listnet,
@@ -25,7 +25,7 @@ from trl_ext.losses.ranking import (
     pointwise,
     ranking_losses,
 )
-from trl_ext.losses.token import TokenLossProperties, average, averaging_items, bce, ce, hinge, mse, token_losses
+from trl_ext.losses.token import average, averaging_items, bce, ce, hinge, mse, token_losses
 
 
 __all__ = [

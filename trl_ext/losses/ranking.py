@@ -14,36 +14,13 @@ It does not know where scores come from, and nothing of tokens, batches of a tra
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from trl_ext.losses.properties import RankingLossProperties
 from trl_ext.losses.ties import tied_blocks
 from trl_ext.registry import Registry
-
-
-@dataclass(frozen=True)
-class RankingLossProperties:
-    """
-    What a ranking loss declares about itself. Defaults are the strict reading, which holds for an undeclared loss.
-
-    Args:
-        uses_distances (`bool` or `str`, *optional*, defaults to `True`):
-            The size of the ratings counts, so that `ranks` cannot be used. A string names the keyword argument of the
-            loss that switches this on.
-        max_candidates (`int`, *optional*, defaults to `2`):
-            The most candidates that a group may have; `None` for any number.
-        takes_margin (`bool`, *optional*, defaults to `False`):
-            The loss uses `margin`.
-        takes_target (`bool`, *optional*, defaults to `False`):
-            The loss uses `target`, the probability that the better candidate wins.
-    """
-
-    uses_distances: bool | str = True
-    max_candidates: int | None = 2
-    takes_margin: bool = False
-    takes_target: bool = False
 
 
 ranking_losses = Registry("ranking loss", "trl_ext.ranking_losses", RankingLossProperties)

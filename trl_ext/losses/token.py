@@ -15,40 +15,13 @@ It does not know which token stands for which span or step, and nothing of token
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from trl_ext.losses.properties import TokenLossProperties
 from trl_ext.registry import Registry
-
-
-@dataclass(frozen=True)
-class TokenLossProperties:
-    """
-    What a token loss declares about itself. Defaults are the strict reading, which holds for an undeclared loss.
-
-    Args:
-        outputs (`str`, *optional*, defaults to `"unknown"`):
-            What an output is. `"log_odds"`: of *right*, or a logit for each class, so that probabilities can be read
-            from it; `"label"`: an estimate of the label; `"sign"`: above 0 is right; `"unknown"`: only that more is
-            better.
-        labels (`str`, *optional*, defaults to `"any"`):
-            Labels that the loss can use, which are checked before training. `"probability"`: in [0, 1], and with three
-            outputs -1, 0 or 1; `"sign"`: +1 and -1, or 1 and 0; `"any"`: no check, the loss itself refuses.
-    """
-
-    outputs: Literal["log_odds", "label", "sign", "unknown"] = "unknown"
-    labels: Literal["probability", "sign", "any"] = "any"
-
-
-OUTPUT_MEANINGS = {
-    "log_odds": "log-odds of right",
-    "label": "estimate of the label, higher is better",
-    "sign": "above 0 is right, higher is better",
-}
-"""What an output is, in the words that a checkpoint keeps (`label_meaning`), for a head of one output."""
 
 
 token_losses = Registry("token loss", "trl_ext.token_losses", TokenLossProperties)

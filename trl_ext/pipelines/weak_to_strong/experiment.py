@@ -291,8 +291,8 @@ def check_outputs(config: WeakToStrongArguments, args: TrainingArguments) -> Non
         raise ValueError("logconf of steps needs a head of two outputs: set num_labels=2 and loss_type='ce'.")
     if token_losses.properties_of(args.loss_type).outputs != "log_odds":
         raise ValueError(
-            f"loss_type={args.loss_type!r} gives no log-odds, which weak labels are read from. Needed: 'bce', 'ce', or "
-            "a loss that is declared with outputs='log_odds'."
+            f"loss_type={args.loss_type!r} gives no log-odds, which weak labels are read from. Needed: 'bce', 'ce' "
+            "or a loss that is declared with outputs='log_odds'."
         )
 
 

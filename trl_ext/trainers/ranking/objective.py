@@ -161,7 +161,7 @@ class RankingObjective:
         known = inspect.signature(self._loss).parameters
         if isinstance(switch, str) and switch not in known:
             raise ValueError(
-                f"The loss '{self.name}' declares uses_distances={switch!r}, and has no keyword argument of that name. "
+                f"The loss '{self.name}' declares uses_distances={switch!r}, and has no such keyword argument. "
                 f"Needed: True, False, or one of {[*known][3:]}."
             )
         clash = sorted({*PER_GROUP, "scores", "ratings", "mask"} & set(self.loss_kwargs))

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.validation import DataError
-from trl_ext.losses.token import OUTPUT_MEANINGS, average, averaging_items, averaging_terms, token_losses
+from trl_ext.losses.properties import OUTPUT_MEANINGS
+from trl_ext.losses.token import average, averaging_items, averaging_terms, token_losses
 from trl_ext.metrics.token import log_odds
 from trl_ext.trainers.ranking.objective import loss_name
 
