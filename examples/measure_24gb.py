@@ -29,7 +29,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from trl_ext.bench.tools import formatted
+from trl_ext.bench.runner import formatted
 from trl_ext.fit import command as bench_fit
 
 

@@ -8,17 +8,15 @@ import pytest
 
 from tests.tiny import pair_rows, ranked_rows
 from trl_ext.bench import ensemble as bench_ensemble
-from trl_ext.bench import reward as bench_reward
+from trl_ext.bench import runner, synthetic
 from trl_ext.bench import score as bench_score
-from trl_ext.bench import tools as bench_tools
 from trl_ext.cli import bench
-from trl_ext.cli.ensemble import KINDS
 from trl_ext.cli.main import main
 
 
 TINY = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--repeats", "2"]
 STEPS = ["--batch_size", "2", "--steps", "2"]
-SLOW = sorted(KINDS.keys() - {"reward", "prm"})
+SLOW = sorted(bench_ensemble.KINDS.keys() - {"reward", "prm"})
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
@@ -136,8 +134,8 @@ def test_labelled_rows_have_the_lengths_that_were_asked_for(kind, labelled, tmp_
     from trl_ext.data.spans import prepare_spans
     from trl_ext.data.tokenization import TokenizationSettings
 
-    tokenizer = bench_tools.words_tokenizer()
-    rows = bench_tools.labelled_rows(kind, 2, p=5, c=7, k=3)
+    tokenizer = synthetic.words_tokenizer()
+    rows = synthetic.labelled_rows(kind, 2, p=5, c=7, k=3)
     kinds = {"orm": "outcome", "prm": "stepwise", "segment": "segment"}
     tokenization = (
         TokenizationSettings.for_training(tokenizer) if kind == "orm" else TokenizationSettings(append_eos=False)
@@ -147,33 +145,33 @@ def test_labelled_rows_have_the_lengths_that_were_asked_for(kind, labelled, tmp_
     for row in ready:
         assert len(row["span_input_ids"]) == 12 and row["completion_start"] == 5
         assert tokenizer.unk_token_id not in row["span_input_ids"] and len(row["label_positions"]) == labelled
-    longer = bench_tools.labelled_rows(kind, 1, p=0, c=2 * bench_tools.SPAN + 1, k=1)
+    longer = synthetic.labelled_rows(kind, 1, p=0, c=2 * synthetic.SPAN + 1, k=1)
     (row,) = prepare_spans(longer, tokenizer, kind=kinds[kind], tokenization=tokenization, max_length=None)[0]
     assert len(row["span_input_ids"]) == 33 and len(row["label_positions"]) == (33 if kind == "orm" else 3)
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_tools.importlib.util, "find_spec", lambda name: None)
-    assert bench_tools.plot_bars(tmp_path / "a.png", ["a"], {"b": [1.0]}, "y", "t") is False
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    assert runner.plot_bars(tmp_path / "a.png", ["a"], {"b": [1.0]}, "y", "t") is False
     assert not list(tmp_path.iterdir())
 
 
 def test_groups_share_their_prompt_and_nothing_else():
-    rows = bench_tools.synthetic_groups(6, prompt=5, completion=4, candidates=3)
+    rows = synthetic.synthetic_groups(6, prompt=5, completion=4, candidates=3)
     assert len(rows) == 6
     for row in rows:
         assert {tuple(ids[:5]) for ids in row["candidate_ids"]} == {tuple(row["candidate_ids"][0][:5])}
         assert len({ids[5] for ids in row["candidate_ids"]}) == 3
         assert {len(ids) for ids in row["candidate_ids"]} == {9}
         assert row["ratings"] == [3.0, 2.0, 1.0]
-    assert list(rows) == list(bench_tools.synthetic_groups(6, prompt=5, completion=4, candidates=3))
+    assert list(rows) == list(synthetic.synthetic_groups(6, prompt=5, completion=4, candidates=3))
 
 
 def test_the_tokenizer_of_a_data_set_is_lossless_and_shorter_than_bytes():
     from datasets import Dataset
 
     rows = Dataset.from_list(pair_rows(20, chat=True))
-    tokenizer = bench_tools.tokenizer_of(rows)
+    tokenizer = synthetic.tokenizer_of(rows)
     text = random.Random(0).choice(rows["chosen"])[0]["content"] + " é"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and len(ids) < len(text.encode()) / 2
@@ -182,18 +180,24 @@ def test_the_tokenizer_of_a_data_set_is_lossless_and_shorter_than_bytes():
 
 def test_medians_are_taken_step_by_step():
     runs = [
-        {"wall": [1.0, 5.0], "cpu": [1.0, 2.0], "peak": 3.0, "model_tokens": 7, "flat_batches": 0.5},
-        {"wall": [2.0, 4.0], "cpu": [1.0, 2.0], "peak": None, "model_tokens": 7, "flat_batches": 0.5},
-        {"wall": [9.0, 3.0], "cpu": [1.0, 2.0], "peak": 5.0, "model_tokens": 7, "flat_batches": 0.5},
+        runner.Run(wall=[1.0, 5.0], cpu=[1.0, 2.0], peak=3.0),
+        runner.Run(wall=[2.0, 4.0], cpu=[1.0, 2.0], peak=None),
+        runner.Run(wall=[9.0, 3.0], cpu=[1.0, 2.0], peak=5.0),
     ]
-    assert bench_reward._summary(runs, 30.0) == {
+    assert runner.medians(runs, 30.0, "_per_step") == {
         "seconds_per_step": 3.0,  # the medians are 2 and 4
         "cpu_seconds_per_step": 1.5,
         "tokens_per_second": 10.0,
         "peak_memory_mib": 4.0,
-        "model_tokens": 7,
-        "flat_batches": 0.5,
     }
+    assert "tokens_per_second" not in runner.medians(runs)
+
+
+def test_no_side_is_always_first():
+    order = []
+    sides = {name: lambda name=name: order.append(name) or runner.Run([1.0], [1.0]) for name in "ab"}
+    assert {name: len(runs) for name, runs in runner.in_turns(sides, 3).items()} == {"a": 3, "b": 3}
+    assert order == ["a", "b", "b", "a", "a", "b"]
 
 
 @pytest.mark.parametrize(

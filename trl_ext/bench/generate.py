@@ -2,31 +2,30 @@
 
 The plain loop takes prompts in the given order, pads them to the left, and asks for N sequences each
 (`num_return_sequences`), with the same number of completions in a batch. All sides run the same model with the same
-sampling in turns in one process. The model has random weights and never ends a completion, so all make as many tokens.
+sampling. The model has random weights and never ends a completion, so all sides make as many tokens.
 """
 
 import argparse
 import random
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_ext.bench.tools import (
-    FIRST_WORD,
-    VOCABULARY,
+from trl_ext.bench.runner import (
     add_model_arguments,
     check_counts,
     circumstances,
     dtype_of,
-    forget_peak,
     formatted,
-    peak,
+    in_turns,
+    medians,
+    mib,
+    place,
     plot_bars,
-    save_model,
-    words_tokenizer,
+    timed,
 )
+from trl_ext.bench.synthetic import VOCABULARY, random_words, save_model, words_tokenizer
 
 
 SIDES = {
@@ -63,7 +62,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: nothing to do, or the batch does not hold whole prompts, without which the plain loop cannot run.
     """
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from trl_ext.pipelines.generation.backends import make_generator
@@ -76,10 +74,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"--batch_size {args.batch_size} is no multiple of --num_generations {args.num_generations}, which a "
             "plain loop needs (ours does not)."
         )
-    transformers.utils.logging.disable_progress_bar()
     rng = random.Random(args.seed)
     lengths = [rng.randint((args.prompt_length + 1) // 2, args.prompt_length) for _ in range(args.num_prompts)]
-    prompts = [" ".join(f"w{rng.randrange(FIRST_WORD, VOCABULARY)}" for _ in range(length)) for length in lengths]
+    prompts = [random_words(length, VOCABULARY, rng) for length in lengths]
     tokenizer = words_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, args, args.prompt_length + args.completion_length, tokenizer)
@@ -146,23 +143,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     calls = {"plain": plain, "backend": backend, "stored": stored}
     for call in calls.values():  # the warm-up
         assert call() == args.num_prompts * args.num_generations
-    stamps: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in calls}
-    for repeat in range(args.repeats):
-        for name in calls if repeat % 2 == 0 else reversed(calls):
-            forget_peak()
-            wall, cpu = time.perf_counter(), time.process_time()
-            calls[name]()
-            stamps[name].append((time.perf_counter() - wall, time.process_time() - cpu, peak()))
     tokens = args.num_prompts * args.num_generations * args.completion_length
-    sides = {}
-    for name, measured in stamps.items():
-        wall, cpu, peaks = zip(*measured, strict=True)
-        sides[name] = {
-            "seconds": statistics.median(wall),
-            "cpu_seconds": statistics.median(cpu),
-            "tokens_per_second": tokens / statistics.median(wall),
-            "peak_memory_mib": None if None in peaks else statistics.median(peaks),
-        }
+    runs = in_turns({name: partial(timed, call) for name, call in calls.items()}, args.repeats)
+    sides = {name: medians(found, tokens) for name, found in runs.items()}
     return {
         "sides": sides,
         "ratio": {name: side["seconds"] / sides["plain"]["seconds"] for name, side in sides.items()},
@@ -176,21 +159,20 @@ def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
     rows = [["", "s", "CPU s", "tokens/s", "peak MiB", "wall", "CPU"]]
     for name, side in report["sides"].items():
-        memory = side["peak_memory_mib"]
         rows.append(
             [
                 SIDES[name],
                 f"{side['seconds']:.3f}",
                 f"{side['cpu_seconds']:.3f}",
                 f"{side['tokens_per_second']:,.0f}",
-                "-" if memory is None else f"{memory:,.0f}",
+                mib(side["peak_memory_mib"]),
                 f"{report['ratio'][name]:.2f}x",
                 f"{report['cpu_ratio'][name]:.2f}x",
             ]
         )
     return (
         f"{formatted(rows)}\nwall and CPU: that side / the plain loop; medians, {report['completions']} completions\n"
-        f"{report['machine']}, {report['dtype']}, {report['attention']} attention, memory {report['memory']}"
+        f"{place(report)}"
     )
 
 

@@ -1,33 +1,42 @@
 """`trl-ext bench reward`: training steps of our `RewardTrainer` beside the same steps on padded rows.
 
-Pairs are trained by `trl.RewardTrainer` on the other side. It knows only pairs, so for larger groups the other side is
-our trainer with `shared_prefix=False`: right-padded rows, as TRL lays pairs out, through the same ranking loss. Both
-sides train in turns in one process, on the same batches. Knows trainers, and nothing of how either works.
+For pairs the other side is `trl.RewardTrainer`. It knows only pairs, so for larger groups the other side is our
+trainer with `shared_prefix=False`: right-padded rows, as TRL lays pairs out, through the same ranking loss. Both sides
+train on the same batches. The case knows trainers. It does not know how either of them works.
 """
 
 import argparse
 import statistics
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.bench.tools import (
-    FIRST_WORD,
-    VOCABULARY,
-    CountTokens,
+from trl_ext.bench.runner import (
+    Run,
+    add_memory_arguments,
     add_model_arguments,
+    add_run_arguments,
+    apart,
     check_counts,
     circumstances,
-    differences,
-    dtype_of,
-    forget_peak,
     formatted,
-    peak,
-    plot_bars,
+    in_turns,
+    medians,
+    mib,
+    place,
+    plot_speedups,
+    quantization_of,
+    ratios_of_turns,
+    shape_of,
+    timed_training,
+    training_arguments,
+)
+from trl_ext.bench.synthetic import (
+    FIRST_WORD,
+    VOCABULARY,
     save_model,
-    step_clock,
-    step_profiler,
     synthetic_groups,
     tokenizer_of,
     words_tokenizer,
@@ -67,14 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max_length", type=int, default=1024, help="longest candidate of --dataset_name")
     parser.add_argument("--batch_size", type=int, help="groups in a batch; default: about 2,048 padded tokens, or 4")
-    parser.add_argument("--lora_r", type=int, default=16, help="rank of LoRA on all linear layers; 0: full weights")
-    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 base (QLoRA)")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps of a run")
-    parser.add_argument("--warmup", type=int, default=1, help="steps at the start of a run that are not timed")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side, in turns")
     parser.add_argument("--profile", action="store_true", help="also: the operators that the last step's time goes to")
     parser.add_argument("--output_dir", default="outputs/bench_reward", help="where bench.json and bench.png go")
+    add_run_arguments(parser)
+    add_memory_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -90,12 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         `fraction_of_bound`, and `loss_max_difference`; with `--profile` also `profile`, of each side `name`, `share`
         of the step and `calls` of its operators.
     """
-    import datasets
-    import transformers
-
     check_counts(args, warmup=1, steps=1, repeats=1)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (case, tokenizer) in enumerate(_cases(args)):
@@ -110,12 +110,9 @@ def _cases(args: argparse.Namespace) -> list[tuple[Case, Any]]:
     """The work to do, with the tokenizer that goes with it."""
     batches, cases = args.warmup + args.steps, []
     for shape in args.shapes:
-        try:
-            p, c, k = map(int, shape.split(","))
-        except ValueError as error:
-            raise ValueError(f"{shape!r} is no shape. Needed: P,C,K, e.g. 256,64,4.") from error
-        if p < 0 or c < 1 or not 2 <= k <= VOCABULARY - FIRST_WORD:
-            raise ValueError(f"{shape!r} is no shape. Needed: P >= 0, C >= 1 and K >= 2.")
+        p, c, k = shape_of(shape, "P,C,K", (0, 1, 2), "P >= 0, C >= 1 and K >= 2")
+        if k > VOCABULARY - FIRST_WORD:
+            raise ValueError(f"{shape!r} has more candidates than the {VOCABULARY - FIRST_WORD} words that begin one.")
         size = args.batch_size or max(1, PADDED_TOKENS // (k * (p + c)))
         rows = synthetic_groups(size * batches, p, c, k, args.seed)
         cases.append((Case(f"({p}, {c}, {k})", rows, size, k * (p + c) / (p + k * c)), words_tokenizer()))
@@ -152,138 +149,69 @@ def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
 
 
 def _measure_case(case: Case, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    sides = ("padded", "trl_ext")
-    losses = {side: _run(case, side, model, args, logging_steps=1)["losses"] for side in sides}
-    runs: dict[str, list[dict]] = {side: [] for side in sides}
-    for repeat in range(args.repeats):
-        for side in sides if repeat % 2 == 0 else reversed(sides):  # neither is always first
-            runs[side].append(_run(case, side, model, args, logging_steps=10))
-    sequence_tokens = sum(len(ids) for group in case.rows["candidate_ids"] for ids in group)
-    report = {side: _summary(runs[side], sequence_tokens / (args.warmup + args.steps)) for side in sides}
-    padded, ours = report["padded"], report["trl_ext"]
-    bound = padded["model_tokens"] / ours["model_tokens"]
-    profiles = {}
-    if args.profile:
-        profiles["profile"] = {side: _run(case, side, model, args, 10, profiled=True)["operators"] for side in sides}
-    turns = {clock: _ratios(runs, clock) for clock in ("wall", "cpu")}
+    train = {side: partial(_train, case, side, model, args) for side in ("padded", "trl_ext")}
+    losses = {side: run(logging_steps=1).losses for side, run in train.items()}
+    runs = in_turns(train, args.repeats)
+    tokens = sum(len(ids) for group in case.rows["candidate_ids"] for ids in group) / (args.warmup + args.steps)
+    sides = {side: _summary(found, tokens) for side, found in runs.items()}
+    bound = sides["padded"]["model_tokens"] / sides["trl_ext"]["model_tokens"]
+    turns = ratios_of_turns(runs["padded"], runs["trl_ext"])
     cpu_speedup = statistics.median(turns["cpu"])
-    return {
+    report = {
         "name": case.name,
         "baseline": "trl.RewardTrainer"
         if case.pairs
         else "padded rows (trl_ext.RewardTrainer, shared_prefix=False, plackett_luce)",
         "groups_per_batch": case.batch_size,
-        "sides": report,
+        "sides": sides,
         "speedup": statistics.median(turns["wall"]),
         "cpu_speedup": cpu_speedup,
         "speedup_of_turns": turns,
         "token_bound": bound,
         "formula": case.formula,
         "fraction_of_bound": cpu_speedup / bound,
-        "loss_max_difference": max(abs(a - b) for a, b in zip(losses["padded"], losses["trl_ext"], strict=True)),
+        "loss_max_difference": apart(losses["padded"], losses["trl_ext"]),
         "losses_compared": len(losses["padded"]),
-        **profiles,
     }
+    if args.profile:
+        report["profile"] = {side: run(profiled=True).operators for side, run in train.items()}
+    return report
 
 
-def _run(
-    case: Case, side: str, model: str, args: argparse.Namespace, logging_steps: int, profiled: bool = False
-) -> dict[str, Any]:
-    """Train once: seconds and CPU seconds of each timed step, losses, peak memory, tokens through the model."""
-    import torch
+def _summary(runs: list[Run], tokens: float) -> dict[str, float | None]:
+    layout = {"model_tokens": runs[0].model_tokens, "flat_batches": runs[0].flat_batches}
+    return medians(runs, tokens, "_per_step") | layout
+
+
+def _train(case: Case, side: str, model: str, args: argparse.Namespace, profiled: bool = False, **more: Any) -> Run:
+    """Train once; `more` are arguments of the config."""
     import trl
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PrinterCallback
 
     import trl_ext
 
-    theirs = side == "padded" and case.pairs
-    rows, own = case.rows, {}
+    library, rows = trl_ext, case.rows
     if case.pairs:
         rows = rows.map(_as_pair, remove_columns=rows.column_names, load_from_cache_file=False)
-    if not theirs:
-        own = {"shared_prefix": "auto" if side == "trl_ext" else False, "min_survival": 0.0}
-        own["loss_type"] = "bradley_terry" if case.pairs else "plackett_luce"
-    dtype = dtype_of(args)
-    config = (trl.RewardConfig if theirs else trl_ext.RewardConfig)(
-        output_dir=f"{model}/{side}",
-        per_device_train_batch_size=case.batch_size,
-        max_steps=args.warmup + args.steps,
-        logging_steps=logging_steps,
-        gradient_checkpointing=args.gradient_checkpointing,
-        bf16=dtype == "bfloat16",
-        model_init_kwargs={"dtype": dtype, "attn_implementation": args.attn_implementation},
-        max_length=None,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=args.seed,
-        **own,
-    )
-    quantization = None
-    if args.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.__dict__[dtype]
-        )
-    trainer = (trl.RewardTrainer if theirs else trl_ext.RewardTrainer)(
+    if side == "padded" and case.pairs:
+        library = trl
+    else:
+        more |= {"shared_prefix": "auto" if side == "trl_ext" else False, "min_survival": 0.0}
+        more["loss_type"] = "bradley_terry" if case.pairs else "plackett_luce"
+    adapter = {"r": args.lora_r, "target_modules": "all-linear", "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    trainer = library.RewardTrainer(
         model=model,
-        args=config,
+        args=library.RewardConfig(**training_arguments(args, f"{model}/{side}", case.batch_size, **more)),
         train_dataset=rows,
-        quantization_config=quantization,
-        peft_config=LoraConfig(
-            r=args.lora_r, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
-        )
-        if args.lora_r
-        else None,
+        quantization_config=quantization_of(args),
+        peft_config=LoraConfig(**adapter) if args.lora_r else None,
     )
-    trainer.remove_callback(PrinterCallback)
-    counter = CountTokens(trainer.data_collator)
-    trainer.data_collator = counter
-    clock = step_clock()
-    trainer.add_callback(clock)
-    profiler = step_profiler(args.warmup + args.steps - 1) if profiled else None
-    if profiler is not None:
-        trainer.add_callback(profiler)
-    forget_peak()
-    trainer.train()
-    skip = args.warmup - 1  # the first difference of two stamps belongs to the second step
-    return {
-        "wall": differences(clock.wall)[skip:],
-        "cpu": differences(clock.cpu)[skip:],
-        "peak": peak(),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "model_tokens": counter.tokens / (args.warmup + args.steps),
-        "flat_batches": counter.flat / (args.warmup + args.steps),
-        "operators": [] if profiler is None else profiler.operators,
-    }
+    return timed_training(trainer, args.warmup, profiled)
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, list[int]]:
     ids = [ids for _, ids in sorted(zip(row["ratings"], row["candidate_ids"], strict=True), reverse=True)]
     return {"chosen_ids": ids[0], "rejected_ids": ids[1]}
-
-
-def _summary(runs: list[dict[str, Any]], sequence_tokens: float) -> dict[str, float | None]:
-    """Medians of each step over the runs (its batch is the same in all), averaged over the steps."""
-    wall, cpu = (
-        statistics.fmean(map(statistics.median, zip(*(run[name] for run in runs), strict=True)))
-        for name in ("wall", "cpu")
-    )
-    peaks = [run["peak"] for run in runs if run["peak"] is not None]
-    return {
-        "seconds_per_step": wall,
-        "cpu_seconds_per_step": cpu,
-        "tokens_per_second": sequence_tokens / wall,
-        "peak_memory_mib": statistics.median(peaks) if peaks else None,
-        "model_tokens": runs[0]["model_tokens"],
-        "flat_batches": runs[0]["flat_batches"],
-    }
-
-
-def _ratios(runs: dict[str, list[dict[str, Any]]], clock: str) -> list[float]:
-    """Their time over ours, turn by turn: the two runs of a turn meet the same load."""
-    turns = zip(runs["padded"], runs["trl_ext"], strict=True)
-    return [sum(theirs[clock]) / sum(ours[clock]) for theirs, ours in turns]
 
 
 def _line(case: dict[str, Any]) -> str:
@@ -293,10 +221,6 @@ def _line(case: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
-
-    def memory(side: dict[str, Any]) -> str:
-        return "-" if side["peak_memory_mib"] is None else f"{side['peak_memory_mib']:,.0f}"
-
     rows = [
         [
             "(P, C, K)",
@@ -329,17 +253,17 @@ def table(report: dict[str, Any]) -> str:
                 f"{case['fraction_of_bound']:.0%}",
                 f"{padded['tokens_per_second']:,.0f}",
                 f"{ours['tokens_per_second']:,.0f}",
-                memory(padded),
-                memory(ours),
+                mib(padded["peak_memory_mib"]),
+                mib(ours["peak_memory_mib"]),
                 f"{case['loss_max_difference']:.0e}",
             ]
         )
+    profiles = "".join(_profile_lines(case) for case in report["cases"] if "profile" in case)
     return (
         f"{formatted(rows)}\nTRL: trl.RewardTrainer; for groups of more than two, padded rows through our "
         "Plackett-Luce loss. Medians of a whole optimizer step; wall and CPU: theirs / ours, above 1 is faster, the "
         "median of the turns.\n"
-        f"{report['machine']}, {report['dtype']}, {report['attention']} attention, in flat rows sdpa by index, "
-        f"memory {report['memory']}" + "".join(_profile_lines(case) for case in report["cases"] if "profile" in case)
+        f"{place(report)}; flat rows: sdpa by index{profiles}"
     )
 
 
@@ -353,11 +277,4 @@ def _profile_lines(case: dict[str, Any], smallest: float = 0.02) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> bool:
     """Time ratio and token bound of every case as bars; `False` where matplotlib is not installed."""
-    cases = report["cases"]
-    series = {
-        "time ratio (wall)": [case["speedup"] for case in cases],
-        "time ratio (CPU)": [case["cpu_speedup"] for case in cases],
-        "token bound": [case["token_bound"] for case in cases],
-    }
-    title = f"Optimizer step, padded rows over shared prefix\n{report['machine']}, {report['dtype']}"
-    return plot_bars(path, [case["name"] for case in cases], series, "times faster", title)
+    return plot_speedups(report, "Optimizer step, padded rows over shared prefix", path)

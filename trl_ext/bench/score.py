@@ -1,34 +1,33 @@
 """`trl-ext bench score`: N completions of each prompt, scored by `RewardScorer` and as rows padded in two ways.
 
 The other sides are TRL's way (rows in the given order, tokenized, padded and run in batches of a fixed size) and our
-scorer with `shared_prefix=False` (rows sorted by length under a token budget). Beside that last one, the same weights
-as an outcome model score every token. All score the same texts in turns in one process. Knows scorers, and nothing of
-how they work.
+scorer with `shared_prefix=False` (rows sorted by length under a token budget). A fourth side scores every token, with
+the same weights as an outcome model. The case knows scorers. It does not know how they work.
 """
 
 import argparse
 import copy
 import random
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_ext.bench.tools import (
-    FIRST_WORD,
-    VOCABULARY,
+from trl_ext.bench.runner import (
     add_model_arguments,
+    apart,
     check_counts,
     circumstances,
     dtype_of,
-    forget_peak,
     formatted,
-    peak,
+    in_turns,
+    medians,
+    mib,
+    place,
     plot_bars,
-    save_model,
-    words_tokenizer,
+    timed,
 )
+from trl_ext.bench.synthetic import VOCABULARY, random_words, save_model, words_tokenizer
 
 
 SIDES = {
@@ -55,14 +54,12 @@ def synthetic_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Prompts, and completions of half to all of `completion_length` words; rows are in random order."""
     rng = random.Random(args.seed)
 
-    def words(length: int) -> str:
-        return " ".join(f"w{rng.randrange(FIRST_WORD, VOCABULARY)}" for _ in range(length))
-
     longest = args.completion_length
     rows = []
     for _ in range(args.num_prompts):
-        prompt = words(args.prompt_length)
-        rows += [(prompt, " " + words(rng.randint((longest + 1) // 2, longest))) for _ in range(args.num_completions)]
+        prompt = random_words(args.prompt_length, VOCABULARY, rng)
+        lengths = [rng.randint((longest + 1) // 2, longest) for _ in range(args.num_completions)]
+        rows += [(prompt, " " + random_words(length, VOCABULARY, rng)) for length in lengths]
     rng.shuffle(rows)
     return [prompt for prompt, _ in rows], [completion for _, completion in rows]
 
@@ -78,7 +75,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         time of scoring every token over that of one score a row, both in sorted rows), and the circumstances.
     """
     import torch
-    import transformers
     from transformers import AutoModelForSequenceClassification
 
     from trl_ext import RewardScorer
@@ -87,7 +83,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from trl_ext.models.sidecar import Sidecar, set_sidecar
 
     check_counts(args, num_prompts=1, num_completions=1, prompt_length=1, completion_length=1, batch_size=1, repeats=1)
-    transformers.utils.logging.disable_progress_bar()
     prompts, completions = synthetic_texts(args)
     tokenizer = words_tokenizer()
     rows = [tokenizer(p + c)["input_ids"] for p, c in zip(prompts, completions, strict=True)]
@@ -128,24 +123,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     by_token = RewardScorer(verifier, tokenizer)
     calls["tokens"] = lambda: [row[-1] for row in by_token.score_tokens(prompts, completions)]
     scores = {name: call() for name, call in calls.items()}  # the warm-up
-    stamps: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in calls}
-    for repeat in range(args.repeats):
-        for name in calls if repeat % 2 == 0 else reversed(calls):
-            forget_peak()
-            wall, cpu = time.perf_counter(), time.process_time()
-            calls[name]()
-            stamps[name].append((time.perf_counter() - wall, time.process_time() - cpu, peak()))
-
-    sides = {}
-    for name, measured in stamps.items():
-        wall, cpu, peaks = zip(*measured, strict=True)
-        sides[name] = {
-            "seconds": statistics.median(wall),
-            "cpu_seconds": statistics.median(cpu),
-            "tokens_per_second": sequence_tokens / statistics.median(wall),
-            "peak_memory_mib": None if None in peaks else statistics.median(peaks),
-            "score_max_difference": max(abs(a - b) for a, b in zip(scores[name], scores["given_order"], strict=True)),
-        }
+    runs = in_turns({name: partial(timed, call) for name, call in calls.items()}, args.repeats)
+    sides = {
+        name: medians(found, sequence_tokens) | {"score_max_difference": apart(scores[name], scores["given_order"])}
+        for name, found in runs.items()
+    }
     bound = sequence_tokens / (sequence_tokens - repeated)
     shared = sides["shared"]
     return {
@@ -164,14 +146,13 @@ def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
     rows = [["", "s", "CPU s", "tokens/s", "peak MiB", "wall", "CPU", "score diff"]]
     for name, side in report["sides"].items():
-        memory = side["peak_memory_mib"]
         rows.append(
             [
                 SIDES[name],
                 f"{side['seconds']:.3f}",
                 f"{side['cpu_seconds']:.3f}",
                 f"{side['tokens_per_second']:,.0f}",
-                "-" if memory is None else f"{memory:,.0f}",
+                mib(side["peak_memory_mib"]),
                 f"{report['speedup'][name]:.2f}x",
                 f"{report['cpu_speedup'][name]:.2f}x",
                 f"{side['score_max_difference']:.0e}",
@@ -181,8 +162,7 @@ def table(report: dict[str, Any]) -> str:
         f"{formatted(rows)}\nwall and CPU: that side / shared prompts; token bound without any padding "
         f"{report['token_bound']:.2f}, of which {report['fraction_of_bound']:.0%} is reached beside sorted rows; "
         f"medians of {report['rows']} rows\nevery token / one score a row, both in sorted rows: "
-        f"{report['token_cost']:.2f} of the CPU time\n{report['machine']}, {report['dtype']}, "
-        f"{report['attention']} attention, memory {report['memory']}"
+        f"{report['token_cost']:.2f} of the CPU time\n{place(report)}"
     )
 
 

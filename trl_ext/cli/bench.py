@@ -1,22 +1,20 @@
 """`trl-ext bench`: our training steps and our scoring beside TRL's way, on the same work, in one process.
 
 Nothing is downloaded: models have random weights, and rows are synthetic or come from a file that you name. It knows
-the sub-commands' names and where a report goes; what is measured is in `bench_reward`, `bench_token` and
-their kin.
+the names of the cases. `trl_ext.bench.runner` runs them; each case is a module of `trl_ext.bench` or `trl_ext.fit`.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
-from pathlib import Path
 
 from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import generate as bench_generate
 from trl_ext.bench import reward as bench_reward
 from trl_ext.bench import score as bench_score
 from trl_ext.bench import token as bench_token
+from trl_ext.bench.runner import run_case
 from trl_ext.cli.main import TRACEBACK
 from trl_ext.fit import command as bench_fit
 
@@ -49,20 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     level = ours.level
     ours.setLevel(logging.ERROR)  # each of the many trainers would say that it reports nowhere
     try:
-        report = module.measure(args)
+        run_case(args.command, module, args)
     except ValueError as error:
         if os.environ.get(TRACEBACK):
             raise
         parser.error(str(error))
     finally:
         ours.setLevel(level)
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    report = {"bench": args.command, **report}
-    Path(output, "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(module.table(report))  # after the file: the reader may be gone
-    plotted = module.plot(report, output / "bench.png")
-    print(f"Wrote {output / 'bench.json'}" + (" and bench.png." if plotted else " (no bench.png without matplotlib)."))
     return 0
 
 

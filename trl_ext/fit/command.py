@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_ext.bench.tools import circumstances, formatted
+from trl_ext.bench.runner import circumstances, formatted
 from trl_ext.fit.changes import advise, changes
 from trl_ext.fit.config import (
     TRAINERS,

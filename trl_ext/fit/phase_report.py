@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_ext.bench.tools import formatted
+from trl_ext.bench.runner import formatted
 from trl_ext.fit.changes import advise
 from trl_ext.fit.config import attention_note, check_attention
 from trl_ext.fit.phases import Phase

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.bench.tools import FIRST_WORD, VOCABULARY, words_tokenizer
+from trl_ext.bench.synthetic import FIRST_WORD, VOCABULARY, words_tokenizer
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_ext.bench.tools import CountTokens, differences, forget_peak, peak, step_clock
+from trl_ext.bench.runner import CountTokens, differences, forget_peak, peak, step_clock
 from trl_ext.fit.config import TRAINERS, Parsed, changed
 from trl_ext.fit.rows import SEPARATOR, Sizes, random_text, rows_for
 
