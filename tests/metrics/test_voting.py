@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import pandas as pd
 import pytest
 import torch
 
@@ -158,3 +159,10 @@ class TestBootstrap:
             bootstrap_interval([1.0], level=95)
         with pytest.raises(ValueError, match="2 groups for 1 values"):
             bootstrap_interval([1.0], groups=["a", "b"])
+
+    def test_a_series_is_read_by_place_whatever_its_index(self):
+        values, scores = [0.0, 1.0, 1.0], [3.0, 2.0, 1.0]
+        series = [pd.Series(column, index=[2, 0, 1]) for column in (values, scores)]
+        assert best_of_k(*series, k=2) == best_of_k(values, scores, k=2)
+        assert best_of_k_curve(pd.Series([values]), pd.Series([scores])) == best_of_k_curve([values], [scores])
+        assert bootstrap_interval(series[1]) == bootstrap_interval(scores)

@@ -3,7 +3,9 @@
 import json
 import linecache
 import math
+import sys
 
+import pandas as pd
 import pytest
 from datasets import Dataset
 
@@ -12,9 +14,8 @@ from trl_ext import best_of_n
 from trl_ext.cli.main import main
 from trl_ext.data.validation import DataError
 from trl_ext.demo.model import tiny_reward_base
-from trl_ext.pipelines.answers import last_line, last_number, math_answers
 from trl_ext.pipelines.best_of_n import Best, Picker
-from trl_ext.pipelines.generation.sampling import Completion
+from trl_ext.pipelines.generation.records import Completion
 from trl_ext.pipelines.reward_functions import RewardError
 
 
@@ -136,17 +137,32 @@ class TestVotes:
         assert (pick.answer, pick.completion) == ("x", "no idea")
 
 
-class TestAnswers:
-    def test_math_groups_equal_values(self):
-        pytest.importorskip("math_verify")
-        texts = ["so \\boxed{1/2}", "The answer is 0.5", "A: 3", "I do not know", "$x = 3$", "\\boxed{\\frac{2}{4}}"]
-        answers = math_answers(texts)
-        assert answers[0] == answers[1] == answers[5] and answers[2] == answers[4] and answers[3] is None
-        assert len(set(answers)) == 3
+def test_a_begun_answer_and_its_continuation_are_one_turn(base):
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good"}]
+    seen = []
 
-    def test_number_and_line(self):
-        assert last_number(["12 left.\nA: 1,234", "#### -3.50", "none", "3."]) == [1234.0, -3.5, None, 3.0]
-        assert last_line(["because\n  Paris \n", "", " \n"]) == ["Paris", None, None]
+    def notes(prompts, completions, **columns):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(prompts)
+
+    (pick,) = best_of_n(base, notes, [begun], n=2, return_candidates=True, **SAMPLING)
+    assert pick.prompt == begun[:1]
+    for sample in pick.candidates:
+        (message,) = sample.completion
+        assert message["role"] == "assistant" and message["content"].startswith("good") and len(message["content"]) > 4
+    assert all(prompt == begun[:1] for prompt, _ in seen)
+    with pytest.raises(DataError, match="an assistant message alone"):
+        best_of_n(base, notes, [begun[1:]], n=2, **SAMPLING)
+
+
+def test_tuples_series_and_what_is_no_list_of_prompts(base):
+    picks = best_of_n(base, (length, nothing), tuple(PROMPTS), n=2, reward_weights=(1.0, 3.0), **SAMPLING)
+    series = pd.Series(PROMPTS, index=[2, 0, 1])
+    assert picks == best_of_n(base, [length, nothing], series, n=2, **SAMPLING)
+    assert [pick.prompt for pick in picks] == PROMPTS
+    for wrong in ("one text", {"prompt": PROMPTS}, pd.DataFrame({"prompt": PROMPTS})):
+        with pytest.raises(ValueError, match="prompts is a .*; needed: a list"):
+            best_of_n(base, length, wrong, n=2, **SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +173,7 @@ class TestAnswers:
         ({"vote": "mean"}, ValueError, "vote='mean'"),
         ({"answers": "words"}, ValueError, "answers='words'"),
         ({"reward_funcs": []}, ValueError, "no reward function"),
-        ({"reward_weights": [1.0, 2.0]}, ValueError, "2 reward_weights for 1"),
+        ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 numbers; needed: 1"),
         ({"prompts": []}, ValueError, "no prompts"),
         ({"prompts": [""]}, DataError, "empty prompt"),
         ({"prompts": [{"question": "x"}]}, DataError, "a column 'prompt'"),
@@ -221,6 +237,25 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\nno\n')
     assert main([*arguments, "other.jsonl"]) == 1
     assert "line 2 is no JSON" in capsys.readouterr().err
+
+
+def test_a_vote_without_its_package_fails_at_once_and_blocks_nothing(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests_rewards.py").write_text(
+        "def length(prompts, completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
+    )
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "1"}]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": begun}) + "\n")
+    arguments = ["best-of-n", "--model_name_or_path", str(base), "--reward_funcs", "tests_rewards.py:length"]
+    arguments += ["--input", "in.jsonl", "--n", "3", "--max_completion_length", "5", "--output", "out.jsonl"]
+    assert main([*arguments, "--vote", "majority"]) == 1
+    assert "--answers number" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+    for earlier in (0, 1):  # the second time nothing is left to do
+        assert main([*arguments, "--vote", "majority", "--answers", "number"]) == 0
+        assert json.loads(capsys.readouterr().out)["earlier"] == earlier
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row["prompt"] == begun[:1] and row["completion"][0]["content"].startswith("1") and "answer" in row
 
 
 def test_every_way_to_sample_reaches_the_server(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,15 @@
-"""What the commands that generate share: the policy, how it is sampled and where, and what scores its completions.
+"""Arguments of the commands that generate: the policy, how and where it is sampled, and what scores its completions.
 
-Knows arguments, and what they are called further down. Generates nothing itself.
+Maps command-line flags to arguments of the pipelines. The sampling flags are declared in
+`trl_ext.pipelines.generation.sampling`.
 """
 
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from trl_ext.pipelines.generation.sampling import Sampling, SamplingFields
 
 
 # Arguments of a server: where and how it is asked.
@@ -19,8 +22,8 @@ def described(text: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class GenerationArguments:
-    """Arguments of a command that generates completions and scores them."""
+class GenerationArguments(SamplingFields):
+    """Arguments of a command that generates completions and scores them; `few_shot` is the name of a file here."""
 
     model_name_or_path: str = field(
         metadata=described("folder or Hub id of the policy; for the backend openai its name there")
@@ -28,32 +31,12 @@ class GenerationArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata=described(
-            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), paths of functions"
+            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), or functions: "
+            "package.module.function or file.py:function"
         ),
     )
     reward_weights: list[float] | None = field(default=None, metadata=described("one for each of them (default: 1)"))
 
-    max_completion_length: int = field(default=512, metadata=described("longest completion in tokens"))
-    temperature: float = field(default=1.0, metadata=described("of the sampling"))
-    top_p: float = field(default=1.0, metadata=described("nucleus; 1: off"))
-    top_k: int = field(default=0, metadata=described("most likely tokens to keep; 0: off"))
-    min_p: float | None = field(
-        default=None, metadata=described("least probability, scaled by that of the likeliest token")
-    )
-    repetition_penalty: float = field(default=1.0, metadata=described("1: off"))
-    stop: list[str] | None = field(default=None, metadata=described("texts that end a completion"))
-    generation_kwargs: dict | str | None = field(
-        default=None, metadata=described("further arguments of the backend, as JSON")
-    )
-    chat_template: str | None = field(
-        default=None, metadata=described("path of a Jinja template in place of the model's")
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata=described("arguments of the template, as JSON")
-    )
-    system_prompt: str | None = field(
-        default=None, metadata=described("put before chats without a system message; not kept in the rows")
-    )
     few_shot: str | None = field(
         default=None, metadata=described("JSONL file of examples (prompt, completion) that the model sees first")
     )
@@ -61,7 +44,7 @@ class GenerationArguments:
 
     backend: Literal["transformers", "vllm", "openai"] = field(
         default="transformers",
-        metadata=described("in this process, a vLLM server through TRL's client, or any OpenAI-compatible server"),
+        metadata=described("in this process, on a vLLM server, or on any OpenAI-compatible server"),
     )
     generation_batch_size: int = field(default=32, metadata=described("completions in a batch, in this process"))
     model_revision: str | None = field(default=None, metadata=described("revision of the model on the Hub"))
@@ -70,10 +53,14 @@ class GenerationArguments:
     load_in_4bit: bool = field(default=False, metadata=described("load the policy in NF4 with bitsandbytes"))
     trust_remote_code: bool = field(default=False, metadata=described("run code that comes with the model"))
 
-    server_base_url: str = field(default="http://localhost:8000", metadata=described("where the server is"))
-    server_timeout: float = field(default=240.0, metadata=described("seconds to wait for it, and for an answer"))
-    max_concurrency: int = field(default=64, metadata=described("requests that are under way at a time"))
-    max_retries: int = field(default=6, metadata=described("of a request to an OpenAI-compatible server"))
+    server_base_url: str = field(
+        default="http://localhost:8000", metadata=described("the server's URL, or several with commas between")
+    )
+    server_timeout: float = field(
+        default=240.0, metadata=described("seconds to wait for the server to start, and for each answer")
+    )
+    max_concurrency: int = field(default=64, metadata=described("requests at a time, over all servers"))
+    max_retries: int = field(default=6, metadata=described("how often a failed request is repeated"))
     api_key_variable: str | None = field(
         default=None, metadata=described("environment variable that holds the server's key")
     )
@@ -114,8 +101,6 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 
 def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
     """The fields of [`Sampling`], with the examples of the file that few_shot names."""
-    from trl_ext.pipelines.generation.sampling import Sampling
-
     sampling = {item.name: getattr(args, item.name) for item in fields(Sampling)}
     if args.few_shot is not None:
         sampling["few_shot"] = read_rows(args.few_shot)
@@ -123,7 +108,7 @@ def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
 
 
 def server_kwargs(args: GenerationArguments) -> dict[str, Any] | None:
-    """The arguments of a server, or `None` where the backend has none."""
+    """The arguments for a server, or `None` for generation in this process."""
     return None if args.backend == "transformers" else {name: getattr(args, name) for name in SERVER}
 
 

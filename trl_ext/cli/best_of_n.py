@@ -1,7 +1,7 @@
 """`trl-ext best-of-n`: the best of n completions for each row of a JSONL file, in order, resumable.
 
-It knows arguments, and files of rows. The picks are those of [`~trl_ext.best_of_n`]. A row has a `prompt` (text or
-messages), and columns that the reward functions may want; it gets `completion`, `score` and `sample_index`, and on
+[`~trl_ext.best_of_n`] makes the picks; this file knows arguments and files of rows. A row has a `prompt` (text or
+messages) and columns for the reward functions. The output adds `completion`, `score` and `sample_index`, and on
 request `answer` and `candidates`.
 """
 
@@ -38,16 +38,17 @@ class BestOfNArguments(GenerationArguments):
     """Arguments of `trl-ext best-of-n`."""
 
     input: str = field(metadata=described("JSONL file of rows with a prompt"))
-    output: str = field(metadata=described("JSONL file to write; if it is there already, it is gone on with"))
+    output: str = field(metadata=described("JSONL file to write; a file that is there already is continued"))
     n: int = field(default=16, metadata=described("completions of each prompt"))
     vote: Literal["majority", "weighted", "softmax"] | None = field(
         default=None,
-        metadata=described("count answers: each as one, by scores, or by their softmax (default: no vote)"),
+        metadata=described("pick by a vote of answers: each counts 1, its score, or its softmax (default: no vote)"),
     )
     answers: Literal["math", "number", "line"] = field(
-        default="math", metadata=described("how a vote reads answers: by math-verify, the last number, the last line")
+        default="math",
+        metadata=described("how a vote reads answers: by math-verify (extra math), the last number, the last line"),
     )
-    return_candidates: bool = field(default=False, metadata=described("write all completions with their scores too"))
+    return_candidates: bool = field(default=False, metadata=described("write all completions and their scores"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,7 @@ class BestOfNArguments(GenerationArguments):
             raise ValueError("best-of-n needs --reward_funcs.")
 
 
-_FREE = ("input", "output", "generation_batch_size", *SERVER)  # what may change when it goes on
+_FREE = ("input", "output", "generation_batch_size", *SERVER)  # what may change when a run is continued
 _ADDED = ("completion", "score", "sample_index", "answer", "candidates")
 
 
@@ -68,11 +69,11 @@ def make_parser(prog: str | None = "trl-ext best-of-n") -> "TrlParser":
 
 def run(args: BestOfNArguments) -> dict[str, Any]:
     """
-    Complete the rows that have no completion yet. Returns how many there are, and how many could not be scored.
+    Complete the rows that have no completion yet. Returns how many rows there are, and how many have no score.
 
     Raises:
-        ValueError: a line is no JSON object, a row has a column that would be written, or the output was made of other
-            rows or with other arguments.
+        ValueError: a line is not a JSON object, a row has a column that would be overwritten, or the output was made
+            from other rows or with other arguments.
     """
     from trl_ext.pipelines.best_of_n import Picker, as_rows
 
@@ -104,24 +105,26 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
             backend_kwargs=kwargs,
             **sampling_kwargs(args),
         )
-        with output.open("ab") as file:
-            for first in range(done, len(rows), CHUNK_ROWS):
-                chunk = rows[first : first + CHUNK_ROWS]
-                picks = picker(chunk, seed=args.seed + first)
-                unscored += sum(pick.score is None for pick in picks)
-                lines = [_line(row, pick, args) for row, pick in zip(chunk, picks, strict=True)]
+        for first in range(done, len(rows), CHUNK_ROWS):
+            chunk = rows[first : first + CHUNK_ROWS]
+            picks = picker(chunk, seed=args.seed + first)
+            unscored += sum(pick.score is None for pick in picks)
+            lines = [_line(row, pick, args) for row, pick in zip(chunk, picks, strict=True)]
+            with output.open("ab") as file:  # not earlier: a run that fails leaves no empty output
                 # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape
                 file.write("".join(lines).encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
-                print(f"{first + len(chunk)} of {len(rows)} rows", file=sys.stderr)
+            print(f"{first + len(chunk)} of {len(rows)} rows", file=sys.stderr)
     return {"rows": len(rows), "earlier": done, "without_score": unscored, "output": str(output)}
 
 
 def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) -> int:
     """How many rows are done; what was written of an unfinished chunk is cut off."""
+    from trl_ext.pipelines.generation.records import with_completion
     from trl_ext.pipelines.generation.sampling import Sampling
 
+    rows = [{**row, "prompt": with_completion(row["prompt"], "")[0]} for row in rows]  # as they are written
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE} | _identities(args)
     settings |= asdict(Sampling.of(**sampling_kwargs(args)))  # what files hold, not how they are called
     manifest = output.with_name(output.name + ".args.json")
@@ -150,7 +153,7 @@ def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) ->
 
 
 def _identities(args: BestOfNArguments) -> dict[str, Any]:
-    """What the models and functions that are named in the arguments are now."""
+    """What the results depend on beside the arguments: contents of the policy and of the reward functions."""
     from trl_ext.pipelines.generation.backends import model_of_backend
     from trl_ext.pipelines.reward_functions import reward_identity
 
@@ -165,7 +168,7 @@ def _line(row: dict[str, Any], pick: "Best", args: BestOfNArguments) -> str:
     if pick.candidates is not None:
         kept = ("completion", "score", "scores", "finish_reason")
         found["candidates"] = [{name: getattr(item, name) for name in kept} for item in pick.candidates]
-    return json.dumps({**row, **found}, ensure_ascii=False) + "\n"
+    return json.dumps({**row, "prompt": pick.prompt, **found}, ensure_ascii=False) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,8 @@ def rejection_phases(args: argparse.Namespace) -> list[Phase]:
     from trl_ext.cli._generation import sampling_kwargs
     from trl_ext.cli.rejection_sample import make_parser
     from trl_ext.pipelines.generation.sampling import Sampling
-    from trl_ext.pipelines.rejection_sampling.sampler import check_request, weights_by_name
+    from trl_ext.pipelines.rejection_sampling.sampler import check_request
+    from trl_ext.pipelines.reward_functions import weights_by_name
 
     _no_candidates(args, "num_generations says how many completions a prompt has")
     (own,) = objects(make_parser(), values_of(args), trains=False)
@@ -107,9 +108,9 @@ def _reward_model(spec: str, args: argparse.Namespace) -> tuple[str, Parsed, Any
     from trl_ext.fit.known_shapes import config_of
     from trl_ext.models.ensemble.ensemble_files import ENSEMBLE_NAME
     from trl_ext.models.sidecar import read_sidecar
-    from trl_ext.pipelines.reward_functions import TRL_REWARDS
+    from trl_ext.pipelines.reward_functions import is_function_name
 
-    if spec in TRL_REWARDS or ("." in spec and "/" not in spec and not Path(spec).exists()):
+    if is_function_name(spec):
         return None
     file = None
     around = Path(args.config).resolve().parent.parent

@@ -119,6 +119,7 @@ def best_of_k(values: Sequence[float], scores: Sequence[float], k: int) -> float
     >>> best_of_k([0.0, 1.0, 1.0], [3.0, 2.0, 1.0], k=2)
     0.3333333333333333
     """
+    values, scores = list(values), list(scores)  # a pandas Series reads by label, not by place
     n = len(values)
     if len(scores) != n:
         raise ValueError(f"found {n} values and {len(scores)} scores; needed: a score for each value")
@@ -153,6 +154,7 @@ def best_of_k_curve(
     Returns:
         `dict[int, float]`: the mean for each k.
     """
+    values, scores = list(values), list(scores)
     if not values:
         raise ValueError("found no questions; needed: at least one")
     fewest = min(len(row) for row in values)
@@ -209,6 +211,7 @@ def bootstrap_interval(
     Returns:
         `tuple[float, float]`: the lower and the upper end.
     """
+    values = list(values)
     if not values:
         raise ValueError("found no values; needed: at least one")
     if groups is not None and len(groups) != len(values):

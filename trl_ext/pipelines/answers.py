@@ -1,9 +1,10 @@
-"""Answers read off completions, in a form in which equal answers are equal: what votes are counted over.
+"""Reads answers off completions, in a form in which equal answers are equal, so that votes can be counted.
 
 A canonicaliser is a function from the completions of *one* question to an answer for each, `None` where there is none.
-Knows texts only.
+This module knows only texts.
 """
 
+import importlib.util
 import re
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -12,19 +13,46 @@ from collections.abc import Callable, Hashable, Sequence
 Canonicaliser = Callable[[Sequence[str]], list[Hashable | None]]
 
 
+_OTHER_ANSWERS = "read answers by answers='number' or 'line' (--answers number)"
+
+
+def load_answers(answers: "str | Canonicaliser") -> Canonicaliser:
+    """
+    The function that reads answers: one of [`CANONICALISERS`] by name, or the function that was given.
+
+    Raises:
+        ValueError: the name is not known. ImportError: it needs a package that is missing.
+    """
+    if not isinstance(answers, str):
+        return answers
+    if answers not in CANONICALISERS:
+        raise ValueError(f"answers={answers!r}; needed: a function or one of {', '.join(CANONICALISERS)}.")
+    if answers == "math":
+        check_math_verify("answers='math'", _OTHER_ANSWERS)
+    return CANONICALISERS[answers]
+
+
+def check_math_verify(what: str, otherwise: str) -> None:
+    """Raise `ImportError` if math-verify, which `what` needs, is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError(
+            f"{what} needs math-verify, which is not installed. Run: pip install 'trl-ext[math]', or {otherwise}."
+        )
+
+
 def math_answers(completions: Sequence[str]) -> list[str | None]:
     r"""
     The mathematical answer of each completion; completions with equal values get the same text.
 
-    Found and compared by [math-verify](https://github.com/huggingface/Math-Verify) (the extra `math`), which TRL's
-    `accuracy_reward` uses too: the last `\boxed{}`, LaTeX or plain number.
+    [math-verify](https://github.com/huggingface/Math-Verify) (the extra `math`) finds and compares them, as in TRL's
+    `accuracy_reward`: the last `\boxed{}`, LaTeX or plain number.
 
     Args:
         completions (`Sequence[str]`):
             Completions of one question.
 
     Returns:
-        `list[str | None]`: for each the text of the first answer that is equal to its own.
+        `list[str | None]`: for each completion the text of the first answer that is equal to its answer.
 
     Raises:
         ImportError: if math-verify is not installed.
@@ -36,17 +64,13 @@ def math_answers(completions: Sequence[str]) -> list[str | None]:
     ['\\frac{1}{2}', '\\frac{1}{2}', '3', None]
     ```
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError(
-            "Comparing mathematical answers needs math-verify, which is not installed. Run: pip install "
-            "'trl-ext[math]', or give another function for the answers, e.g. last_number."
-        ) from error
-    # math-verify limits its time by a signal, which only the main thread can receive; TRL does the same
+    check_math_verify("answers='math'", _OTHER_ANSWERS)
+    from math_verify import parse, verify
+
+    # math-verify limits its time by a signal, which only the main thread can receive; TRL handles it the same way
     limit = 5 if threading.current_thread() is threading.main_thread() else None
-    known: dict[str, list] = {}  # representatives: text -> what it was parsed to
-    same: dict[str, str] = {}  # every text seen -> that of its representative
+    known: dict[str, list] = {}  # text of the first of equal answers -> what it was parsed to
+    same: dict[str, str] = {}  # text of any answer -> text of the first that is equal to it
     answers: list[str | None] = []
     for completion in completions:
         parsed = parse(completion, parsing_timeout=limit)
@@ -64,16 +88,76 @@ def math_answers(completions: Sequence[str]) -> list[str | None]:
 
 
 def last_number(completions: Sequence[str]) -> list[float | None]:
-    """
-    The last number that is written in each completion, without its commas for thousands.
+    r"""
+    The last number that is written in each completion, as a value.
+
+    - A minus counts where it stands directly before the number and after no number, letter or bracket: "3-4" and
+      "pages 3–4" end in 4, "x = -4" in -4.
+    - Thousands may be separated by commas, apostrophes or narrow spaces: "1,234" is 1234. A comma between groups that
+      are not of three digits separates the items of a list: "1,2,3" ends in 3.
+    - A decimal comma is read where nothing else can be meant: "1.234,50", "0,5", and two digits beside a currency sign
+      ("3,50 €"). Otherwise the decimal sign is the point.
+    - Fractions are divided: "3/4", "2 1/2" and "\frac{3}{4}" are 0.75, 2.5 and 0.75. Dates such as 1/2/2024 are not.
+    - Currency and percent signs are not part of the number: "$5" and "5%" are 5. Exponents are: "1.5e-3" is 0.0015.
 
     Example:
 
-    >>> last_number(["He has 12 left.\\nA: 1,234", "#### -3.50", "none"])
-    [1234.0, -3.5, None]
+    >>> last_number(["He has 12 left.\nA: 1,234", "#### -3.50", "none", "pages 3-4"])
+    [1234.0, -3.5, None, 4.0]
     """
-    found = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", completion) for completion in completions]
-    return [float(numbers[-1].replace(",", "")) if numbers else None for numbers in found]
+    return [_last_number(completion) for completion in completions]
+
+
+_GAP = "'\u2019\u00a0\u2009\u202f"  # apostrophes and spaces that do not break a line: between thousands
+_CURRENCY = "$\u00a3\u20ac\u00a5"
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}")
+_NUMBER = re.compile(
+    rf"""
+    (?P<minus>(?<![\w)\]}}%.,\-\u2212\u2013])[-\u2212\u2013](?=[{_CURRENCY}]?\s?[.\d]))?   # not that of "3-4" or "x-1"
+    (?P<before>[{_CURRENCY}]\s?)?
+    (?P<digits>(?:(?<![\w.,])\.)?\d(?:[\d.,{_GAP}]*\d)?)
+    (?P<exponent>[eE][+-]?\d+(?!\w))?
+    (?P<after>\s?[{_CURRENCY}%])?
+    (?:\s?/\s?(?P<below>\d+(?:\.\d+)?)(?!\s?/\s?\d|\d|[.,]\d))?
+    """,
+    re.VERBOSE,
+)
+_THOUSANDS = re.compile(rf"(\d{{1,3}}(?:,\d{{3}})+|\d{{1,3}}(?:[{_GAP}]\d{{3}})+)(\.\d+)?")  # 1,234.5
+_POINT_THOUSANDS = re.compile(r"(\d{1,3}(?:\.\d{3})+),(\d+)|(\d{1,3}(?:\.\d{3}){2,})")  # 1.234,5 or 1.234.567
+
+
+def _last_number(text: str) -> float | None:
+    text = text.replace("{,}", ",").replace("\\,", "\u2009").replace("\\$", "$")  # LaTeX
+    text = _LATEX_FRACTION.sub(r"\1/\2", text)
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    last = found[-1]
+    digits = _value(last["digits"], last["before"], last["after"])
+    value, whole = float(f"{digits}{last['exponent'] or ''}"), 0.0
+    if last["below"] is not None:
+        below = float(last["below"])
+        if text[: last.start()].rstrip().endswith("/"):  # a date
+            return below
+        if below == 0:
+            return 0.0  # not a fraction: the last number is the zero
+        mixed = re.search(r"(?<![\d.,/])(\d+) $", text[: last.start()])  # "2 1/2"
+        whole = float(mixed[1]) if mixed and last["minus"] is None and value < below else 0.0
+        value /= below
+    return -(whole + value) if last["minus"] else whole + value
+
+
+def _value(digits: str, before: str | None, after: str | None) -> str:
+    """A written number in Python's notation; of a list its last item."""
+    if (found := _THOUSANDS.fullmatch(digits)) is not None:
+        return re.sub(rf"[,{_GAP}]", "", digits)
+    if (found := _POINT_THOUSANDS.fullmatch(digits)) is not None:
+        return f"{found[1].replace('.', '')}.{found[2]}" if found[1] else digits.replace(".", "")
+    money = re.fullmatch(r"\d+,\d\d", digits) and ((before or "").strip() or (after or "").strip())
+    if money or re.fullmatch(r"0,\d+", digits):
+        return digits.replace(",", ".")
+    digits = re.split(rf"[,{_GAP}]", digits)[-1]
+    return digits if re.fullmatch(r"\d*\.?\d+", digits) else digits.rsplit(".", 1)[-1]  # versions and dates
 
 
 def last_line(completions: Sequence[str]) -> list[str | None]:

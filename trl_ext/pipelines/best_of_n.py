@@ -1,24 +1,32 @@
-"""The best of n completions at inference: draw, score, and pick by score or by a vote of answers.
+"""The best of n completions at inference: sample, score, and pick by score or by a vote of answers.
 
-Nothing is kept on disk; `rejection_sampling` is for runs that must survive a crash. Knows generators and reward
-functions.
+This module keeps nothing on disk; `rejection_sampling` is for runs that must survive a crash. It knows generators and
+reward functions, and not how either of them works.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.data.validation import RowChecks
 from trl_ext.metrics.voting import majority_vote, weighted_vote
-from trl_ext.pipelines.answers import CANONICALISERS, Canonicaliser
+from trl_ext.pipelines.answers import CANONICALISERS, Canonicaliser, load_answers
 from trl_ext.pipelines.generation.backends import make_generator
-from trl_ext.pipelines.generation.records import Sample, prompt_id, text_of
-from trl_ext.pipelines.generation.sampling import Backend, Generator, Sampling
-from trl_ext.pipelines.reward_functions import RewardFunc, call_reward, load_reward, reward_names, weighted_total
+from trl_ext.pipelines.generation.generator import Generator
+from trl_ext.pipelines.generation.records import Sample, prompt_id, prompt_of, text_of
+from trl_ext.pipelines.generation.sampling import Backend, Sampling
+from trl_ext.pipelines.reward_functions import (
+    RewardFunc,
+    as_list,
+    call_reward,
+    check_rewards,
+    load_reward,
+    weighted_total,
+    weights_by_name,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -33,12 +41,13 @@ class Best:
     The pick for one prompt.
 
     Args:
-        prompt (`str` or `list[dict]`): the prompt.
+        prompt (`str` or `list[dict]`): the prompt. If a chat ended with a begun answer, the prompt ends before it and
+            the completion holds the whole answer.
         completion (`str` or `list[dict]`): the picked completion; one assistant message after a chat prompt.
-        score (`float`, *optional*): its score; `None` if no candidate could be scored, and the first is given.
+        score (`float`, *optional*): its score; `None` if no candidate could be scored: the pick is then the first.
         sample_index (`int`): which of the candidates it is.
         answer (*optional*): with a vote, the answer that won; `None` if no candidate had one.
-        candidates (`list[Sample]`, *optional*): all of them, if asked for, with a score from each function.
+        candidates (`list[Sample]`, *optional*): all candidates with a score from each function, on request.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -51,7 +60,7 @@ class Best:
 
 class Picker:
     """
-    What [`best_of_n`] does, with models that stay loaded from call to call. The arguments are the same.
+    [`best_of_n`] with models that stay loaded from call to call. The arguments are the same.
 
     Example:
 
@@ -64,7 +73,7 @@ class Picker:
     def __init__(
         self,
         model: Any,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
         n: int = 16,
         *,
         reward_weights: list[float] | None = None,
@@ -82,52 +91,53 @@ class Picker:
             raise ValueError(f"vote={vote!r}; needed: None (the best score) or one of {', '.join(VOTES)}.")
         if isinstance(answers, str) and answers not in CANONICALISERS:
             raise ValueError(f"answers={answers!r}; needed: a function or one of {', '.join(CANONICALISERS)}.")
-        specs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        self._rewards = Rewards(specs, reward_weights)
-        self._n = n
-        self._vote = vote
-        self._canonicalise = CANONICALISERS[answers] if isinstance(answers, str) else answers
-        self._return_candidates = return_candidates
         settings = Sampling.of(**sampling)
         if settings.temperature == 0 and n > 1:
             raise ValueError(f"temperature=0 gives the same completion {n} times; needed: above 0, or n=1.")
+        self._canonicalise = None if vote is None else load_answers(answers)
+        self._n = n
+        self._vote = vote
+        self._return_candidates = return_candidates
+        self._rewards = Rewards(as_list(reward_funcs), reward_weights)
         self._generator = make_generator(
             model, backend, settings, processing_class=processing_class, **(backend_kwargs or {})
         )
 
     def __call__(self, prompts: Sequence[Any], seed: int = 0) -> list[Best]:
-        """The pick for each prompt (texts, messages, or rows with a `prompt`), in their order."""
+        """Return the pick for each prompt (texts, chats, or rows with a `prompt`), in their order."""
         groups = draw_candidates(self._generator, self._rewards, as_rows(prompts), self._n, seed)
         best = [self._pick(samples) for samples in groups]
         missing = sum(pick.score is None for pick in best)
         if missing:
-            logger.warning(f"{missing} of {len(best)} prompts have no candidate with a score: the first is given.")
+            logger.warning(
+                f"{missing} of {len(best)} prompts have no candidate with a score: their first candidate is returned."
+            )
         return best
 
     def _pick(self, samples: list[Sample]) -> Best:
         answer, eligible = None, samples
         if self._vote is not None:
-            given = self._canonicalise([text_of(sample.completion) for sample in samples])
-            answer = self._elect(given, [sample.score for sample in samples])
+            answers = self._canonicalise([text_of(sample.completion) for sample in samples])
+            answer = self._elect(answers, [sample.score for sample in samples])
             if answer is not None:
-                eligible = [sample for sample, its in zip(samples, given, strict=True) if its == answer]
-        # of equals the first
+                eligible = [sample for sample, found in zip(samples, answers, strict=True) if found == answer]
+        # `max` keeps the first of equals
         best = max(eligible, key=lambda sample: -math.inf if sample.score is None else sample.score)
         candidates = samples if self._return_candidates else None
         return Best(best.prompt, best.completion, best.score, best.sample_index, answer, candidates)
 
-    def _elect(self, given: list[Any], scores: list[float | None]) -> Any:
+    def _elect(self, answers: list[Any], scores: list[float | None]) -> Any:
         if self._vote == "majority":
-            return majority_vote(given)
+            return majority_vote(answers)
         if self._vote == "softmax":
             top = max((score for score in scores if score is not None), default=0.0)
             scores = [None if score is None else math.exp(score - top) for score in scores]
-        return weighted_vote(given, scores)
+        return weighted_vote(answers, scores)
 
 
 def best_of_n(
     model: Any,
-    reward_funcs: RewardFunc | list[RewardFunc],
+    reward_funcs: RewardFunc | Sequence[RewardFunc],
     prompts: Sequence[Any],
     n: int = 16,
     *,
@@ -142,42 +152,48 @@ def best_of_n(
     **sampling: Any,
 ) -> list[Best]:
     """
-    Draw `n` completions of each prompt and give the one with the highest score.
+    Sample `n` completions of each prompt and return the one with the highest score.
 
-    Among equal scores the one that was drawn first is given. With `vote`, the answers are counted and the best-scored
-    completion with the winning answer is given.
+    Among equal scores the first sample wins. With `vote`, the answers are counted, and the pick is the best-scored
+    completion with the winning answer. Reward functions, answers and columns are checked before anything is generated.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
-            What completes: folder or Hub id, full or adapter, or a model in memory.
-        reward_funcs (reward function or `list` of them):
-            As TRL's trainers take them: functions, models, or folders or ids of reward models. Scores are added up.
+            The policy: folder or Hub id, full model or adapter, or a model in memory.
+        reward_funcs (reward function, or list or tuple of them):
+            As in TRL's trainers: functions, models, or folders or Hub ids of reward models; by name also
+            `package.module.function` and `file.py:function`. The scores are summed.
         prompts (`Sequence`):
-            Texts, lists of messages, or rows `{"prompt": ..., ...}` (a `Dataset`) whose other columns the reward
-            functions get.
+            Texts, chats (lists of messages), or rows `{"prompt": ..., ...}` (a `Dataset`) whose other columns go to
+            the reward functions. A chat may end with a begun answer, which the policy continues.
         n (`int`, *optional*, defaults to `16`):
             Completions of each prompt.
         reward_weights (`list[float]`, *optional*):
             A weight for each reward function. All 1 by default.
         vote (`str`, *optional*):
-            `"majority"`: the answer given most often. `"weighted"`: the largest sum of scores, which must not be
-            negative (a verifier's probabilities). `"softmax"`: the same with the softmax of the scores. By default
-            there is no vote.
+            `"majority"`: the most frequent answer wins. `"weighted"`: the answer with the largest sum of scores wins;
+            scores must not be negative (a verifier's probabilities). `"softmax"`: the same with the softmax of the
+            scores. By default there is no vote.
         answers (`str` or `Callable`, *optional*, defaults to `"math"`):
-            How a vote reads answers: `"math"` (needs math-verify), `"number"` (the last one), `"line"` (the last
-            one), or a function from the completions of a prompt to their answers, `None` for none.
+            How a vote reads answers: `"math"` (needs math-verify, the extra `math`), `"number"` (the last number),
+            `"line"` (the last line), or a function from the completions of a prompt to their answers, `None` for none.
         return_candidates (`bool`, *optional*, defaults to `False`):
-            Give all completions too.
+            Whether to return all completions too.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
+            Seed of the sampling.
         backend, processing_class, backend_kwargs:
-            See [`~trl_ext.pipelines.generation.backends.make_generator`], which gets them all.
+            See [`~trl_ext.pipelines.generation.backends.make_generator`], which receives them.
         sampling:
             GRPO's names: `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p`, ...; see
             [`~trl_ext.pipelines.generation.sampling.Sampling`].
 
     Returns:
         `list[Best]`: one for each prompt, in their order.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, or a reward function cannot be loaded or called.
+        [`DataError`]: a prompt cannot be used; names its row.
+        [`GenerationError`], [`RewardError`]: the backend or a reward function fails.
 
     Example:
 
@@ -204,17 +220,18 @@ def best_of_n(
 
 
 class Rewards:
-    """Reward functions with their names and weights, ready to be called on samples."""
+    """Reward functions with their names and weights, loaded and ready to be called on samples."""
 
     def __init__(self, specs: Sequence[RewardFunc], weights: Sequence[float] | None = None):
         if not specs:
             raise ValueError("There is no reward function; needed: at least one.")
-        if weights is not None and len(weights) != len(specs):
-            raise ValueError(
-                f"Found {len(weights)} reward_weights for {len(specs)} reward functions; needed: as many."
-            )
-        self._functions: dict[str, Callable] = dict(zip(reward_names(specs), map(load_reward, specs), strict=True))
-        self._weights = dict(zip(self._functions, weights or [1.0] * len(specs), strict=True))
+        self._weights = weights_by_name(specs, weights)
+        check_rewards(specs)  # all of them before the first model is loaded
+        self._functions = dict(zip(self._weights, map(load_reward, specs), strict=True))
+
+    def check(self, columns: Iterable[str]) -> None:
+        """Raise `ValueError` if a function cannot be called with data of these columns."""
+        check_rewards(list(self._functions.values()), columns)
 
     def __call__(self, samples: Sequence[Sample]) -> None:
         """Fill in `scores` and `score` of each sample."""
@@ -226,23 +243,23 @@ class Rewards:
             sample.score = weighted_total(sample.scores, self._weights)
 
 
-def as_rows(prompts: Sequence[Any]) -> list[dict[str, Any]]:
+def as_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
     """
-    Rows with a `prompt` of what may be texts, lists of messages or such rows.
+    Rows with a `prompt` and other columns, from texts, lists of messages or such rows.
 
     Raises:
-        [`DataError`]: there is none, or a prompt is missing or empty; names its row.
+        ValueError: there is none, or one prompt was given in place of a list. [`DataError`]: a prompt is missing or
+            cannot be used; names its row.
     """
+    if isinstance(prompts, (str, Mapping)) or hasattr(prompts, "columns"):  # a DataFrame yields its columns' names
+        raise ValueError(
+            f"prompts is a {type(prompts).__name__}; needed: a list of texts, of chats or of rows, or a Dataset (for "
+            "a DataFrame Dataset.from_pandas(frame))."
+        )
     rows = [dict(item) if isinstance(item, Mapping) else {"prompt": item} for item in prompts]
     if not rows:
         raise ValueError("There are no prompts; needed: at least one.")
-    for row, item in enumerate(rows):
-        checks = RowChecks(row, "prompt")
-        if "prompt" not in item:
-            raise checks.error("prompt", f"the columns {sorted(item)}", "a column 'prompt'", "Rename or add it.")
-        if checks.prompt(item["prompt"]) is None:
-            raise checks.error("prompt", "an empty prompt", "a text or messages", "Remove it.")
-    return rows
+    return [{**item, "prompt": prompt_of(item, row)} for row, item in enumerate(rows)]
 
 
 def draw_candidates(
@@ -251,26 +268,11 @@ def draw_candidates(
     """`n` scored samples of each row's prompt, in the order of the rows."""
     prompts = [row["prompt"] for row in rows]
     columns = [{name: value for name, value in row.items() if name != "prompt"} for row in rows]
-    drawn = generator.generate(prompts, n, seed, columns)
-    groups = []
-    for prompt, own, completions in zip(prompts, columns, drawn, strict=True):
-        name = prompt_id(prompt, own)
-        groups.append(
-            [
-                Sample(
-                    prompt_id=name,
-                    sample_index=index,
-                    prompt=prompt,
-                    completion=item.text if isinstance(prompt, str) else [{"role": "assistant", "content": item.text}],
-                    token_ids=item.token_ids,
-                    finish_reason=item.finish_reason,
-                    logprob=item.logprob,
-                    seed=item.seed,
-                    columns=own,
-                    latency=item.latency,
-                )
-                for index, item in enumerate(completions)
-            ]
-        )
+    rewards.check({name for item in columns for name in item})
+    generated = generator.generate(prompts, n, seed, columns)
+    groups = [
+        [Sample.of(prompt_id(prompt, item), index, prompt, item, one) for index, one in enumerate(completions)]
+        for prompt, item, completions in zip(prompts, columns, generated, strict=True)
+    ]
     rewards([sample for samples in groups for sample in samples])
     return groups

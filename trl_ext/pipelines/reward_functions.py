@@ -1,26 +1,28 @@
-"""Reward functions of a run: what a name stands for, what makes two of them the same, and calling one with checks.
+"""Reward functions of a run: loading them by name, checking them before the first token, and calling them with checks.
 
-A reward function is TRL's: `(prompts, completions, **columns) -> list[float | None]`. Knows nothing of files.
+A reward function is TRL's: `(prompts, completions, **columns) -> list[float | None]`. How a string becomes a function
+is in `user_functions`. This module knows nothing of where scores are kept.
 """
 
 import asyncio
-import importlib
 import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import trl.rewards
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
+from trl_ext.models.loading import local_folder
+from trl_ext.pipelines.answers import check_math_verify
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.stages.callables import callable_identity
+from trl_ext.pipelines.user_functions import did_you_mean, load_function, names_function, names_of_functions
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
 
@@ -28,35 +30,47 @@ from trl_ext.scoring.ensemble import load_scorer
 RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
+
+# Arguments that a reward function is always called with; a column of such a name cannot be passed on.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+_MODEL_FILES = ("config.json", "adapter_config.json", "reward_model.json", "reward_ensemble.json")
 
 
 class RewardError(RuntimeError):
-    """A reward function fails or gives something that is no score."""
+    """A reward function fails, or returns something that is not a score."""
+
+
+def as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
+    """One reward function, or a list or tuple of them, as a list."""
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
 
 
 def is_by_name(spec: RewardFunc) -> bool:
-    """Whether another process can make the same reward function of it."""
+    """Whether another process can load the same reward function from this value."""
     return isinstance(spec, (str, Path))
 
 
-def _is_dotted(spec: str) -> bool:
-    return "." in spec and "/" not in spec and all(part.isidentifier() for part in spec.split("."))
+def is_function_name(spec: RewardFunc) -> bool:
+    """Whether a reward function is the name of a function, and not that of a model."""
+    return isinstance(spec, str) and (spec in TRL_REWARDS or names_function(spec))
 
 
 def reward_name(spec: RewardFunc) -> str:
-    """The name of its scores: that of the function, or of the model's folder."""
-    if isinstance(spec, str) and (spec in TRL_REWARDS or (_is_dotted(spec) and not Path(spec).exists())):
-        return spec.rsplit(".", 1)[-1]
+    """The name of a reward function's scores: that of the function, or of the model's folder."""
+    if is_function_name(spec):
+        return spec.replace(":", ".").rsplit(".", 1)[-1]
     if isinstance(spec, (str, Path)):
         return Path(spec).name
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return type(spec).__name__
-    name = getattr(spec, "__name__", None)  # where TRL looks for it
+    name = getattr(spec, "__name__", None)  # TRL reads it too; an object with `__call__` may lack it
     return name if isinstance(name, str) else type(spec).__name__
 
 
 def reward_names(specs: Sequence[RewardFunc]) -> list[str]:
-    """The names of all; refuses two with one name."""
+    """The names of all; raises `ValueError` if two have the same name."""
     names = [reward_name(spec) for spec in specs]
     for name in names:
         if names.count(name) > 1:
@@ -67,51 +81,145 @@ def reward_names(specs: Sequence[RewardFunc]) -> list[str]:
     return names
 
 
+def weights_by_name(specs: Sequence[RewardFunc], weights: Sequence[float] | None) -> dict[str, float]:
+    """The weight of each reward function, 1 by default; raises `ValueError` for another number of weights."""
+    weights = [1.0] * len(specs) if weights is None else list(weights)
+    if len(weights) != len(specs):
+        raise ValueError(
+            f"reward_weights has {len(weights)} numbers; needed: {len(specs)}, one for each reward function."
+        )
+    return dict(zip(reward_names(specs), weights, strict=True))
+
+
+def weighted_totals(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """
+    The weighted sums of the scores that are there, as in TRL's GRPO.
+
+    Args:
+        scores (`np.ndarray` of shape `(M, N)`): of M reward functions for N samples; NaN where there is no score.
+        weights (`np.ndarray` of shape `(M,)`): one for each reward function.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: NaN where no function gave a score.
+    """
+    absent = np.isnan(scores)
+    total = np.where(absent, 0.0, scores * weights[:, None]).sum(0)
+    total[absent.all(0)] = np.nan
+    return total
+
+
+def weighted_total(scores: dict[str, float | None], weights: dict[str, float]) -> float | None:
+    """[`weighted_totals`] for one sample, with `None` for a score that is not there."""
+    column = np.array([[math.nan if score is None else score] for score in scores.values()], dtype=np.float64)
+    total = float(weighted_totals(column.reshape(len(scores), 1), np.array([weights[name] for name in scores]))[0])
+    return None if math.isnan(total) else total
+
+
 def load_reward(spec: RewardFunc) -> Callable[..., list[float | None]]:
     """
-    The callable that a name or model stands for.
+    Load the callable that a name or a model stands for.
 
-    A string is one of `trl.rewards` (`accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward`), a dotted
-    path to a function of yours, as in TRL's scripts, or a folder or Hub id of a reward model.
+    Args:
+        spec (reward function): a callable, which is returned; a reward model in memory; or a string: the name of one
+            of `trl.rewards` (`accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward`), a function as
+            `package.module.function` or `file.py:function`, or the folder or Hub id of a reward model.
 
     Raises:
-        `ValueError`: a dotted path leads to no function.
+        ValueError: the string names no function that can be imported.
+        FileNotFoundError: there is no model of that name.
     """
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return RewardScorer(spec, name=reward_name(spec))
     if not isinstance(spec, (str, Path)):
         if not callable(spec):
             raise ValueError(f"A reward function is a callable, a model or a name, found a {type(spec).__name__}.")
-        return spec
-    if spec in TRL_REWARDS:
-        return getattr(trl.rewards, spec)
-    if isinstance(spec, str) and _is_dotted(spec) and not Path(spec).exists():
-        module, _, name = spec.rpartition(".")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"The reward function {spec!r} cannot be imported ({error}). Give the dotted path of a function that "
-                f"is importable from {os.getcwd()}, or the folder of a reward model."
-            ) from error
-    return load_scorer(spec, name=reward_name(spec))
+        function = spec
+    elif not is_function_name(spec):
+        return load_scorer(_folder(spec), name=reward_name(spec))
+    else:
+        function = getattr(trl.rewards, spec) if spec in TRL_REWARDS else load_function(spec, "reward function")
+    if any(function is getattr(trl.rewards, name) for name in NEED_MATH_VERIFY):
+        check_math_verify(f"The reward function {reward_name(spec)!r}", "give another reward function")
+    return function
+
+
+def check_rewards(specs: Sequence[RewardFunc], columns: Iterable[str] | None = None) -> None:
+    """
+    Check before anything is generated that every reward function can be loaded and called.
+
+    Functions are imported; of a model its folder is looked at (a Hub model is downloaded), but no weights are loaded.
+
+    Args:
+        specs (sequence of reward functions): those of the run.
+        columns (iterable of `str`, *optional*): the data's columns beside `prompt`. With them the check covers what
+            the functions take: a column that is missing, or arguments that a function cannot take.
+
+    Raises:
+        ValueError: a function cannot be imported, needs a package that is missing, or cannot be called with the data.
+        FileNotFoundError: there is no model of that name.
+    """
+    given = None if columns is None else {*columns, *GIVEN}
+    for spec in specs:
+        if isinstance(spec, (str, Path)) and not is_function_name(spec):
+            _folder(spec)
+        elif not isinstance(spec, (PreTrainedModel, PeftModel)):
+            function = load_reward(spec)
+            if given is not None:
+                _check_call(function, reward_name(spec), given)
+
+
+def _check_call(function: Callable[..., Any], name: str, given: set[str]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C: nothing is known
+        return
+    named = {item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
+    needed = {item.name for item in parameters if item.name in named and item.default is item.empty}
+    for column in sorted(needed - given):
+        known = sorted(given - {*GIVEN})
+        raise ValueError(
+            f"The reward function {name!r} needs the argument {column!r}, and the data has no such column."
+            f"{did_you_mean(column, known)} Found: {', '.join(['prompt', *known])}."
+        )
+    if not any(item.kind == item.VAR_KEYWORD for item in parameters) and given - named:
+        raise ValueError(
+            f"The reward function {name!r} does not take the arguments {sorted(given - named)}, which every reward "
+            "function is called with. Add **kwargs to its parameters."
+        )
+
+
+def _folder(spec: str | Path) -> str:
+    """The local folder of a reward model; raises for one that is none."""
+    if str(spec).endswith(".py"):
+        raise ValueError(
+            f"reward_funcs names the file {spec}; needed: one of its functions, as file.py:function."
+            f"{names_of_functions(spec)}"
+        )
+    hint = did_you_mean(str(spec), TRL_REWARDS) if isinstance(spec, str) else ""
+    if hint and not Path(spec).exists():
+        raise ValueError(f"There is no reward function or model {str(spec)!r}.{hint}")
+    folder = local_folder(spec, None)
+    if not any(Path(folder, name).is_file() for name in _MODEL_FILES):
+        raise FileNotFoundError(
+            f"{spec} holds no model (none of {', '.join(_MODEL_FILES)}). Give the folder of a reward model, or a "
+            "function as package.module.function or file.py:function."
+        )
+    return folder if Path(spec).is_dir() else str(spec)
 
 
 def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     """
-    What its scores depend on, as far as can be known: the content of a model, and of a scorer its choices; of anything
-    else that is called see [`~trl_ext.pipelines.stages.callables.callable_identity`].
+    What the scores of a reward function depend on, as far as it can be known: for a model its content, for a scorer
+    also its settings; for other callables see [`~trl_ext.pipelines.stages.callables.callable_identity`].
 
     Returns:
-        `dict`, or `None` for an ensemble in memory, which is not known: its scores are never used again.
+        `dict`, or `None` for an ensemble in memory, whose scores cannot be used again.
     """
     name = reward_name(spec)
     if isinstance(spec, str) and spec in TRL_REWARDS:
         return {"name": name, "trl": metadata.version("trl")}
-    if isinstance(spec, (str, Path)) and not (_is_dotted(str(spec)) and not Path(spec).exists()):
-        return {"name": name, "model": model_identity(spec)}
+    if isinstance(spec, (str, Path)) and not is_function_name(spec):
+        return {"name": name, "model": model_identity(_folder(spec))}
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return {"name": name, "model": model_identity(spec)}
     if isinstance(spec, RewardScorer):
@@ -127,12 +235,12 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
 
 def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sample]) -> list[float | None]:
     """
-    The scores of samples, with the arguments that TRL's trainers give.
+    Score samples with the arguments that TRL's trainers pass.
 
     Raises:
-        [`RewardError`]: the function raises, or gives a wrong number of scores, or one that is not finite.
+        [`RewardError`]: the function raises, or returns a wrong number of scores, or one that is not finite.
     """
-    names = dict.fromkeys(name for sample in samples for name in sample.columns)
+    names = dict.fromkeys(name for sample in samples for name in sample.columns if name not in GIVEN)
     columns: dict[str, Any] = {name: [sample.columns.get(name) for sample in samples] for name in names}
     columns |= {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     if all(sample.token_ids is not None for sample in samples):
@@ -184,20 +292,13 @@ async def _wait_for(scores: Any) -> Any:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """In place of a trainer's logging."""
+    """Stands in for a trainer's logging functions."""
 
 
-def weighted_total(scores: dict[str, float | None], weights: dict[str, float]) -> float | None:
-    """The weighted sum of the scores that are there, as in TRL's GRPO; `None` where there is none."""
-    given = [weights[name] * score for name, score in scores.items() if score is not None]
-    return sum(given) if given else None
-
-
-def with_tokenizers(reward_funcs: RewardFunc | list[RewardFunc], tokenizers: Any) -> list[RewardFunc]:
-    """The reward functions, with a scorer in place of a model that comes with a tokenizer."""
-    rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    given = tokenizers if isinstance(tokenizers, (list, tuple)) else [tokenizers]
-    given = [None] * len(rewards) if tokenizers is None else list(given)
+def with_tokenizers(reward_funcs: RewardFunc | Sequence[RewardFunc], tokenizers: Any) -> list[RewardFunc]:
+    """The reward functions; a model that comes with a tokenizer becomes a scorer."""
+    rewards = as_list(reward_funcs)
+    given = [None] * len(rewards) if tokenizers is None else as_list(tokenizers)
     if len(given) != len(rewards):
         raise ValueError(f"Found {len(given)} reward_processing_classes for {len(rewards)} reward functions.")
     return [

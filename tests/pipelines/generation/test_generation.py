@@ -19,7 +19,8 @@ from tests.pipelines.http_server import good, serving
 from tests.tiny import save_tiny_model
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.backends import make_generator
-from trl_ext.pipelines.generation.sampling import GenerationError, Sampling, cut_at_stop
+from trl_ext.pipelines.generation.generator import GenerationError, cut_at_stop
+from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 
 

@@ -19,8 +19,8 @@ from tests.tiny import save_tiny_model
 from trl_ext import RewardEnsemble, RewardScorer, rejection_sample
 from trl_ext.cli.main import main as trl_ext
 from trl_ext.data.validation import DataError
+from trl_ext.pipelines.generation.generator import GenerationError
 from trl_ext.pipelines.generation.records import Sample
-from trl_ext.pipelines.generation.sampling import GenerationError
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
 from trl_ext.pipelines.reward_functions import RewardError, call_reward, load_reward, reward_identity, reward_names
 from trl_ext.pipelines.stages.store import ShardStore, StoreError
@@ -518,3 +518,21 @@ def test_the_command_under_accelerate_launch(tiny, tmp_path, rows):
     assert command(tiny, tmp_path / "one", rows, "--shard_size", "2") == 0
     two, one = ([*(tmp_path / name).glob("selected/*/rows.jsonl")] for name in ("two", "one"))
     assert two[0].read_text() == one[0].read_text()
+
+
+def test_a_begun_answer_and_its_continuation_are_one_turn(tiny, tmp_path):
+    """In the rows, and in what SFT trains on: one assistant turn, not a second one after an end of turn."""
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good"}]
+    rows = rejection_sample(
+        tiny, lambda completions, **_: [1.0] * len(completions), Dataset.from_list([{"prompt": begun}]), tmp_path,
+        num_generations=2, max_completion_length=6,
+    )  # fmt: skip
+    (row,) = rows
+    assert row["prompt"] == begun[:1]
+    (message,) = row["completion"]
+    assert message["role"] == "assistant" and message["content"].startswith("good") and len(message["content"]) > 4
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    text = AutoTokenizer.from_pretrained(tiny).apply_chat_template(
+        row["prompt"] + row["completion"], chat_template=template, tokenize=False
+    )
+    assert text.count("<assistant>") == 1 and text.startswith("<user>hello</s><assistant>good")

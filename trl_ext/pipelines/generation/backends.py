@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
-from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Generator, Sampling
+from trl_ext.pipelines.generation.generator import Generator
+from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
 from trl_ext.pipelines.generation.servers import OpenAIGenerator, VLLMGenerator
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
 

@@ -1,14 +1,17 @@
-"""What a sampled completion is: `Sample`, its form in a file, and the identity of a prompt.
+"""The records of a run that samples: prompts, what a backend returns (`Completion`), and what is kept (`Sample`).
 
-Knows nothing of models, of scorers or of where records are kept.
+This module checks prompts, gives them ids, and joins a prompt with the text generated after it. It knows nothing of
+models, reward functions or where records are kept.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trl_ext.data.tokenization import Prompt
+from trl_ext.data.validation import RowChecks
 
 
 FinishReason = Literal["stop", "length"]
@@ -18,23 +21,42 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(slots=True)
+class Completion:
+    """What a backend returns for one completion; [`Sample`] explains the fields of the same names.
+
+    Args:
+        text (`str`): the generated text, without its end token. After a begun answer it is the continuation alone.
+    """
+
+    text: str
+    token_ids: list[int] | None
+    finish_reason: FinishReason
+    logprob: float | None
+    seed: int
+    latency: float
+
+
+@dataclass(slots=True)
 class Sample:
     """
     One completion of one prompt, and what is known about it.
 
     Args:
-        prompt_id (`str`): identity of the prompt, see [`prompt_id`].
+        prompt_id (`str`): id of the prompt, see [`prompt_id`].
         sample_index (`int`): which of the prompt's completions this is, from 0.
-        prompt (`str` or `list[dict]`): text or messages, as in the data set.
+        prompt (`str` or `list[dict]`): text or messages, as in the data set; without a begun answer, see
+            [`with_completion`].
         completion (`str` or `list[dict]`): text, or one assistant message after a chat prompt.
-        token_ids (`list[int]`, *optional*): tokens of the completion, with its end token; not every server tells.
+        token_ids (`list[int]`, *optional*): the generated tokens with the end token; `None` where a server does not
+            return them.
         finish_reason (`str`): `"stop"`, or `"length"` for a completion that was cut at `max_completion_length`.
-        logprob (`float`, *optional*): sum of the tokens' log-probabilities under the model, if the backend tells.
-        seed (`int`): seed that it was generated with (that of its shard, or of its request).
-        scores (`dict[str, float | None]`): reward function to score; `None` is unscorable. Empty before scoring.
+        logprob (`float`, *optional*): sum of the tokens' log-probabilities under the model, where the backend returns
+            them.
+        seed (`int`): seed of the shard or of the request.
+        scores (`dict[str, float | None]`): score by each reward function; `None` is unscorable. Empty before scoring.
         score (`float`, *optional*): the weighted total; `None` before scoring and where no function gave a score.
         columns (`dict`): the other columns of the prompt's row.
-        latency (`float`, *optional*): seconds that the request, or the in-process batch, took.
+        latency (`float`, *optional*): seconds that the request, or the batch in this process, took.
     """
 
     prompt_id: str
@@ -50,31 +72,99 @@ class Sample:
     columns: dict[str, Any] = field(default_factory=dict)
     latency: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Sample":
-        """The inverse of [`~Sample.to_json`]."""
-        return cls(**record)
+    def of(
+        cls, prompt_id: str, index: int, prompt: Prompt, columns: dict[str, Any], generated: Completion
+    ) -> "Sample":
+        """The sample of a completion that a backend returned for a prompt."""
+        prompt, completion = with_completion(prompt, generated.text)
+        return cls(
+            prompt_id=prompt_id,
+            sample_index=index,
+            prompt=prompt,
+            completion=completion,
+            token_ids=generated.token_ids,
+            finish_reason=generated.finish_reason,
+            logprob=generated.logprob,
+            seed=generated.seed,
+            columns=columns,
+            latency=generated.latency,
+        )
+
+
+def with_completion(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, Any]]]:
+    """
+    Join a prompt with the text that was generated after it.
+
+    A chat may end with a begun answer, which the model continues. The begun answer and its continuation are one
+    assistant turn: they become the completion, and the prompt ends before them. So reward functions, `SFTTrainer` and
+    the chat template see one turn.
+
+    Args:
+        prompt (`str` or `list[dict]`): text or messages.
+        text (`str`): what the model generated after it.
+
+    Returns:
+        `tuple`: the prompt, and the completion: a text, or one assistant message.
+
+    Example:
+
+    ```python
+    >>> with_completion([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good"}], " day")
+    ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Good day'}])
+    ```
+    """
+    if isinstance(prompt, str):
+        return prompt, text
+    if not ends_with_begun_answer(prompt):
+        return prompt, [{"role": "assistant", "content": text}]
+    begun = prompt[-1]
+    return prompt[:-1], [{**begun, "content": _content(begun) + text}]
+
+
+def ends_with_begun_answer(prompt: Prompt) -> bool:
+    """Whether a prompt is a chat whose last message is the assistant's: the model continues this message."""
+    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
     """The text of a completion: itself, or the contents of its messages."""
     if isinstance(completion, str):
         return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
+    return "\n".join(_content(message) for message in completion)
 
 
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, for hashing."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+def _content(message: dict[str, Any]) -> str:
+    """The text of a message; its content is a text, or a list of parts of which `{"type": "text"}` have one."""
+    content = message.get("content") or ""
+    if isinstance(content, (list, tuple)):
+        return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)
+    return str(content)
+
+
+def prompt_of(item: Mapping[str, Any], row: int) -> Prompt:
+    """
+    The prompt of a row of a data set, checked.
+
+    Raises:
+        [`DataError`]: it is missing, empty, no text and no messages, or a begun answer without a question; names the
+            row.
+    """
+    checks = RowChecks(row, "prompt")
+    if "prompt" not in item:
+        raise checks.error("prompt", f"the columns {sorted(item)}", "a column 'prompt'", "Rename or add it.")
+    prompt = checks.prompt(item["prompt"])
+    fix = "Remove such rows with dataset.filter."
+    if prompt is None:
+        raise checks.error("prompt", "an empty prompt", "a text or messages", fix)
+    if ends_with_begun_answer(prompt) and len(prompt) == 1:
+        raise checks.error("prompt", "an assistant message alone", "a message before the answer that it begins", fix)
+    return prompt
 
 
 def prompt_id(prompt: Prompt, columns: dict[str, Any] | None = None) -> str:
     """
-    The identity of a prompt: a hash of its content, the same in every run and on every machine.
+    The id of a prompt: a hash of its content, the same in every run and on every machine.
 
     Args:
         prompt (`str` or `list[dict]`): text or messages.
@@ -89,3 +179,8 @@ def prompt_id(prompt: Prompt, columns: dict[str, Any] | None = None) -> str:
     """
     seen = {name: value for name in TEMPLATE_COLUMNS if (value := (columns or {}).get(name)) is not None}
     return hashlib.sha256(canonical([prompt, seen] if seen else [prompt])).hexdigest()[:16]
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, for hashing."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()

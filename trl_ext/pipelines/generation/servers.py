@@ -20,17 +20,15 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.validation import DataError
-from trl_ext.pipelines.generation.records import prompt_id
-from trl_ext.pipelines.generation.sampling import (
-    Chat,
+from trl_ext.pipelines.generation.generator import (
     Columns,
-    Completion,
     GenerationError,
     PromptEncoder,
-    Sampling,
     cut_at_stop,
     sample_seed,
 )
+from trl_ext.pipelines.generation.records import Completion, prompt_id
+from trl_ext.pipelines.generation.sampling import Chat, Sampling
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +56,7 @@ def _own(columns: Sequence[Columns] | None, row: int) -> Columns:
 
 class VLLMGenerator:
     """
-    Completes prompts with TRL's `VLLMClient`; see [`~trl_ext.pipelines.generation.sampling.Generator`].
+    Completes prompts with TRL's `VLLMClient`; see [`~trl_ext.pipelines.generation.generator.Generator`].
 
     Prompts travel as token ids, so that the model sees what TRL's trainers show it, and come back as token ids with
     their log-probabilities. One request a prompt, with a seed of its own.
@@ -92,7 +90,7 @@ class VLLMGenerator:
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
-        """See [`~trl_ext.pipelines.generation.sampling.Generator`]."""
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
         jobs = []
         for row, ids in enumerate(self._encoder.ids(prompts, columns)):
             own_seed = sample_seed(seed, prompt_id(prompts[row], _own(columns, row)), 0)
@@ -146,7 +144,7 @@ class VLLMGenerator:
 
 class OpenAIGenerator:
     """
-    Completes prompts with an OpenAI-compatible server; see [`~trl_ext.pipelines.generation.sampling.Generator`].
+    Completes prompts with an OpenAI-compatible server; see [`~trl_ext.pipelines.generation.generator.Generator`].
 
     Chats go to `/v1/chat/completions`, texts to `/v1/completions`; one request a completion, with a seed of its own,
     because not every server knows `n`. Arguments that are off are not sent, as not every server knows them. To

@@ -24,12 +24,14 @@ from transformers import (
 from trl_ext.data.validation import DataError
 from trl_ext.models.building import as_dtype, attention_at_hand
 from trl_ext.models.loading import local_folder
-from trl_ext.pipelines.generation.sampling import Chat, Columns, Completion, GenerationError, PromptEncoder, Sampling
+from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder
+from trl_ext.pipelines.generation.records import Completion
+from trl_ext.pipelines.generation.sampling import Chat, Sampling
 
 
 class TransformersGenerator:
     """
-    Completes prompts with a model in this process; see [`~trl_ext.pipelines.generation.sampling.Generator`].
+    Completes prompts with a model in this process; see [`~trl_ext.pipelines.generation.generator.Generator`].
 
     Every completion is a row of a batch, and rows are sorted by the length of their prompts, so that any
     `num_generations` goes with any batch size. The prompts of one call and its seed decide all that is drawn.
@@ -96,7 +98,8 @@ class TransformersGenerator:
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
-        """See [`~trl_ext.pipelines.generation.sampling.Generator`]."""
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
+        prompts = list(prompts)
         encoded = self._encoder.ids(prompts, columns)
         self._check_lengths(encoded)
         order = sorted(range(len(prompts)), key=lambda row: (-len(encoded[row]), row))  # what needs most comes first

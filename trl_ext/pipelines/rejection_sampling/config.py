@@ -8,6 +8,7 @@ from typing import Any, Literal
 import trl
 
 from trl_ext.models.fingerprint import path_identity
+from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.rejection_sampling.selection import selectors
 
 
@@ -25,7 +26,7 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_", "datalo
 
 
 @dataclass
-class RejectionSamplingConfig(trl.SFTConfig):
+class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
     r"""
     Configuration of [`RejectionSamplingTrainer`]. All arguments of `trl.SFTConfig` keep their meaning and their
     defaults, and apply to the fine-tuning of each round; those for sampling have GRPO's names, meaning and defaults.
@@ -90,18 +91,6 @@ class RejectionSamplingConfig(trl.SFTConfig):
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     num_generations_eval: int | None = field(
         default=None, metadata={"help": "Completions of each prompt in evaluation; num_generations by default."}
-    )
-    max_completion_length: int = field(default=512, metadata={"help": "Longest completion in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of sampling; 1 switches it off."})
-    top_k: int = field(default=0, metadata={"help": "Likeliest tokens to keep; 0 switches it off."})
-    min_p: float | None = field(default=None, metadata={"help": "Least probability, scaled by the likeliest token's."})
-    repetition_penalty: float = field(default=1.0, metadata={"help": "1 switches it off."})
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of GenerationConfig, or of requests to the server."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template in generation."}
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each reward function; all 1 by default."}

@@ -25,8 +25,9 @@ from transformers.utils import logging as hf_logging
 
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.backends import make_generator
-from trl_ext.pipelines.generation.records import Sample
-from trl_ext.pipelines.generation.sampling import Generator, Sampling, sample_seed
+from trl_ext.pipelines.generation.generator import Generator, sample_seed
+from trl_ext.pipelines.generation.records import Completion, Sample, text_of
+from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.rejection_sampling.prompts import PromptFile
 from trl_ext.pipelines.rejection_sampling.scored import text_hash
 from trl_ext.pipelines.reward_functions import RewardFunc, call_reward, is_by_name, load_reward
@@ -191,7 +192,7 @@ class ScoreStage:
                     {
                         "prompt_id": group[0].prompt_id,
                         "scores": [next(scores) for _ in group],
-                        "text_hash": [text_hash(text_of_sample(sample)) for sample in group],
+                        "text_hash": [text_hash(text_of(sample.completion)) for sample in group],
                         "length": [length_of(sample) for sample in group],
                         "finished": [sample.finish_reason == "stop" for sample in group],
                     }
@@ -215,30 +216,13 @@ def read_samples(rows: Sequence[dict[str, Any]], lines: Iterator[dict[str, Any]]
 
 
 def sample_of(row: dict[str, Any], index: int, stored: dict[str, Any]) -> Sample:
-    """One sample from the line of its prompt and what a backend gave."""
-    text = stored["text"]
-    return Sample(
-        prompt_id=row["prompt_id"],
-        sample_index=index,
-        prompt=row["prompt"],
-        completion=text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}],
-        token_ids=stored["token_ids"],
-        finish_reason=stored["finish_reason"],
-        logprob=stored["logprob"],
-        seed=stored["seed"],
-        columns=row["columns"],
-        latency=stored["latency"],
-    )
-
-
-def text_of_sample(sample: Sample) -> str:
-    """The generated text."""
-    return sample.completion if isinstance(sample.completion, str) else sample.completion[0]["content"]
+    """One sample from the line of its prompt and what a backend returned."""
+    return Sample.of(row["prompt_id"], index, row["prompt"], row["columns"], Completion(**stored))
 
 
 def length_of(sample: Sample) -> int:
     """Tokens of a completion; words, of a server that does not give tokens."""
-    return len(sample.token_ids) if sample.token_ids is not None else len(text_of_sample(sample).split())
+    return len(sample.token_ids) if sample.token_ids is not None else len(text_of(sample.completion).split())
 
 
 def _shard_seed(seed: int, rows: Sequence[dict[str, Any]]) -> int:

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trl_ext.data.validation import DataError, RowChecks
-from trl_ext.pipelines.generation.records import canonical, prompt_id
+from trl_ext.data.validation import DataError
+from trl_ext.pipelines.generation.records import canonical, prompt_id, prompt_of
 from trl_ext.pipelines.stages.store import StoreError, count_lines, read_lines, write_lines
 
 
@@ -76,7 +76,7 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     repeated, left_out = 0, set()
     records = []
     for row, item in enumerate(dataset):
-        prompt = _prompt(row, item)
+        prompt = prompt_of(item, row)
         columns = {name: value for name, value in item.items() if name not in RESERVED}
         left_out |= {name for name in item if name in RESERVED} - {"prompt"}
         try:
@@ -117,16 +117,6 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     if not path.is_file() or not _is_whole(path, len(records)):
         write_lines(path, records)
     return PromptFile(path, len(records), shard_size, ids.hexdigest()[:16], content.hexdigest()[:16])
-
-
-def _prompt(row: int, item: dict[str, Any]) -> Any:
-    checks = RowChecks(row, "prompt")
-    if "prompt" not in item:
-        raise checks.error("prompt", f"the columns {sorted(item)}", "a column 'prompt'", "Rename or add it.")
-    prompt = checks.prompt(item["prompt"])
-    if prompt is None:
-        raise checks.error("prompt", "an empty prompt", "a text or messages", "Remove such rows with dataset.filter.")
-    return prompt
 
 
 def _is_json(value: Any) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.pipelines.generation.records import Sample
+from trl_ext.pipelines.generation.records import Sample, text_of, with_completion
 from trl_ext.pipelines.rejection_sampling.generate_and_score import sample_of
 from trl_ext.pipelines.rejection_sampling.prompts import PromptFile
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, text_hash
-from trl_ext.pipelines.reward_functions import weighted_total
+from trl_ext.pipelines.reward_functions import weighted_total, weighted_totals
 from trl_ext.pipelines.stages.store import ShardStore, StoreError
 
 
@@ -63,9 +63,7 @@ class StoredSamples:
             scores = np.array(
                 [[score for line in column for score in line["scores"]] for column in columns], dtype=np.float64
             )  # (M, N)
-            absent = np.isnan(scores)  # None
-            total = np.where(absent, 0.0, scores * weights[:, None]).sum(0)  # (N,)
-            total[absent.all(0)] = np.nan
+            total = weighted_totals(scores, weights)  # (N,)
             by_function.append(scores)
             parts.append(
                 [
@@ -124,7 +122,8 @@ class StoredSamples:
                 f"{self.rollouts.path(shard)} holds the prompt {line['prompt_id']} in place of {row['prompt_id']}. "
                 "Delete it, and run the same again."
             )
-        if [text_hash(sample["text"]) for sample in line["samples"]] != hashes:
+        texts = [text_of(with_completion(row["prompt"], sample["text"])[1]) for sample in line["samples"]]
+        if list(map(text_hash, texts)) != hashes:
             raise StoreError(
                 f"{next(iter(self.scores.values())).path(shard)} holds scores of other texts than are in "
                 f"{self.rollouts.path(shard)}. Delete the scores, and run the same again."

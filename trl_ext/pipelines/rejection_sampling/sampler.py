@@ -32,7 +32,7 @@ from trl_ext.pipelines.rejection_sampling.prompts import write_prompts
 from trl_ext.pipelines.rejection_sampling.sample_table import StoredSamples
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
 from trl_ext.pipelines.rejection_sampling.selection import select
-from trl_ext.pipelines.reward_functions import RewardFunc, reward_identity, reward_names
+from trl_ext.pipelines.reward_functions import RewardFunc, as_list, check_rewards, reward_identity, weights_by_name
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.store import ShardStore, StoreError, key_of, write_json, write_lines
 
@@ -76,14 +76,6 @@ def check_request(num_generations: int, backend: str, sampling: Sampling) -> Non
         )
 
 
-def weights_by_name(rewards: Sequence[RewardFunc], weights: Sequence[float] | None) -> dict[str, float]:
-    """The weight of each reward function, 1 by default; raises `ValueError` for another number of weights."""
-    weights = [1.0] * len(rewards) if weights is None else list(weights)
-    if len(weights) != len(rewards):
-        raise ValueError(f"reward_weights has {len(weights)} numbers; needed: {len(rewards)}, one a function.")
-    return dict(zip(reward_names(rewards), weights, strict=True))
-
-
 class RejectionSampler:
     """
     The stages of rejection sampling, one by one; [`rejection_sample`] runs them all, and explains the arguments.
@@ -123,10 +115,13 @@ class RejectionSampler:
         self.output_dir = Path(output_dir)
         self.num_generations = num_generations
         self._own_process = own_process
-        self._rewards = [] if reward_funcs is None else _as_list(reward_funcs)
+        self._rewards = [] if reward_funcs is None else as_list(reward_funcs)
         self.reward_weights = weights_by_name(self._rewards, reward_weights)
         self.reward_names = list(self.reward_weights)
         self._prompts = write_prompts(dataset, self.output_dir / "prompts", shard_size)
+        if self._rewards:  # before anything is generated
+            columns = (row["columns"] for _, rows in self._prompts.shards([0]) for row in rows)
+            check_rewards(self._rewards, {name for item in columns for name in item})
         in_process = backend == "transformers"
         kwargs = {"generation_batch_size": generation_batch_size} if in_process else dict(server or {})
         if in_process and server:
@@ -343,7 +338,3 @@ def rejection_sample(
     sampler.generate()
     sampler.score()
     return sampler.select(selection, selection_kwargs, drop_truncated).dataset
-
-
-def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
-    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]

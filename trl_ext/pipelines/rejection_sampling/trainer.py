@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from trl_ext.models.fingerprint import model_identity
+from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
 from trl_ext.pipelines.rejection_sampling.diagnostics import (
@@ -40,7 +42,13 @@ from trl_ext.pipelines.rejection_sampling.prompts import RESERVED
 from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
-from trl_ext.pipelines.reward_functions import RewardFunc, reward_identity, reward_names, with_tokenizers
+from trl_ext.pipelines.reward_functions import (
+    RewardFunc,
+    check_rewards,
+    reward_identity,
+    reward_names,
+    with_tokenizers,
+)
 from trl_ext.pipelines.stages.store import write_json
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
@@ -132,6 +140,7 @@ class RejectionSamplingTrainer:
         self.history: list[dict[str, Any]] = []
         self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
         self._verifier = verifier
+        check_rewards([*self._rewards, *([] if verifier is None else [verifier])])
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._callbacks, self._peft_config = callbacks, peft_config
@@ -300,14 +309,7 @@ class RejectionSamplingTrainer:
             generation_batch_size=args.generation_batch_size,
             model_init_kwargs=self._init_kwargs if number == 0 else self._without_revision(),
             server=server if on_server else None,
-            max_completion_length=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            generation_kwargs=args.generation_kwargs,
-            chat_template_kwargs=args.chat_template_kwargs,
+            **{item.name: getattr(args, item.name) for item in fields(GRPOSamplingFields)},
         )
 
     def _evaluate(self, number: int) -> dict[str, float]:

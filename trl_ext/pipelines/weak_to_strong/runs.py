@@ -19,6 +19,7 @@ from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainingArguments
 
 from trl_ext.losses.distillation import LogConfRanking, LogConfToken
+from trl_ext.pipelines.generation.records import with_completion
 from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.stages.callables import callable_identity
@@ -132,13 +133,9 @@ def judge_leg(leg: Leg, folder: Path, splits: dict[str, Sequence[Row]]) -> dict[
         sampling = Sampling(max_completion_length=leg.max_completion_length, temperature=temperature)
         generator = TransformersGenerator(model, sampling, processing_class=AutoTokenizer.from_pretrained(folder))
         found = generator.generate([row["prompt"] for row in rows], num_generations=1, seed=leg.seed)
-        texts = [_as_prompt_is(row["prompt"], own[0].text) for row, own in zip(rows, found, strict=True)]
+        texts = [with_completion(row["prompt"], own[0].text)[1] for row, own in zip(rows, found, strict=True)]
         judged[name] = task.judge_texts(texts, rows, [own[0].finish_reason == "stop" for own in found])
     return judged
-
-
-def _as_prompt_is(prompt: str | list[dict], text: str) -> str | list[dict]:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def run_leg(

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_ext.pipelines.generation.records import canonical, text_of
+from trl_ext.pipelines.generation.records import canonical, text_of, with_completion
 from trl_ext.scoring import RewardScorer
 from trl_ext.trainers import (
     ORMTrainer,
@@ -169,7 +169,8 @@ class GenerationTask:
         self, texts: Sequence[str | list[dict]], rows: Sequence[Row], finished: Sequence[bool]
     ) -> list[Judgement]:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        values = self._metric(prompts=[row["prompt"] for row in rows], completions=list(texts), **columns)
+        prompts = [with_completion(row["prompt"], "")[0] for row in rows]  # a begun answer is part of the text
+        values = self._metric(prompts=prompts, completions=list(texts), **columns)
         wrong = [value for value in values if value is None or not 0.0 <= value <= 1.0]
         if len(values) != len(rows) or wrong:
             raise ValueError(
@@ -179,7 +180,7 @@ class GenerationTask:
         return [Judgement(float(value), *text) for value, *text in zip(values, texts, finished, strict=True)]
 
     def relabel(self, row: Row, output: str, hard: bool) -> Row:
-        return {**row, "completion": output}
+        return {**row, "prompt": with_completion(row["prompt"], "")[0], "completion": output}
 
     @staticmethod
     def why_unusable(label: Judgement) -> str | None:

@@ -1,0 +1,151 @@
+"""What every generation backend offers (`Generator`), and what the backends share.
+
+The backends are `transformers_backend`, `vllm_backend` and `openai_backend`; `backends` makes them by name.
+`PromptEncoder` turns prompts into token ids and generated ids into texts. This module knows nothing of scores or of
+where completions are kept.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.data.validation import DataError
+from trl_ext.pipelines.generation.records import Completion, FinishReason, canonical, ends_with_begun_answer
+from trl_ext.pipelines.generation.sampling import Chat, Sampling
+
+
+Columns = dict[str, Any]
+
+
+class GenerationError(RuntimeError):
+    """A backend cannot go on; the message says what was found and what to do."""
+
+
+class Generator(Protocol):
+    """Something that completes prompts."""
+
+    def generate(
+        self,
+        prompts: Sequence[str | Chat],
+        num_generations: int,
+        seed: int,
+        columns: Sequence[Columns] | None = None,
+    ) -> list[list[Completion]]:
+        """
+        Complete each prompt `num_generations` times.
+
+        Args:
+            prompts (sequence of `str` or lists of messages): none of them empty.
+            num_generations (`int`): completions of each.
+            seed (`int`): the same call with the same seed gives the same completions, as far as the backend can.
+            columns (sequence of `dict`, *optional*): each prompt's `tools` and `chat_template_kwargs`.
+
+        Returns:
+            `list[list[Completion]]`: `num_generations` for each prompt, in the order of the prompts.
+
+        Raises:
+            [`GenerationError`]: the backend fails. [`DataError`]: a prompt cannot be used; names its index.
+        """
+
+
+_CONTEXT = 8  # tokens of a text that can change how the next token is decoded
+
+
+class PromptEncoder:
+    """
+    Encodes prompts, with the chat template and what `Sampling` puts before them, and decodes completions.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): template, examples, system prompt, stop texts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sampling: Sampling):
+        self.tokenizer = tokenizer
+        self._sampling = sampling
+
+    def ids(self, prompts: Sequence[str | Chat], columns: Sequence[Columns] | None) -> list[list[int]]:
+        """Return the token ids of each prompt. Raises [`DataError`] with the index of one that cannot be encoded."""
+        encoded = []
+        for row, prompt in enumerate(prompts):
+            own = columns[row] if columns is not None else {}
+            try:
+                ids = self._encode(self._sampling.context(prompt), own)
+            except Exception as error:  # templates raise whatever they like
+                raise DataError(
+                    f"a prompt on which the tokenizer fails with {type(error).__name__}: {error}",
+                    "a prompt that the tokenizer and its chat template accept",
+                    "Correct or remove the row, or give another `chat_template`.",
+                    row=row,
+                    column="prompt",
+                ) from error
+            if not ids:
+                raise DataError(
+                    "a prompt without a token", "at least one token", "Remove the row.", row=row, column="prompt"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def _encode(self, prompt: str | Chat, columns: Columns) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        goes_on = ends_with_begun_answer(prompt)  # the model continues it, as in TRL
+        kwargs = {**(self._sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
+        return self.tokenizer.apply_chat_template(
+            prompt,
+            tools=columns.get("tools"),
+            chat_template=self._sampling.chat_template,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            return_dict=False,
+            **kwargs,
+        )
+
+    def finished(
+        self, prompt: str | Chat, before: list[int], ids: list[int], ends: set[int], max_length: int
+    ) -> tuple[str, list[int], FinishReason]:
+        """
+        Cut what was generated at the first end token or text of `stop`.
+
+        Args:
+            prompt (`str` or `list[dict]`): the prompt, and `before` (`list[int]`) its token ids.
+            ids (`list[int]`): the generated ids, of which at most `max_length` were asked for.
+            ends (`set[int]`): end tokens.
+
+        Returns:
+            `tuple`: text, token ids with the end token, finish reason.
+        """
+        goes_on = isinstance(prompt, str) or ends_with_begun_answer(prompt)
+        before = before[-_CONTEXT:] if goes_on else []
+        for place, token in enumerate(ids):
+            if token in ends:
+                ids, reason = ids[: place + 1], "stop"
+                break
+        else:
+            reason = "length" if len(ids) >= max_length else "stop"
+        text = self._text(before, ids)
+        cut = cut_at_stop(text, self._sampling.stop)
+        if cut != text:
+            reason = "stop"
+            while ids and cut_at_stop(self._text(before, ids[:-1]), self._sampling.stop) == cut:
+                ids = ids[:-1]  # what came after the text, and its end
+        return cut, ids, reason
+
+    def _text(self, before: list[int], ids: list[int]) -> str:
+        """The text that ids add to what is before: SentencePiece drops the space at the start of a text."""
+        whole = self.tokenizer.decode([*before, *ids], skip_special_tokens=True)
+        start = self.tokenizer.decode(before, skip_special_tokens=True) if before else ""
+        return whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def cut_at_stop(text: str, stop: Sequence[str] | None) -> str:
+    """The text before the first of the stop texts."""
+    places = [place for item in stop or () if (place := text.find(item)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """The seed of one request, from the run's seed and the sample; below 2³¹, which every server accepts."""
+    return int.from_bytes(hashlib.sha256(canonical([seed, prompt_id, sample_index])).digest()[:4], "little") >> 1
