@@ -10,7 +10,8 @@ from transformers import BitsAndBytesConfig
 from tests.tiny import DECODER_FAMILIES, save_tiny_model
 from trl_ext.data import prefix_layout
 from trl_ext.data.prefix_layout import BLOCK_COST, AttentionBlock, Segment, block_segments, build_layout, split_prefix
-from trl_ext.models.building import add_adapter, build_reward_model
+from trl_ext.models.adapters import add_adapter
+from trl_ext.models.building import build_reward_model
 from trl_ext.models.heads import candidate_scores, run_with_head_output
 from trl_ext.models.shared_prefix import (
     ATTENTION_NAME,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig
+from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import is_flash_attn_2_available
 
@@ -92,6 +92,28 @@ def test_pattern_targets_and_own_modules_to_save(bases, tmp_path):
 def test_other_tuners_survive_a_reload(bases, tmp_path, config):
     trainer = train(bases["llama"], tmp_path, peft_config=config, learning_rate=1e-2)
     assert max_change(scores_of(trainer.model), scores_of(load_reward_model(tmp_path))) <= 1e-5
+
+
+@pytest.mark.parametrize("quantization", [None, nf4()], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "eva"])
+def test_an_initialisation_that_cannot_be_loaded_again_is_refused(bases, tmp_path, init, quantization):
+    config = LoraConfig(target_modules=["q_proj"])
+    config.init_lora_weights = init  # as a config read from a file has it
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' .*Use init_lora_weights=True"):
+        make_trainer(bases["llama"], tmp_path, peft_config=config, quantization_config=quantization)
+
+
+def test_an_adapter_in_memory_that_cannot_be_loaded_again_is_refused(bases, tmp_path):
+    def adapted(**kwargs):
+        model = AutoModelForSequenceClassification.from_pretrained(bases["llama"], num_labels=1, dtype=torch.float32)
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["score"], **kwargs))
+
+    with pytest.raises(ValueError, match="init_lora_weights='olora' changes the weights of the base"):
+        make_trainer(adapted(init_lora_weights="olora"), tmp_path)
+    trainer = train(adapted(init_lora_weights="eva"), tmp_path, learning_rate=1e-2)  # its data has been there
+    assert max_change(scores_of(trainer.model), scores_of(load_reward_model(tmp_path))) <= 1e-6
+    with pytest.raises(ValueError, match="layer_replication changes the number of layers"):
+        make_trainer(bases["llama"], tmp_path, peft_config=LoraConfig(layer_replication=[[0, 2], [1, 2]]))
 
 
 def test_lora_dropout_trains_and_reloads(bases, tmp_path):

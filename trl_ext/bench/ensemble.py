@@ -171,7 +171,8 @@ def _scoring(ids: list[list[int]], model: str, args: argparse.Namespace) -> dict
     import torch
     from peft import LoraConfig
 
-    from trl_ext.models.building import add_adapter, build_reward_model
+    from trl_ext.models.adapters import add_adapter
+    from trl_ext.models.building import build_reward_model
     from trl_ext.models.ensemble.member_config import branch_at
     from trl_ext.models.ensemble.stacked_model import StackedRewardModel, member_scores, member_token_logits
     from trl_ext.models.heads import candidate_scores, run_with_head_output

@@ -36,6 +36,7 @@ def prepare_groups(
     min_survival: float = 0.5,
     loss_needs_ratings: bool = False,
     vocab_size: int | None = None,
+    max_positions: int | None = None,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Validate and tokenize the rows of a data set into groups.
 
@@ -64,7 +65,8 @@ def prepare_groups(
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
         min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
         loss_needs_ratings (`bool`, *optional*, defaults to `False`): refuse `ranks`, whose distances mean nothing.
-        vocab_size (`int`, *optional*): refuse rows that were tokenized before with an id that is not below it.
+        vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
+        max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
@@ -73,7 +75,12 @@ def prepare_groups(
         `DataError`: a malformed row or column, or too few surviving rows. For a stream it is raised when the row is
         read.
     """
-    report = DataReport(name=dataset_name, max_length=max_length, streaming=isinstance(dataset, IterableDataset))
+    report = DataReport(
+        name=dataset_name,
+        max_length=max_length,
+        max_positions=max_positions,
+        streaming=isinstance(dataset, IterableDataset),
+    )
     opened = open_rows(dataset, report, _PREPARED, DECISIVE)
     if opened is None:
         return dataset, report
@@ -83,7 +90,7 @@ def prepare_groups(
         "tokenizer": tokenizer,
         "tokenization": tokenization,
         "schema": schema,
-        "max_length": max_length,
+        "max_length": report.limit,
         "dataset_name": dataset_name,
         "vocab_size": vocab_size,
         "cache_version": _CACHE_VERSION,
@@ -143,6 +150,8 @@ def _encode(
         )
     if not all(ids):
         raise checks.error(column, "a completion without any token", "at least one token", "Remove the row.")
+    for candidate in ids:
+        checks.known_ids(candidate, column, tokenizer)
     return ids
 
 

@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 # What is counted of a group, in the order of the list that `formats` stores with it.
 COUNTED = {
-    "over_long_rows": "dropped: longer than max_length={max_length} (fewer than 2 candidates fit)",
-    "over_long_candidates": "single candidates longer than max_length={max_length} left out of larger groups",
+    "over_long_rows": "dropped: longer than {limit} (fewer than 2 candidates fit)",
+    "over_long_candidates": "single candidates longer than {limit} left out of larger groups",
     "tied": "fully tied (no gradient)",
     "identical": "with candidates of identical tokens",
     "no_prompt": "with an empty prompt",
 }
 # What is counted of a row with labelled spans, in the order of the list that `spans` stores with it.
 COUNTED_OF_SPANS = {
-    "over_long_rows": "dropped: longer than max_length={max_length}",
+    "over_long_rows": "dropped: longer than {limit}",
     "unlabelled_rows": "dropped: without a labelled token",
     "no_segments": "with no segment at all (kept; without a label they have no loss)",
     "no_prompt": "with an empty prompt",
@@ -58,7 +58,8 @@ class DataReport:
 
     Args:
         name (`str`): name of the data set ("train", "eval").
-        max_length (`int`, *optional*): the limit in tokens that was applied.
+        max_length (`int`, *optional*): the limit in tokens that the user set.
+        max_positions (`int`, *optional*): the limit in tokens that the model sets, if it has one.
         streaming (`bool`): whether the counts still grow.
         rows (`int`): rows read.
         kept (`int`): rows that are used.
@@ -68,6 +69,7 @@ class DataReport:
 
     name: str = "train"
     max_length: int | None = None
+    max_positions: int | None = None
     streaming: bool = False
     rows: int = 0
     kept: int = 0
@@ -78,6 +80,11 @@ class DataReport:
 
     def __post_init__(self) -> None:
         self.counts = {**dict.fromkeys(self.reasons, 0), **self.counts}
+
+    @property
+    def limit(self) -> int | None:
+        """The longest row that is kept, in tokens: the smaller of both limits."""
+        return min((limit for limit in (self.max_length, self.max_positions) if limit is not None), default=None)
 
     @property
     def dropped(self) -> int:
@@ -142,7 +149,10 @@ class DataReport:
         return {f"data/{self.name}/{key}": value for key, value in values.items()}
 
     def _phrase(self, reason: str) -> str:
-        return self.reasons[reason].format(max_length=self.max_length)
+        limit = f"max_length={self.max_length}"
+        if self.max_positions is not None and self.limit == self.max_positions != self.max_length:
+            limit = f"{self.max_positions} tokens, all the positions of the model ({limit})"
+        return self.reasons[reason].format(limit=limit)
 
     def _warn(self, message: str) -> None:
         if os.environ.get("RANK", "0") == "0":

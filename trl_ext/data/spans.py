@@ -78,6 +78,8 @@ def prepare_spans(
     max_completion_length: int | None = None,
     train_on_last_step_only: bool = False,
     mask_after_first_error: bool = False,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Validate and tokenize the rows of a data set, and label their tokens.
 
@@ -123,6 +125,8 @@ def prepare_spans(
         train_on_last_step_only (`bool`, *optional*, defaults to `False`): keep the label of the last step only.
         mask_after_first_error (`bool`, *optional*, defaults to `False`): mask the labels of the steps after the first
             wrong one, for annotations that stop there.
+        vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
+        max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
@@ -146,6 +150,7 @@ def prepare_spans(
     report = DataReport(
         name=dataset_name,
         max_length=max_length,
+        max_positions=max_positions,
         streaming=isinstance(dataset, IterableDataset),
         reasons=COUNTED_OF_SPANS,
     )
@@ -159,9 +164,10 @@ def prepare_spans(
         "tokenization": tokenization,
         "layout": layout,
         "only_kind": check_span_row(first, layout, RowChecks(0, dataset_name)).kind,
-        "max_length": max_length,
+        "max_length": report.limit,
         "max_completion_length": max_completion_length,
         "dataset_name": dataset_name,
+        "vocab_size": vocab_size,
         "cache_version": _CACHE_VERSION,
     }
     return map_rows(dataset, prepare_span_row, arguments, _FEATURES, report, min_survival, num_proc), report
@@ -177,10 +183,11 @@ def prepare_span_row(
     max_length: int | None,
     max_completion_length: int | None,
     dataset_name: str,
+    vocab_size: int | None,
     cache_version: int,
 ) -> dict[str, Any]:
     """The new columns of one row, with its counts."""
-    checks = RowChecks(index, dataset_name)
+    checks = RowChecks(index, dataset_name, vocab_size)
     span_row = check_span_row(row, layout, checks, only_kind)
     with checks.tokenizing(COLUMNS[layout.kind][0], span_row.kind):
         located = encode_with_offsets(
@@ -191,6 +198,7 @@ def prepare_span_row(
             tools=span_row.tools,
             chat_template_kwargs=span_row.chat_template_kwargs,
         )
+    checks.known_ids(located.ids, COLUMNS[layout.kind][0], tokenizer)
     ids, stop = located.ids, len(located.ids)
     if max_completion_length is not None:
         closing = 0 if span_row.kind == "chat" else closing_tokens(tokenizer, tokenization)

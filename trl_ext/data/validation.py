@@ -52,6 +52,17 @@ class DataError(ValueError):
         return type(self), (self.found, self.needed, self.fix, self.row, self.column, self.dataset)
 
 
+def unknown_token(token_id: int, vocab_size: int, tokenizer: Any = None) -> tuple[str, str, str]:
+    """What was found, what was needed and what to do where a model has no embedding for a token."""
+    token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token_id)!r})"
+    return (
+        f"the token id {token_id}{token}",
+        f"ids below {vocab_size}, the model's vocabulary",
+        "The tokenizer knows a token that the model does not. Pass the model's tokenizer as `processing_class`, or "
+        "before training call `model.resize_token_embeddings(len(tokenizer))` and pass the model.",
+    )
+
+
 def shown(value: Any) -> str:
     """A value with its type, cut to a readable length."""
     text = repr(value)
@@ -137,13 +148,14 @@ class RowChecks:
         ):
             raise self.error(column, shown(value), "a non-empty list of token ids", "Tokenize the row again.")
         if self.vocab_size is not None and max(value) >= self.vocab_size:
-            raise self.error(
-                column,
-                f"the token id {max(value)}",
-                f"ids below {self.vocab_size}, the size of the model's vocabulary",
-                "Tokenize the rows with the tokenizer of this model.",
-            )
+            found, needed, _ = unknown_token(max(value), self.vocab_size)
+            raise self.error(column, found, needed, "Tokenize the rows with the tokenizer of this model.")
         return list(value)
+
+    def known_ids(self, ids: Sequence[int], column: str, tokenizer: Any) -> None:
+        """Raise [`DataError`] if the tokenizer made a token id that the model has no embedding for."""
+        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+            raise self.error(column, *unknown_token(max(ids), self.vocab_size, tokenizer))
 
     def candidate_list(self, value: Any, column: str) -> list[Any]:
         """A list of at least two candidates."""

@@ -26,7 +26,8 @@ from trl_ext.fit.memory_count import (
     prepare_layers,
     quantized,
 )
-from trl_ext.models.building import add_adapter, choose_head_class
+from trl_ext.models.adapters import add_adapter
+from trl_ext.models.building import choose_head_class
 from trl_ext.models.ensemble.member_config import branch_at, complete_config
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
 from trl_ext.models.heads import head_modules, make_head_exact, run_with_head_output

@@ -113,7 +113,8 @@ def run_scoring(
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import RewardScorer
-    from trl_ext.models.building import add_adapter, build_reward_model
+    from trl_ext.models.adapters import add_adapter
+    from trl_ext.models.building import build_reward_model
 
     loading = {"dtype": parsed.model.dtype, "quantization_config": get_quantization_config(parsed.model)}
     loaded, head = build_reward_model(str(model), num_labels=num_labels, **loading)

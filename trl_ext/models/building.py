@@ -1,12 +1,11 @@
-"""Building a trainable reward model: load a base (quantized or not), keep its head exact, add LoRA.
+"""Building a trainable reward model: it loads a base, quantized or not, and keeps its head exact.
 
-Knows transformers, bitsandbytes and PEFT. Knows nothing of text, datasets, losses or saved reward models (see
-`loading.py` for those).
+Knows transformers and bitsandbytes. Knows nothing of adapters (`adapters.py`), saved reward models (`loading.py`),
+text, data sets or losses.
 """
 
 import copy
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_ext.models.heads import HeadClass, HeadError, head_class, head_modules, make_head_exact, unwrap
+from trl_ext.models.heads import HeadClass, HeadError, head_modules, make_head_exact, unwrap
 
 
 _CLASSES = {
@@ -117,7 +115,8 @@ def build_reward_model(
         ) from error
     kwargs |= hub
     auto_class = _auto_class(config, choose_head_class(config) if head == "per_token" else head)
-    quantized = quantization_config or config.__dict__.get("quantization_config")
+    # only the config of a quantized checkpoint has the field
+    quantized = quantization_config or getattr(config, "quantization_config", None)
     if quantized is not None:
         names = head_modules(_skeleton(config, auto_class, kwargs.get("trust_remote_code", False)))
         quantization_config = _skip_head(quantization_config, names)
@@ -177,7 +176,8 @@ def choose_head_class(config: transformers.PretrainedConfig) -> HeadClass:
     if any("TokenClassification" in name for name in config.architectures or []):
         return "token"
     decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    remote = "AutoModelForCausalLM" in config.__dict__.get("auto_map", {})
+    # only the config of a model with code of its own has `auto_map`
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     wanted: tuple[HeadClass, ...] = ("sequence", "token") if decoder or remote else ("token",)
     if config.is_encoder_decoder:
         wanted = ("token",)
@@ -189,7 +189,8 @@ def choose_head_class(config: transformers.PretrainedConfig) -> HeadClass:
 
 def _has_class(config: transformers.PretrainedConfig, head: HeadClass) -> bool:
     name, mapping = _CLASSES[head]
-    return type(config) in mapping or name in config.__dict__.get("auto_map", {})
+    # only the config of a model with code of its own has `auto_map`
+    return type(config) in mapping or name in (getattr(config, "auto_map", None) or {})
 
 
 def _auto_class(config: transformers.PretrainedConfig, head: HeadClass) -> type:
@@ -217,7 +218,8 @@ def keep_4bit_exact_on_cpu(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state
-            if state is not None and state.__dict__.get("packing_format_for_cpu", False):
+            # bitsandbytes sets the field when it repacks
+            if state is not None and getattr(state, "packing_format_for_cpu", False):
                 raise ValueError(
                     f"bitsandbytes has repacked the 4-bit weights of `{name}` for inference on the CPU, because the "
                     "model ran in eval mode before: they pass no gradient any more. Load the model anew, or pass its "
@@ -226,67 +228,10 @@ def keep_4bit_exact_on_cpu(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapter(
-    model: PreTrainedModel, peft_config: PeftConfig, head: list[str], *, autocast_adapter_dtype: bool = True
-) -> PeftModel:
-    """
-    Wrap the model with an adapter whose head is trained and saved, whatever the user's `LoraConfig` says.
-
-    The task type becomes that of the model's class, the head joins `modules_to_save` and is excluded from the
-    adapter's targets. The given config is not changed. Raises `ValueError` for an adapter type that cannot carry a
-    full module (prompt learning), and for a config that names the head as a target.
-    """
-    config = adapter_config(model, peft_config, head)
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    return peft_model
-
-
-def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[str]) -> PeftConfig:
-    """A copy of the user's config with which the head is trained and saved; raises as [`add_adapter`] does."""
-    config = copy.deepcopy(peft_config)
-    if config.is_prompt_learning or "modules_to_save" not in config.__dict__:
-        raise ValueError(
-            f"{type(config).__name__} cannot store a trained reward head next to the adapter (no `modules_to_save`). "
-            "Use `LoraConfig` or another tuner with `modules_to_save`."
-        )
-    wished = [t for t in _as_list(config.target_modules) if _only_in_head(t, model, head)]
-    if wished:
-        raise ValueError(
-            f"`target_modules` names the reward head {sorted(wished)}, which starts random and is trained in full, so "
-            "it cannot also be adapted. Remove it from `target_modules`; it is trained and saved anyway."
-        )
-    config.task_type = "TOKEN_CLS" if head_class(model) == "token" else "SEQ_CLS"
-    # PEFT appends "classifier" and "score" itself for both
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head]))
-    linear = [
-        path
-        for name in head
-        for path, m in model.get_submodule(name).named_modules(prefix=name)
-        if isinstance(m, nn.Linear)
-    ]
-    if "exclude_modules" in config.__dict__:  # a few tuners have none; a head that they adapt is refused later
-        if isinstance(config.exclude_modules, str):
-            config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?(?:{'|'.join(map(re.escape, linear))})"
-        else:
-            config.exclude_modules = sorted({*(config.exclude_modules or []), *linear})
-    return config
-
-
-def _as_list(targets: list[str] | set[str] | str | None) -> list[str]:
-    """The module names of `target_modules`; none for a pattern, `"all-linear"` or the default."""
-    return [] if targets is None or isinstance(targets, str) else list(targets)
-
-
-def _only_in_head(target: str, model: PreTrainedModel, head: list[str]) -> bool:
-    """Whether a name in `target_modules` stands for modules of the head and for nothing else."""
-    matched = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
-    return bool(matched) and all(any(name == h or name.startswith(f"{h}.") for h in head) for name in matched)
-
-
 def is_quantized(model: nn.Module) -> bool:
     """Whether the backbone is held in 4 or 8 bits."""
-    return bool(unwrap(model).__dict__.get("is_quantized", False))
+    # transformers sets the field on quantized models only
+    return bool(getattr(unwrap(model), "is_quantized", False))
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype | None:
@@ -313,7 +258,8 @@ def _skip_head(quantization_config: BitsAndBytesConfig | None, names: list[str])
 
 def _skip_head_in_config(config: transformers.PretrainedConfig, names: list[str]) -> None:
     """Extend the skip list baked into a quantized checkpoint: its own names the causal head, which is not here."""
-    baked = config.__dict__.get("quantization_config")
+    # only the config of a quantized checkpoint has the field
+    baked = getattr(config, "quantization_config", None)
     if isinstance(baked, dict) and baked.get("quant_method") == "bitsandbytes":
         config.quantization_config = {
             **baked,

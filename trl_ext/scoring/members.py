@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.ensemble.shared_base import base_key, load_adapters, use_adapter
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
+from trl_ext.models.inputs import load_tokenizer
 from trl_ext.models.loading import check_probes, local_folder, save_sidecar
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
 from trl_ext.scoring.batches import RUNNING
-from trl_ext.scoring.rows import load_tokenizer, row_error
+from trl_ext.scoring.rows import row_error
 from trl_ext.scoring.scorer import RewardScorer
 
 

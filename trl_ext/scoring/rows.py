@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.offsets import Located, encode_with_offsets
 from trl_ext.data.tokenization import Completion, Encoded, Prompt, TokenizationSettings, encode
-from trl_ext.data.validation import DataError, RowChecks
+from trl_ext.data.validation import DataError, RowChecks, unknown_token
 
 
 # A row without a token.
@@ -95,12 +94,7 @@ class RowEncoder:
             )
         largest = max(encoded.ids, default=0)
         if largest >= self.vocab_size:
-            raise row_error(
-                row,
-                f"the token id {largest}",
-                f"ids below {self.vocab_size}, the model's vocabulary",
-                "The tokenizer is not the model's: pass `processing_class`.",
-            )
+            raise row_error(row, *unknown_token(largest, self.vocab_size, self.tokenizer))
         return encoded
 
 
@@ -122,25 +116,3 @@ def _is_empty(completion: Completion) -> bool:
     if isinstance(completion, dict):
         return not completion.get("content") and not completion.get("tool_calls")
     return isinstance(completion, (str, list, tuple)) and not completion
-
-
-def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved at a folder or Hub id. Raises `ValueError` if there is none."""
-    needed = "Pass the tokenizer that it was trained with as `processing_class`."
-    if not source:
-        raise ValueError(f"An adapter in memory, or a model without a path, does not know its tokenizer. {needed}")
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"No tokenizer for this model could be loaded from {source}: {error}. {needed}") from error
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Longest row that a table of absolute positions allows (GPT-2, OPT, BERT kinds); `None` where there is none."""
-    tables = ("wpe", "position_embeddings", "embed_positions")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.split(".")[-1] in tables:
-            # RoBERTa counts from padding_idx + 1; OPT's table is two longer than what its config promises
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            return min(module.num_embeddings - reserved, model.config.max_position_embeddings)
-    return None

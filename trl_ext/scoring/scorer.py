@@ -21,11 +21,12 @@ from trl_ext.data.segmentation import CharSpan
 from trl_ext.data.tokenization import Completion, Prompt, TokenizationSettings
 from trl_ext.data.validation import DataError
 from trl_ext.models.heads import unwrap
+from trl_ext.models.inputs import load_tokenizer, max_positions, text_tokenizer
 from trl_ext.models.loading import load_reward_model
 from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar, vocab_size
 from trl_ext.scoring.batches import BatchRunner
 from trl_ext.scoring.normalizer import mean_and_std
-from trl_ext.scoring.rows import RowEncoder, load_tokenizer, max_positions, row_error
+from trl_ext.scoring.rows import RowEncoder, row_error
 from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, TokenViews, Value, refuse
 
 
@@ -169,14 +170,15 @@ class RewardScorer:
         self.model = model
         self.normalizer = None if sidecar is None else sidecar.normalizer
         self.num_truncated = 0
-        self.processing_class = processing_class or load_tokenizer(source)
+        self.processing_class = text_tokenizer(processing_class or load_tokenizer(source))
         self.choices = {"max_length": max_length, "aggregation": aggregation, "segmenter": segmenter}
+        positions = max_positions(unwrap(model))
         self._encoder = RowEncoder(
             tokenizer=self.processing_class,
             tokenization=tokenization,
             vocab_size=vocab_size(model),
-            max_positions=max_positions(unwrap(model)),
-            max_length=max_length,
+            max_positions=positions,
+            max_length=max_length if max_length is None or positions is None else min(max_length, positions),
         )
         pad = self._encoder.tokenizer.pad_token_id
         by_tokens = batch_size == "auto"

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trl_ext.models.building import adapter_config
+from trl_ext.models.adapters import adapter_config, changes_to_base, check_adapter_config
 
 
 def branch_at(model: PreTrainedModel, peft_config: LoraConfig, share: float) -> LoraConfig:
@@ -39,22 +39,20 @@ def check_stackable(peft_config: PeftConfig, head: list[str]) -> None:
     """Raise `ValueError` for an adapter of another kind than plain LoRA on linear layers with a trained head."""
     if type(peft_config) is not LoraConfig:
         raise ValueError(f"Ensemble members are LoRA adapters, found {type(peft_config).__name__}. Use `LoraConfig`.")
+    check_adapter_config(peft_config)
     wrong = {
         "use_dora": peft_config.use_dora,
-        "bias": peft_config.bias != "none",
         "lora_bias": peft_config.lora_bias,
         "target_parameters": peft_config.target_parameters,
         "trainable_token_indices": peft_config.trainable_token_indices,
-        "layer_replication": peft_config.layer_replication,
         "modules_to_save": [
             name
             for name in peft_config.modules_to_save or []
             if name not in {*head, "score", "classifier", *(path.split(".")[-1] for path in head)}
         ],
-        # the others change the base's weights, which the members share
-        "init_lora_weights": peft_config.init_lora_weights not in (True, False, "gaussian", "orthogonal"),
     }
-    found = [f"{name}={peft_config.__dict__[name]!r}" for name, is_wrong in wrong.items() if is_wrong]
+    found = changes_to_base(peft_config)
+    found += [f"{name}={getattr(peft_config, name)!r}" for name, is_wrong in wrong.items() if is_wrong]
     if found:
         raise ValueError(
             f"The LoRA config sets {', '.join(found)}, which cannot be stacked. Leave it out, or train the members in "

@@ -13,12 +13,14 @@ from typing import Literal, NamedTuple
 import trl
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_ext.models.building import add_adapter, build_reward_model, is_quantized, keep_4bit_exact_on_cpu
+from trl_ext.models.adapters import add_adapter, check_adapter_config
+from trl_ext.models.building import build_reward_model, is_quantized, keep_4bit_exact_on_cpu
 from trl_ext.models.heads import HeadClass, head_modules, make_head_exact
+from trl_ext.models.inputs import text_tokenizer, use_known_pad_token
 from trl_ext.models.loading import load_reward_model
-from trl_ext.models.sidecar import get_sidecar
+from trl_ext.models.sidecar import get_sidecar, vocab_size
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class TrainableModel(NamedTuple):
 def set_up_model(
     model: str | nn.Module,
     args: trl.RewardConfig,
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     quantization_config: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
     *,
@@ -67,6 +69,9 @@ def set_up_model(
             logger.warning(
                 "The model is an instance already: `model_init_kwargs` and `quantization_config` are ignored."
             )
+        # a PeftModel holds a config for each adapter
+        for config in getattr(model, "peft_config", {}).values():
+            check_adapter_config(config, initialised=True)
         names = head_modules(model)
         make_head_exact(model, names)
         keep_4bit_exact_on_cpu(model)
@@ -74,6 +79,7 @@ def set_up_model(
         processing_class = AutoTokenizer.from_pretrained(
             source, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
         )
+    processing_class = text_tokenizer(processing_class)
 
     added_tokens: list[int] = []
     if args.chat_template_path is not None:
@@ -88,9 +94,23 @@ def set_up_model(
             "The tokenizer has neither a pad nor an EOS token, so batches cannot be padded. Set "
             "`processing_class.pad_token` to a token of its vocabulary."
         )
+    _check_special_tokens(processing_class, args, vocab_size(model))
+    use_known_pad_token(processing_class, vocab_size(model))
     if peft_config is not None:
         model = _adapt(model, args, names, peft_config, added_tokens)
     return TrainableModel(model, processing_class, names)
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, args: trl.RewardConfig, known: int) -> None:
+    """Raise `ValueError` if the arguments name a token that the tokenizer knows and the model does not."""
+    for name, token in (("pad_token", args.pad_token), ("eos_token", args.eos_token)):
+        token_id = None if token is None else tokenizer.get_vocab().get(token)
+        if token_id is not None and token_id >= known:
+            raise ValueError(
+                f"{name}={token!r} has the id {token_id}, and the model has embeddings for ids below {known}. Name a "
+                f"token that the model knows, or call `model.resize_token_embeddings(len(tokenizer))` and pass the "
+                "model."
+            )
 
 
 def uses_fsdp(args: trl.RewardConfig) -> bool:

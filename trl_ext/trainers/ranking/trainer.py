@@ -32,8 +32,8 @@ from trl_ext.data.token_batches import group_sizes
 from trl_ext.data.tokenization import TokenizationSettings, common_prefix_length
 from trl_ext.models.building import is_quantized
 from trl_ext.models.heads import candidate_scores
+from trl_ext.models.inputs import InputLimits
 from trl_ext.models.shared_prefix import flat_scores
-from trl_ext.models.sidecar import vocab_size
 from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
 from trl_ext.trainers.common.head_training import HeadTraining
 from trl_ext.trainers.common.health import check_finite
@@ -113,7 +113,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
 
         set_seed(args.seed)  # the head is drawn next: same seed, same head as TRL
         model, processing_class, head = self._set_up(model, args, processing_class, quantization_config, peft_config)
-        self._vocab_size = vocab_size(model)
+        self._limits = InputLimits.of(model)
         # TRL casts the trainable weights of a quantized model to bf16: they are copied before and put back after
         exact = (
             {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -187,7 +187,8 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
                 num_proc=args.dataset_num_proc,
                 min_survival=args.min_survival,
                 loss_needs_ratings=self._objective.needs_ratings,
-                vocab_size=self._vocab_size,
+                vocab_size=self._limits.vocab_size,
+                max_positions=self._limits.max_positions,
             )
             self._objective.check_data(prepared, dataset_name)
         if "row_index" not in (dataset.column_names or []):  # else it was prepared, and reported, before

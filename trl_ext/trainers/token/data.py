@@ -14,6 +14,7 @@ from trl_ext.data.report import DataReport
 from trl_ext.data.span_rows import COLUMNS, SpanKind
 from trl_ext.data.spans import prepare_spans
 from trl_ext.data.tokenization import TokenizationSettings
+from trl_ext.models.inputs import InputLimits
 from trl_ext.trainers.token.config import TokenRewardConfig
 from trl_ext.trainers.token.objective import TokenObjective
 
@@ -44,6 +45,7 @@ class LabelledData:
         args ([`TokenRewardConfig`]): limits, placement of labels.
         categories (`tuple[str, ...]`): names of the categories.
         objective ([`TokenObjective`]): says which labels the loss can use.
+        limits ([`InputLimits`]): token ids and positions of the model.
         reading (`Callable[[bool], dict]`): arguments of `prepare_spans` that only this kind has, for training or not.
     """
 
@@ -55,6 +57,7 @@ class LabelledData:
         args: TokenRewardConfig,
         categories: tuple[str, ...],
         objective: TokenObjective,
+        limits: InputLimits,
         reading: Callable[[bool], dict[str, Any]],
     ):
         self._kind = kind
@@ -63,6 +66,7 @@ class LabelledData:
         self._args = args
         self._categories = categories
         self._objective = objective
+        self._limits = limits
         self._reading = reading
         self._reports: list[DataReport] = []
 
@@ -87,6 +91,8 @@ class LabelledData:
                 min_survival=self._args.min_survival,
                 label_placement=self._args.label_placement,
                 categories=self._categories,
+                vocab_size=self._limits.vocab_size,
+                max_positions=self._limits.max_positions,
                 **self._reading(training),
             )
             if not done:

@@ -30,6 +30,7 @@ from trl_ext.data.span_rows import SpanKind
 from trl_ext.data.token_batches import span_sizes
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models.heads import head_class, unwrap
+from trl_ext.models.inputs import InputLimits
 from trl_ext.models.sidecar import Sidecar
 from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
 from trl_ext.trainers.common.head_training import HeadTraining
@@ -145,6 +146,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             args,
             self._categories,
             self._objective,
+            InputLimits.of(model),
             partial(self._reading, args),
         )
         if train_dataset is not None:

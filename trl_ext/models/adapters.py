@@ -1,0 +1,125 @@
+"""Adapters of reward models: which PEFT configs can be saved and loaded again, and putting one on a model.
+
+Knows PEFT configs and modules. Knows nothing of files, text or training.
+"""
+
+import copy
+import re
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from trl_ext.models.heads import head_class
+
+
+# Initialisations of LoRA that leave the base as it is and need nothing but the config.
+PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def check_adapter_config(config: PeftConfig, *, initialised: bool = False) -> None:
+    """
+    Raise `ValueError` for an adapter that could not be loaded again as it was trained.
+
+    An adapter is saved without its base. An initialisation that changes the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA,
+    MiCA) or that needs data (EVA) is therefore lost: loading would run it again, on the changed weights or not at all.
+
+    Args:
+        config (`PeftConfig`): the user's.
+        initialised (`bool`, *optional*, defaults to `False`):
+            The adapter is in memory already, so that an initialisation which needs data (EVA) has had it.
+    """
+    # not every tuner's config has the field
+    if config.is_prompt_learning or not hasattr(config, "modules_to_save"):
+        raise ValueError(
+            f"{type(config).__name__} cannot store a trained reward head next to the adapter (no `modules_to_save`). "
+            "Use `LoraConfig` or another tuner with `modules_to_save`."
+        )
+    if not isinstance(config, LoraConfig):
+        return
+    init = config.init_lora_weights
+    if init == "eva" and not initialised:
+        raise ValueError(
+            "init_lora_weights='eva' needs data that the trainer does not pass on. Use init_lora_weights=True, or "
+            "call `get_peft_model` and `initialize_lora_eva_weights` and pass the PeftModel."
+        )
+    if init not in PLAIN_INITS and init != "eva":
+        raise ValueError(
+            f"init_lora_weights={init!r} changes the weights of the base, and an adapter is saved without its base: "
+            "the reward model could not be loaded again. Use init_lora_weights=True, 'gaussian' or 'orthogonal'."
+        )
+    if config.layer_replication:
+        raise ValueError(
+            "layer_replication changes the number of layers, and an adapter is saved without the config of its base, "
+            "so that the reward model could not be loaded again. Save the deeper model first and train on its folder."
+        )
+
+
+def changes_to_base(config: PeftConfig) -> list[str]:
+    """
+    The settings of a PEFT config by which loading the adapter changes the model it is put on, as `name=value`.
+
+    Such an adapter loads on a base of its own. It cannot share a base with other adapters or with a policy.
+    """
+    # other tuners lack some of these fields
+    init = getattr(config, "init_lora_weights", True)
+    changing = {
+        "init_lora_weights": init not in (*PLAIN_INITS, "eva"),
+        "layer_replication": bool(getattr(config, "layer_replication", None)),
+        "bias": getattr(config, "bias", "none") != "none",
+    }
+    return [f"{name}={getattr(config, name)!r}" for name, changes in changing.items() if changes]
+
+
+def add_adapter(
+    model: PreTrainedModel, peft_config: PeftConfig, head: list[str], *, autocast_adapter_dtype: bool = True
+) -> PeftModel:
+    """
+    Wrap the model with an adapter whose head is trained and saved, whatever the user's `LoraConfig` says.
+
+    The task type becomes that of the model's class. The head joins `modules_to_save` and is excluded from the
+    adapter's targets. The given config is not changed. Raises `ValueError` for a config that cannot be saved and
+    loaded again ([`check_adapter_config`]) and for one that names the head as a target.
+    """
+    config = adapter_config(model, peft_config, head)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return peft_model
+
+
+def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[str]) -> PeftConfig:
+    """A copy of the user's config with which the head is trained and saved; raises as [`add_adapter`] does."""
+    check_adapter_config(peft_config)
+    config = copy.deepcopy(peft_config)
+    wished = [t for t in _as_list(config.target_modules) if _only_in_head(t, model, head)]
+    if wished:
+        raise ValueError(
+            f"`target_modules` names the reward head {sorted(wished)}, which starts random and is trained in full, so "
+            "it cannot also be adapted. Remove it from `target_modules`; it is trained and saved anyway."
+        )
+    config.task_type = "TOKEN_CLS" if head_class(model) == "token" else "SEQ_CLS"
+    # PEFT appends "classifier" and "score" itself for both
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head]))
+    linear = [
+        path
+        for name in head
+        for path, m in model.get_submodule(name).named_modules(prefix=name)
+        if isinstance(m, nn.Linear)
+    ]
+    if hasattr(config, "exclude_modules"):  # a few tuners have none; a head that they adapt is refused later
+        if isinstance(config.exclude_modules, str):
+            config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?(?:{'|'.join(map(re.escape, linear))})"
+        else:
+            config.exclude_modules = sorted({*(config.exclude_modules or []), *linear})
+    return config
+
+
+def _as_list(targets: list[str] | set[str] | str | None) -> list[str]:
+    """The module names of `target_modules`; none for a pattern, `"all-linear"` or the default."""
+    return [] if targets is None or isinstance(targets, str) else list(targets)
+
+
+def _only_in_head(target: str, model: PreTrainedModel, head: list[str]) -> bool:
+    """Whether a name in `target_modules` stands for modules of the head and for nothing else."""
+    matched = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+    return bool(matched) and all(any(name == h or name.startswith(f"{h}.") for h in head) for name in matched)
