@@ -61,7 +61,8 @@ def test_config_runs_on_tiny_models(path, tmp_path, capsys):
 
 
 def test_task_decides_which_arguments_there_are(capsys):
-    assert task_of(["--task", "steps"]) == task_of(["--task=steps"]) == "steps" and task_of([]) == "preference"
+    assert task_of(["--task", "process"]) == task_of(["--task=process"]) == "process" and task_of([]) == "preference"
+    assert task_of(["--task", "steps"]) == "process"  # its former name
     with pytest.raises(SystemExit) as stop:
         models = ["--weak_model_name_or_path", "a", "--strong_model_name_or_path", "b"]
         main(["weak-to-strong", "--task", "outcome", *models, "--use_cpu", "--bf16", "false", "--kd_weight", "1"])

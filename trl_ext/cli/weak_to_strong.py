@@ -1,7 +1,7 @@
-"""`trl-ext weak-to-strong`: a weak model labels what a strong one learns from, and how much of the gap that recovers.
+"""`trl-ext weak-to-strong`: a weak model labels what a strong one learns from, and a report says what that recovers.
 
-The trainer's arguments are those of the task (`--task preference|outcome|steps|generation`), with TRL's flags for LoRA
-and quantization of the strong model. The weak model is trained in full unless `--weak_use_peft` says otherwise.
+The trainer's arguments are those of the task (`--task preference|outcome|process|generation`), with TRL's flags for
+LoRA and quantization of the strong model. The weak model is trained in full unless you add `--weak_use_peft`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CONFIGS = {
     "preference": "RewardConfig",
     "outcome": "ORMConfig",
-    "steps": "PRMConfig",
+    "process": "PRMConfig",
     "generation": "WeakToStrongConfig",
 }
 
@@ -51,6 +51,7 @@ def task_of(argv: list[str]) -> str:
         with open(given.config, encoding="utf-8") as file:
             values = yaml.safe_load(file)
         task = values.get("task") if isinstance(values, dict) else None  # what is wrong with it the parser says
+    task = "process" if task == "steps" else task  # its former name
     return task if task in list(CONFIGS) else "preference"
 
 

@@ -21,7 +21,7 @@ PROMPT_LENGTH = 512
 """Tokens, where a config says nothing of prompts and `--prompt_length` is not given."""
 SFT = {"load_in_4bit": True, "use_peft": True, "lora_target_modules": "all-linear", "dtype": "bfloat16"}
 """How selected rows are learnt from where `--sft_config` does not say: QLoRA with TRL's defaults."""
-COMMANDS = {"preference": "reward", "outcome": "orm", "steps": "prm"}
+COMMANDS = {"preference": "reward", "outcome": "orm", "process": "prm"}
 """The command whose trainer a task of weak-to-strong learning uses."""
 
 
@@ -184,12 +184,12 @@ def _fine_tuning(own: Any, prompt: int, completion: int, args: argparse.Namespac
 def weak_to_strong_phases(args: argparse.Namespace) -> list[Phase]:
     """Weak model, ceiling and student: each trains, and then labels or is tested."""
     from trl_ext.cli.weak_to_strong import make_parser, weak_model_config
-    from trl_ext.pipelines.weak_to_strong.experiment import check_outputs
+    from trl_ext.pipelines.weak_to_strong.config import TASKS
 
     values = values_of(args)
     parser = make_parser(task=values.get("task", "preference"))
     _, config, training, weak_args, strong = objects(parser, values)
-    check_outputs(config, training)
+    TASKS[config.task].make().check(training, config.student_loss, [], [])
     weak = weak_model_config(strong, weak_args)
     legs = [("weak", name, weak, "gold") for name in config.weak_model_name_or_path]
     for name in config.strong_model_name_or_path:
@@ -213,20 +213,18 @@ def _leg(
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext.fit.known_shapes import config_of
-    from trl_ext.losses.distillation import LogConfRanking, LogConfToken
     from trl_ext.pipelines.generation.sampling import Sampling
     from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
-    from trl_ext.pipelines.weak_to_strong.runs import Leg, own_arguments
+    from trl_ext.pipelines.weak_to_strong.config import TASKS
+    from trl_ext.pipelines.weak_to_strong.runs import Run, changed_arguments
 
     model, weak = copy.copy(loading), role == "weak"
     model.model_name_or_path = name
-    overrides = config.weak_training if weak else {}
+    training = changed_arguments(training, config.weak_training if weak else {}, "weak_training")
     adapter, quantization = get_peft_config(model), get_quantization_config(model)
-    leg = Leg(config.task, name, training, overrides, 0, adapter, quantization, loss)
-    own = own_arguments(leg, Path(training.output_dir), "none")
-    if loss == "logconf":
-        confidence = LogConfRanking if config.task == "preference" else LogConfToken
-        own.loss_type = confidence(**config.student_loss_kwargs)
+    task, kwargs = TASKS[config.task].make(), config.student_loss_kwargs
+    run = Run(task, name, training, 0, adapter, quantization, loss, kwargs)
+    own = run.arguments(Path(training.output_dir), "none")
     parsed, shape = Parsed(training=own, model=model), config_of(name)[0]
     if config.task in COMMANDS:
         command = COMMANDS[config.task]

@@ -1,4 +1,4 @@
-"""The weak-to-strong experiment on tiny models: splits, what the student sees, legs that are kept, reports, errors."""
+"""The weak-to-strong experiment on tiny models: splits, what the student sees, runs that are kept, reports, errors."""
 
 import json
 import random
@@ -19,27 +19,29 @@ from trl_ext import (
     PRMConfig,
     RewardConfig,
     RewardEnsemble,
+    RewardTrainer,
     WeakToStrongArguments,
     WeakToStrongConfig,
     weak_to_strong,
 )
 from trl_ext.metrics.streams import Calibration
-from trl_ext.pipelines.weak_to_strong.experiment import describe, group_of, learnable, make_splits
+from trl_ext.pipelines.weak_to_strong.config import TASKS
+from trl_ext.pipelines.weak_to_strong.experiment import cache_settings
+from trl_ext.pipelines.weak_to_strong.generation_task import GenerationTask, exact_match
 from trl_ext.pipelines.weak_to_strong.labels import combine, learnt_weights
 from trl_ext.pipelines.weak_to_strong.report import WeakToStrongReport, pair_report
-from trl_ext.pipelines.weak_to_strong.runs import Leg, in_own_process, own_arguments, read_judgements, run_leg
-from trl_ext.pipelines.weak_to_strong.tasks import (
-    TASKS,
-    GenerationTask,
-    Judgement,
-    OutcomeTask,
-    PreferenceTask,
-    StepTask,
-    exact_match,
+from trl_ext.pipelines.weak_to_strong.runs import (
+    Run,
+    changed_arguments,
+    in_own_process,
+    read_judgements,
+    train_and_judge,
 )
+from trl_ext.pipelines.weak_to_strong.splits import group_of, make_splits
+from trl_ext.pipelines.weak_to_strong.tasks import Judgement, OutcomeTask, PreferenceTask, ProcessTask
 
 
-CONFIGS = {"preference": RewardConfig, "outcome": ORMConfig, "steps": PRMConfig, "generation": WeakToStrongConfig}
+CONFIGS = {"preference": RewardConfig, "outcome": ORMConfig, "process": PRMConfig, "generation": WeakToStrongConfig}
 
 LEARNS_TO_END = {"max_steps": 40, "learning_rate": 5e-3}  # a weak model that writes an EOS now and then
 
@@ -62,7 +64,7 @@ def make_rows(task: str, number: int = 48) -> Dataset:
             {
                 "preference": {"prompt": prompt, "chosen": f" {max(a, b)}", "rejected": f" {min(a, b)}"},
                 "outcome": {"prompt": prompt, "completion": answer, "label": right},
-                "steps": {"prompt": prompt, "completions": [f"see {a}", answer], "labels": [True, right]},
+                "process": {"prompt": prompt, "completions": [f"see {a}", answer], "labels": [True, right]},
                 "generation": {"prompt": prompt, "completion": answer},
             }[task]
         )
@@ -75,7 +77,7 @@ def arguments(models, task="preference", **kwargs) -> WeakToStrongArguments:
 
 
 def run(models, tmp_path, task="preference", rows=None, **kwargs):
-    """The report, and the names of the legs that ran."""
+    """The report, and the names of the runs that really trained."""
     started = []
     config = arguments(models, task, **kwargs)
     args = trainer_config(tmp_path / "run", CONFIGS[task], max_steps=3)
@@ -91,7 +93,7 @@ def run(models, tmp_path, task="preference", rows=None, **kwargs):
         ("preference", "logconf"),
         ("outcome", "xent"),
         ("outcome", "logconf"),
-        ("steps", "logconf"),
+        ("process", "logconf"),
         ("generation", "kd"),
     ],
 )
@@ -108,7 +110,7 @@ def test_it_runs_and_reports(task, loss, models, tmp_path):
     assert (tmp_path / "run" / "report.png").stat().st_size > 1000
 
 
-def test_legs_are_kept_while_nothing_changes(models, tmp_path):
+def test_runs_are_kept_while_nothing_changes(models, tmp_path):
     first, started = run(models, tmp_path)
     again, kept = run(models, tmp_path)
     assert len(started) == 3 and kept == []
@@ -119,15 +121,15 @@ def test_legs_are_kept_while_nothing_changes(models, tmp_path):
     assert more == ["weak-0-seed-1", "ceiling-0-seed-1", "student-weak-0-0-seed-1"]
 
 
-def test_a_leg_in_its_own_process_gives_the_same(models, tmp_path):
+def test_a_run_in_its_own_process_gives_the_same(models, tmp_path):
     rows = list(make_rows("outcome", 12))
     args = trainer_config(tmp_path, ORMConfig, max_steps=2)
-    leg = Leg("outcome", models[0], args, {}, 0, None, None)
+    planned = Run(OutcomeTask(), models[0], args, seed=0)
     found = []
-    for name, run_one in (("here", run_leg), ("apart", lambda *job: in_own_process(job, job[3]))):
+    for name, run_one in (("here", train_and_judge), ("apart", lambda *job: in_own_process(job, job[3]))):
         folder = tmp_path / name
         folder.mkdir()
-        result = run_one(leg, rows, {"test": rows}, folder, None, "none")
+        result = run_one(planned, rows, {"test": rows}, folder, None, "none")
         found.append((result["train_loss"], result["test"], read_judgements(folder, "test")))
         assert not list(folder.glob("job.*")) and not list(folder.glob("result.*"))
     assert found[0] == found[1]
@@ -143,17 +145,25 @@ METRICS += [lambda prompts, completions, **columns: [0.0], lambda prompts, compl
 
 def test_a_metric_that_another_process_cannot_import_is_refused(models, tmp_path, monkeypatch):
     monkeypatch.setattr(a_metric, "__module__", "__main__")
+    args = trainer_config(tmp_path, WeakToStrongConfig)
     for metric in (a_metric, partial(a_metric, x=1), lambda prompts, completions, **columns: [0.0]):
-        leg = Leg("generation", models[0], None, {}, 0, None, None, metric=metric)
         with pytest.raises(ValueError, match="isolate='never'"):
-            in_own_process((leg, []), tmp_path)
+            in_own_process((Run(GenerationTask(metric), models[0], args, seed=0), []), tmp_path)
+    args = trainer_config(tmp_path, RewardConfig, loss_type=lambda scores, ratings, mask, **given: scores[:, 0])
+    with pytest.raises(ValueError, match="The loss_type .*isolate='never'"):
+        in_own_process((Run(PreferenceTask(), models[0], args, seed=0), []), tmp_path)
 
 
 def test_a_metric_that_is_not_known_again_is_refused(tmp_path):
-    args = trainer_config(tmp_path, WeakToStrongConfig)
-    leg = Leg("generation", "m", args, {}, 0, None, None, metric=RewardEnsemble([a_metric]))
+    run = Run(GenerationTask(RewardEnsemble([a_metric])), "m", trainer_config(tmp_path, WeakToStrongConfig), seed=0)
     with pytest.raises(ValueError, match="ensemble in memory"):
-        describe(leg, "model")
+        cache_settings(run, "model", ["test"])
+
+
+def test_a_metric_of_a_task_without_texts_is_refused(models, tmp_path):
+    args = trainer_config(tmp_path, RewardConfig)
+    with pytest.raises(ValueError, match="A metric judges texts"):
+        weak_to_strong(arguments(models), args, make_rows("preference"), metric=a_metric)
 
 
 def test_two_weak_models_alone_and_together(models, tmp_path):
@@ -195,7 +205,8 @@ def test_combined_labels_by_hand():
     odds = [(0.9 / 0.1) ** 2 * (0.7 / 0.3), (0.2 / 0.8) ** 2 * (0.1 / 0.9)]
     assert [label.output for label in learned] == pytest.approx([x / (1 + x) for x in odds])
     steps = [{"labels": [1, None, 0]}]
-    both = combine(StepTask(), steps, [[Judgement(0.0, [1.0, 0.5, 0.0])], [Judgement(0.0, [0.5, 0.5, 0.8])]], "mean")
+    judged = [[Judgement(0.0, [1.0, 0.5, 0.0])], [Judgement(0.0, [0.5, 0.5, 0.8])]]
+    both = combine(ProcessTask(), steps, judged, "mean")
     assert both == [Judgement(1.0, pytest.approx([0.75, 0.5, 0.4]))]
 
 
@@ -207,8 +218,43 @@ def test_a_model_that_knows_nothing_gets_no_weight():
     guesses = [Judgement(0.0, 0.9 if n % 4 < 2 else 0.1) for n in range(400)]
     certain, random = learnt_weights(OutcomeTask(), rows, [knows, guesses])
     assert certain == pytest.approx(1.0, abs=0.1) and abs(random) < 0.05  # log(9) says 0.9, and it is right 0.9
-    steps = learnt_weights(StepTask(), [{"labels": [1, None, 0]}] * 20, [[Judgement(1.0, [0.9, 0.1, 0.1])] * 20])
+    steps = learnt_weights(ProcessTask(), [{"labels": [1, None, 0]}] * 20, [[Judgement(1.0, [0.9, 0.1, 0.1])] * 20])
     assert steps[0] > 0
+
+
+def test_changes_of_the_weak_model_take_effect_and_are_in_the_cache_key(tmp_path):
+    """TRL resolves `bf16` and `gradient_checkpointing` when the arguments are made; a later change did nothing."""
+    args = trainer_config(tmp_path, RewardConfig, bf16=True, gradient_checkpointing=False)
+    assert args.mixed_precision == "bf16"
+    changes = {"bf16": False, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    changed = changed_arguments(args, changes)
+    assert (changed.bf16, changed.mixed_precision) == (False, "no")
+    # what transformers' Trainer reads, under its old and new name
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        assert getattr(changed, name, True) is True
+        assert getattr(changed, f"{name}_kwargs", {"use_reentrant": True}) == {"use_reentrant": True}
+    assert changed_arguments(args, {"fp16": True}).mixed_precision == "fp16"
+    assert args.bf16 and not args.gradient_checkpointing  # the user's arguments stay as they are
+
+    keys = [cache_settings(Run(PreferenceTask(), "m", one, seed=0), "model", []) for one in (args, changed)]
+    assert keys[1]["arguments"]["gradient_checkpointing"] is True and keys[0] != keys[1]
+
+
+def test_a_weak_model_is_trained_with_its_own_precision_and_checkpointing(models, tmp_path, monkeypatch):
+    seen = {}
+
+    class Recorded(RewardTrainer):
+        def train(self, *args, **kwargs):
+            output = super().train(*args, **kwargs)
+            checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+            seen[self.args.run_name] = (self.accelerator.mixed_precision, checkpointed)
+            return output
+
+    monkeypatch.setattr(PreferenceTask, "trainer", Recorded)
+    args = trainer_config(tmp_path / "run", RewardConfig, max_steps=1, bf16=True)
+    weak = {"max_steps": 1, "bf16": False, "gradient_checkpointing": True}
+    weak_to_strong(arguments(models, weak_training=weak), args, make_rows("preference"))
+    assert seen["weak-0-seed-0"] == ("no", True) and seen["ceiling-0-seed-0"] == ("bf16", False)
 
 
 # --------------------------------------------------------------------------------------- what a student sees
@@ -221,7 +267,7 @@ def test_gold_labels_of_split_b_do_not_reach_the_student():
     rows = [OutcomeTask().relabel({**outcome, "label": gold}, 0.7, False) for gold in (True, False)]
     assert rows[0] == rows[1] == {**outcome, "label": 0.7}
     steps = {"prompt": "p", "completions": ["x", "y", "z"]}
-    rows = [StepTask().relabel({**steps, "labels": [gold, None, gold]}, [0.2, 0.9, 0.8], False) for gold in (0, 1)]
+    rows = [ProcessTask().relabel({**steps, "labels": [gold, None, gold]}, [0.2, 0.9, 0.8], False) for gold in (0, 1)]
     assert rows[0] == rows[1] == {**steps, "labels": [0.2, None, 0.8]}
     text = GenerationTask().relabel({"prompt": "p", "completion": "gold"}, "weak", False)
     assert text["completion"] == "weak"
@@ -241,20 +287,20 @@ def test_texts_that_were_cut_or_are_empty_are_left_out_and_counted(models, tmp_p
 
     rows = [{"prompt": str(n), "completion": "gold"} for n in range(4)]
     judged = [Judgement(0.0, "whole"), Judgement(0.0, "cu", finished=False), Judgement(0.0, ""), Judgement(0.0, "too")]
-    config = arguments(models, "generation")
-    learnt, told = learnable(config, rows, judged)
+    task = GenerationTask(max_completion_length=4)
+    learnt, told = task.learnable(rows, judged, False)
     assert [(row["prompt"], row["completion"]) for row in learnt] == [("0", "whole"), ("3", "too")]
     assert told == {"left_out": {"cut": 1, "empty": 1}}
     assert "Of 4 weak texts 1 were cut at max_completion_length=4 and 1 are empty" in caplog.text
     with pytest.raises(ValueError, match="nothing to learn from: of 2 texts 1 were cut .* raise max_compl"):
-        learnable(config, rows[:2], judged[1:3])
+        task.learnable(rows[:2], judged[1:3], False)
 
 
 def test_a_text_is_finished_if_it_ended_before_the_limit(models, tmp_path):
     rows = list(make_rows("generation", 16))
     args = trainer_config(tmp_path, WeakToStrongConfig, kd_weight=0.0, **LEARNS_TO_END)
-    leg = Leg("generation", models[0], args, {}, 0, None, None, max_completion_length=3)
-    run_leg(leg, rows, {"labelled": rows}, tmp_path, None, "none")
+    run = Run(GenerationTask(max_completion_length=3), models[0], args, seed=0)
+    train_and_judge(run, rows, {"labelled": rows}, tmp_path, None, "none")
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     for label in read_judgements(tmp_path, "labelled"):
         written = len(tokenizer(label.output, add_special_tokens=False)["input_ids"])
@@ -269,9 +315,71 @@ def test_pairs_are_shown_either_way_round():
     assert all((row["preference_probability"] == 1.0) == (row["chosen"] == "a") for row in rows)
 
 
+def test_a_probability_below_one_half_says_that_the_other_side_is_better():
+    """Gold labels were trained on as they are and judged as if `chosen` were always better."""
+    task, pair = PreferenceTask(), {"prompt": "p", "chosen": "a", "rejected": "b"}
+    cases = [(0.2, 0.3, 1), (0.2, 0.7, 0), (0.8, 0.7, 1), (0.8, 0.5, 0), (0.2, 0.5, 0), (0.5, 0.9, 0.5)]
+    for gold, output, right in cases:
+        assert task.judge_output({**pair, "preference_probability": gold}, output).right == right, (gold, output)
+    rows = [{**pair, "preference_probability": n % 2} for n in range(40)]
+    judged = [task.judge_output(row, 0.9 if row["preference_probability"] else 0.1) for row in rows]
+    pytest.importorskip("sklearn")
+    assert learnt_weights(task, rows, [judged])[0] > 0
+
+
+def test_rows_whose_gold_label_is_one_half_are_not_tested_on(models, caplog):
+    rows = [{**row, "preference_probability": 0.5 if n % 2 else 0.1} for n, row in enumerate(make_rows("preference"))]
+    splits = make_splits(arguments(models), Dataset.from_list(rows), None)
+    assert {row["preference_probability"] for row in splits["test"]} == {0.1}
+    assert {row["preference_probability"] for row in splits["weak"]} == {0.1, 0.5}
+    assert "of the split 'test' have the label 0.5" in caplog.text
+    held_back = Dataset.from_list([{**rows[0], "prompt": "x", "preference_probability": 1.5}])
+    with pytest.raises(ValueError, match=r"'test' has the label 1.5"):
+        make_splits(arguments(models), make_rows("preference"), held_back)
+
+
+def test_what_the_template_reads_reaches_training_and_judging(tmp_path):
+    """`tools`, `chat_template_kwargs` and, of ground truth, `margin` were dropped without a word."""
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "4"), ("rejected", "5"))}
+    pair = {"prompt": chat, **sides}
+    extra = {"tools": [{"name": "add"}], "chat_template_kwargs": {"think": True}}
+    seen = []
+
+    def scorer(prompts, completions, **columns):
+        seen.append(columns)
+        return [0.0] * len(prompts)
+
+    task = PreferenceTask()
+    task.judge(scorer, [pair | extra])
+    assert seen == [{name: [value] * 2 for name, value in extra.items()}]
+    gold = task.training_data([pair | extra | {"margin": 1.0, "preference_probability": 0.9, "id": 7}])
+    assert set(gold.column_names) == {*pair, *extra, "margin", "preference_probability"}
+    student = task.relabel(pair | extra | {"margin": 1.0}, 0.7, False)
+    assert set(student) == {*pair, *extra, "preference_probability"}
+    assert task.unused_columns([*pair, *extra, "margin", "id", "chosen_rating"]) == ["id", "chosen_rating"]
+    for other in (OutcomeTask(), ProcessTask(), GenerationTask()):
+        row = dict.fromkeys(other.columns, "x") | extra
+        assert set(other.training_data([row]).column_names) == {*other.columns, *extra}
+
+
+def test_two_losses_that_share_a_name_do_not_share_a_result(models, tmp_path):
+    def loss(sign):
+        def one(scores, ratings, mask, *, margin=None, target=None):
+            return sign * (scores[:, 0] - scores[:, 1])
+
+        return one
+
+    found = []
+    for function in (loss(1.0), loss(-1.0)):
+        args = trainer_config(tmp_path, RewardConfig, loss_type=function)
+        found.append(cache_settings(Run(PreferenceTask(), models[0], args, seed=0), "model", []))
+    assert found[0]["arguments"] == found[1]["arguments"] and found[0] != found[1]
+
+
 def test_hard_labels_round():
     assert OutcomeTask().relabel({"label": 0}, 0.7, True) == {"label": 1.0}
-    assert StepTask().relabel({"labels": [1, 1]}, [0.7, 0.4], True)["labels"] == [1.0, 0.0]
+    assert ProcessTask().relabel({"labels": [1, 1]}, [0.7, 0.4], True)["labels"] == [1.0, 0.0]
 
 
 # --------------------------------------------------------------------------------------- splits
@@ -306,9 +414,9 @@ def test_labels_that_are_no_probabilities_are_refused_wherever_they_stand(models
         held_back = Dataset.from_list([{**rows[0], "prompt": "new", "label": bad}])
         with pytest.raises(ValueError, match="'test' has (the|no) label"):
             make_splits(arguments(models, "outcome"), Dataset.from_list(rows), held_back)
-    steps = make_rows("steps")
+    steps = make_rows("process")
     with pytest.raises(ValueError, match="are right"):
-        make_splits(arguments(models, "steps"), steps.map(lambda row: {"labels": [True, True]}), None)
+        make_splits(arguments(models, "process"), steps.map(lambda row: {"labels": [True, True]}), None)
 
 
 def test_a_stream_that_does_not_know_its_columns(models):
@@ -335,8 +443,8 @@ def test_pairs_without_a_prompt_column_stay_with_their_prompt():
 @pytest.mark.parametrize(
     ("task", "loss", "kwargs", "message"),
     [
-        ("steps", "xent", {"num_labels": 3}, "three classes"),
-        ("steps", "logconf", {"num_labels": 1, "loss_type": "bce"}, "num_labels=2"),
+        ("process", "xent", {"num_labels": 3}, "three classes"),
+        ("process", "logconf", {"num_labels": 1, "loss_type": "bce"}, "num_labels=2"),
         ("outcome", "xent", {"loss_type": "mse"}, "no log-odds"),
         ("preference", "xent", {"loss_type": "plackett_luce"}, "takes no probability"),
     ],
@@ -347,7 +455,7 @@ def test_outputs_that_are_no_log_odds_are_refused(task, loss, kwargs, message, m
         weak_to_strong(arguments(models, task, student_loss=loss), args, make_rows(task))
 
 
-def test_kd_between_two_vocabularies_is_refused_before_a_leg(models, tmp_path):
+def test_kd_between_two_vocabularies_is_refused_before_a_run(models, tmp_path):
     other = str(save_tiny_model(tmp_path / "qwen", "qwen3"))  # a smaller vocabulary: sizes alone would let it pass
     config = WeakToStrongArguments(models[:1], [other], task="generation", student_loss="kd")
     with pytest.raises(ValueError, match="vocabularies of student and teacher"):
@@ -371,6 +479,7 @@ def test_missing_columns_are_named(models):
         ({"weak_ensemble": True}, "weak_ensemble=True"),
         ({"fusion_share": 0.0}, "fusion_share=0.0"),
         ({"weak_training": "{"}, "not JSON"),
+        ({"task": "rows"}, "task='rows' is not known"),
     ],
 )
 def test_arguments_that_cannot_work(kwargs, message, models):
@@ -381,6 +490,9 @@ def test_arguments_that_cannot_work(kwargs, message, models):
 def test_an_unknown_argument_of_the_weak_model_is_named(models, tmp_path):
     with pytest.raises(ValueError, match="'max_stepz'"):
         run(models, tmp_path, weak_training={"max_stepz": 3})
+    assert not (tmp_path / "run").exists()  # before a model is trained
+    with pytest.raises(ValueError, match=r"weak_training sets \['seed'\]"):
+        run(models, tmp_path, weak_training={"seed": 3})
 
 
 # --------------------------------------------------------------------------------------- reports
@@ -434,11 +546,11 @@ def test_metric_of_texts_is_checked():
         GenerationTask(lambda prompts, completions, **columns: [2.0]).judge_texts(["x"], rows, [True])
 
 
-# --------------------------------------------------------------------------------------- identity
-def test_identity_of_a_leg_counts_what_matters(models, tmp_path):
+# --------------------------------------------------------------------------------------- cache keys
+def test_the_cache_key_of_a_run_counts_what_matters(models, tmp_path):
     def identity(seed=0, **kwargs):
         args = trainer_config(tmp_path, RewardConfig, **kwargs)
-        return describe(Leg("preference", models[0], args, {}, seed, None, None), "model")
+        return cache_settings(Run(PreferenceTask(), models[0], args, seed), "model", ["test"])
 
     same = identity()
     assert identity(logging_steps=7) == same and identity(report_to="wandb") == same
@@ -446,18 +558,18 @@ def test_identity_of_a_leg_counts_what_matters(models, tmp_path):
     assert json.loads(json.dumps(same)) == same
 
 
-def test_the_run_of_a_leg_has_its_name(tmp_path):
+def test_the_wandb_run_is_named_after_the_folder(tmp_path):
     def name(**kwargs):
-        leg = Leg("preference", "m", trainer_config(tmp_path, RewardConfig, **kwargs), {}, 0, None, None)
-        return own_arguments(leg, tmp_path / "weak-0-seed-1.partial", "wandb").run_name
+        run = Run(PreferenceTask(), "m", trainer_config(tmp_path, RewardConfig, **kwargs), seed=0)
+        return run.arguments(tmp_path / "weak-0-seed-1.partial", "wandb").run_name
 
     assert name() == "weak-0-seed-1" and name(run_name="mine") == "mine-weak-0-seed-1"
 
 
-def test_identity_of_a_leg_without_a_teacher_has_no_weight_of_it(tmp_path):
+def test_the_cache_key_of_a_run_without_a_teacher_has_no_weight_of_it(tmp_path):
     def identity(loss, metric=None, **kwargs):
         args = trainer_config(tmp_path, WeakToStrongConfig, **kwargs)
-        return describe(Leg("generation", "m", args, {}, 0, None, None, loss=loss, metric=metric), "model")
+        return cache_settings(Run(GenerationTask(metric), "m", args, seed=0, loss=loss), "model", ["test"])
 
     assert identity("gold", kd_weight=0.5) == identity("gold") and identity("kd", kd_weight=0.5) != identity("kd")
     assert identity("gold", dataloader_drop_last=True) != identity("gold")
@@ -465,7 +577,7 @@ def test_identity_of_a_leg_without_a_teacher_has_no_weight_of_it(tmp_path):
     assert all(named.count(one) == 1 for one in named)
 
 
-def test_legs_of_a_model_whose_weights_changed_run_again(models, tmp_path):
+def test_runs_of_a_model_whose_weights_changed_run_again(models, tmp_path):
     weak = shutil.copytree(models[0], tmp_path / "weak")
     pair = [str(weak), models[1]]
     run(pair, tmp_path)
@@ -473,11 +585,11 @@ def test_legs_of_a_model_whose_weights_changed_run_again(models, tmp_path):
     assert run(pair, tmp_path)[1] == ["weak-0-seed-0", "student-weak-0-0-seed-0"]
 
 
-def test_identity_of_a_leg_counts_the_text_of_its_chat_template(tmp_path):
+def test_the_cache_key_counts_the_text_of_its_chat_template(tmp_path):
     template = tmp_path / "template.jinja"
     found = []
     for text in ("{{ messages }}", "{{ messages[0] }}"):
         template.write_text(text)
         args = trainer_config(tmp_path, RewardConfig, chat_template_path=str(template))
-        found.append(describe(Leg("preference", "m", args, {}, 0, None, None), "model"))
+        found.append(cache_settings(Run(PreferenceTask(), "m", args, seed=0), "model", ["test"]))
     assert found[0] != found[1]

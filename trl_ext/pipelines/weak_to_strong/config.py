@@ -1,36 +1,44 @@
-"""Arguments of `weak_to_strong`: which models, which data, which splits. Knows values, and checks single ones."""
+"""Arguments of `weak_to_strong`: which models, which task, which splits. It knows values, and checks each alone."""
 
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trl_ext.pipelines.weak_to_strong.generation_task import GenerationTask
+from trl_ext.pipelines.weak_to_strong.tasks import OutcomeTask, PreferenceTask, ProcessTask, Task
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (PreferenceTask, OutcomeTask, ProcessTask, GenerationTask)}
+
 
 @dataclass
 class WeakToStrongArguments:
     """
-    A weak-to-strong experiment. How a leg is trained is said by the trainer's own arguments beside these.
+    A weak-to-strong experiment. The trainer's own arguments, beside these, say how each model is trained.
 
     Args:
         weak_model_name_or_path (`list[str]`):
             Weak supervisors, paths or Hub ids. Each makes a pair with each strong model.
         strong_model_name_or_path (`list[str]`):
-            Strong students.
+            Strong students, paths or Hub ids. Each is also trained on ground truth, as the ceiling.
         task (`str`, *optional*, defaults to `"preference"`):
-            `"preference"` (pairs), `"outcome"` (solutions that are right or wrong), `"steps"`, or `"generation"`.
+            `"preference"` (pairs), `"outcome"` (solutions that are right or wrong), `"process"` (steps that are right
+            or wrong; `"steps"`, its former name, is accepted) or `"generation"`.
         student_loss (`str`, *optional*, defaults to `"xent"`):
-            What the student learns weak labels by: `"xent"`, cross-entropy to them; `"logconf"`, with the auxiliary
-            confidence loss (see [`~trl_ext.losses.distillation.ConfidenceLoss`]); for generation `"sft"` on the weak
+            How the student learns weak labels: `"xent"`, cross-entropy to them; `"logconf"`, with the auxiliary
+            confidence loss (see [`~trl_ext.losses.distillation.ConfidenceLoss`]). For generation: `"sft"` on the weak
             model's texts (which `"xent"` also means), or `"kd"`, with the divergence from the weak model.
         student_loss_kwargs (`dict` or `str`, *optional*):
             Arguments of `logconf`, as JSON on the command line.
         hard_labels (`bool`, *optional*, defaults to `False`):
             Round the weak labels to 0 and 1. By default they stay probabilities.
         weak_ensemble (`str`, *optional*):
-            All weak models label together: by the `"mean"` of their probabilities, by `"vote"` (the share that says
-            more than 0.5), or with `"learned"` weights of their log-odds (extra `fusion`). By default each labels
-            alone.
+            All weak models label together: by the `"mean"` of their probabilities, by `"vote"` (the share of models
+            that say more than 0.5), or with `"learned"` weights of their log-odds (extra `fusion`). By default each
+            labels alone.
         fusion_share (`float`, *optional*, defaults to `0.2`):
-            Of `"learned"`: share of split A, by prompt, that no weak model is trained on and weights are learnt from.
+            For `"learned"`: the share of split A, by prompt, on which the weights are learnt. No weak model is
+            trained on it.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
             Seeds of training; the splits are the same for all.
         weak_share (`float`, *optional*, defaults to `0.5`):
@@ -39,17 +47,20 @@ class WeakToStrongArguments:
         test_share (`float`, *optional*, defaults to `0.2`):
             Share of the rows, by prompt, held out as test split where no test data set is given.
         split_seed (`int`, *optional*, defaults to `0`):
-            Of the splits.
+            Seed of the splits.
         weak_training (`dict` or `str`, *optional*):
             Arguments of the trainer that differ for the weak model, as JSON on the command line, e.g.
             `{"learning_rate": 1e-3}`.
         generation_temperature (`float`, *optional*, defaults to `0.0`):
-            How the weak model writes the texts of split B; 0 is greedy. Tests are greedy.
+            Temperature of the weak model's texts for split B; 0 is greedy. Tests are always greedy.
         max_completion_length (`int`, *optional*, defaults to `256`):
-            Tokens that a model may write, in generation. A weak model's text that is cut there is not learnt from.
+            For generation: most tokens of a text. The student does not learn from a weak text that is cut there.
         isolate (`str`, *optional*, defaults to `"auto"`):
-            Each leg in a process of its own, so that its memory is really given back: `"auto"` on a GPU, `"always"`
-            or `"never"`.
+            Whether each run has a process of its own, which gives back all its memory: `"auto"` (on a GPU),
+            `"always"` or `"never"`.
+
+    Raises:
+        ValueError: no model, a value out of its range, or values that do not go together.
     """
 
     weak_model_name_or_path: list[str] = field(
@@ -58,8 +69,8 @@ class WeakToStrongArguments:
     strong_model_name_or_path: list[str] = field(
         default_factory=list, metadata={"help": "Strong students: paths or Hub ids."}
     )
-    task: Literal["preference", "outcome", "steps", "generation"] = field(
-        default="preference", metadata={"help": "'preference', 'outcome', 'steps' or 'generation'."}
+    task: Literal["preference", "outcome", "process", "generation", "steps"] = field(
+        default="preference", metadata={"help": "'preference', 'outcome', 'process' or 'generation'."}
     )
     student_loss: Literal["xent", "logconf", "sft", "kd"] = field(
         default="xent",
@@ -89,42 +100,53 @@ class WeakToStrongArguments:
     generation_temperature: float = field(
         default=0.0, metadata={"help": "Temperature of the weak model's texts; 0 is greedy."}
     )
-    max_completion_length: int = field(default=256, metadata={"help": "Tokens that a model may write."})
+    max_completion_length: int = field(default=256, metadata={"help": "Most tokens of a text."})
     isolate: Literal["auto", "always", "never"] = field(
-        default="auto", metadata={"help": "Each leg in its own process: 'auto' (on a GPU), 'always' or 'never'."}
+        default="auto", metadata={"help": "Each run in its own process: 'auto' (on a GPU), 'always' or 'never'."}
     )
 
     def __post_init__(self):
         for name in ("weak_model_name_or_path", "strong_model_name_or_path"):
-            if isinstance(self.__dict__[name], str):
-                setattr(self, name, [self.__dict__[name]])
-            if not self.__dict__[name]:
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+            if not getattr(self, name):
                 raise ValueError(f"No model was named. Give {name} a path or a Hub id.")
         for name in ("weak_share", "test_share", "fusion_share"):
-            if not 0.0 < self.__dict__[name] < 1.0:
-                raise ValueError(f"{name}={self.__dict__[name]} is not a share. Needed: between 0 and 1.")
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} is not a share. Needed: a number between 0 and 1.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds}. Needed: at least one, and each once.")
-        allowed = ("xent", "sft", "kd") if self.task == "generation" else ("xent", "logconf")
-        if self.student_loss not in allowed:
+        self.task = "process" if self.task == "steps" else self.task
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is not known. Needed: one of {', '.join(map(repr, TASKS))}.")
+        task = TASKS[self.task]
+        if self.student_loss not in task.student_losses:
             raise ValueError(
-                f"student_loss={self.student_loss!r} does not go with task={self.task!r}. Needed: one of {allowed}."
+                f"student_loss={self.student_loss!r} does not go with task={self.task!r}. Needed: one of "
+                f"{', '.join(map(repr, task.student_losses))}."
             )
         for name in ("student_loss_kwargs", "weak_training"):
-            value = self.__dict__[name]
-            if isinstance(value, str):
-                try:
-                    value = json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r} is not JSON ({error}).") from error
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name}={value!r} is not a dictionary.")
-            setattr(self, name, dict(value or {}))
+            setattr(self, name, _dictionary(name, getattr(self, name)))
         if self.student_loss_kwargs and self.student_loss != "logconf":
-            raise ValueError(f"student_loss_kwargs are of 'logconf', and student_loss is {self.student_loss!r}.")
+            raise ValueError(
+                f"student_loss_kwargs are arguments of 'logconf', and student_loss is {self.student_loss!r}. Leave "
+                "them out, or set student_loss='logconf'."
+            )
         if self.weak_ensemble not in (None, "mean", "vote", "learned"):
             raise ValueError(f"weak_ensemble={self.weak_ensemble!r}. Needed: 'mean', 'vote', 'learned', or nothing.")
-        if self.weak_ensemble and self.task == "generation":
+        if self.weak_ensemble and task.labels_are_texts:
             raise ValueError("weak_ensemble averages probabilities; texts cannot be averaged. Leave it out.")
         if self.generation_temperature < 0 or self.max_completion_length < 1:
             raise ValueError("generation_temperature must be at least 0 and max_completion_length at least 1.")
+
+
+def _dictionary(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A dictionary, or JSON of one, or nothing."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not JSON ({error}).") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} is not a dictionary.")
+    return dict(value or {})

@@ -1,19 +1,18 @@
-"""One label of several weak models: their mean, their vote, or a sum with weights that were learnt.
+"""The label of several weak models together: their mean, their vote, or a sum with weights that were learnt.
 
-Knows judgements of rows, and how a task judges an output. Knows no models, splits or files.
+It knows judgements of rows, and how a task judges an output. It knows no models, splits or files.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, sigmoid
+from trl_ext.pipelines.weak_to_strong.tasks import Judgement, RewardTask, Row, Task, sigmoid
 from trl_ext.scoring.fusion import fit_fusion_weights
 
 
-# A probability of 0 or 1 has no log-odds: it is taken as this far from it.
+# A probability of 0 or 1 has no log-odds. It counts as this far from 0 or 1.
 CLOSEST = 1e-6
 
 
@@ -23,13 +22,13 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1.0 - probability))
 
 
-def learnt_weights(task: Any, rows: Sequence[Row], judgements: Sequence[Sequence[Judgement]]) -> list[float]:
+def learnt_weights(task: RewardTask, rows: Sequence[Row], judgements: Sequence[Sequence[Judgement]]) -> list[float]:
     """
-    How much each weak model counts, by the logistic fit of [`~trl_ext.scoring.fusion.fit_fusion_weights`] on rows with
-    ground truth that none of them was trained on.
+    The weight of each weak model, from the logistic fit of [`~trl_ext.scoring.fusion.fit_fusion_weights`] on rows with
+    ground truth that no weak model was trained on.
 
     Args:
-        task: of [`~trl_ext.pipelines.weak_to_strong.tasks.TASKS`].
+        task ([`~trl_ext.pipelines.weak_to_strong.tasks.RewardTask`]): a task whose labels are probabilities.
         rows (sequence of `dict`, N): with ground truth.
         judgements (sequence of N [`Judgement`] each, M): of the M weak models.
 
@@ -37,23 +36,23 @@ def learnt_weights(task: Any, rows: Sequence[Row], judgements: Sequence[Sequence
         `list[float]`: M weights of log-odds.
     """
     margins = []  # log-odds in favour of the truth, of every label that is known
-    for row, own in zip(rows, zip(*judgements, strict=True), strict=True):
-        outputs = [_values(judgement.output) for judgement in own]
+    for row, given in zip(rows, zip(*judgements, strict=True), strict=True):
+        outputs = [_values(judgement.output) for judgement in given]
         for place, gold in enumerate(task.gold_labels(row)):
-            if gold is not None:
+            if gold not in (None, 0.5):
                 margins.append([(1.0 if gold > 0.5 else -1.0) * log_odds(values[place]) for values in outputs])
     return fit_fusion_weights(np.array(margins))
 
 
 def combine(
-    task: Any,
+    task: Task,
     rows: Sequence[Row],
     judgements: Sequence[Sequence[Judgement]],
     how: str | None = None,
     weights: Sequence[float] | None = None,
 ) -> list[Judgement]:
     """
-    The judgements of one weak model as they are, or of several as those of one.
+    The judgements of several weak models as those of one. The judgements of a single model stay as they are.
 
     Args:
         task, rows, judgements: as in [`learnt_weights`].
@@ -68,10 +67,10 @@ def combine(
     if len(judgements) == 1 and how != "learned":
         return list(judgements[0])
     combined = []
-    for row, own in zip(rows, zip(*judgements, strict=True), strict=True):
-        columns = zip(*(_values(judgement.output) for judgement in own), strict=True)
+    for row, given in zip(rows, zip(*judgements, strict=True), strict=True):
+        columns = zip(*(_values(judgement.output) for judgement in given), strict=True)
         values = [_one_of(column, how, weights) for column in columns]
-        output = values if isinstance(own[0].output, list) else values[0]
+        output = values if isinstance(given[0].output, list) else values[0]
         combined.append(task.judge_output(row, output))
     return combined
 

@@ -1,117 +1,113 @@
-"""One leg of a weak-to-strong experiment: train a model on rows, save it, reload it, and judge rows with it.
+"""One run of a weak-to-strong experiment: train a model on rows, save it, reload it, and judge rows with it.
 
-Knows a task, a trainer's arguments and files. Knows nothing of splits, of other legs or of reports.
+It knows a task, a trainer's arguments and files. It knows no splits, no other runs and no reports.
 """
 
-import copy
+import dataclasses
 import gc
 import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, PrinterCallback, TrainingArguments
 
-from trl_ext.losses.distillation import LogConfRanking, LogConfToken
-from trl_ext.pipelines.generation.records import with_completion
-from trl_ext.pipelines.generation.sampling import Sampling
-from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.stages.callables import callable_identity
 from trl_ext.pipelines.stages.store import read_lines, write_lines
-from trl_ext.pipelines.weak_to_strong.tasks import TASKS, GenerationTask, Judgement, Metric, Row, training_rows
-from trl_ext.scoring import RewardScorer
+from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, Task
+
+
+# transformers resolves the deprecated name once, when the arguments are made, and reads the new one (from 5.23 on).
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def changed_arguments(
+    args: TrainingArguments, changes: Mapping[str, Any], source: str = "changes"
+) -> TrainingArguments:
+    """
+    New training arguments with some values changed, as if you had written them so.
+
+    The dataclass is made again, so that everything its `__post_init__` derives (mixed precision, gradient
+    checkpointing, devices, plugins) follows the new values.
+
+    Args:
+        args (`TrainingArguments`): the arguments as they are.
+        changes (`Mapping`): new values by name.
+        source (`str`, *optional*): where the changes come from, for the error.
+
+    Raises:
+        ValueError: the arguments have no field of a given name.
+    """
+    known = {one.name for one in dataclasses.fields(args) if one.init}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(f"{source}: {type(args).__name__} has no argument {', '.join(map(repr, unknown))}.")
+    changes = dict(changes)
+    for old, new in RENAMED.items():
+        if old in changes and new in known:
+            changes.setdefault(new, changes[old])
+    if changes.get("fp16") and args.bf16:  # TRL chose bf16 because fp16 was not set
+        changes.setdefault("bf16", False)
+    return dataclasses.replace(args, **changes)
 
 
 @dataclass(frozen=True)
-class Leg:
+class Run:
     """
-    What is trained, and how. It can be sent to another process.
+    What is trained, and how. A run can be sent to another process.
 
     Args:
-        task (`str`): name of the task.
-        model (`str`): path or Hub id.
-        args (`TrainingArguments`): the trainer's arguments; output folder, seed and saving are set by the leg.
-        overrides (`dict`): arguments that differ here.
-        seed (`int`): seed of training.
-        peft_config, quantization_config: as the trainer takes them.
-        loss (`str`): `"gold"` labels need nothing else; else the student's loss.
-        loss_kwargs (`dict`): arguments of `logconf`.
-        metric (`Callable`, *optional*): what judges texts.
-        sampling_temperature (`float`), max_completion_length (`int`): how texts are written.
+        task ([`~trl_ext.pipelines.weak_to_strong.tasks.Task`]): the task.
+        model (`str`): path or Hub id of the model to train.
+        args (`TrainingArguments`): the trainer's arguments; the run sets the output folder and what is saved.
+        seed (`int`): seed of training and of generation.
+        peft_config, quantization_config (*optional*): as the trainer takes them.
+        loss (`str`, *optional*, defaults to `"gold"`): `"gold"` labels need nothing else; otherwise the student's
+            loss.
+        loss_kwargs (`dict`, *optional*): arguments of that loss.
     """
 
-    task: str
+    task: Task
     model: str
     args: TrainingArguments
-    overrides: dict[str, Any]
     seed: int
-    peft_config: PeftConfig | None
-    quantization_config: BitsAndBytesConfig | None
+    peft_config: PeftConfig | None = None
+    quantization_config: BitsAndBytesConfig | None = None
     loss: str = "gold"
-    loss_kwargs: dict[str, Any] | None = None
-    metric: Metric | None = None
-    sampling_temperature: float = 0.0
-    max_completion_length: int = 256
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def model_init_kwargs(self) -> dict[str, Any]:
-        """How the model is loaded."""
-        return self.overrides.get("model_init_kwargs", self.args.model_init_kwargs) or {}
+    def arguments(self, output_dir: Path, report_to: str) -> TrainingArguments:
+        """The trainer's arguments for this run. The W&B run is named after the folder."""
+        given = self.args.run_name if self.args.run_name != self.args.output_dir else None
+        name = "-".join(filter(None, (given, output_dir.name.removesuffix(".partial"))))
+        changes = {"output_dir": str(output_dir), "run_name": name, "seed": self.seed, "data_seed": None}
+        changes |= {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+        changes["report_to"] = [report_to] if report_to != "none" else []
+        return changed_arguments(self.args, changes | self.task.loss_arguments(self.loss, self.loss_kwargs))
 
-
-def own_arguments(leg: Leg, output_dir: Path, report_to: str) -> TrainingArguments:
-    """The leg's copy of the trainer's arguments."""
-    args = copy.copy(leg.args)
-    given = args.run_name if args.run_name != args.output_dir else None
-    values = {
-        "output_dir": str(output_dir),
-        "run_name": "-".join(filter(None, (given, output_dir.name.removesuffix(".partial")))),
-        "seed": leg.seed,
-        "data_seed": None,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "load_best_model_at_end": False,
-        "report_to": [report_to] if report_to != "none" else [],
-        **leg.overrides,
-    }
-    for name, value in values.items():
-        if name not in args.__dict__:
-            raise ValueError(f"{type(args).__name__} has no argument {name!r} (of weak_training).")
-        setattr(args, name, value)
-    if leg.task == "generation":
-        args.kd_weight = args.kd_weight if leg.loss == "kd" else 0.0
-    return args
+    def callables(self) -> dict[str, Callable]:
+        """The user's functions that the result depends on, by the name of their argument."""
+        given = {
+            "metric": getattr(self.task, "metric", None),  # only texts are judged by one
+            "loss_type": getattr(self.args, "loss_type", None),
+        }
+        return {name: value for name, value in given.items() if callable(value)}
 
 
-def train_leg(leg: Leg, rows: Sequence[Row], folder: Path, teacher: Path | None, report_to: str) -> dict[str, float]:
-    """Train on rows, save to a folder. Returns what the trainer measured."""
-    task = TASKS[leg.task]
-    args = own_arguments(leg, folder, report_to)
-    more = {}
-    if leg.loss == "logconf":
-        args.loss_type = (LogConfRanking if leg.task == "preference" else LogConfToken)(**leg.loss_kwargs or {})
-    if leg.loss == "kd":
-        more["teacher_model"] = load_policy(teacher, args.teacher_model_init_kwargs)
-    model: Any = leg.model
-    if leg.task == "generation" and leg.quantization_config is not None:
-        init_kwargs = {"quantization_config": leg.quantization_config, **(args.model_init_kwargs or {})}
-        model = load_policy(leg.model, init_kwargs)
-        args.model_init_kwargs = None
-    elif leg.task != "generation":
-        more["quantization_config"] = leg.quantization_config
-    trainer = task.trainer(
-        model=model,
-        args=args,
-        train_dataset=training_rows(task, rows),
-        peft_config=leg.peft_config,
-        **more,
-    )
+def train(run: Run, rows: Sequence[Row], folder: Path, teacher: Path | None, report_to: str) -> dict[str, float]:
+    """Train on rows, save to a folder, and return what the trainer measured."""
+    inputs = run.task.trainer_inputs(run.model, run.arguments(folder, report_to), run.quantization_config, teacher)
+    data = run.task.training_data(rows)
+    trainer = run.task.trainer(train_dataset=data, peft_config=run.peft_config, **inputs)
     trainer.remove_callback(PrinterCallback)
     output = trainer.train()
     trainer.save_model(str(folder))
@@ -120,68 +116,55 @@ def train_leg(leg: Leg, rows: Sequence[Row], folder: Path, teacher: Path | None,
     return {"train_loss": output.training_loss, "seconds": output.metrics["train_runtime"]}
 
 
-def judge_leg(leg: Leg, folder: Path, splits: dict[str, Sequence[Row]]) -> dict[str, list[Judgement]]:
-    """Reload what was saved and judge the rows of each split."""
-    if leg.task != "generation":
-        scorer = RewardScorer(folder)
-        task = TASKS[leg.task]()
-        return {name: task.judge(scorer, rows) for name, rows in splits.items()}
-    task = GenerationTask(leg.metric) if leg.metric is not None else GenerationTask()
-    model, judged = load_policy(folder), {}
-    for name, rows in splits.items():
-        temperature = leg.sampling_temperature if name == "labelled" else 0.0
-        sampling = Sampling(max_completion_length=leg.max_completion_length, temperature=temperature)
-        generator = TransformersGenerator(model, sampling, processing_class=AutoTokenizer.from_pretrained(folder))
-        found = generator.generate([row["prompt"] for row in rows], num_generations=1, seed=leg.seed)
-        texts = [with_completion(row["prompt"], own[0].text)[1] for row, own in zip(rows, found, strict=True)]
-        judged[name] = task.judge_texts(texts, rows, [own[0].finish_reason == "stop" for own in found])
-    return judged
-
-
-def run_leg(
-    leg: Leg, rows: Sequence[Row], splits: dict[str, Sequence[Row]], folder: Path, teacher: Path | None, report_to: str
+def train_and_judge(
+    run: Run, rows: Sequence[Row], splits: dict[str, Sequence[Row]], folder: Path, teacher: Path | None, report_to: str
 ) -> dict[str, Any]:
-    """Train, reload, judge; the judgements go to `<split>.jsonl` in the folder. Returns what is worth reporting."""
+    """
+    Train, reload and judge. The judgements go to `<split>.jsonl` in the folder.
+
+    Returns:
+        `dict`: training loss and seconds, mean performance on each split, and on a GPU the peak memory.
+    """
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of the legs before, in this process
-    measured = train_leg(leg, rows, folder, teacher, report_to)
+        torch.cuda.reset_peak_memory_stats()  # earlier runs used this process too
+    measured = train(run, rows, folder, teacher, report_to)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    for name, judgements in judge_leg(leg, folder, splits).items():
+    for name, judgements in run.task.judge_model(folder, splits, run.seed).items():
         write_lines(folder / f"{name}.jsonl", map(asdict, judgements))
-        measured[name] = sum(j.right for j in judgements) / len(judgements)
+        measured[name] = sum(judgement.right for judgement in judgements) / len(judgements)
     if torch.cuda.is_available():
         measured["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return measured
 
 
 def read_judgements(folder: Path, split: str) -> list[Judgement]:
-    """What [`run_leg`] wrote."""
+    """The judgements that [`train_and_judge`] stored."""
     return [Judgement(**record) for record in read_lines(folder / f"{split}.jsonl")]
 
 
 def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
     """
-    [`run_leg`] in a fresh process, so that all its memory is given back when it is done.
+    [`train_and_judge`] in a fresh process, which gives back all its memory when it ends.
 
     Args:
-        job (`tuple`): the arguments of [`run_leg`].
-        folder (`Path`): an existing folder, where the job and its result lie for a moment.
+        job (`tuple`): the arguments of [`train_and_judge`].
+        folder (`Path`): an existing folder, which holds the job and its result for a moment.
     """
-    metric = job[0].metric
-    name = "" if metric is None else callable_identity(metric)["function"]
-    if name.startswith("__main__.") or "<l" in name:  # <lambda>, <locals>
-        raise ValueError(
-            f"The metric {name!r} is defined in the script, within a function or as a lambda, and another process "
-            "cannot import it. Put it into a module of its own, or set isolate='never'."
-        )
+    for what, function in job[0].callables().items():
+        name = callable_identity(function)["function"]
+        if name.startswith("__main__.") or "<l" in name:  # <lambda>, <locals>
+            raise ValueError(
+                f"The {what} {name!r} is defined in the script, within a function or as a lambda, and another process "
+                "cannot import it. Put it into a module of its own, or set isolate='never'."
+            )
     given, result = folder / "job.pickle", folder / "result.json"
     given.write_bytes(pickle.dumps(job))
     try:
         status = subprocess.run([sys.executable, "-m", __name__, str(given), str(result)], check=False).returncode
         if status:
-            raise RuntimeError(f"The leg in {folder.name} failed in its own process (exit status {status}).")
+            raise RuntimeError(f"The run in {folder.name} failed in its own process (exit status {status}).")
         return json.loads(result.read_text(encoding="utf-8"))
     finally:
         given.unlink()
@@ -189,8 +172,8 @@ def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    outcome = run_leg(*pickle.loads(Path(sys.argv[1]).read_bytes()))  # written by `in_own_process` just now
-    if sys.platform == "linux":  # on a CPU, what the whole process took (counted in KiB there)
+    outcome = train_and_judge(*pickle.loads(Path(sys.argv[1]).read_bytes()))  # `in_own_process` has just written it
+    if sys.platform == "linux":  # on a CPU, the peak of the whole process (counted in KiB there)
         import resource
 
         outcome.setdefault("peak_memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -1,20 +1,18 @@
-"""The splits of a weak-to-strong experiment: every prompt in one of them, labels that can be learnt from.
+"""The splits of a weak-to-strong experiment: each prompt is in one split, and each split has labels to learn from.
 
-Knows rows and hashes of them. Knows no models.
+It knows rows and their hashes. It knows no models.
 """
 
 import hashlib
 import logging
-import numbers
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from trl_ext.pipelines.generation.records import canonical
-from trl_ext.pipelines.weak_to_strong.config import WeakToStrongArguments
-from trl_ext.pipelines.weak_to_strong.tasks import TASKS, Row
+from trl_ext.pipelines.weak_to_strong.config import TASKS, WeakToStrongArguments
+from trl_ext.pipelines.weak_to_strong.tasks import Row
 
 
 logger = logging.getLogger(__name__)
@@ -22,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 def group_of(row: Row) -> str:
     """
-    What keeps rows together: the prompt; of pairs without one the messages that both sides begin with, or, where they
-    are texts, the pair itself; of other rows all that they hold.
+    What keeps rows in one split: the prompt. Pairs without a prompt are kept together by the messages that both sides
+    begin with, or, where the sides are texts, by the pair itself. Other rows are kept together by all their values.
     """
     key = row.get("prompt")
     if key in (None, "", []):
@@ -42,7 +40,7 @@ def _shared_messages(row: Row) -> list[dict]:
 
 
 def content_hash(rows: Sequence[Row]) -> str:
-    """The identity of rows, in their order."""
+    """A hash of the rows, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(canonical(row))
@@ -55,19 +53,22 @@ def make_splits(
     test_dataset: Dataset | IterableDataset | None,
 ) -> dict[str, list[Row]]:
     """
-    Split A (`"weak"`), split B (`"labelled"`) and `"test"`: every prompt is in one of them, by a hash of its content.
-    Where the weights of weak models are learnt, a part of A is `"fusion"`.
+    Split A (`"weak"`), split B (`"labelled"`) and `"test"`. A hash of the prompt decides its split. Where the weights
+    of weak models are learnt, a part of A becomes `"fusion"`.
 
     Raises:
-        ValueError: a column is missing, a split is empty, a test row's prompt is also trained on, or a split of right
-            and wrong rows has one class.
+        ValueError: a column is missing, a split is empty, a prompt of the test split is also trained on, a label is no
+            probability, or a split of right and wrong rows has one class.
     """
-    task = TASKS[config.task]()
+    task = TASKS[config.task].make()
     for name, data in (("train", train_dataset), ("test", test_dataset)):
         names = [] if data is None else data.column_names or list(next(iter(data), {}))  # a stream may not know them
         missing = [column for column in task.columns if data is not None and column not in names]
         if missing:
             raise ValueError(f"The {name} data set has no column {missing}. {config.task} rows need {task.columns}.")
+        unused = task.unused_columns(names)
+        if unused:
+            logger.warning(f"Of the {name} data set these columns are not used: {', '.join(unused)}.")
     splits: dict[str, list[Row]] = {"weak": [], "labelled": [], "test": []}
     for row in train_dataset:
         digest = hashlib.sha256(f"{config.split_seed} {group_of(row)}".encode()).digest()
@@ -84,35 +85,11 @@ def make_splits(
             digest = hashlib.sha256(f"{config.split_seed} fusion {group_of(row)}".encode()).digest()
             held_back = int.from_bytes(digest[:6], "big") / 2**48 < config.fusion_share
             splits["fusion" if held_back else "weak"].append(row)
-    if config.task == "steps":
-        for name, rows in splits.items():
-            labelled = [row for row in rows if any(label is not None for label in row["labels"])]
-            if len(labelled) < len(rows):
-                logger.warning(f"{len(rows) - len(labelled)} rows of the split '{name}' have no label: left out.")
-            splits[name] = labelled
+    splits = {name: task.usable(rows, name) for name, rows in splits.items()}
     check_splits(splits)
-    if config.task in ("outcome", "steps"):
-        for name, rows in splits.items():
-            labels = [label for row in rows for label in _probabilities(task, row, name)]
-            if len({label > 0.5 for label in labels}) == 1:
-                raise ValueError(
-                    f"All {len(labels)} labels of the split '{name}' are {'right' if labels[0] > 0.5 else 'wrong'}: "
-                    "nothing to learn or to test. Give both."
-                )
+    for name, rows in splits.items():
+        task.check_split(rows, name)
     return splits
-
-
-def _probabilities(task: Any, row: Row, split: str) -> list[float]:
-    """The labels of a row that are known. Raises `ValueError` for one that is no number from 0 to 1."""
-    known = [label for label in task.gold_labels(row) if label is not None]
-    wrong = [label for label in known if not isinstance(label, numbers.Real) or not 0.0 <= label <= 1.0]
-    if wrong or not known:
-        found = f"the label {wrong[0]!r}" if wrong else "no label"
-        raise ValueError(
-            f"A row of the split '{split}' has {found} (prompt: {str(row['prompt'])[:60]!r}). Needed: true, false "
-            "or a probability. Map the labels, or drop the row."
-        )
-    return known
 
 
 def check_splits(splits: dict[str, list[Row]]) -> None:

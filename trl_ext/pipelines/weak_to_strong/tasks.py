@@ -1,27 +1,32 @@
-"""What weak-to-strong learning needs of a task: train on rows, judge rows, and put a weak model's labels on them.
+"""What a weak-to-strong experiment asks of a task: train on rows, judge rows, and label rows with a weak model.
 
-Four tasks: preferences, outcomes, steps and generation. Each knows its columns, trainer and scorer, and gives the rest
-of the experiment the same things: a gold label per row, a [`Judgement`] per row, and rows with weak labels. Knows
-nothing of splits, seeds, caches or reports.
+Four tasks: preferences, outcomes, processes (right and wrong steps) and generation. Each task knows its columns, its
+trainer, its losses and how a trained model judges a row. The rest of the experiment treats all tasks alike. This
+module does not know splits, seeds, stored results or reports.
 """
 
 import hashlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from datasets import Dataset
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
-from trl_ext.pipelines.generation.records import canonical, text_of, with_completion
+from trl_ext.losses.distillation import LogConfRanking, LogConfToken
+from trl_ext.losses.ranking import ranking_losses
+from trl_ext.losses.token import token_losses
+from trl_ext.pipelines.generation.records import TEMPLATE_COLUMNS, canonical
 from trl_ext.scoring import RewardScorer
-from trl_ext.trainers import (
-    ORMTrainer,
-    PRMTrainer,
-    RewardTrainer,
-    WeakToStrongTrainer,
-)
+from trl_ext.trainers import ORMTrainer, PRMTrainer, RewardTrainer
 
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Metric = Callable[..., list[float]]
@@ -30,13 +35,13 @@ Metric = Callable[..., list[float]]
 @dataclass(frozen=True)
 class Judgement:
     """
-    What a model says of a row.
+    A model's answer to one row, and how good it is.
 
     Args:
-        right (`float`): its performance on the row against ground truth, in [0, 1].
-        output (`float`, `list[float]`, `str` or messages): the soft label it gives (a probability, or one a step), or
-            its text.
-        finished (`bool`, *optional*, defaults to `True`): whether its text ended by itself, and not at the limit.
+        right (`float`): the model's performance on the row against ground truth, in [0, 1].
+        output (`float`, `list[float]`, `str` or messages): the label that the model gives: a probability, one
+            probability for each step, or a text.
+        finished (`bool`, *optional*, defaults to `True`): whether the text ended by itself, and not at the limit.
     """
 
     right: float
@@ -44,55 +49,272 @@ class Judgement:
     finished: bool = True
 
 
+class Task(ABC):
+    """
+    A task: its data, its trainer and its judge.
+
+    Attributes:
+        name (`str`): the task's name in a config.
+        trainer (`type`): the trainer of all runs.
+        columns (`tuple[str, ...]`): columns that rows need.
+        optional_columns (`tuple[str, ...]`): columns that the trainer reads where rows have them.
+        student_losses (`tuple[str, ...]`): what the strong student can learn weak labels by.
+        labels_are_texts (`bool`): a weak label is a text, and not a probability.
+    """
+
+    name: ClassVar[str]
+    trainer: ClassVar[type[Trainer]]
+    columns: ClassVar[tuple[str, ...]]
+    optional_columns: ClassVar[tuple[str, ...]] = TEMPLATE_COLUMNS
+    student_losses: ClassVar[tuple[str, ...]]
+    labels_are_texts: ClassVar[bool] = False
+
+    @classmethod
+    def make(cls, metric: Metric | None = None, temperature: float = 0.0, max_completion_length: int = 256) -> "Task":
+        """The task of an experiment. The arguments are those of a task of texts; another task refuses a metric."""
+        if metric is not None:
+            raise ValueError(f"A metric judges texts, and task={cls.name!r} has none. Leave metric out.")
+        return cls()
+
+    # ------------------------------------------------------------------------------------------------- the data
+    def usable(self, rows: list[Row], split: str) -> list[Row]:
+        """The rows that a split can use; a warning counts the others."""
+        return rows
+
+    @abstractmethod
+    def check_split(self, rows: Sequence[Row], split: str) -> None:
+        """Raise `ValueError` where the rows of a split hold nothing to learn or to test."""
+
+    def unused_columns(self, columns: Sequence[str]) -> list[str]:
+        """Columns that neither training nor judging reads."""
+        return [name for name in columns if name not in (*self.columns, "prompt", *self.optional_columns)]
+
+    def training_data(self, rows: Sequence[Row]) -> Dataset:
+        """The columns that the trainer reads, as a data set."""
+        wanted = {*self.columns, "prompt", *self.optional_columns}
+        return Dataset.from_list([{name: value for name, value in row.items() if name in wanted} for row in rows])
+
+    def gold_class(self, row: Row) -> str:
+        """The class of a row, for which the report has figures of its own."""
+        return self.name
+
+    # ----------------------------------------------------------------------------------------------- the training
+    @abstractmethod
+    def check(
+        self, args: TrainingArguments, student_loss: str, weak_models: Sequence[str], strong_models: Sequence[str]
+    ) -> None:
+        """Raise `ValueError` for arguments or models that cannot work, before a model is trained."""
+
+    @abstractmethod
+    def loss_arguments(self, loss: str, loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The trainer arguments that a loss sets. `loss` is `"gold"` (ground truth) or a student's loss."""
+
+    @abstractmethod
+    def trainer_inputs(
+        self,
+        model: str,
+        args: TrainingArguments,
+        quantization_config: BitsAndBytesConfig | None,
+        teacher: Path | None,
+    ) -> dict[str, Any]:
+        """The trainer's keyword arguments `model`, `args`, and what else the task's trainer takes."""
+
+    # ---------------------------------------------------------------------------------------------------- labels
+    @abstractmethod
+    def judge_model(self, folder: Path, splits: Mapping[str, Sequence[Row]], seed: int) -> dict[str, list[Judgement]]:
+        """Load the model that a run saved, and judge the rows of each split."""
+
+    @abstractmethod
+    def relabel(self, row: Row, output: Any, hard: bool) -> Row:
+        """The row with a weak model's label in place of ground truth; `hard` rounds probabilities to 0 and 1."""
+
+    def learnable(
+        self, rows: Sequence[Row], labels: Sequence[Judgement], hard: bool
+    ) -> tuple[list[Row], dict[str, Any]]:
+        """The rows that a student learns from, with weak labels, and what the run reports of the others."""
+        pairs = zip(rows, labels, strict=True)
+        return [self.relabel(row, label.output, hard) for row, label in pairs], {}
+
+    def settings(self, judged: Sequence[str]) -> dict[str, Any]:
+        """What the judgements of these splits depend on beside the model, as JSON values: part of the cache key."""
+        return {"task": self.name}
+
+
 def sigmoid(value: float) -> float:
     """1 / (1 + exp(-value)) without overflow."""
     return 1.0 / (1.0 + math.exp(-value)) if value >= 0 else math.exp(value) / (1.0 + math.exp(value))
 
 
-def flipped(row: Row) -> bool:
-    """Whether a pair is shown the other way round: by the hashes of its sides, as the gold order must not reach on."""
+def agreement(output: float, gold: float) -> float:
+    """1 where a probability is on the same side of one half as ground truth, else 0. Gold of one half gives 0.5."""
+    return 0.5 if gold == 0.5 else float((output > 0.5) == (gold > 0.5))
+
+
+def _is_undecided(labels: Sequence[float | None]) -> bool:
+    known = [label for label in labels if label is not None]
+    return bool(known) and all(label == 0.5 for label in known)
+
+
+class RewardTask(Task):
+    """
+    A task whose model is a reward model and whose labels are probabilities.
+
+    Attributes:
+        has_classes (`bool`): a label says right or wrong. False where the two sides of a row are interchangeable.
+        confidence_loss (`type`): the auxiliary confidence loss in the trainer's signature.
+    """
+
+    student_losses = ("xent", "logconf")
+    has_classes: ClassVar[bool] = True
+    confidence_loss: ClassVar[type] = LogConfToken
+
+    @abstractmethod
+    def gold_labels(self, row: Row) -> list[float | None]:
+        """Ground truth for each output of the row: a probability, or `None` where it is not known."""
+
+    @abstractmethod
+    def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
+        """Score rows with a reward model."""
+
+    @abstractmethod
+    def judge_output(self, row: Row, output: Any) -> Judgement:
+        """How good an output is on a row."""
+
+    def usable(self, rows: list[Row], split: str) -> list[Row]:
+        if split not in ("test", "fusion"):  # only these need to know which answer is right
+            return rows
+        decided = [row for row in rows if not _is_undecided(self.gold_labels(row))]
+        if len(decided) < len(rows):
+            logger.warning(
+                f"{len(rows) - len(decided)} rows of the split '{split}' have the label 0.5, so no answer is right: "
+                "left out."
+            )
+        return decided
+
+    def check_split(self, rows: Sequence[Row], split: str) -> None:
+        labels = [label for row in rows for label in self._known_labels(row, split)]
+        if self.has_classes and len({label > 0.5 for label in labels}) == 1:
+            raise ValueError(
+                f"All {len(labels)} labels of the split '{split}' are {'right' if labels[0] > 0.5 else 'wrong'}, so "
+                "there is nothing to learn or to test. Give rows of both kinds."
+            )
+
+    def _known_labels(self, row: Row, split: str) -> list[float]:
+        known = [label for label in self.gold_labels(row) if label is not None]
+        wrong = [label for label in known if not isinstance(label, numbers.Real) or not 0.0 <= label <= 1.0]
+        if wrong or not known:
+            found = f"the label {wrong[0]!r}" if wrong else "no label"
+            raise ValueError(
+                f"A row of the split '{split}' has {found} (prompt: {str(row.get('prompt'))[:60]!r}). Needed: true, "
+                "false or a probability. Map the labels, or drop the row."
+            )
+        return known
+
+    def loss_arguments(self, loss: str, loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"loss_type": self.confidence_loss(**loss_kwargs)} if loss == "logconf" else {}
+
+    def trainer_inputs(
+        self,
+        model: str,
+        args: TrainingArguments,
+        quantization_config: BitsAndBytesConfig | None,
+        teacher: Path | None,
+    ) -> dict[str, Any]:
+        return {"model": model, "args": args, "quantization_config": quantization_config}
+
+    def judge_model(self, folder: Path, splits: Mapping[str, Sequence[Row]], seed: int) -> dict[str, list[Judgement]]:
+        scorer = RewardScorer(folder)
+        return {name: self.judge(scorer, rows) for name, rows in splits.items()}
+
+
+def template_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The columns for the chat template, as a scorer takes them."""
+    return {name: [row.get(name) for row in rows] for name in TEMPLATE_COLUMNS if any(name in row for row in rows)}
+
+
+def is_flipped(row: Row) -> bool:
+    """
+    Whether the student sees a pair the other way round. The hashes of the two sides decide, so that the order of the
+    columns, which is ground truth, does not reach the student.
+    """
     sides = [hashlib.sha256(canonical([row.get("prompt"), row[side]])).digest() for side in ("chosen", "rejected")]
     return sides[1] < sides[0]
 
 
-class PreferenceTask:
-    """Pairs: `chosen` is better than `rejected`. A model's label is the probability that its first side wins."""
+class PreferenceTask(RewardTask):
+    """
+    Pairs. A label is the probability that `chosen` is better than `rejected`: 1, or `preference_probability` where the
+    rows have that column. The student sees no `margin`, because a margin belongs to ground truth.
+    """
 
+    name = "preference"
     trainer = RewardTrainer
     columns = ("chosen", "rejected")
-    labels_are_texts = False
+    optional_columns = ("preference_probability", "margin", *TEMPLATE_COLUMNS)
+    has_classes = False
+    confidence_loss = LogConfRanking
 
     def gold_class(self, row: Row) -> str:
-        return "pair"  # the two sides are interchangeable: there are no classes
+        return "pair"
 
     def gold_labels(self, row: Row) -> list[float | None]:
-        """What outputs are to be: of each label of the row, or `None` where it is not known."""
-        return [1.0]
+        return [row.get("preference_probability", 1.0)]
+
+    def check(
+        self, args: TrainingArguments, student_loss: str, weak_models: Sequence[str], strong_models: Sequence[str]
+    ) -> None:
+        if student_loss == "xent" and not ranking_losses.properties_of(args.loss_type).takes_target:
+            raise ValueError(
+                f"loss_type={args.loss_type!r} takes no probability, which a weak label is. Needed: 'bradley_terry', "
+                "or a loss that is declared with takes_target=True."
+            )
 
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         prompts = [row.get("prompt") for row in rows]
-        scores = scorer(prompts * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
+        columns = {name: values * 2 for name, values in template_columns(rows).items()}
+        sides = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        scores = scorer(prompts * 2, sides, **columns)
         halves = zip(rows, scores[: len(rows)], scores[len(rows) :], strict=True)
         return [self.judge_output(row, sigmoid(chosen - rejected)) for row, chosen, rejected in halves]
 
     def judge_output(self, row: Row, output: float) -> Judgement:
-        return Judgement(float(output > 0.5), output)  # equal scores are wrong, as in the metric `accuracy`
+        (gold,) = self.gold_labels(row)
+        if output == 0.5 != gold:  # equal scores are wrong, as in the metric `accuracy`
+            return Judgement(0.0, output)
+        return Judgement(agreement(output, gold), output)
 
     def relabel(self, row: Row, output: float, hard: bool) -> Row:
         """The pair in an order that its content decides, with the weak model's probability."""
         row = {name: value for name, value in row.items() if name not in ("margin", "preference_probability")}
-        if flipped(row):
+        if is_flipped(row):
             row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
             output = 1.0 - output
         return {**row, "preference_probability": float(output > 0.5) if hard else output}
 
 
-class OutcomeTask:
+class TokenTask(RewardTask):
+    """A task whose model has labels on tokens: it reads probabilities from log-odds."""
+
+    def check(
+        self, args: TrainingArguments, student_loss: str, weak_models: Sequence[str], strong_models: Sequence[str]
+    ) -> None:
+        if getattr(args, "num_labels", None) == 3:  # an outcome model's arguments have no such field
+            raise ValueError(
+                "Weak labels are probabilities, and num_labels=3 has three classes. Map the labels to 0 and 1."
+            )
+        if token_losses.properties_of(args.loss_type).outputs != "log_odds":
+            raise ValueError(
+                f"loss_type={args.loss_type!r} gives no log-odds, and weak labels are read from log-odds. Needed: "
+                "'bce', 'ce' or a loss that is declared with outputs='log_odds'."
+            )
+
+
+class OutcomeTask(TokenTask):
     """Solutions that are right or wrong (`label`). A model's label is P(right) at the last token."""
 
+    name = "outcome"
     trainer = ORMTrainer
     columns = ("prompt", "completion", "label")
-    labels_are_texts = False
 
     def gold_class(self, row: Row) -> str:
         return "right" if row["label"] > 0.5 else "wrong"
@@ -101,23 +323,24 @@ class OutcomeTask:
         return [row["label"]]
 
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
-        logits = scorer.score_tokens([row["prompt"] for row in rows], [row["completion"] for row in rows])
+        prompts, completions = ([row[name] for row in rows] for name in ("prompt", "completion"))
+        logits = scorer.score_tokens(prompts, completions, **template_columns(rows))
         outputs = [sigmoid(tokens[-1]) for tokens in logits]
         return [self.judge_output(row, output) for row, output in zip(rows, outputs, strict=True)]
 
     def judge_output(self, row: Row, output: float) -> Judgement:
-        return Judgement(float((output > 0.5) == (row["label"] > 0.5)), output)
+        return Judgement(agreement(output, row["label"]), output)
 
     def relabel(self, row: Row, output: float, hard: bool) -> Row:
         return {**row, "label": float(output > 0.5) if hard else output}
 
 
-class StepTask:
+class ProcessTask(TokenTask):
     """Steps that are right or wrong (`labels`). Performance on a row is the share of its labelled steps."""
 
+    name = "process"
     trainer = PRMTrainer
     columns = ("prompt", "completions", "labels")
-    labels_are_texts = False
 
     def gold_class(self, row: Row) -> str:
         known = [label for label in row["labels"] if label is not None]
@@ -126,83 +349,31 @@ class StepTask:
     def gold_labels(self, row: Row) -> list[float | None]:
         return row["labels"]
 
+    def usable(self, rows: list[Row], split: str) -> list[Row]:
+        labelled = [row for row in rows if any(label is not None for label in row["labels"])]
+        if len(labelled) < len(rows):
+            logger.warning(f"{len(rows) - len(labelled)} rows of the split '{split}' have no label: left out.")
+        return super().usable(labelled, split)
+
+    def check(
+        self, args: TrainingArguments, student_loss: str, weak_models: Sequence[str], strong_models: Sequence[str]
+    ) -> None:
+        super().check(args, student_loss, weak_models, strong_models)
+        if student_loss == "logconf" and args.num_labels != 2:
+            raise ValueError("logconf of steps needs a head of two outputs: set num_labels=2 and loss_type='ce'.")
+
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
-        scored = scorer.score_steps([row["prompt"] for row in rows], [row["completions"] for row in rows])
+        prompts, steps = ([row[name] for row in rows] for name in ("prompt", "completions"))
+        scored = scorer.score_steps(prompts, steps, **template_columns(rows))
         return [self.judge_output(row, list(outputs)) for row, outputs in zip(rows, scored, strict=True)]
 
     def judge_output(self, row: Row, output: list[float]) -> Judgement:
         known = [(p, gold) for p, gold in zip(output, row["labels"], strict=True) if gold is not None]
-        return Judgement(sum((p > 0.5) == (gold > 0.5) for p, gold in known) / len(known), output)
+        decided = [pair for pair in known if pair[1] != 0.5] or known
+        return Judgement(sum(agreement(p, gold) for p, gold in decided) / len(decided), output)
 
     def relabel(self, row: Row, output: list[float], hard: bool) -> Row:
-        """Weak labels on the steps that have one, so that student and ceiling see the same steps."""
+        """Weak labels on the steps that have a gold label, so that student and ceiling learn from the same steps."""
         given = [float(p > 0.5) if hard else p for p in output]
         known = [p if gold is not None else None for p, gold in zip(given, row["labels"], strict=True)]
         return {**row, "labels": known}
-
-
-def exact_match(prompts: list, completions: list, completion: list, **columns: Any) -> list[float]:
-    """1 where the text equals the reference `completion` up to surrounding space: a TRL reward function."""
-    pairs = zip(completions, completion, strict=True)
-    return [float(text_of(own).strip() == text_of(gold).strip()) for own, gold in pairs]
-
-
-class GenerationTask:
-    """
-    Texts (`prompt`, `completion`). A model's label is the completion that it generates.
-
-    Args:
-        metric (`Callable`): a reward function in [0, 1] that judges a completion; all other columns are passed to it.
-    """
-
-    trainer = WeakToStrongTrainer
-    columns = ("prompt", "completion")
-    labels_are_texts = True
-
-    def __init__(self, metric: Metric = exact_match):
-        self._metric = metric
-
-    def gold_class(self, row: Row) -> str:
-        return "text"
-
-    def judge_texts(
-        self, texts: Sequence[str | list[dict]], rows: Sequence[Row], finished: Sequence[bool]
-    ) -> list[Judgement]:
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        prompts = [with_completion(row["prompt"], "")[0] for row in rows]  # a begun answer is part of the text
-        values = self._metric(prompts=prompts, completions=list(texts), **columns)
-        wrong = [value for value in values if value is None or not 0.0 <= value <= 1.0]
-        if len(values) != len(rows) or wrong:
-            raise ValueError(
-                f"The metric gave {len(values)} values for {len(rows)} rows, of which {len(wrong)} are not in [0, 1]. "
-                "Needed: one number from 0 to 1 per row."
-            )
-        return [Judgement(float(value), *text) for value, *text in zip(values, texts, finished, strict=True)]
-
-    def relabel(self, row: Row, output: str, hard: bool) -> Row:
-        return {**row, "prompt": with_completion(row["prompt"], "")[0], "completion": output}
-
-    @staticmethod
-    def why_unusable(label: Judgement) -> str | None:
-        """
-        Why a text is not learnt from, if it is not. Behind one that was cut at the limit SFT would put the end of a
-        text all the same, and a student would learn to stop in the middle; GRPO's `mask_truncated_completions` leaves
-        such texts out too.
-        """
-        if not label.finished:
-            return "cut"
-        return None if text_of(label.output) else "empty"
-
-
-TASKS: dict[str, type] = {
-    "preference": PreferenceTask,
-    "outcome": OutcomeTask,
-    "steps": StepTask,
-    "generation": GenerationTask,
-}
-
-
-def training_rows(task: Any, rows: Sequence[Row]) -> Dataset:
-    """The columns that the trainer reads, as a data set."""
-    wanted = {*task.columns, "prompt", "preference_probability"}
-    return Dataset.from_list([{name: value for name, value in row.items() if name in wanted} for row in rows])
