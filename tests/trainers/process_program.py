@@ -62,10 +62,11 @@ def main(base: Path, folder: Path) -> dict:
         told[name] = {metric: history(trainer, metric) for metric in metrics}
         told[name]["rows"] = gather_object([seen])
         told[name]["evaluations"] = []
-        for size in (1, 2, 8):
+        for size, shards in ((1, 1), (2, 2), (8, 3)):
             trainer.args.per_device_eval_batch_size = size
+            stream = data.to_iterable_dataset(num_shards=shards)
             told[name]["evaluations"].append(without_time(trainer.evaluate()))
-            told[name]["evaluations"].append(without_time(trainer.evaluate(data.to_iterable_dataset())))
+            told[name]["evaluations"].append(without_time(trainer.evaluate(stream)))
         told[name]["predictions"] = trainer.predict(data).predictions.tolist()
     if trainer.is_world_process_zero():
         print("RESULT " + json.dumps(told), flush=True)

@@ -36,7 +36,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(name, runs):
 def test_nine_rows_evaluate_the_same_in_any_batches_and_processes(name, runs):
     one, two, _ = runs
     evaluations = [*one[name]["evaluations"], *two[name]["evaluations"]]
-    assert len(evaluations) == 12  # batch 1, 2, 8; a data set and a stream; one process and two
+    assert len(evaluations) == 12  # batch 1, 2, 8; a data set and a stream of 1, 2, 3 shards; one process and two
     for metrics in evaluations:
         assert len(metrics) >= 12
         assert metrics == pytest.approx(evaluations[0], abs=1e-5)

@@ -35,7 +35,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(kind, runs):
 def test_nine_rows_evaluate_the_same_in_any_batches_and_processes(kind, runs):
     one, two, _ = runs
     evaluations = [*one[kind]["evaluations"], *two[kind]["evaluations"]]
-    assert len(evaluations) == 12  # batch 1, 2, 8; a data set and a stream; one process and two
+    assert len(evaluations) == 12  # batch 1, 2, 8; a data set and a stream of 1, 2, 3 shards; one process and two
     for metrics in evaluations:
         assert len(metrics) >= 6
         assert metrics == pytest.approx(evaluations[0], abs=1e-5)

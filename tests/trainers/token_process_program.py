@@ -37,10 +37,11 @@ def main(base: Path, folder: Path) -> dict:
         metrics = ("loss", "grad_norm", "accuracy", "num_tokens")
         told[kind] = {metric: history(trainer, metric) for metric in metrics}
         told[kind]["evaluations"] = []
-        for size in (1, 2, 8):
+        for size, shards in ((1, 1), (2, 2), (8, 3)):
             trainer.args.per_device_eval_batch_size = size
+            stream = data.to_iterable_dataset(num_shards=shards)
             told[kind]["evaluations"].append(without_time(trainer.evaluate()))
-            told[kind]["evaluations"].append(without_time(trainer.evaluate(data.to_iterable_dataset())))
+            told[kind]["evaluations"].append(without_time(trainer.evaluate(stream)))
         told[kind]["predictions"] = trainer.predict(data).predictions.flatten().tolist()
     if trainer.is_world_process_zero():
         print("RESULT " + json.dumps(told), flush=True)

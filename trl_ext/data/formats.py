@@ -23,6 +23,8 @@ from trl_ext.data.validation import RowChecks
 # the meaning of a written column changes.
 _CACHE_VERSION = 2
 _PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
+PAIR_COLUMNS = ("chosen_ids", "rejected_ids")
+"""The columns of TRL's prepared pairs."""
 
 
 def prepare_groups(
@@ -35,6 +37,8 @@ def prepare_groups(
     num_proc: int | None = None,
     min_survival: float = 0.5,
     loss_needs_ratings: bool = False,
+    use_pair_ratings: bool = True,
+    pair_columns: bool = False,
     vocab_size: int | None = None,
     max_positions: int | None = None,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
@@ -65,6 +69,10 @@ def prepare_groups(
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
         min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
         loss_needs_ratings (`bool`, *optional*, defaults to `False`): refuse `ranks`, whose distances mean nothing.
+        use_pair_ratings (`bool`, *optional*, defaults to `True`): read `chosen_rating` and `rejected_rating`; else
+            they are metadata, and the chosen one is simply better.
+        pair_columns (`bool`, *optional*, defaults to `False`): write the token ids of pairs as `chosen_ids` and
+            `rejected_ids` too, as TRL's trainer does.
         vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
         max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
 
@@ -85,7 +93,8 @@ def prepare_groups(
     if opened is None:
         return dataset, report
     dataset, columns, first = opened
-    schema = find_schema(columns, first, dataset_name, loss_needs_ratings)
+    schema = find_schema(columns, first, dataset_name, loss_needs_ratings, use_pair_ratings)
+    pair_columns = pair_columns and schema.pair and not set(PAIR_COLUMNS) & set(columns)
     arguments = {
         "tokenizer": tokenizer,
         "tokenization": tokenization,
@@ -93,9 +102,11 @@ def prepare_groups(
         "max_length": report.limit,
         "dataset_name": dataset_name,
         "vocab_size": vocab_size,
+        "pair_columns": pair_columns,
         "cache_version": _CACHE_VERSION,
     }
-    return map_rows(dataset, prepare_row, arguments, _new_features(schema), report, min_survival, num_proc), report
+    features = _new_features(schema, pair_columns)
+    return map_rows(dataset, prepare_row, arguments, features, report, min_survival, num_proc), report
 
 
 def prepare_row(
@@ -107,6 +118,7 @@ def prepare_row(
     max_length: int | None,
     dataset_name: str,
     vocab_size: int | None,
+    pair_columns: bool,
     cache_version: int,
 ) -> dict[str, Any]:
     """The new columns of one row, with its counts; `candidate_ids` is empty where the group does not survive."""
@@ -126,6 +138,8 @@ def prepare_row(
         "no_prompt": survives and not has_prompt,
     }
     new: dict[str, Any] = {"candidate_ids": kept, "candidate_ratings": ratings, "row_index": index}
+    if pair_columns:
+        new |= zip(PAIR_COLUMNS, kept or ([], []), strict=True)
     if group.margin is not None:
         new["group_margin"] = group.margin
     if group.target is not None:
@@ -155,12 +169,14 @@ def _encode(
     return ids
 
 
-def _new_features(schema: Schema) -> dict[str, Any]:
+def _new_features(schema: Schema, pair_columns: bool) -> dict[str, Any]:
     features: dict[str, Any] = {
         "candidate_ids": List(List(Value("int32"))),
         "candidate_ratings": List(Value("float64")),
         "row_index": Value("int64"),
     }
+    if pair_columns:
+        features |= {column: List(Value("int32")) for column in PAIR_COLUMNS}
     if schema.margin:
         features["group_margin"] = Value("float64")
     if schema.target:

@@ -62,7 +62,13 @@ class Group:
     chat_template_kwargs: dict[str, Any] | None
 
 
-def find_schema(columns: list[str], first: dict[str, Any], dataset_name: str, loss_needs_ratings: bool) -> Schema:
+def find_schema(
+    columns: list[str],
+    first: dict[str, Any],
+    dataset_name: str,
+    loss_needs_ratings: bool,
+    use_pair_ratings: bool = True,
+) -> Schema:
     """Where the parts of a row are; raises `DataError` for missing, contradicting or reserved columns."""
     present = set(columns)
 
@@ -103,7 +109,9 @@ def find_schema(columns: list[str], first: dict[str, Any], dataset_name: str, lo
 
     ratings: tuple[str, ...] = ()
     ranks = None
-    if len(candidates) == 2:
+    if len(candidates) == 2 and not use_pair_ratings:
+        pass  # `chosen_rating` and `rejected_rating` are metadata
+    elif len(candidates) == 2:
         given = [column for column in ("chosen_rating", "rejected_rating") if column in present]
         if len(given) == 1:
             raise missing("rejected_rating" if given[0] == "chosen_rating" else "chosen_rating", "Give both or none.")

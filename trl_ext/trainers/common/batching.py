@@ -66,11 +66,12 @@ def wants_flat_rows(args: trl.RewardConfig, sharded: bool = False) -> bool:
     # sharded weights cannot be run for the check, Neuron compiles once per padded shape, the noise of NEFTune goes by
     # the length of a row, and metrics that are given inputs expect padded ones
     plain = sharded or args.pad_to_multiple_of is not None or args.neftune_noise_alpha is not None
-    plain = plain or "inputs" in args.include_for_metrics
+    # and Trainer's count of input tokens reads padded ones
+    plain = plain or "inputs" in args.include_for_metrics or args.include_num_input_tokens_seen != "no"
     if plain and args.shared_prefix is True:
         raise ValueError(
-            "shared_prefix=True does not go with FSDP, DeepSpeed, pad_to_multiple_of, neftune_noise_alpha or 'inputs' "
-            "in include_for_metrics. Leave it at 'auto'."
+            "shared_prefix=True does not go with FSDP, DeepSpeed, pad_to_multiple_of, neftune_noise_alpha, "
+            "include_num_input_tokens_seen or 'inputs' in include_for_metrics. Leave it at 'auto'."
         )
     return is_wanted(args.shared_prefix) and not plain
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
@@ -16,6 +18,13 @@ from trl_ext.models.heads import check_head_trains
 from trl_ext.models.shared_prefix import current_attention, select_attention
 from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
 from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
+from trl_ext.trainers.common.loading import (
+    BY_LENGTH,
+    StreamResumeCallback,
+    WholeStream,
+    rows_of_evaluation,
+    with_lengths,
+)
 from trl_ext.trainers.common.setup import TrainableModel, set_up_model
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
@@ -47,9 +56,35 @@ class HeadTraining:
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(recording)
         self.add_callback(PushCallback())
+        if isinstance(self.train_dataset, IterableDataset):
+            self.add_callback(StreamResumeCallback())
         follow_confidence(self)
         use_safe_callback(self)
 
+    # -------------------------------------------------------------------------------------------------------- loaders
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's; it finds the lengths of the rows where it orders by them."""
+        if self.args.train_sampling_strategy in BY_LENGTH and isinstance(self.train_dataset, Dataset):
+            column = self.args.length_column_name
+            self.train_dataset = with_lengths(self.train_dataset, column, self._row_sizes())
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        """Trainer's, with the rows in their order."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if isinstance(rows, IterableDataset):
+            return self.get_test_dataloader(rows)
+        with rows_of_evaluation(self.args, stream=False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
+        """Trainer's, with the rows in their order, those of a stream from all of its shards."""
+        stream = isinstance(test_dataset, IterableDataset)
+        with rows_of_evaluation(self.args, stream):
+            return super().get_test_dataloader(WholeStream(test_dataset) if stream else test_dataset)
+
+    # ------------------------------------------------------------------------------------------ training, evaluation
     @contextmanager
     def _forward(self) -> Iterator[None]:
         """Around a forward pass, which may choose the attention of flat rows."""

@@ -7,6 +7,7 @@ strictly.
 
 import inspect
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from datasets import Dataset, IterableDataset
 from trl_ext.data.validation import DataError
 from trl_ext.losses.ranking import center_rewards, ranking_losses
 
+
+logger = logging.getLogger(__name__)
 
 PER_GROUP = {"margin": "group_margin", "target": "group_target"}
 """What a loss may be given per group, and the prepared column that it comes from."""
@@ -37,6 +40,9 @@ class RankingObjective:
         loss_type (`str` or `Callable`): name in the registry, or a function with the signature of `trl_ext.losses`.
         loss_kwargs (`dict`, *optional*): keyword arguments of the loss.
         center_rewards_coefficient (`float`, *optional*): weight of the centring penalty.
+        label_smoothing (`float`, *optional*, defaults to `0.0`): probability, below 0.5, that a preference is the
+            wrong way round. See *A note on DPO with noisy preferences & relationship to IPO* by E. Mitchell
+            (https://ericmitchell.ai/cdpo.pdf), whose conservative loss this is.
 
     Raises:
         ValueError: an unknown name, an argument that the loss does not take or refuses, or a loss that does not return
@@ -48,12 +54,23 @@ class RankingObjective:
         loss_type: str | Callable,
         loss_kwargs: dict[str, Any] | None = None,
         center_rewards_coefficient: float | None = None,
+        label_smoothing: float = 0.0,
     ):
         self._loss = ranking_losses.get(loss_type)
         self._properties = ranking_losses.properties_of(loss_type)
         self.name = loss_name(loss_type)
         self.loss_kwargs = dict(loss_kwargs or {})
         self._center = center_rewards_coefficient
+        self._smoothing = label_smoothing
+        if label_smoothing and not 0 < label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing_factor={label_smoothing} is no share of wrong preferences. Needed: 0 to below 0.5."
+            )
+        if label_smoothing and not self._properties.takes_target:
+            raise ValueError(
+                f"label_smoothing_factor={label_smoothing} makes preferences uncertain, and the loss '{self.name}' "
+                "takes no probability. Use 'bradley_terry', or leave label_smoothing_factor out."
+            )
         self._check_arguments()
         try:
             self._try()
@@ -81,6 +98,9 @@ class RankingObjective:
     def __call__(self, scores: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each group, (B,), from scores (B, K) and the batch of a `GroupCollator`."""
         given = {name: batch[name] for name in PER_GROUP if name in batch}
+        if self._smoothing:
+            target = given.get("target", batch["ratings"].new_ones(len(scores)))  # (B,)
+            given["target"] = target + self._smoothing * (1 - 2 * target)
         limit = self._properties.max_candidates
         if limit is not None and scores.shape[1] > limit:  # rows of a stream are first seen here
             found = int(batch["group_mask"].sum(-1).max())
@@ -97,6 +117,11 @@ class RankingObjective:
     def check_data(self, dataset: Dataset | IterableDataset, name: str) -> None:
         """Raise [`DataError`] if the prepared data set has columns or group sizes that the loss cannot use."""
         columns = set(dataset.column_names or [])
+        if not self.needs_ratings and "chosen_rating" in columns:
+            logger.info(
+                f"{name} data: `chosen_rating` and `rejected_rating` are not used by the loss '{self.name}'. It uses "
+                'them with loss_kwargs={"margin_from_ratings": true}.'
+            )
         switch = self._properties.uses_distances
         on = isinstance(switch, str) and self.needs_ratings
         if on and columns & PAIR_COLUMNS and not columns & RATING_COLUMNS:
@@ -110,6 +135,14 @@ class RankingObjective:
         for argument, column in PER_GROUP.items():
             if column in columns:
                 self._check_takes(argument, name)
+        if self._smoothing and PER_GROUP["margin"] in columns:
+            raise DataError(
+                f"a margin beside label_smoothing_factor={self._smoothing}",
+                "one of the two",
+                "Drop the column with dataset.remove_columns('margin'), or leave label_smoothing_factor out.",
+                column="margin",
+                dataset=name,
+            )
         if columns.issuperset(PER_GROUP.values()):
             try:
                 self._try(**dict.fromkeys(PER_GROUP, torch.tensor([0.5, 0.25])))

@@ -3,8 +3,9 @@
 A pair is a group of two. What is not named here (arguments, callbacks, PEFT, Accelerate, model cards) is TRL's.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_len
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
 from trl_ext.data.report import DataReport
-from trl_ext.data.token_batches import group_sizes
+from trl_ext.data.token_batches import RowSize, group_sizes
 from trl_ext.data.tokenization import TokenizationSettings, common_prefix_length
 from trl_ext.models.building import is_quantized
 from trl_ext.models.heads import candidate_scores
@@ -164,7 +165,9 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         """The loss that the arguments name; raises `ValueError` for what no model and no other rows could cure."""
         set_up_batching(args, train_dataset)
         wants_flat_rows(args)
-        return RankingObjective(args.loss_type, args.loss_kwargs, args.center_rewards_coefficient)
+        return RankingObjective(
+            args.loss_type, args.loss_kwargs, args.center_rewards_coefficient, args.label_smoothing_factor
+        )
 
     # -------------------------------------------------------------------------------------------------------- data
     def _prepare_dataset(
@@ -176,6 +179,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     ) -> Dataset | IterableDataset:
         if self._tokenization is None:
             self._tokenization = TokenizationSettings.for_training(processing_class)
+        dataset = rename_old_columns(dataset)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():
             prepared, report = prepare_groups(
@@ -187,6 +191,8 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
                 num_proc=args.dataset_num_proc,
                 min_survival=args.min_survival,
                 loss_needs_ratings=self._objective.needs_ratings,
+                use_pair_ratings=self._objective.needs_ratings,
+                pair_columns=True,
                 vocab_size=self._limits.vocab_size,
                 max_positions=self._limits.max_positions,
             )
@@ -197,13 +203,15 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [*GROUP_COLUMNS]
+            self._signature_columns = [*GROUP_COLUMNS, self.args.length_column_name]
+
+    def _row_sizes(self) -> list[RowSize]:
+        return group_sizes(self.train_dataset, self._flat_rows)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.max_tokens_per_batch is None or self.train_dataset is None:
             return super().get_train_dataloader()
-        sizes = group_sizes(self.train_dataset, self._flat_rows)
-        return make_train_dataloader(self, sizes, GROUP_COLUMNS, self._flat_rows)
+        return make_train_dataloader(self, self._row_sizes(), GROUP_COLUMNS, self._flat_rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -287,6 +295,16 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             groups.append({"ids": ids, "scores": scores[b, :k].tolist(), "ratings": inputs["ratings"][b, :k].tolist()})
 
     # ------------------------------------------------------------------------------------- training and evaluation
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Trainer's. Where `compute_metrics` gets inputs, the candidates of a group are one row, as its scores are."""
+        output = super().prediction_step(model, inputs, *args, **kwargs)
+        if "inputs" in self.args.include_for_metrics:
+            ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+            inputs["input_ids"] = candidates_in_rows(ids, real, inputs["group_mask"])  # Trainer reads it next
+        return output
+
     def predict(
         self, test_dataset: EvalDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
@@ -349,6 +367,45 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
         self._reports = [report for report in self._reports if report.streaming]
         return counts
+
+
+def candidates_in_rows(ids: torch.Tensor, real: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Token ids of all candidates of a group in one row, each followed by -100, and padded with -100.
+
+    Args:
+        ids, real (`torch.Tensor` of shape `(N, T)`): padded sequences, and True for their real tokens.
+        mask (`torch.BoolTensor` of shape `(B, K)`): True for a real candidate.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`.
+
+    Example:
+
+    ```python
+    >>> ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> candidates_in_rows(ids, ids > 0, mask)
+    tensor([[   5,    6, -100,    7, -100]])
+    ```
+    """
+    ended = [torch.cat([row[kept], row.new_full((1,), -100)]) for row, kept in zip(ids, real, strict=True)]
+    sizes = mask.sum(1).tolist()
+    groups = [torch.cat(ended[end - size : end]) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-100)
+
+
+def rename_old_columns(dataset: EvalDataset) -> EvalDataset:
+    """Tokenized pairs with the column names of TRL before 1.0 get the new ones, with TRL's deprecation warning."""
+    columns = set(dataset.column_names or [])
+    if not {"chosen_input_ids", "rejected_input_ids"} <= columns or columns & {"chosen_ids", "rejected_ids"}:
+        return dataset
+    warnings.warn(
+        "The columns `chosen_input_ids` and `rejected_input_ids` are deprecated, as in TRL. Rename them to "
+        "`chosen_ids` and `rejected_ids`.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return dataset.rename_columns({"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"})
 
 
 def in_groups(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

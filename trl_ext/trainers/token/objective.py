@@ -33,6 +33,8 @@ class TokenObjective:
         averaging (`str`): `"token"` or `"sequence"`, see [`~trl_ext.losses.token.average`].
         categories (`int`): G.
         outputs (`int`): C, outputs of the head for each category.
+        label_smoothing (`float`, *optional*, defaults to `0.0`): share of each label that is spread evenly over the
+            classes, as `label_smoothing_factor` of `TrainingArguments` says; of one output, over right and wrong.
 
     Attributes:
         name (`str`): the loss as a word.
@@ -53,6 +55,7 @@ class TokenObjective:
         averaging: Averaging,
         categories: int,
         outputs: int,
+        label_smoothing: float = 0.0,
     ):
         self._loss = token_losses.get(loss_type)
         self._properties = token_losses.properties_of(loss_type)
@@ -68,13 +71,23 @@ class TokenObjective:
         self.is_number = self._properties.outputs == "label"
         self.calibrated = self._properties.outputs == "log_odds"
         self.threshold = 0.5 if self.is_number else 0.0
+        self._smoothing = label_smoothing
         self._check_arguments()
+        self._check_smoothing()
         self._try()
 
     # --------------------------------------------------------------------------------------------------------- loss
     def sums(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each sequence (B,), summed over its labels, from logits (B, T, G, C) and a collated batch."""
-        return self._loss(logits, batch["token_labels"], batch["label_mask"], **self.loss_kwargs)
+        labels = self._smoothed(batch["token_labels"]) if self._smoothing else batch["token_labels"]
+        return self._loss(logits, labels, batch["label_mask"], **self.loss_kwargs)
+
+    def _smoothed(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T, G) less sure: probabilities of right, or of three classes those of each, (B, T, G, 3)."""
+        if self.outputs < 3:
+            return (1 - self._smoothing) * labels + self._smoothing / 2
+        classes = labels[..., None] == torch.tensor([-1.0, 0.0, 1.0], device=labels.device)  # (B, T, G, 3)
+        return (1 - self._smoothing) * classes.to(labels.dtype) + self._smoothing / 3
 
     def items(self, mask: torch.Tensor) -> torch.Tensor:
         """What each sequence adds to the divisor, (B,)."""
@@ -146,12 +159,24 @@ class TokenObjective:
                 f"(logits, labels, mask) and the keyword arguments {own or 'none'}."
             ) from error
 
+    def _check_smoothing(self) -> None:
+        if not self._smoothing:
+            return
+        if not 0 < self._smoothing < 1:
+            raise ValueError(f"label_smoothing_factor={self._smoothing} is no share. Needed: 0 to below 1.")
+        if not self.calibrated:
+            raise ValueError(
+                f"label_smoothing_factor={self._smoothing} makes labels uncertain, and the loss '{self.name}' does "
+                "not learn probabilities. Use 'bce' or 'ce', or leave label_smoothing_factor out."
+            )
+
     def _try(self) -> None:
         """Call the loss on two sequences of one token."""
         shape = (2, 1, self.categories)
         labels = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(shape)
         mask = torch.ones(shape, dtype=torch.bool)
-        sums = self._loss(torch.zeros(*shape, self.outputs), labels, mask, **self.loss_kwargs)
+        batch = {"token_labels": labels, "label_mask": mask}
+        sums = self.sums(torch.zeros(*shape, self.outputs), batch)
         averaging_items(mask, self.averaging)
         if not isinstance(sums, torch.Tensor) or sums.shape != (2,):
             found = tuple(sums.shape) if isinstance(sums, torch.Tensor) else type(sums).__name__

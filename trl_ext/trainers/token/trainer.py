@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_len
 
 from trl_ext.data.collators import SpanCollator
 from trl_ext.data.span_rows import SpanKind
-from trl_ext.data.token_batches import span_sizes
+from trl_ext.data.token_batches import RowSize, span_sizes
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models.heads import head_class, unwrap
 from trl_ext.models.inputs import InputLimits
@@ -207,6 +207,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             args.averaging,
             categories=max(1, len(categories)),
             outputs=cls._outputs(args),
+            label_smoothing=args.label_smoothing_factor,
         )
 
     # ---------------------------------------------------------------------------------- what a kind of model decides
@@ -250,14 +251,16 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
     # --------------------------------------------------------------------------------------------------------- data
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = self._data.columns
+            self._signature_columns = [*self._data.columns, self.args.length_column_name]
+
+    def _row_sizes(self) -> list[RowSize]:
+        return span_sizes(self.train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         by_prompt = self.args.group_by_prompt
         if self.train_dataset is None or (self.args.max_tokens_per_batch is None and not by_prompt):
             return super().get_train_dataloader()
-        sizes = span_sizes(self.train_dataset)
-        return make_train_dataloader(self, sizes, self._data.columns, self._flat_rows, by_prompt)
+        return make_train_dataloader(self, self._row_sizes(), self._data.columns, self._flat_rows, by_prompt)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
