@@ -195,7 +195,7 @@ def _folder(spec: str | Path) -> str:
             f"reward_funcs names the file {spec}; needed: one of its functions, as file.py:function."
             f"{names_of_functions(spec)}"
         )
-    hint = did_you_mean(str(spec), TRL_REWARDS) if isinstance(spec, str) else ""
+    hint = did_you_mean(str(spec), TRL_REWARDS, cutoff=0.8) if isinstance(spec, str) else ""
     if hint and not Path(spec).exists():
         raise ValueError(f"There is no reward function or model {str(spec)!r}.{hint}")
     folder = local_folder(spec, None)

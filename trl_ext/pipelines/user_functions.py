@@ -67,9 +67,9 @@ def names_of_functions(path: str | Path) -> str:
     return f" It has: {', '.join(f'{path}:{name}' for name in names[:10])}." if names else " It has no function."
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint with the nearest of the known names, `""` if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint with the nearest of the known names, `""` if none is as near as `cutoff` (1 is equal)."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

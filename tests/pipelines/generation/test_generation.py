@@ -215,6 +215,27 @@ def test_arguments_that_cannot_be_meant(arguments, message):
         Sampling.of(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_return_sequences": 2}, "set num_generations"),
+        ({"typical": 0.5}, r"GenerationConfig does not know\. Did you mean 'typical_p'\?"),
+    ],
+)
+def test_generation_kwargs_that_would_do_nothing_or_harm(tiny, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        in_process(tiny, generation_kwargs=kwargs)
+
+
+def test_a_continued_answer_keeps_its_space(data_dir):
+    """SentencePiece drops it where the continuation is decoded alone."""
+    folder = data_dir / "stories260K"
+    chat = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon a time there was a"}]
+    template = "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}"
+    (item,) = in_process(folder, temperature=0, chat_template=template).generate([chat], 1, 0)[0]
+    assert item.text.startswith(" ")
+
+
 def test_cutting_at_the_first_stop_text():
     assert cut_at_stop("a;b\nc", ["\n", ";"]) == "a"
     assert cut_at_stop("a", ["b"]) == cut_at_stop("a", None) == "a"
@@ -353,51 +374,6 @@ def test_a_server_needs_a_name_and_a_backend_is_known(tiny):
         make_generator(AutoModelForCausalLM.from_pretrained(tiny), "openai")
     with pytest.raises(ValueError, match="dtype='bf61' is not known"):
         load_policy(tiny, {"dtype": "bf61"})
-
-
-# vLLM: TRL's own client against a server that answers as vLLM does; vLLM itself needs a GPU
-
-
-def test_vllm_through_trl_s_client(tiny, monkeypatch):
-    import trl.generation.vllm_client as client
-
-    monkeypatch.setattr(client, "is_vllm_available", lambda *args, **kwargs: True)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    out = tokenizer(" fine")["input_ids"][1:]
-
-    def answer(number, path, body):
-        choices = []
-        for index in range(body["n"]):
-            ids = [*out, tokenizer.eos_token_id] if index else [*out, *out][: body["max_tokens"]]
-            names = [f"token_id:{token}" for token in ids]
-            logprobs = {"tokens": names, "token_logprobs": [-0.5] * len(ids), "top_logprobs": [None] * len(ids)}
-            choices.append({"prompt_token_ids": body["prompt"][0], "token_ids": ids, "logprobs": logprobs})
-        return 200, {"choices": choices}, {}
-
-    arguments = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
-    with serving(answer) as server:
-        sampling = Sampling(
-            max_completion_length=len(out), stop=["\n"], generation_kwargs={"frequency_penalty": 1}, **arguments
-        )
-        generator = make_generator(tiny, "vllm", sampling, server_base_url=server.url, server_timeout=1)
-        found = generator.generate(["one", "two"], 2, seed=0)
-    assert [[item.finish_reason for item in row] for row in found] == [["length", "stop"]] * 2
-    assert found[0][1].token_ids == [*out, tokenizer.eos_token_id]
-    assert found[0][1].logprob == -0.5 * (len(out) + 1)
-    bodies = sorted(server.bodies, key=lambda body: body["prompt"] != [tokenizer("one")["input_ids"]])
-    expected = arguments | {"n": 2, "stop": ["\n"], "frequency_penalty": 1, "max_tokens": len(out)}
-    assert bodies[0]["prompt"] == [tokenizer("one")["input_ids"]] and bodies[0].items() >= expected.items()
-    assert bodies[0]["seed"] != bodies[1]["seed"]
-
-
-def test_vllm_that_is_not_there_is_said(tiny, monkeypatch):
-    import trl.generation.vllm_client as client
-
-    with pytest.raises(ImportError, match="vLLM is not installed"):
-        make_generator(tiny, "vllm", server_timeout=0.1)
-    monkeypatch.setattr(client, "is_vllm_available", lambda *args, **kwargs: True)
-    with pytest.raises(GenerationError, match="can't be reached.*trl vllm-serve"):
-        make_generator(tiny, "vllm", server_base_url="http://127.0.0.1:9", server_timeout=0.0)
 
 
 # A real server

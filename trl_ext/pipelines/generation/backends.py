@@ -1,8 +1,9 @@
-"""The generation backends by name, and what each one's completions depend on of the model.
+"""The generation backends by name, and what the completions of each depend on.
 
-Knows what they are made with; what they do is in `in_process` and `servers`.
+`transformers_backend`, `vllm_backend` and `openai_backend` do the work; this module only makes them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.pipelines.generation.generator import Generator
+from trl_ext.pipelines.generation.openai_backend import OpenAIGenerator
 from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
-from trl_ext.pipelines.generation.servers import OpenAIGenerator, VLLMGenerator
+from trl_ext.pipelines.generation.server_pool import ServerPool
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
+from trl_ext.pipelines.generation.vllm_backend import VLLMGenerator
 
 
 def make_generator(
@@ -23,30 +26,32 @@ def make_generator(
     processing_class: PreTrainedTokenizerBase | None = None,
     generation_batch_size: int = 32,
     model_init_kwargs: dict[str, Any] | None = None,
-    server_base_url: str = "http://localhost:8000",
+    server_base_url: str | Sequence[str] = "http://localhost:8000",
     server_timeout: float = 240.0,
     max_concurrency: int = 64,
     max_retries: int = 6,
     api_key_variable: str | None = None,
 ) -> Generator:
     """
-    The backend of a name.
+    Make a backend by its name.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
-            Folder or Hub id, full or adapter; for `"transformers"` also a model in memory. For `"vllm"` its tokenizer
-            is used, for `"openai"` it is the name that the server knows it by.
+            Folder or Hub id, full model or adapter; for `"transformers"` also a model in memory. For `"vllm"` the
+            folder or id that the server serves, whose tokenizer is used here; for `"openai"` the server's name for it.
         backend (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"` in this process; `"vllm"`, a `trl vllm-serve` or `vllm serve` through TRL's client;
-            `"openai"`, any OpenAI-compatible server.
+            `"transformers"` generates in this process; `"vllm"` on `vllm serve`, by token ids; `"openai"` on any
+            OpenAI-compatible server, by texts and messages.
         sampling ([`Sampling`], *optional*): how to sample.
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the model's.
         generation_batch_size (`int`, *optional*, defaults to `32`): completions in a batch, in this process.
         model_init_kwargs (`dict`, *optional*): for `from_pretrained` (`dtype`, `revision`, `quantization_config` ...).
-        server_base_url (`str`, *optional*): where the server is, with or without `/v1`.
-        server_timeout (`float`, *optional*, defaults to `240.0`): seconds to wait for a server to come up, and for
-            the answer to a request.
-        max_concurrency (`int`, *optional*, defaults to `64`): requests that are under way at a time.
+        server_base_url (`str` or sequence of `str`, *optional*): where the server is, with or without `/v1`; several
+            servers with the same model as a list, or with commas between. Requests go to them in turn; if one dies,
+            the others go on.
+        server_timeout (`float`, *optional*, defaults to `240.0`): seconds to wait for a server to start, and for the
+            answer to a request.
+        max_concurrency (`int`, *optional*, defaults to `64`): requests at a time, over all servers.
         max_retries (`int`, *optional*, defaults to `6`): how often a request is repeated after 429, 5xx, a broken
             connection, a time-out or an unreadable answer, after 0.5, 1, 2 ... seconds or what the server asks for.
         api_key_variable (`str`, *optional*): name of the environment variable that holds the server's key.
@@ -61,13 +66,14 @@ def make_generator(
             f"backend={backend!r} cannot take a {type(model).__name__}: a server holds its own weights. Give the "
             "folder or id that it serves."
         )
-    if backend == "vllm":
-        init = model_init_kwargs or {}
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model, revision=init.get("revision"))
-        return VLLMGenerator(server_base_url, sampling, tokenizer, server_timeout, max_concurrency)
-    return OpenAIGenerator(
-        server_base_url, str(model), sampling, server_timeout, max_concurrency, max_retries, api_key_variable
+    servers = ServerPool(server_base_url, server_timeout, max_concurrency, max_retries, api_key_variable)
+    if backend == "openai":
+        return OpenAIGenerator(servers, str(model), sampling)
+    init = model_init_kwargs or {}
+    tokenizer = processing_class or AutoTokenizer.from_pretrained(
+        model, revision=init.get("revision"), trust_remote_code=init.get("trust_remote_code", False)
     )
+    return VLLMGenerator(servers, model, sampling, tokenizer)
 
 
 def model_of_backend(

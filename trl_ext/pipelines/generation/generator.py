@@ -88,6 +88,20 @@ class PromptEncoder:
             encoded.append(ids)
         return encoded
 
+    @staticmethod
+    def check_lengths(encoded: Sequence[list[int]], longest: int, limit: int | None) -> None:
+        """Raise [`DataError`] for a prompt that leaves no room for `longest` new tokens among the model's `limit`."""
+        for row, ids in enumerate(encoded):
+            if limit is not None and len(ids) + longest > limit:
+                raise DataError(
+                    f"a prompt of {len(ids)} tokens, which with {longest} new ones is longer than the model's {limit} "
+                    "positions",
+                    f"at most {limit} together",
+                    "Lower max_completion_length, or remove long prompts with dataset.filter.",
+                    row=row,
+                    column="prompt",
+                )
+
     def _encode(self, prompt: str | Chat, columns: Columns) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]

@@ -5,11 +5,12 @@ servers, and imports neither torch nor transformers, so that `--help` is fast.
 """
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from trl_ext.pipelines.user_functions import did_you_mean
 
 
 Backend = Literal["transformers", "vllm", "openai"]
@@ -114,8 +115,7 @@ class Sampling(SamplingFields):
         known = [item.name for item in dataclasses.fields(cls)]
         for name in arguments:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
+                hint = did_you_mean(name, known)
                 raise TypeError(f"Unknown sampling argument '{name}'.{hint} Known: {', '.join(known)}.")
         return cls(**arguments)
 

@@ -1,6 +1,6 @@
-"""The backend `transformers`: `model.generate` in this process, in batches of prompts of like length.
+"""The backend `transformers`: `model.generate` in this process, in batches of prompts of similar length.
 
-Knows models and tokens. Knows nothing of shards or scores.
+This module knows models and tokens, and nothing of shards or scores.
 """
 
 import time
@@ -21,20 +21,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl_ext.data.validation import DataError
 from trl_ext.models.building import as_dtype, attention_at_hand
 from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder
 from trl_ext.pipelines.generation.records import Completion
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
+from trl_ext.pipelines.user_functions import did_you_mean
 
 
 class TransformersGenerator:
     """
     Completes prompts with a model in this process; see [`~trl_ext.pipelines.generation.generator.Generator`].
 
-    Every completion is a row of a batch, and rows are sorted by the length of their prompts, so that any
-    `num_generations` goes with any batch size. The prompts of one call and its seed decide all that is drawn.
+    Every completion is a row of a batch, and rows are sorted by the length of their prompts, so any `num_generations`
+    works with any batch size. The prompts of one call and its seed determine all samples.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TransformersGenerator:
             raise ValueError(f"generation_batch_size={batch_size}; needed: a number of completions >= 1.")
         init = model_init_kwargs or {}
         if isinstance(model, (str, Path)):
-            source = local_folder(model, init.get("revision"))  # of the tokenizer too
+            source = local_folder(model, init.get("revision"))  # the tokenizer comes from the same revision
             model = load_policy(source, init)
         else:
             source = None if isinstance(model, PeftModel) else model.config._name_or_path
@@ -62,9 +62,10 @@ class TransformersGenerator:
         self._sampling = sampling
         self._encoder = PromptEncoder(processing_class, sampling)
         self._batch_size = batch_size
-        own = model.generation_config.eos_token_id
-        ends = {*([own] if isinstance(own, int) else own or ()), processing_class.eos_token_id} - {None}
-        self._ends = ends  # every one that the model declares ends a completion
+        declared = model.generation_config.eos_token_id
+        # every end token that the model declares ends a completion
+        ends = {*([declared] if isinstance(declared, int) else declared or ()), processing_class.eos_token_id} - {None}
+        self._ends = ends
         self._pad = (
             processing_class.pad_token_id if processing_class.pad_token_id is not None else min(ends, default=0)
         )
@@ -89,6 +90,14 @@ class TransformersGenerator:
             "eos_token_id": sorted(self._ends) or None,
             "pad_token_id": self._pad,
         }
+        known = GenerationConfig().to_dict()
+        for name in sampling.generation_kwargs or {}:
+            if name == "num_return_sequences":
+                raise ValueError("generation_kwargs has 'num_return_sequences': set num_generations (n) instead.")
+            if name not in known:
+                raise ValueError(
+                    f"generation_kwargs has {name!r}, which GenerationConfig does not know.{did_you_mean(name, known)}"
+                )
         return GenerationConfig(**(arguments | (sampling.generation_kwargs or {})))
 
     def generate(
@@ -101,8 +110,11 @@ class TransformersGenerator:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
         prompts = list(prompts)
         encoded = self._encoder.ids(prompts, columns)
-        self._check_lengths(encoded)
-        order = sorted(range(len(prompts)), key=lambda row: (-len(encoded[row]), row))  # what needs most comes first
+        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        self._encoder.check_lengths(encoded, self._config.max_new_tokens, limit)
+        order = sorted(
+            range(len(prompts)), key=lambda row: (-len(encoded[row]), row)
+        )  # the longest first: too large a batch fails at once
         rows = [row for row in order for _ in range(num_generations)]
         found: list[list[Completion]] = [[] for _ in prompts]
         with self._ready(), torch.random.fork_rng():
@@ -140,41 +152,28 @@ class TransformersGenerator:
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         if self._pad in self._ends:
-            return ids  # what follows the first of them is cut off in any case
+            return ids  # padding follows the first end token, where the ids are cut in any case
         end = len(ids)
         while end and ids[end - 1] == self._pad:
             end -= 1
         return ids[:end]
 
-    def _check_lengths(self, encoded: list[list[int]]) -> None:
-        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        for row, ids in enumerate(encoded):
-            if limit is not None and len(ids) + self._config.max_new_tokens > limit:
-                raise DataError(
-                    f"a prompt of {len(ids)} tokens, which with {self._config.max_new_tokens} new ones is longer than "
-                    f"the model's {limit} positions",
-                    f"at most {limit} together",
-                    "Lower max_completion_length, or remove long prompts with dataset.filter.",
-                    row=row,
-                    column="prompt",
-                )
-
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Eval mode, and no sampling defaults of the checkpoint; undone afterwards."""
-        model, was_training, own = self.model, self.model.training, self.model.generation_config
+        """Switch to eval mode without the checkpoint's sampling defaults, and back afterwards."""
+        model, was_training, kept = self.model, self.model.training, self.model.generation_config
         model.eval()
-        model.generation_config = GenerationConfig()  # it would fill in all that is None in ours
+        model.generation_config = GenerationConfig()  # the checkpoint's would replace every None in ours
         try:
             with torch.inference_mode():
                 yield
         finally:
-            model.generation_config = own
+            model.generation_config = kept
             model.train(was_training)
 
 
 def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:
-    """A language model from a folder or Hub id; an adapter comes on its base. `dtype` defaults to the saved one."""
+    """Load a language model from a folder or Hub id, an adapter on its base. `dtype` defaults to the saved one."""
     kwargs = {"dtype": "auto", "device_map": {"": PartialState().device}} | (model_init_kwargs or {})
     kwargs["dtype"] = as_dtype(kwargs["dtype"])
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -185,5 +184,5 @@ def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = Non
     with attention_at_hand(kwargs.get("attn_implementation")):
         if not Path(folder, "adapter_config.json").is_file():
             return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        kwargs.pop("revision", None)  # that of the adapter, not of its base
+        kwargs.pop("revision", None)  # it is the adapter's; the base has its own
         return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)

@@ -61,8 +61,8 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Completions generated at a time on a device.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Generate on a `trl vllm-serve`, which serves the model that training starts from. For one round, because
-            the server keeps its weights. Evaluation generates in this process.
+            Generate on a vLLM server (`vllm serve MODEL`) with the model that training starts from. For one round,
+            because the server keeps its weights. Evaluation generates in this process.
         vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout:
             As in `GRPOConfig`.
     """
@@ -99,7 +99,7 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         default=False, metadata={"help": "Never fine-tune on completions that were cut at max_completion_length."}
     )
     generation_batch_size: int = field(default=32, metadata={"help": "Completions generated at a time on a device."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate on a `trl vllm-serve`; for one round."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate on a vLLM server; for one round."})
     vllm_server_base_url: str | None = field(default=None, metadata={"help": "The server, e.g. http://host:8000."})
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host, if no base URL is given."})
     vllm_server_port: int = field(default=8000, metadata={"help": "The server's port, if no base URL is given."})

@@ -1,0 +1,165 @@
+"""The backend `openai`: any server that speaks OpenAI's protocol; chats as messages, texts as texts.
+
+The server applies the chat template and the tokenizer. This module knows requests and answers, and nothing of shards
+or scores.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from trl_ext.data.validation import DataError
+from trl_ext.pipelines.generation.generator import Columns, cut_at_stop, sample_seed
+from trl_ext.pipelines.generation.records import Completion, ends_with_begun_answer, prompt_id
+from trl_ext.pipelines.generation.sampling import Chat, Sampling
+from trl_ext.pipelines.generation.server_pool import ServerPool
+from trl_ext.pipelines.generation.vllm_backend import (
+    arguments_that_vllm_fills_in,
+    check_generation_kwargs,
+    known_arguments,
+    served_model,
+)
+
+
+class OpenAIGenerator:
+    """
+    Completes prompts with an OpenAI-compatible server; see [`~trl_ext.pipelines.generation.generator.Generator`].
+
+    Chats go to `/v1/chat/completions`, texts to `/v1/completions`. Each completion is a request with its own seed,
+    because not every server knows `n`. What is sent depends on the server:
+
+    - vLLM gets every sampling argument, also one that is off, because it replaces what is not sent by the model's
+      `generation_config.json`. It is asked for token ids and log-probabilities.
+    - `transformers serve` gets sampling arguments beside `temperature` and `top_p` inside `generation_config`; it
+      ignores them elsewhere.
+    - Other servers do not get arguments that are off, as not every server knows them.
+
+    A chat that ends with a begun answer is sent with the arguments by which vLLM and SGLang continue it; another
+    server may refuse them.
+
+    Args:
+        servers ([`~trl_ext.pipelines.generation.server_pool.ServerPool`]): one server, or several with one model.
+        model (`str`): the name by which they know it.
+        sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how to sample.
+
+    Raises:
+        [`GenerationError`]: no server answers.
+        ValueError: `generation_kwargs` has a key that is set here, or that a vLLM server does not know.
+    """
+
+    def __init__(self, servers: ServerPool, model: str, sampling: Sampling):
+        self._servers = servers
+        self._model = model
+        self._sampling = sampling
+        routes = next(iter(servers.describe("/openapi.json").values())) or {}
+        self._is_transformers = "/load_model" in routes.get("paths", {})  # a route that only it has
+        self._is_vllm, known = False, None
+        if not self._is_transformers:
+            for url, answer in servers.describe("/v1/models").items():
+                cards = answer.get("data") if isinstance(answer, dict) else None
+                if any(isinstance(card, dict) and card.get("owned_by") == "vllm" for card in cards or ()):
+                    self._is_vllm, (self._model, _) = True, served_model(url, answer, model)
+        if self._is_vllm:
+            known = known_arguments(servers, ("CompletionRequest", "ChatCompletionRequest"))
+        check_generation_kwargs(sampling.generation_kwargs, known)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Chat],
+        num_generations: int,
+        seed: int,
+        columns: Sequence[Columns] | None = None,
+    ) -> list[list[Completion]]:
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]. After a final failure every call fails."""
+        jobs = []
+        for row, prompt in enumerate(list(prompts)):
+            given = columns[row] if columns is not None else {}
+            path, body = self._request(row, prompt, given)
+            name = prompt_id(prompt, given)
+            for index in range(num_generations):
+                request_seed = sample_seed(seed, name, index)
+                full = body | {"seed": request_seed} | (self._sampling.generation_kwargs or {})
+                jobs.append(partial(self._servers.ask, path, full, partial(self._read, request_seed)))
+        found = self._servers.map(jobs)
+        return [found[first : first + num_generations] for first in range(0, len(found), num_generations)]
+
+    def _request(self, row: int, prompt: str | Chat, columns: Columns) -> tuple[str, dict[str, Any]]:
+        sampling = self._sampling
+        prompt = sampling.context(prompt)
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": sampling.max_completion_length,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+        }
+        if sampling.stop:
+            body["stop"] = sampling.stop
+        extra: dict[str, Any] = {"top_k": (sampling.top_k, 0), "min_p": (sampling.min_p, None)}
+        extra |= {"repetition_penalty": (sampling.repetition_penalty, 1.0)}
+        extra = {name: value for name, (value, off) in extra.items() if value != off}
+        if self._is_transformers:
+            config = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_completion_length}
+            config |= {"top_k": sampling.top_k} | extra  # without top_k it would be 50
+            body["generation_config"] = json.dumps(config)
+        elif self._is_vllm:
+            body |= arguments_that_vllm_fills_in(sampling) | {"return_token_ids": True}
+        else:
+            body |= extra
+        if isinstance(prompt, str):
+            return "/v1/completions", body | {"prompt": prompt} | ({"logprobs": 0} if self._is_vllm else {})
+        if self._is_vllm:
+            body |= {"logprobs": True, "top_logprobs": 0}
+        if ends_with_begun_answer(prompt):  # the model continues it, as in TRL
+            if self._is_transformers:
+                raise DataError(
+                    "a chat that ends with a begun answer, to which `transformers serve` would give a new one",
+                    "a server that continues it",
+                    "Use the backend 'transformers' or 'vllm', another server, or end the chat with a question.",
+                    row=row,
+                    column="prompt",
+                )
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        kwargs = {**(sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
+        given = {
+            "chat_template": sampling.chat_template,
+            "chat_template_kwargs": kwargs,
+            "tools": columns.get("tools"),
+        }
+        return "/v1/chat/completions", body | {"messages": prompt} | {
+            key: value for key, value in given.items() if value
+        }
+
+    def _read(self, seed: int, answer: Any, latency: float) -> Completion:
+        choice = answer["choices"][0]
+        text = choice["text"] if "text" in choice else choice["message"]["content"] or ""
+        if not isinstance(text, str):
+            raise TypeError(f"its text is a {type(text).__name__}")
+        reason = "length" if choice.get("finish_reason") == "length" else "stop"
+        cut = cut_at_stop(text, self._sampling.stop)
+        ids, (pieces, logprobs) = choice.get("token_ids"), _tokens(choice)
+        if cut != text or isinstance(
+            choice.get("stop_reason"), str
+        ):  # tokens of the stop text are there, its text not
+            reason, kept = "stop", _tokens_of(cut, pieces)
+            ids = ids[:kept] if ids is not None and kept is not None else None
+            logprobs = logprobs[:kept] if kept is not None else []
+        return Completion(cut, ids, reason, sum(logprobs) if logprobs else None, seed, latency)
+
+
+def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """The tokens' texts and log-probabilities, empty where the server does not return them."""
+    given = choice.get("logprobs") or {}
+    content = given.get("content") or ()
+    pieces = given.get("tokens") or [entry["token"] for entry in content]
+    return pieces, given.get("token_logprobs") or [entry["logprob"] for entry in content]
+
+
+def _tokens_of(text: str, pieces: Sequence[str]) -> int | None:
+    """How many of the tokens make up a text that was cut at a stop text; `None` if that cannot be told."""
+    if not "".join(pieces).startswith(text):
+        return None
+    count = len(pieces)
+    while count and len("".join(pieces[: count - 1])) >= len(text):
+        count -= 1
+    return count

@@ -1,0 +1,229 @@
+"""Requests to one or several servers that hold the same model: retries, concurrency, and what a failure says.
+
+Requests go to the servers in turn. A server that fails is left alone for a while, and its requests go to the others. A
+failure that may pass is repeated with growing pauses; one that will not pass stops all requests. This module knows
+HTTP and JSON, and not what is asked.
+"""
+
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from trl_ext.pipelines.generation.generator import GenerationError
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REPEATED = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # HTTP statuses that may pass
+LONGEST_PAUSE = 60.0
+
+
+@dataclass
+class _Server:
+    url: str  # without /v1
+    failures: int = 0  # since its last answer
+    rests_until: float = 0.0
+
+
+class ServerPool:
+    """
+    Asks one or several servers.
+
+    Args:
+        base_url (`str` or sequence of `str`): where they are, with or without `/v1`; a string may hold several URLs,
+            separated by commas.
+        timeout (`float`, *optional*, defaults to `240.0`): seconds to wait for a server to start, and for an answer.
+        max_concurrency (`int`, *optional*, defaults to `64`): requests at a time, over all servers.
+        max_retries (`int`, *optional*, defaults to `6`): how often a request is repeated.
+        api_key_variable (`str`, *optional*): name of the environment variable that holds the servers' key.
+
+    Raises:
+        [`GenerationError`]: the variable is not set.
+    """
+
+    def __init__(
+        self,
+        base_url: str | Sequence[str],
+        timeout: float = 240.0,
+        max_concurrency: int = 64,
+        max_retries: int = 6,
+        api_key_variable: str | None = None,
+    ):
+        urls = re.split(r"[,\s]+", base_url.strip()) if isinstance(base_url, str) else list(base_url)
+        self._servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls if url]
+        if not self._servers:
+            raise ValueError(f"server_base_url={base_url!r}; needed: at least one URL, e.g. http://localhost:8000.")
+        self._timeout = timeout
+        self._max_retries = max_retries
+        self._threads = ThreadPoolExecutor(max_concurrency)
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._stopped = threading.Event()
+        self._failure: GenerationError | None = None  # the one that stopped the pool
+        self._headers = {"Content-Type": "application/json"}
+        if api_key_variable is not None:
+            if api_key_variable not in os.environ:
+                raise GenerationError(f"The environment variable {api_key_variable} (api_key_variable) is not set.")
+            self._headers["Authorization"] = f"Bearer {os.environ[api_key_variable]}"
+
+    def __str__(self) -> str:
+        """`The server at ...`, for messages."""
+        urls = ", ".join(server.url for server in self._servers)
+        return f"The server at {urls}" if len(self._servers) == 1 else f"The servers at {urls}"
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """
+        What each server returns for a GET request: its URL to the JSON, `None` where there is none at this path.
+
+        Waits until at least one server answers. The others may start later, or not at all.
+
+        Raises:
+            [`GenerationError`]: no server answers within the time.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            found, problems = {}, {}
+            for server in self._servers:
+                try:
+                    found[server.url] = self._get(server.url + path)
+                except (OSError, http.client.HTTPException) as error:
+                    problems[server.url] = error
+            if found:
+                for url, error in problems.items():
+                    logger.warning(f"No server answers at {url} ({error}); requests go to {', '.join(found)}.")
+                return found
+            if time.monotonic() > deadline:
+                urls, error = ", ".join(problems), next(iter(problems.values()))
+                raise GenerationError(
+                    f"No server answers at {urls} ({error}), for {self._timeout:g} s (server_timeout). Start it, or "
+                    "correct server_base_url."
+                ) from error
+            time.sleep(min(1.0, self._timeout / 4))
+
+    def map(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """Run jobs, which call [`ask`], in parallel. The first failure cancels those that have not begun."""
+        futures: list[Future[T]] = [self._threads.submit(job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def ask(self, path: str, body: dict[str, Any], read: Callable[[Any, float], T]) -> T:
+        """
+        Post one request and read its answer, however many attempts it takes.
+
+        Args:
+            path (`str`): e.g. `"/v1/completions"`.
+            body (`dict`): what is sent, as JSON.
+            read (`Callable`): makes the result from the answer and the seconds that it took. If it raises
+                `ValueError`, `KeyError`, `IndexError` or `TypeError`, the request is repeated.
+
+        Raises:
+            [`GenerationError`]: a server refuses the request, or all attempts fail. Every further call then fails.
+        """
+        pause = 0.5
+        for attempt in range(self._max_retries + 1):
+            if self._stopped.is_set():
+                raise self._failure
+            server, wait, gone = self._next(), None, False
+            started = time.perf_counter()
+            try:
+                answer = read(self._post(server.url + path, body), time.perf_counter() - started)
+                server.failures = 0
+                return answer
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {_detail(error)}"
+                if error.code not in REPEATED:
+                    raise self._stop(_refused(server.url, path, problem, body)) from error
+                wait = error.headers.get("Retry-After")
+            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
+                problem, gone = f"{type(error).__name__}: {error}", not isinstance(error, TimeoutError)
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                problem = f"an answer that is no completion ({type(error).__name__}: {error})"
+            others = self._rest(server, problem)
+            if attempt < self._max_retries and not others:
+                logger.info(f"{server.url}{path}: {problem}; attempt {attempt + 2} follows.")
+                asked = float(wait) if wait is not None and wait.replace(".", "", 1).isdigit() else 0.0
+                self._stopped.wait(min(LONGEST_PAUSE, max(asked, pause * (0.5 + random.random()))))
+                pause *= 2
+        hint = "For a slow server raise server_timeout or lower max_concurrency."
+        if gone:
+            hint = "It no longer answers: it was ended, or its engine died. Start it again with the same model."
+        raise self._stop(
+            f"{self} failed {self._max_retries + 1} times, last with {problem}. {hint} Its log has the reason. Run "
+            "the same again: finished shards are kept."
+        )
+
+    def _next(self) -> _Server:
+        """The server whose turn it is; one that failed is passed over while it rests, if another does not."""
+        with self._lock:
+            now = time.monotonic()
+            ready = [server for server in self._servers if server.rests_until <= now]
+            if not ready:
+                return min(self._servers, key=lambda server: server.rests_until)
+            self._turn += 1
+            return ready[self._turn % len(ready)]
+
+    def _rest(self, server: _Server, problem: str) -> bool:
+        """Leave a server that failed alone for a while. Returns whether another one is ready."""
+        with self._lock:
+            server.failures += 1
+            now = time.monotonic()
+            server.rests_until = now + min(LONGEST_PAUSE, 0.5 * 2**server.failures)
+            others = any(other.rests_until <= now for other in self._servers)
+        if server.failures == 1 and len(self._servers) > 1:
+            logger.warning(f"The server at {server.url} failed with {problem}; its requests go to the others.")
+        return others
+
+    def _stop(self, message: str) -> GenerationError:
+        """End all requests with this error, unless another one did so before."""
+        with self._lock:
+            self._failure = self._failure or GenerationError(message)
+        self._stopped.set()
+        return self._failure
+
+    def _get(self, url: str) -> Any:
+        request = urllib.request.Request(url, headers=self._headers)
+        try:
+            with urllib.request.urlopen(request, timeout=min(10.0, max(self._timeout, 0.1))) as answer:
+                return json.load(answer)
+        except (urllib.error.HTTPError, ValueError):  # it is there, and has nothing to say here
+            return None
+
+    def _post(self, url: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(url, json.dumps(body).encode(), self._headers)
+        with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+            return json.load(answer)
+
+
+def _refused(url: str, path: str, problem: str, body: dict[str, Any]) -> str:
+    fix = "Correct the argument or the prompt that it names; leave arguments that it does not know at their defaults."
+    if "chat_template" in body and re.search("chat.?template", problem, re.IGNORECASE):
+        fix = (
+            "It accepts no chat_template in requests: start vLLM with --trust-request-chat-template, or use "
+            "backend='vllm', which applies the template here."
+        )
+    return f"The server at {url} refused a request to {path.removeprefix('/v1')} with {problem}. {fix}"
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    """What the server said, cut to a readable length."""
+    try:
+        return error.read().decode("utf-8", "replace")[:300]
+    except (OSError, http.client.HTTPException):
+        return error.reason

@@ -1,0 +1,201 @@
+"""The backend `vllm`: prompts go as token ids to `/v1/completions` of `vllm serve`, and token ids come back.
+
+The model sees what TRL's trainers show it, because the chat template is applied here. Every sampling argument is sent,
+also one that is off: vLLM replaces what is not sent by the model's `generation_config.json`. vLLM itself is not
+imported. This module knows nothing of shards or scores.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder, sample_seed
+from trl_ext.pipelines.generation.records import Completion, prompt_id
+from trl_ext.pipelines.generation.sampling import Chat, Sampling
+from trl_ext.pipelines.generation.server_pool import ServerPool
+from trl_ext.pipelines.user_functions import did_you_mean
+
+
+logger = logging.getLogger(__name__)
+
+
+# Keys of a request that decide what comes back, and that the backends set themselves.
+SET_HERE = ("n", "best_of", "seed", "stream", "echo", "model", "prompt", "messages", "logprobs", "top_logprobs")
+SET_HERE += ("return_token_ids", "use_beam_search")
+
+
+class VLLMGenerator:
+    """
+    Completes prompts with vLLM; see [`~trl_ext.pipelines.generation.generator.Generator`].
+
+    One request a prompt, with a seed of its own.
+
+    Args:
+        servers ([`~trl_ext.pipelines.generation.server_pool.ServerPool`]): `vllm serve MODEL`, one or several.
+        model (`str` or `Path`): the folder or id that they serve.
+        sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how to sample.
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+
+    Raises:
+        [`GenerationError`]: no server answers, or one serves another model.
+        ValueError: `generation_kwargs` has a key that vLLM does not know, or that is set here.
+    """
+
+    def __init__(self, servers: ServerPool, model: str | Path, sampling: Sampling, tokenizer: PreTrainedTokenizerBase):
+        self._servers = servers
+        self._sampling = sampling
+        self._encoder = PromptEncoder(tokenizer, sampling)
+        self._model: str | None = None
+        self._limit: int | None = None
+        for url, answer in servers.describe("/v1/models").items():
+            name, limit = served_model(url, answer, str(model))
+            if self._model not in (None, name):
+                raise GenerationError(
+                    f"{servers} serve models of different names ({self._model}, {name}). Needed: the same one."
+                )
+            self._model = name
+            self._limit = min((one for one in (self._limit, limit) if one is not None), default=None)
+        check_generation_kwargs(sampling.generation_kwargs, known_arguments(servers, ("CompletionRequest",)))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Chat],
+        num_generations: int,
+        seed: int,
+        columns: Sequence[Columns] | None = None,
+    ) -> list[list[Completion]]:
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
+        prompts = list(prompts)
+        encoded = self._encoder.ids(prompts, columns)
+        longest = (self._sampling.generation_kwargs or {}).get("max_tokens", self._sampling.max_completion_length)
+        self._encoder.check_lengths(encoded, longest, self._limit)
+        jobs = []
+        for row, ids in enumerate(encoded):
+            request_seed = sample_seed(seed, prompt_id(prompts[row], None if columns is None else columns[row]), 0)
+            body = self._body(ids, num_generations, request_seed)
+            read = partial(self._read, prompts[row], ids, num_generations, longest, request_seed)
+            jobs.append(partial(self._servers.ask, "/v1/completions", body, read))
+        return self._servers.map(jobs)
+
+    def _body(self, ids: list[int], num_generations: int, seed: int) -> dict[str, Any]:
+        sampling = self._sampling
+        body = {
+            "model": self._model,
+            "prompt": ids,
+            "n": num_generations,
+            "seed": seed,
+            "max_tokens": sampling.max_completion_length,
+            **arguments_that_vllm_fills_in(sampling),
+            "logprobs": 0,  # of the sampled token alone
+            "return_token_ids": True,
+        }
+        if sampling.stop:
+            body["stop"] = sampling.stop
+        return body | (sampling.generation_kwargs or {})
+
+    def _read(
+        self,
+        prompt: str | Chat,
+        before: list[int],
+        num_generations: int,
+        longest: int,
+        seed: int,
+        answer: Any,
+        latency: float,
+    ) -> list[Completion]:
+        choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
+        if len(choices) != num_generations:
+            raise GenerationError(
+                f"{self._servers} returned {len(choices)} completions; asked for: {num_generations}. Needed: a "
+                "server that knows `n`, as vLLM does."
+            )
+        ends = {self._encoder.tokenizer.eos_token_id} - {None}
+        found = []
+        for choice in choices:
+            ids = choice.get("token_ids")
+            if ids is None:
+                raise GenerationError(
+                    f"{self._servers} returned no token ids. Needed: vLLM 0.10.2 or newer; for other servers use "
+                    "backend='openai'."
+                )
+            text, kept, reason = self._encoder.finished(prompt, before, ids, ends, longest)
+            whole = len(kept) == len(ids) and not (kept and kept[-1] in ends)
+            if whole and choice.get("finish_reason") is not None:  # the server knows every end token
+                reason = "length" if choice["finish_reason"] == "length" else "stop"
+            values = choice["logprobs"]["token_logprobs"][: len(kept)]
+            found.append(Completion(text, kept, reason, None if None in values else sum(values), seed, latency))
+        return found
+
+
+def arguments_that_vllm_fills_in(sampling: Sampling) -> dict[str, Any]:
+    """The arguments that vLLM takes from `generation_config.json` where a request lacks them, in vLLM's notation."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,  # 0 is off there too
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+
+
+def served_model(url: str, answer: Any, model: str) -> tuple[str, int | None]:
+    """
+    The name by which a server knows a model, and the longest text in tokens that it takes, where it says so.
+
+    Raises:
+        [`GenerationError`]: it does not serve the model.
+    """
+    cards = [card for card in (answer or {}).get("data") or [] if isinstance(card, dict) and card.get("id")]
+    if not cards:
+        raise GenerationError(
+            f"The server at {url} does not say which models it serves (/v1/models). Needed: `vllm serve {model}`."
+        )
+    fitting = [card for card in cards if _serves(card, model)]
+    if not fitting and len(cards) == 1:
+        logger.warning(
+            f"The server at {url} serves {cards[0]['id']}, and the model is given as {model}: they must be the same "
+            "weights with the same tokenizer."
+        )
+        fitting = cards
+    if not fitting:
+        raise GenerationError(
+            f"The server at {url} serves {', '.join(card['id'] for card in cards)}, and not {model}. Start it with "
+            f"`vllm serve {model}`, or correct server_base_url."
+        )
+    limits = [card["max_model_len"] for card in (*fitting, *cards) if card.get("max_model_len")]
+    return fitting[0]["id"], limits[0] if limits else None
+
+
+def _serves(card: dict[str, Any], model: str) -> bool:
+    """Whether a model of a server has this name, or is in this folder."""
+    given = (model, str(Path(model).resolve()), Path(model).name)
+    return card["id"] in given or str(card.get("root") or "").rstrip("/") in given[:2]
+
+
+def known_arguments(servers: ServerPool, schemas: Iterable[str]) -> set[str] | None:
+    """The keys that a request may have, by the server's own description; `None` where it does not say."""
+    for answer in servers.describe("/openapi.json").values():
+        described = ((answer or {}).get("components") or {}).get("schemas") or {}
+        keys = {key for name in schemas for key in described.get(name, {}).get("properties", ())}
+        if keys:
+            return keys
+    return None
+
+
+def check_generation_kwargs(kwargs: dict[str, Any] | None, known: set[str] | None) -> None:
+    """Raise `ValueError` for a key of `generation_kwargs` that a server would ignore, or that is set here."""
+    for name in kwargs or {}:
+        if name in SET_HERE:
+            raise ValueError(
+                f"generation_kwargs has {name!r}, which is set by num_generations (n), seed and what is read back. "
+                "Remove it."
+            )
+        if known is not None and name not in known:
+            hint = did_you_mean(name, known)
+            raise ValueError(f"generation_kwargs has {name!r}, which the server does not know and ignores.{hint}")
