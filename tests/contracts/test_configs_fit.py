@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoConfig
 
 from trl_ext.cli.main import main
 from trl_ext.fit.config import TRAINERS
-from trl_ext.fit.pipelines import PIPELINES
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,37 +31,30 @@ def estimate(path, tmp_path, *override):
 
 
 def check(report):
-    for case in report.get("phases", [report]):
-        if case["estimate"] is None:
-            assert case["note"].startswith(("not estimated: ", "as ")), case
-            continue
-        assert case["estimate"]["total_gib"] == pytest.approx(sum(case["estimate"]["gib"].values()))
-        assert all(gib >= 0 for gib in case["estimate"]["gib"].values())
+    assert report["estimate"]["total_gib"] == pytest.approx(sum(report["estimate"]["gib"].values()))
+    assert all(gib >= 0 for gib in report["estimate"]["gib"].values())
     assert report["fits"] is True
 
 
 def test_every_folder_is_known():
     assert len(FILES) >= 20
-    assert {path.parent.name for path in FILES} == {*TRAINERS, *PIPELINES, "accelerate"}
+    assert {path.parent.name for path in FILES} >= {*TRAINERS, "accelerate"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_each_config_is_estimated_at_tiny_size(path, shape, tmp_path, capsys):
-    values = yaml.safe_load(path.read_text())
-    if path.parent.name == "accelerate":
+def test_each_config_is_estimated_at_tiny_size_or_refused(path, shape, tmp_path, capsys):
+    if path.parent.name not in TRAINERS:
         with pytest.raises(SystemExit):
             main(["bench", "fit", "--estimate", "--config", str(path)])
-        assert "says how processes are launched" in capsys.readouterr().err
+        launched = path.parent.name == "accelerate"
+        said = capsys.readouterr().err
+        assert ("says how processes are launched" if launched else "only their memory is estimated") in said
         return
-    override = [f"{name}={shape}" for name in values if name == "model_name_or_path"]
-    override += [f"{name}=[{shape}]" for name in values if name.endswith("_model_name_or_path")]
-    if "reward_funcs" in values:
-        override += [f"reward_funcs=[{shape}]", "reward_weights=null"]
-    check(estimate(path, tmp_path, *override))
+    check(estimate(path, tmp_path, f"model_name_or_path={shape}"))
     assert path.name in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "accelerate"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in TRAINERS], ids=lambda p: p.stem)
 def test_each_config_fits_on_24_gb_by_the_estimate(path, tmp_path):
     check(estimate(path, tmp_path))

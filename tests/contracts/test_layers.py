@@ -14,23 +14,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "trl_ext"
 
-# Layer -> the layers it may import. Each layer may import itself.
-BELOW = {
-    "registry": set(),
-    "upstream": set(),
-    "losses": {"registry"},
-    "metrics": {"registry"},
-    "data": {"losses", "metrics", "registry", "upstream"},
-    "models": {"data", "losses", "metrics", "registry", "upstream"},
-    "trainers": {"models", "data", "losses", "metrics", "registry", "upstream"},
-    "scoring": {"models", "data", "losses", "metrics", "registry", "upstream"},
-    "evaluation": {"trainers", "scoring", "models", "data", "losses", "metrics", "registry", "upstream"},
-    "pipelines": {"trainers", "scoring", "models", "data", "losses", "metrics", "registry", "upstream"},
-}
-BELOW |= {name: {*BELOW} for name in ("fit", "bench", "demo")}
-BELOW["bench"] |= {"cli"}
-BELOW["fit"] |= {"bench", "cli"}
-BELOW["cli"] = {*BELOW}
+# From the bottom up: a layer may import those below it, and itself. Layers of one line do not import each other.
+ORDER = (
+    ("registry", "upstream"),
+    ("losses", "metrics"),
+    ("data",),
+    ("models",),
+    ("trainers", "scoring"),
+    ("evaluation", "pipelines"),
+    ("bench", "demo"),
+    ("fit",),  # it measures with the clocks of bench
+    ("cli",),
+)
+BELOW = {layer: {low for line in ORDER[:place] for low in line} for place, line in enumerate(ORDER) for layer in line}
+BELOW["losses"].discard("upstream")
+BELOW["metrics"].discard("upstream")
+# The layers that may import the bare package, which leads to every public name: for the others that is an arrow up.
+MAY_IMPORT_THE_PACKAGE = {"demo", "bench", "fit", "cli"}
 
 # Layer -> the only third-party packages it may import. The layers that are not here may import any dependency.
 THIRD_PARTY = {
@@ -80,6 +80,8 @@ def violations(path: Path) -> list[str]:
             target = layer_of(module) or layer_of(f"trl_ext.{name}")
             if layer in BELOW and target in BELOW and target != layer and target not in BELOW[layer]:
                 found.append(f"{where}: {layer} imports {target}")
+            elif layer in BELOW and target not in BELOW and layer not in MAY_IMPORT_THE_PACKAGE:
+                found.append(f"{where}: {layer} imports the package itself")
         elif top not in sys.stdlib_module_names and layer in THIRD_PARTY:
             if top not in THIRD_PARTY[layer]:
                 found.append(f"{where}: {layer} imports {top}")
@@ -104,6 +106,10 @@ def test_imports_only_point_down():
         ("data/formats.py", "from trl.trainer.utils import pad", "data imports trl.trainer.utils.pad"),
         ("models/heads.py", "from ..cli import main", "models imports cli"),
         ("scoring/scorer.py", "from trl_ext.trainers.ranking.trainer import x", "scoring imports trainers"),
+        ("bench/score.py", "from trl_ext.cli.ensemble import KINDS", "bench imports cli"),
+        ("bench/score.py", "from trl_ext.fit import config", "bench imports fit"),
+        ("pipelines/answers.py", "import trl_ext", "pipelines imports the package itself"),
+        ("models/heads.py", "from trl_ext import RewardScorer", "models imports the package itself"),
     ],
 )
 def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch, where, line, complaint):
@@ -112,6 +118,62 @@ def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch, where, line, compl
     path.write_text(line)
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert [found.split(": ", 1)[1] for found in violations(path)] == [complaint]
+
+
+def graph_of(files: list[Path], root: Path) -> dict[str, set[str]]:
+    """File -> the files of the package that it imports, in functions too, but not for type checkers only."""
+    names = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    graph = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = []
+        graph[name] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                modules = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {module if module in names else node.module for module in modules}
+        graph[name] = graph[name] & set(names) - {name}
+    return graph
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The files of one import circle, in order; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return trail[trail.index(name) :]
+        if name in done:
+            return []
+        for target in sorted(graph[name]):
+            if found := visit(target, [*trail, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in graph if (found := visit(name, []))), [])
+
+
+def test_files_do_not_import_each_other_in_a_circle():
+    """The bare package is left out: it is lazy, and leads to every public name."""
+    graph = graph_of([path for path in FILES if path != PACKAGE / "__init__.py"], ROOT)
+    assert len(graph) > 100 and graph["trl_ext.cli.reward"] >= {"trl_ext.cli._train"}
+    assert not circle_in(graph)
+
+
+def test_the_check_sees_a_circle(tmp_path):
+    (tmp_path / "trl_ext").mkdir()
+    files = {"a": "from trl_ext import b", "b": "def f():\n    from trl_ext.c import x", "c": "import trl_ext.a"}
+    for name, text in files.items():
+        (tmp_path / "trl_ext" / f"{name}.py").write_text(text)
+    graph = graph_of(sorted((tmp_path / "trl_ext").glob("*.py")), tmp_path)
+    assert circle_in(graph) == ["trl_ext.a", "trl_ext.b", "trl_ext.c"]
+    (tmp_path / "trl_ext" / "c.py").write_text("if TYPE_CHECKING:\n    import trl_ext.a")
+    assert not circle_in(graph_of(sorted((tmp_path / "trl_ext").glob("*.py")), tmp_path))
 
 
 def test_files_stay_small():

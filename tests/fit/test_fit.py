@@ -14,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 from trl_ext.cli.main import main
 from trl_ext.fit import runs as fit_runs
 from trl_ext.fit.changes import advise, changes
+from trl_ext.fit.limits import ESTIMATES, Knob, largest, sentence
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,12 +90,45 @@ def test_changes_are_estimated_and_one_is_advised(tmp_path, shape, capsys):
     assert 0.6 < faster["flops_per_row"] / (plain["estimate"]["flops"] / plain["batch"]["rows"]) < 0.75
     assert faster["gib"] > plain["estimate"]["total_gib"]
     assert "no gradient checkpointing (--gradient_checkpointing False)" in plain["advice"]
+    limits = {case["name"]: case for case in plain["limits"]}
+    assert set(limits) == {"rows in a batch", "tokens of a sequence", "rank of LoRA"}
+    assert limits["tokens of a sequence"]["largest"] == 512 and limits["tokens of a sequence"]["bound"] == "limit"
     card = 0.5 * (plain["estimate"]["total_gib"] + by_name["half the max_length"]["gib"])
     tight = fit(tmp_path, shape, config, "--estimate", "--gpu_memory", str(card), "--reserve", "0")
     assert not tight["fits"]
     assert tight["advice"].startswith("To make it fit: ") and "does not fit" in capsys.readouterr().out
     chosen = [case for case in tight["changes"] if case["name"] in tight["advice"]]
     assert chosen and all(case["fits"] and case["gib"] <= card for case in chosen)
+    rows = next(case for case in tight["limits"] if case["name"] == "rows in a batch")
+    assert rows["largest"] is None or (rows["largest"] < rows["now"] and rows["gib"] <= card)
+
+
+@pytest.mark.parametrize(
+    ("start", "room", "expected"),
+    [
+        (2, 50.0, (28, "card")),  # 8 + 1.5 v: 28 takes 50
+        (64, 50.0, (28, "card")),
+        (2, 49.9, (27, "card")),
+        (2, 1000.0, (100, "limit")),
+        (2, 9.4, (None, "card")),  # not even one fits
+    ],
+)
+def test_the_largest_value_that_fits_is_found(start, room, expected):
+    seen = []
+    knob = Knob("rows", start, 1, 100, lambda value: None)
+    found = largest(lambda value: seen.append(value) or 8.0 + 1.5 * value, knob, room)
+    assert (found["largest"], found["bound"]) == expected and found["now"] == start
+    assert len(seen) == len(set(seen)) <= ESTIMATES
+
+
+def test_the_largest_value_keeps_its_step_and_says_when_the_estimates_ran_out():
+    found = largest(lambda value: value**2 / 1000, Knob("tokens", 16, 16, 10_000, lambda value: None), 500.0)
+    assert found["largest"] % 16 == 0 and found["gib"] == found["largest"] ** 2 / 1000 <= 500.0
+    if found["bound"] == "card":
+        assert (found["largest"] + 16) ** 2 / 1000 > 500.0
+    else:
+        assert found["bound"] == "at least" and "at least" in sentence([found], 500.0)
+    assert "rows: none" in sentence([dict(name="rows", now=1, largest=None, gib=None, bound="card")], 1.0)
 
 
 def test_what_learns_the_same_comes_first():
@@ -110,7 +144,13 @@ def test_what_learns_the_same_comes_first():
 
 def test_what_learns_the_same_has_as_many_rows_in_a_step():
     model = SimpleNamespace(use_peft=True, load_in_4bit=True, dtype="bfloat16")
-    given = dict(gradient_checkpointing=True, optim="paged_adamw_8bit", max_length=None, gradient_accumulation_steps=2)
+    given = dict(
+        shared_prefix="auto",
+        gradient_checkpointing=True,
+        optim="paged_adamw_8bit",
+        max_length=None,
+        gradient_accumulation_steps=2,
+    )
     found = set()
     for rows, tokens in ((4, None), (3, None), (1, None), (1, 512)):
         training = SimpleNamespace(per_device_train_batch_size=rows, max_tokens_per_batch=tokens, **given)

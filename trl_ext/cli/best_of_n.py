@@ -21,13 +21,12 @@ from trl_ext.cli._generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from trl_ext.cli._train import parse
+from trl_ext.cli._options import command_parser, parse
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
-
     from trl_ext.pipelines.best_of_n import Best
+    from trl_ext.trainers.common.arguments import Parser
 
 
 CHUNK_ROWS = 64  # rows that are completed at a time with a seed of their own, and what an interruption costs
@@ -60,11 +59,9 @@ _FREE = ("input", "output", "generation_batch_size", *SERVER)  # what may change
 _ADDED = ("completion", "score", "sample_index", "answer", "candidates")
 
 
-def make_parser(prog: str | None = "trl-ext best-of-n") -> "TrlParser":
-    """TRL's parser over `BestOfNArguments`: flags, or `--config x.yaml` with the same names."""
-    from trl import TrlParser
-
-    return TrlParser(BestOfNArguments, prog=prog, allow_abbrev=False, description=__doc__.split("\n\n")[0])
+def make_parser(prog: str | None = "trl-ext best-of-n") -> "Parser":
+    """The parser over `BestOfNArguments`: flags, or `--config x.yaml` with the same names."""
+    return command_parser(BestOfNArguments, prog, __doc__)
 
 
 def run(args: BestOfNArguments) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from trl_ext.cli._train import train_main, train_parser
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
+    from trl_ext.trainers.common.arguments import Parser
 
 
 KINDS = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}
 """Kind of the members -> how the names of its trainer and config begin."""
 
 
-def make_parser(prog: str | None = "trl-ext ensemble", kind: str = "reward") -> "TrlParser":
-    """TRL's parser over `ScriptArguments`, our config for the kind, `ModelConfig` and `DatasetMixtureConfig`."""
+def make_parser(prog: str | None = "trl-ext ensemble", kind: str = "reward") -> "Parser":
+    """The parser over `ScriptArguments`, our config for the kind, `ModelConfig` and `DatasetMixtureConfig`."""
     parser = train_parser(getattr(trl_ext, f"{KINDS[kind]}EnsembleConfig"), prog)
     parser.epilog = (
         f"--kind {{{','.join(KINDS)}}}: what members are (default: reward). These are the options of {kind}."

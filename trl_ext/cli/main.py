@@ -1,7 +1,8 @@
-"""The top level of the `trl-ext` command: which commands there are, and nothing of what they do.
+"""The top level of the `trl-ext` command: it finds the command, shows its help, and turns errors into one line.
 
 It imports neither torch nor trl. A command is the module `trl_ext.cli.<name>` (with underscores for dashes) with a
-`main(argv)`; it is imported when it is asked for and parses its own arguments.
+`main(argv)`; it is imported when you ask for it and parses its own arguments. The top level does not know what a
+command does.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable
 
 import trl_ext
+from trl_ext.cli._logs import quiet_noise, show_logs
+from trl_ext.cli._options import places_of, short_help
 
 
 COMMANDS = {
@@ -41,7 +44,7 @@ def module_of(command: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The top-level parser. It knows the commands' names and one line about each; their options are their own."""
+    """The top-level parser: the commands' names and one line about each. Each command has a parser of its own."""
     width = max(len(name) for name in COMMANDS)
     listing = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -49,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="trl-ext [-h] [--version] COMMAND ...",
         description="Reward models from rankings, on top of TRL.",
         epilog=f"commands:\n{listing}\n\n'trl-ext COMMAND --help' shows the options of one command. An error in what "
-        f"was given is one line;\n{TRACEBACK}=1 in the environment shows where it was raised.",
+        f"you gave is one line;\n{TRACEBACK}=1 in the environment shows where it was raised.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"trl-ext {trl_ext.__version__}")
@@ -82,6 +85,14 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         parser.error(f"unknown command '{command}': {hint}Commands: {', '.join(COMMANDS)}.")
+    if "--help-all" in rest and places_of(command):
+        full = [argument for argument in rest if argument != "--help-all"]
+        return guarded(f"trl-ext {command}", importlib.import_module(module_of(command)).main, [*full, "--help"])
+    if {"-h", "--help", "--help-all"} & set(rest):
+        text = short_help(command, COMMANDS[command], rest)
+        if text is not None:
+            print(text, end="")
+            return 0
     return guarded(f"trl-ext {command}", importlib.import_module(module_of(command)).main, rest)
 
 
@@ -105,6 +116,8 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
         `int`: the exit status: what the command returned, 1 after an error, 130 after Ctrl-C, 141 (as of a process
         ended by SIGPIPE) when the reader is gone.
     """
+    quiet_noise()
+    show_logs()
     try:
         status = command(argv) or 0
         sys.stdout.flush()

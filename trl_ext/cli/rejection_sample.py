@@ -17,11 +17,11 @@ from trl_ext.cli._generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from trl_ext.cli._train import parse
+from trl_ext.cli._options import command_parser, parse
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
+    from trl_ext.trainers.common.arguments import Parser
 
 
 @dataclass(kw_only=True)
@@ -50,11 +50,9 @@ class RejectionSampleArguments(GenerationArguments):
             raise ValueError(f"--stage {self.stage} needs --reward_funcs.")
 
 
-def make_parser(prog: str | None = "trl-ext rejection-sample") -> "TrlParser":
-    """TRL's parser over `RejectionSampleArguments`: flags, or `--config x.yaml` with the same names."""
-    from trl import TrlParser
-
-    return TrlParser(RejectionSampleArguments, prog=prog, allow_abbrev=False, description=__doc__.split("\n\n")[0])
+def make_parser(prog: str | None = "trl-ext rejection-sample") -> "Parser":
+    """The parser over `RejectionSampleArguments`: flags, or `--config x.yaml` with the same names."""
+    return command_parser(RejectionSampleArguments, prog, __doc__)
 
 
 def run(args: RejectionSampleArguments) -> dict[str, Any] | None:

@@ -11,11 +11,11 @@ from trl_ext.cli._train import train_main, train_parser
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
+    from trl_ext.trainers.common.arguments import Parser
 
 
-def make_parser(prog: str | None = "trl-ext reward") -> "TrlParser":
-    """TRL's parser over `ScriptArguments`, our `RewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+def make_parser(prog: str | None = "trl-ext reward") -> "Parser":
+    """The parser over `ScriptArguments`, our `RewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
     from trl_ext import RewardConfig
 
     return train_parser(RewardConfig, prog)

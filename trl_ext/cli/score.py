@@ -18,25 +18,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from trl_ext.cli._train import parse
+from trl_ext.cli._options import command_parser, parse
 from trl_ext.cli.score_arguments import ScoreArguments
 from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
-
     from trl_ext import RewardEnsemble, RewardScorer
+    from trl_ext.trainers.common.arguments import Parser
 
 
 CHUNK_ROWS = 256  # rows that are scored and written at a time, and so the most that an interruption costs
 
 
-def make_parser(prog: str | None = "trl-ext score") -> "TrlParser":
-    """TRL's parser over `ScoreArguments`: flags, or `--config x.yaml` with the same names."""
-    from trl import TrlParser
-
-    return TrlParser(ScoreArguments, prog=prog, allow_abbrev=False, description=__doc__.split("\n\n")[0])
+def make_parser(prog: str | None = "trl-ext score") -> "Parser":
+    """The parser over `ScoreArguments`: flags, or `--config x.yaml` with the same names."""
+    return command_parser(ScoreArguments, prog, __doc__)
 
 
 def run(args: ScoreArguments) -> int:

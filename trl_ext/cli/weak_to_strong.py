@@ -10,11 +10,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli._train import parse
+from trl_ext.cli._options import command_parser, parse
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
+    from trl_ext.trainers.common.arguments import Parser
 
 CONFIGS = {
     "preference": "RewardConfig",
@@ -55,9 +55,9 @@ def task_of(argv: list[str]) -> str:
     return task if task in list(CONFIGS) else "preference"
 
 
-def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "preference") -> "TrlParser":
-    """TRL's parser over the data, the experiment, the task's trainer, and the models."""
-    from trl import ModelConfig, ScriptArguments, TrlParser
+def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "preference") -> "Parser":
+    """The parser over the data, the experiment, the task's trainer, and the models."""
+    from trl import ModelConfig, ScriptArguments
 
     import trl_ext
 
@@ -68,7 +68,7 @@ def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "prefer
         WeakModelArguments,
         ModelConfig,
     )
-    return TrlParser(types, prog=prog, allow_abbrev=False)
+    return command_parser(types, prog)
 
 
 def main(argv: list[str] | None = None) -> int:

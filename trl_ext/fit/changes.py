@@ -31,8 +31,7 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
         yield Change("no gradient checkpointing", {"gradient_checkpointing": False}, True)
     else:
         yield Change("gradient checkpointing", {"gradient_checkpointing": True}, True)
-    given = vars(training)  # those of texts have no such batches
-    if given.get("max_tokens_per_batch") is not None:
+    if training.max_tokens_per_batch is not None:
         half = {"max_tokens_per_batch": training.max_tokens_per_batch // 2, "gradient_accumulation_steps": 2 * steps}
         yield Change("half the tokens in a batch, twice the accumulation", half, True)
     else:
@@ -44,7 +43,7 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
         if steps > 1 and steps % 2 == 0:
             doubled = {"per_device_train_batch_size": 2 * rows, "gradient_accumulation_steps": steps // 2}
             yield Change("twice the rows in a batch, half the accumulation", doubled, True)
-    if given.get("shared_prefix") is False:
+    if training.shared_prefix is False:
         yield Change("flat rows", {"shared_prefix": "auto"}, True)
     if "8bit" not in str(training.optim):
         yield Change("8-bit optimizer", {"optim": "paged_adamw_8bit"}, False)

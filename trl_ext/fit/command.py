@@ -1,14 +1,16 @@
-"""`trl-ext bench fit`: does a training config fit on a card, what takes the memory, and what would change that.
+"""`trl-ext bench fit`: does a training config fit on a card, what takes the memory, and what still fits.
 
 The estimate needs neither a GPU nor weights (`trl_ext.fit.memory_estimate`). Beside it, real steps of the config's
-trainer are run on random weights: on a GPU capped at `--gpu_memory`, on a CPU only where the model is tiny, to see how
-far off the estimate is. A pipeline has several phases (`fit_phase_report`). Knows commands and their configs.
-Nothing is downloaded.
+trainer run on random weights: on a GPU capped at `--gpu_memory`, on a CPU only where the model is tiny, to see how far
+off the estimate is. Nothing is downloaded. This module knows configs and reports. It does not know how memory is
+counted.
 """
 
 import argparse
 import copy
+import importlib.util
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,16 @@ from trl_ext.fit.config import (
     training_step,
     values_of,
 )
-from trl_ext.fit.phase_report import dominates, in_gib, measure_phases, phases_table, plot_memory, plot_phases
-from trl_ext.fit.pipelines import PIPELINES
+from trl_ext.fit.limits import Knob, knobs, largest, sentence
 from trl_ext.fit.rows import Sizes, write_random_model
 from trl_ext.fit.runs import GIB, measured, run_training, too_much_here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `trl-ext bench fit`."""
-    parser.add_argument("--config", required=True, help="YAML file of a command that trains or samples")
+    parser.add_argument("--config", required=True, help="YAML file of a command that trains reward models")
     parser.add_argument(
-        "--trainer", choices=[*TRAINERS, *PIPELINES], default=None, help="default: the name of the config's folder"
+        "--trainer", choices=list(TRAINERS), default=None, help="default: the name of the config's folder"
     )
     parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="e.g. max_length=512")
     parser.add_argument("--gpu_memory", type=float, default=24.0, help="GiB of the card")
@@ -44,14 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reserve", type=float, default=1.5, help="GiB of it that the estimate leaves to CUDA and the allocator"
     )
     parser.add_argument("--estimate", action="store_true", help="run nothing")
-    parser.add_argument("--no_changes", action="store_true", help="do not estimate what single changes would do")
+    parser.add_argument(
+        "--no_changes", action="store_true", help="do not estimate what single changes would do, and what still fits"
+    )
     parser.add_argument("--prompt_length", type=int, default=None, help="tokens; default: half of max_length")
     parser.add_argument("--completion_length", type=int, default=None, help="tokens; default: the rest of max_length")
     parser.add_argument(
         "--candidates", type=int, default=None, help="of a group; default: 2 for bradley_terry, 4 for other losses"
-    )
-    parser.add_argument(
-        "--sft_config", default=None, help="of rejection sampling: YAML file of `trl sft` for what was selected"
     )
     parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,8 +64,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         `dict` with the `batch`, the `estimate` (GiB of each part and of the whole, operations), `fits`, `dominates`,
-        `changes`, `advice`, `measured` (`None`, and why under `not_measured`) with the estimate's `error`, and the
-        circumstances.
+        `changes`, `advice`, `limits` (the largest batch, length, group and rank that fit), `measured` (`None`, and why
+        under `not_measured`) with the estimate's `error`, and the circumstances.
     """
     import transformers
 
@@ -84,17 +84,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.config} says how processes are launched (`accelerate launch --config_file`) and names no model. "
             "Give the config of what is launched."
         )
-    if args.sft_config is not None and command != "rejection_sampling":
-        raise ValueError(
-            f"--sft_config says what rejection sampling is followed by, and this is a config of {command}."
-        )
-    if command in PIPELINES:
-        report = measure_phases(command, args)
-        vars(args).update(dtype=None, attn_implementation=None)  # each phase has its own
-        return {**report, **circumstances(args), "dtype": None}
     if command not in TRAINERS:
         raise ValueError(
-            f"The folder {command!r} does not say whose config it is. Give --trainer: {[*TRAINERS, *PIPELINES]}."
+            f"The folder {command!r} does not name a trainer of reward models, and only their memory is estimated. "
+            f"Give --trainer: {', '.join(TRAINERS)}."
         )
     parsed = parse(command, args)
     config, source = config_of(parsed.model.model_name_or_path)
@@ -118,6 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "note": attention_note(attention),
         "changes": [],
         "advice": None,
+        "limits": [],
         "measured": None,
         "not_measured": "--estimate" if args.estimate else None,
     }
@@ -133,6 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             del case["estimate"]
             report["changes"].append(case)
         report["advice"] = advise(report["changes"], found)
+        report["limits"] = list(_limits(command, parsed, config, sizes, args))
     if not args.estimate:
         report["not_measured"] = too_much_here(estimate.flops)
         if report["not_measured"] is None:
@@ -155,6 +150,19 @@ def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argpars
     }
 
 
+def _limits(
+    command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The largest value of each thing that can be enlarged."""
+    for knob in knobs(command, parsed, sizes, config):
+
+        def gib(value: int, knob: Knob = knob) -> float:
+            new, larger = knob.set(value)
+            return _case(command, new, config, larger, args)["gib"]
+
+        yield largest(gib, knob, args.gpu_memory - args.reserve)
+
+
 def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: Any, sizes: Sizes) -> dict[str, Any]:
     """Real steps of the trainer on random weights, beside the estimate of the same."""
     import torch
@@ -171,8 +179,6 @@ def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: An
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
-    if "phases" in report:
-        return phases_table(report)
     estimate, batch = report["estimate"], report["batch"]
     rows = [["estimate", "GiB"], *([name, f"{gib:,.3f}"] for name, gib in estimate["gib"].items())]
     rows.append(["the most at one time", f"{estimate['total_gib']:,.3f}"])
@@ -195,6 +201,8 @@ def table(report: dict[str, Any]) -> str:
                 [case["name"], f"{case['gib']:.2f}", words[0], f"{case['flops_per_row'] / base:.0%}", words[1]]
             )
         parts += [formatted(rows), report["advice"]]
+    if report["limits"]:
+        parts.append(sentence(report["limits"], report["gpu_memory"] - report["reserve"]))
     found = report["measured"]
     if found is None:
         parts.append(f"Not measured: {report['not_measured']}.")
@@ -211,10 +219,50 @@ def _cell(value: float | bool) -> str:
     return str(value) if isinstance(value, bool) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def in_gib(estimate: Any) -> dict[str, Any]:
+    """An `Estimate` as it is reported."""
+    return {
+        "gib": {name: size / GIB for name, size in estimate.parts().items()},
+        "total_gib": estimate.peak / GIB,
+        "saved_for_backward_gib": estimate.saved / GIB,
+        "flops": estimate.flops,
+        "trained_parameters": estimate.trained_parameters,
+    }
+
+
+def dominates(parts: dict[str, int]) -> str:
+    """The largest of weights, gradients, optimizer, activations and logits."""
+    sums: dict[str, int] = {}
+    for name, size in parts.items():
+        kind = name.split(":")[0]
+        sums[kind] = sums.get(kind, 0) + size
+    return max(sums, key=lambda kind: sums[kind])
+
+
 def plot(report: dict[str, Any], path: Path) -> bool:
     """What the memory is made of, and each change, beside the card; `False` where matplotlib is not installed."""
-    if "phases" in report:
-        return plot_phases(report, path)
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     bars = {"as it is": report["estimate"]["gib"]}
     bars |= {case["name"]: {"after a change": case["gib"]} for case in report["changes"]}
-    return plot_memory(bars, report, f"{report['config']}: {report['model']}", path)
+    figure = Figure(figsize=(8.0, 1.5 + 0.4 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    left = [0.0] * len(bars)
+    for part in dict.fromkeys(part for parts in bars.values() for part in parts):
+        sizes = [parts.get(part, 0.0) for parts in bars.values()]
+        axes.barh(range(len(bars)), sizes, left=left, label=part)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    for place, total in enumerate(left):
+        axes.text(total, place, f" {total:.1f}", va="center", fontsize=7)
+    axes.axvline(report["gpu_memory"], color="black", linewidth=0.8)
+    axes.axvline(report["gpu_memory"] - report["reserve"], color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB (estimate)")
+    axes.set_title(f"{report['config']}: {report['model']}", fontsize=9)
+    axes.legend(fontsize=7)
+    FigureCanvasAgg(figure).print_png(path)
+    return True

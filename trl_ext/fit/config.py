@@ -1,14 +1,12 @@
 """What `trl-ext bench fit` reads in a training config: the arguments, the rows that fill it, the step to estimate.
 
-The config is parsed as its own command parses it. Knows commands, their configs, and what the estimate asks for. Runs
-nothing.
+The config is parsed as its own command parses it. This module knows trainers, their configs, and what the estimate
+asks for. It runs nothing.
 """
 
 import argparse
 import copy
-import importlib
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,20 @@ PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
 
 
 class Parsed(argparse.Namespace):
-    """What TRL's parser made of a config: `training` and `model`."""
+    """A config as objects: `training` and `model`."""
 
 
 def parse(command: str, args: argparse.Namespace) -> Parsed:
     """The config of a command with the overrides, as the command itself reads it."""
-    parser = importlib.import_module(f"trl_ext.cli.{command}").make_parser()
-    _, training, model, _ = objects(parser, values_of(args))
+    import torch
+
+    from trl_ext import trainers
+    from trl_ext.trainers.common.arguments import Parser, types_of
+
+    config_class = getattr(trainers, TRAINERS[command].replace("Trainer", "Config"))
+    flags = [] if torch.cuda.is_available() else ["--use_cpu"]
+    parser = Parser(types_of(config_class), prog=f"trl-ext {command}", allow_abbrev=False)
+    _, training, model, _ = parser.parse_values(values_of(args), flags, args.config)
     if model.model_name_or_path is None:
         raise ValueError(f"{args.config} names no model. Needed: model_name_or_path.")
     return Parsed(training=training, model=model)
@@ -57,18 +62,6 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--override {override} has no value. Needed: NAME=VALUE.")
         values[name] = yaml.safe_load(value)
     return values
-
-
-def objects(parser: Any, values: dict[str, Any], trains: bool = True) -> tuple[Any, ...]:
-    """What TRL's parser makes of the values of a config."""
-    import torch
-    import yaml
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        file.write_text(yaml.safe_dump(values), encoding="utf-8")
-        flags = ["--use_cpu"] if trains and not torch.cuda.is_available() else []
-        return parser.parse_args_and_config(["--config", str(file), *flags])
 
 
 def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
@@ -168,13 +161,12 @@ def check(command: str, parsed: Parsed) -> None:
     from transformers.integrations import get_reporting_integration_callbacks
     from trl import get_peft_config, get_quantization_config
 
-    import trl_ext
+    from trl_ext import trainers
     from trl_ext.trainers.common.setup import check_sharding, uses_fsdp
     from trl_ext.trainers.ensemble.member_training import check_adapter
 
     training = parsed.training
-    if command in TRAINERS:
-        trl_ext.__getattr__(TRAINERS[command]).check_arguments(training)
+    getattr(trainers, TRAINERS[command]).check_arguments(training)
     if command == "ensemble":
         check_adapter(get_peft_config(parsed.model))
     check_sharding(uses_fsdp(training), 0, get_quantization_config(parsed.model))

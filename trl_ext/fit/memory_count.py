@@ -45,12 +45,11 @@ SMALLEST_IN_8_BITS = 4096
 @dataclass
 class Estimate:
     """
-    Bytes and operations of one micro-batch, forward and backward, or of what runs without a backward pass.
+    Bytes and operations of one micro-batch, forward and backward.
 
     `weights` by kind; `gradients` and `optimizer` of what is trained; `activations` is the most that was alive beside
-    these at one time: `saved` of it waited for the backward pass when the forward pass had ended, `logits` is the
-    head's output, and `cache` the keys and values of tokens that were generated. `peak` is the whole. `flops` counts
-    matrix products and attention.
+    these at one time: `saved` of it waited for the backward pass when the forward pass had ended, and `logits` is the
+    head's output. `peak` is the whole. `flops` counts matrix products and attention.
     """
 
     weights: dict[str, int]
@@ -63,7 +62,6 @@ class Estimate:
     flops: int
     model_tokens: int
     trained_parameters: int
-    cache: int = 0
 
     def parts(self) -> dict[str, int]:
         """What the peak is made of, in bytes."""
@@ -71,9 +69,8 @@ class Estimate:
             **{f"weights: {name}": size for name, size in self.weights.items() if size},
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            **({"KV cache": self.cache} if self.cache else {}),
             "logits": self.logits,
-            "activations": self.activations - self.logits - self.cache,
+            "activations": self.activations - self.logits,
         }
 
 
@@ -155,7 +152,6 @@ def count_training(
     optimizer: str,
     accumulates: bool,
     tokens: int,
-    beside: nn.Module | None = None,
 ) -> Estimate:
     """
     One forward and backward pass of a model on the device `meta`.
@@ -165,21 +161,16 @@ def count_training(
         loss_of (`Callable`): runs it; returns the loss and the bytes of the logits.
         optimizer (`str`): Trainer's `optim`. accumulates (`bool`): gradients of an earlier micro-batch are there.
         tokens (`int`): that go through the model.
-        beside (`nn.Module`, *optional*): a teacher, that is held and run too.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
         weights = _weights(model)
-        if beside is not None:
-            make_fake(beside)
-            weights["teacher"] = _bytes(beside)
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.numel() * p.element_size() for p in trained)
         if accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
         there = [*model.parameters(), *model.buffers()]
-        there += [] if beside is None else [*beside.parameters(), *beside.buffers()]
         there += [p.grad for p in trained if p.grad is not None]
         flops = _Flops()
         with LiveBytes(there) as count, flops:
@@ -201,34 +192,6 @@ def count_training(
         flops=flops.total,
         model_tokens=tokens,
         trained_parameters=sum(p.numel() for p in trained),
-    )
-
-
-def count_inference(model: nn.Module, run: Callable[[], tuple[int, int]], tokens: int) -> Estimate:
-    """
-    What a model on the device `meta` takes when `run` is called without gradients.
-
-    `run` returns the bytes of the logits and of the cache of keys and values.
-    """
-    model.requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        make_fake(model)
-        weights = _weights(model)
-        flops = _Flops()
-        with LiveBytes([*model.parameters(), *model.buffers()]) as count, flops:
-            logits, cache = run()
-    return Estimate(
-        weights=weights,
-        gradients=0,
-        optimizer=0,
-        activations=count.peak,
-        saved=0,
-        logits=logits,
-        peak=sum(weights.values()) + count.peak,
-        flops=flops.total,
-        model_tokens=tokens,
-        trained_parameters=0,
-        cache=cache,
     )
 
 
@@ -278,12 +241,6 @@ def _weights(model: nn.Module) -> dict[str, int]:
         kind = "base, 4-bit" if id(tensor) in packed else "trained" if tensor.requires_grad else "base"
         sizes[kind] += tensor.numel() * tensor.element_size()
     return sizes
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(
-        t.numel() * t.element_size() for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
-    )
 
 
 def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:

@@ -7,7 +7,7 @@ Not seen: what a kernel allocates for itself, what the allocator rounds up and k
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from trl_ext.fit.memory_count import (
     autocast,
     check_optimizer,
     checkpointed,
-    count_inference,
     count_training,
     prepare_layers,
     quantized,
@@ -105,19 +104,6 @@ def estimate(step: TrainingStep) -> Estimate:
         return logits.float().sum(), logits.numel() * logits.element_size()
 
     return count_training(model, loss_of, step.optimizer, step.accumulates, _tokens(step.batch))
-
-
-def estimate_scoring(step: TrainingStep) -> Estimate:
-    """The forward pass of a reward model on a batch, as it scores: in eval mode, without gradients or autocast."""
-    layout = _layout(step)
-    with torch.device("meta"):
-        model = _build(replace(step, checkpointing=False)).eval()
-
-    def run() -> tuple[int, int]:
-        logits = _forward(model, step, layout)
-        return logits.numel() * logits.element_size(), 0
-
-    return count_inference(model, run, _tokens(step.batch))
 
 
 def _layout(step: TrainingStep) -> PrefixLayout | None:

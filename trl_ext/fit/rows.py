@@ -1,6 +1,7 @@
 """What `trl-ext bench fit` trains on: rows of given lengths for each trainer, and a model with random weights.
 
-The values of weights and tokens change neither memory nor time. Knows rows, collators and files. Runs nothing.
+The values of weights and tokens change neither memory nor time. This module knows rows, collators and files. It runs
+nothing.
 """
 
 import json
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.bench.synthetic import FIRST_WORD, VOCABULARY, words_tokenizer
+from trl_ext.bench.synthetic import FIRST_WORD, VOCABULARY, random_words, words_tokenizer
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def rows_for(command: str, sizes: Sizes, number: int, categories: list[str] | No
         return [rng.randrange(FIRST_WORD, sizes.words) for _ in range(length)]
 
     def text(length: int) -> str:
-        return random_text(length, sizes.words, rng.randrange(2**32))
+        return random_words(length, sizes.words, rng)
 
     rows: list[dict[str, Any]] = []
     while len(rows) < number:
@@ -72,12 +73,6 @@ def rows_for(command: str, sizes: Sizes, number: int, categories: list[str] | No
     return Dataset.from_list(rows[:number])
 
 
-def random_text(length: int, words: int, seed: int) -> str:
-    """Words of [`words_tokenizer`](bench_tools), a token each."""
-    rng = random.Random(seed)
-    return " ".join(f"w{rng.randrange(FIRST_WORD, words)}" for _ in range(length))
-
-
 def _group(ids: Any, rng: random.Random, sizes: Sizes) -> dict[str, Any]:
     """A tokenized ranking. The last candidate is a token shorter, so that padded rows have padding, as real ones."""
     prompt, first = ids(sizes.prompt), rng.sample(range(FIRST_WORD, sizes.words), sizes.candidates)
@@ -87,8 +82,6 @@ def _group(ids: Any, rng: random.Random, sizes: Sizes) -> dict[str, Any]:
 
 
 def _answer(command: str, text: Any, sizes: Sizes, categories: list[str] | None) -> dict[str, Any]:
-    if command == "text":
-        return {"completion": f" {text(sizes.completion - 1)}"}
     if command == "orm":
         return {"completion": f" {text(sizes.completion - 1)}", "label": True}
     if command == "prm":
@@ -129,44 +122,17 @@ def batch_for(command: str, sizes: Sizes, flat: bool, multiple: int | None = Non
     return SpanCollator(0, 1, multiple, flat)(rows[: sizes.rows])
 
 
-def scoring_batch(sizes: Sizes, flat: bool) -> tuple[dict[str, Any], int]:
-    """A batch as `RewardScorer` makes it of many groups, a flat row where that pays; and how many groups fill it."""
-    import torch
-
-    from trl_ext.data.collators import FLAT_BELOW
-    from trl_ext.data.prefix_layout import build_layout
-    from trl_ext.scoring.packing import SharedRows, num_tokens, pack
-    from trl_ext.scoring.scorer import TOKEN_BUDGET
-
-    prompt, own = [FIRST_WORD] * sizes.prompt, [[FIRST_WORD] * sizes.completion] * sizes.candidates
-    group = SharedRows(list(range(sizes.candidates)), prompt, own)
-    if flat and sizes.candidates > 1 and group.num_tokens < FLAT_BELOW * sizes.candidates * sizes.length:
-        number = max(1, TOKEN_BUDGET // group.num_tokens)
-        batches = pack([group] * number, TOKEN_BUDGET, None, flat=True)
-        largest = max(batches, key=lambda batch: num_tokens(batch, flat=True))
-        return {"prefix_layout": build_layout([(part.prefix, part.own) for part in largest])}, number
-    rows = max(1, TOKEN_BUDGET // sizes.length)
-    ids = torch.full((rows, sizes.length), FIRST_WORD)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, math.ceil(rows / sizes.candidates)
-
-
-def write_random_model(
-    folder: Path, config: "PretrainedConfig", dtype: "dtype", words: int, seed: int = 0, writes: bool = False
-) -> None:
-    """
-    A checkpoint of the architecture in files of up to 4 GiB, and a tokenizer of some of its ids.
-
-    It has no head, or (`writes`) that of a language model.
-    """
+def write_random_model(folder: Path, config: "PretrainedConfig", dtype: "dtype", words: int, seed: int = 0) -> None:
+    """A checkpoint without a head in files of up to 4 GiB, and a tokenizer of `words` of its ids."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
     tokenizer = words_tokenizer(words)
     tokenizer.save_pretrained(folder)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
     with torch.device("meta"):
-        model = (AutoModelForCausalLM if writes else AutoModel).from_config(config, dtype=dtype)
+        model = AutoModel.from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"

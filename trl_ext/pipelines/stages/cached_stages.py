@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import trl_ext
 from trl_ext.pipelines.stages.workers import JobRunner, ThisProcess
 
 
@@ -111,7 +110,7 @@ def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
     Raises:
         [`StageError`]: Two stages have one name, or a stage needs one that does not come before it.
     """
-    versions = {"trl-ext": trl_ext.__version__, **{name: version(name) for name in LIBRARIES}}
+    versions = {name: version(name) for name in ("trl-ext", *LIBRARIES)}
     keys: dict[str, str] = {}
     for stage in stages:
         if stage.name in keys:

@@ -1,0 +1,145 @@
+"""Help is short, quick and true; a mistake in arguments or a config is one line with the nearest name."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trl_ext.cli import _options, ensemble, orm, prm, reward, segment, weak_to_strong
+from trl_ext.cli import main as cli
+from trl_ext.cli.best_of_n import make_parser as best_of_n
+from trl_ext.cli.rejection_sample import make_parser as rejection_sample
+from trl_ext.cli.score import make_parser as score
+
+
+ROOT = Path(__file__).resolve().parents[2]
+# arguments that choose among dataclasses -> the parser that must agree with the short help
+PARSERS = {
+    ("reward",): reward.make_parser,
+    ("orm",): orm.make_parser,
+    ("prm",): prm.make_parser,
+    ("segment",): segment.make_parser,
+    **{("ensemble", "--kind", kind): (lambda kind=kind: ensemble.make_parser(kind=kind)) for kind in ensemble.KINDS},
+    **{
+        ("weak-to-strong", "--task", task): (lambda task=task: weak_to_strong.make_parser(task=task))
+        for task in weak_to_strong.CONFIGS
+    },
+    ("score",): score,
+    ("rejection-sample",): rejection_sample,
+    ("best-of-n",): best_of_n,
+}
+# `max_completion_length` is an argument of the experiment and of PRMConfig, so that this parser cannot be made
+CLASHING = ("weak-to-strong", "--task", "steps")
+MARKED = [
+    pytest.param(one, marks=pytest.mark.xfail(raises=argparse.ArgumentError)) if one == CLASHING else one
+    for one in PARSERS
+]
+TRAINS = ("reward", "orm", "prm", "segment", "ensemble", "weak-to-strong")
+
+
+def test_help_of_a_command_is_quick_and_imports_no_torch():
+    code = (
+        "import sys; from trl_ext.cli.main import COMMANDS, main\n"
+        "from trl_ext.cli._options import places_of\n"
+        "for command in COMMANDS:\n"
+        "    if places_of(command): assert main([command, '--help']) == 0\n"
+        "assert not {'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert time.perf_counter() - start < 2.0
+    assert done.stdout.count("usage: trl-ext ") >= 9
+
+
+@pytest.mark.parametrize("arguments", MARKED, ids=" ".join)
+def test_the_short_help_is_what_the_real_parser_has(arguments):
+    command, parser = arguments[0], PARSERS[arguments]()
+    actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a --x and --no_x pair
+    ours = {}
+    for place in _options.places_of(command, arguments[1:]):
+        ours |= _options.options_of(place)
+    defined = {
+        name
+        for kind in parser.dataclass_types
+        for name in kind.__dataclass_fields__
+        if _options.owner_of(kind, name) == "trl_ext" and kind.__dataclass_fields__[name].init
+    }
+    assert set(ours) == defined
+    for name, option in ours.items():
+        action = actions[name]
+        assert option.help == action.help, name
+        assert (option.default is _options.MISSING) == action.required, name
+        if not action.required:
+            assert option.default == action.default, name
+        assert option.choices == (None if action.choices is None else tuple(action.choices)), name
+    text = _options.short_help(command, "What it does.", arguments[1:])
+    assert text.startswith(f"usage: trl-ext {command} ") and "--config FILE" in text
+    if command in TRAINS:
+        assert "--help-all" in text and len(text.splitlines()) < 220
+        inherited = {*_options.USED_MOST, *_options.ASKED_FIRST}
+        if command == "weak-to-strong":
+            inherited -= {"test_split_size"}  # it splits by prompts itself
+        assert inherited <= set(actions), inherited - set(actions)
+
+
+@pytest.mark.parametrize("arguments", MARKED, ids=" ".join)
+def test_no_help_says_a_default_twice(arguments):
+    for text in (_options.short_help(arguments[0], "", arguments[1:]), PARSERS[arguments]().format_help()):
+        flat = " ".join(text.split())
+        assert "(default: None)" not in flat and "default: no limit) (default" not in flat
+        entries = flat.split(" --")
+        assert not [entry for entry in entries if entry.count("(default:") > 1]
+
+
+def test_the_whole_help_has_ours_first(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["orm", "--help-all"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    places = [text.index(part) for part in ("--config FILE", "--label_placement", "--lora_r", "--adam_beta1")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "words"),
+    [
+        ("learning_rat: 1.0\n", [], "x.yaml: unknown argument 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("", ["--learning_rat", "1"], "unknown argument '--learning_rat'. Did you mean '--learning_rate'?"),
+        ("", ["--learning_rate", "fast"], "--learning_rate"),
+        ("eval_strategy: sometimes\n", [], "sometimes"),
+        ("- a\n", [], "holds no arguments"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(config, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(config or "seed: 1\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reward", "--output_dir", "out", "--use_cpu", "--config", "x.yaml", *flags])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said
+    assert said.startswith("trl-ext reward: error: ") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", [["--config", "x.yaml"], ["--config=x.yaml"]])
+def test_an_unquoted_no_is_the_word(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text("eval_strategy: no\nsave_strategy: no\nlearning_rate: 1e-4\nenv: {TRL_EXT_TEST: 3}\n")
+    monkeypatch.setenv("TRL_EXT_TEST", "0")
+    _, training, _, _ = reward.make_parser().parse_args_and_config(["--output_dir", "out", "--use_cpu", *how])
+    assert training.eval_strategy == "no" and training.save_strategy == "no"
+    assert training.learning_rate == 1e-4
+    import os
+
+    assert os.environ["TRL_EXT_TEST"] == "3"
+
+
+def test_a_formatter_shows_a_default_once():
+    parser = argparse.ArgumentParser(formatter_class=_options.HelpFormatter, prog="x")
+    parser.add_argument("--a", default=3, help="a number")
+    parser.add_argument("--b", default=None, help="no number (default: no limit)")
+    parser.add_argument("--c", default=True, help="defaults to what fits")
+    text = parser.format_help()
+    assert "a number (default: 3)" in text and "(default: None)" not in text and "(default: True)" not in text

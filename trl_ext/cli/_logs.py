@@ -1,0 +1,78 @@
+"""Which log lines of a command reach the terminal: ours at transformers' verbosity, without known harmless noise.
+
+It knows loggers and messages. It imports neither torch nor transformers.
+"""
+
+import logging
+import os
+import re
+import sys
+import warnings
+
+
+# logger -> text of its lines that tell a user nothing to act on, and why
+HARMLESS = {
+    # 4-bit products on a CPU run without this kernel; bitsandbytes looks for it on the Hub at import
+    "bitsandbytes.backends.cpu.ops": re.compile("gemm_4bit_forward"),
+    # our loaders refuse a checkpoint with missing weights, so that a report of a new head only repeats what is meant
+    "transformers.modeling_utils": re.compile("LOAD REPORT"),
+    "transformers.utils.loading_report": re.compile("LOAD REPORT"),
+}
+# messages of FutureWarnings that TRL's and PEFT's own calls of transformers give: no user can act on them
+OUTDATED_CALLS = (r".\w*gradient_checkpointing\w*. is deprecated",)
+
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_ROW = re.compile(r"^\s*(?P<key>[^|\s]+)\s*\|\s*(?P<status>[A-Z]+)", re.MULTILINE)
+_HEADS = {"score", "classifier", "pooler", "lm_head"}
+
+
+class _Harmless(logging.Filter):
+    """Drops the lines of one logger that match, but a load report that says more than that a head is new or unused."""
+
+    def __init__(self, pattern: re.Pattern):
+        super().__init__()
+        self.pattern = pattern
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not self.pattern.search(message) or ("LOAD REPORT" in message and _says_more(message))
+
+
+def _says_more(report: str) -> bool:
+    rows = [row.groupdict() for row in _ROW.finditer(_STYLE.sub("", report))]
+    statuses = [row for row in rows if row["status"] in ("MISSING", "UNEXPECTED", "MISMATCH", "CONVERSION")]
+    if not statuses:
+        return True
+    of_heads = [bool(_HEADS & set(row["key"].split("."))) for row in statuses]
+    return not all(of_heads) or any(row["status"] in ("MISMATCH", "CONVERSION") for row in statuses)
+
+
+def quiet_noise() -> None:
+    """Hide what is known to be harmless. Nothing is hidden where TRANSFORMERS_VERBOSITY asks for debug lines."""
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "").lower() == "debug":
+        return
+    for name, pattern in HARMLESS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(found, _Harmless) for found in logger.filters):
+            logger.addFilter(_Harmless(pattern))
+    for message in OUTDATED_CALLS:
+        warnings.filterwarnings("ignore", message, FutureWarning)
+
+
+def show_logs(level: int | None = None) -> None:
+    """
+    Show our log lines from a level on, as transformers shows its own.
+
+    Args:
+        level (`int`, *optional*): of `logging`. Defaults to what TRANSFORMERS_VERBOSITY says, or warnings.
+    """
+    ours = logging.getLogger("trl_ext")
+    if level is None:
+        named = os.environ.get("TRANSFORMERS_VERBOSITY", "").upper()
+        level = getattr(logging, named, None) if named else None
+        level = level if isinstance(level, int) else logging.WARNING
+    ours.setLevel(level)
+    if not ours.handlers and not logging.getLogger().handlers:  # a program around us that logs shows them itself
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        ours.addHandler(handler)

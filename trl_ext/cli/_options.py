@@ -1,0 +1,257 @@
+"""Options of commands: parsers over dataclasses, and a short help that is read from the dataclasses' source.
+
+The short help imports neither torch nor trl: it reads the fields of our dataclasses from their files, and names the
+options of TRL and transformers that most runs use. It knows dataclasses and their help texts. It does not know what a
+command does with them.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trl_ext
+
+
+if TYPE_CHECKING:
+    from trl_ext.trainers.common.arguments import Parser
+
+PACKAGE = Path(trl_ext.__file__).parent
+ENSEMBLE = "trainers/ensemble/config.py"
+GENERATION = "trainers/weak_to_strong/config.py:WeakToStrongConfig"
+WEAK_TO_STRONG = "pipelines/weak_to_strong/config.py:WeakToStrongArguments"
+TRAINED = {
+    "reward": "trainers/ranking/config.py:RewardConfig",
+    "orm": "trainers/token/orm_config.py:ORMConfig",
+    "prm": "trainers/token/prm_config.py:PRMConfig",
+    "segment": "trainers/token/segment_config.py:SegmentRewardConfig",
+}
+TASKS = {"preference": "reward", "outcome": "orm", "steps": "prm", "process": "prm"}
+ASKED_FIRST = {
+    "model_name_or_path": "folder or Hub id of the model to train",
+    "dataset_name": "file, folder or Hub id of the rows",
+    "output_dir": "folder for checkpoints and the trained model",
+}
+# options of TRL, PEFT and transformers that most runs set; `--help-all` has their own help and defaults
+USED_MOST = {
+    "dataset_train_split": "split to train on (default: train)",
+    "dataset_test_split": "split to evaluate on (default: test)",
+    "test_split_size": "hold out this share, or number, of the rows to evaluate on",
+    "max_length": "tokens of a prompt with its completion; longer rows are dropped and counted",
+    "per_device_train_batch_size": "rows in a batch of one device",
+    "gradient_accumulation_steps": "batches in an optimizer step",
+    "learning_rate": "the highest learning rate",
+    "num_train_epochs": "passes over the data",
+    "max_steps": "optimizer steps, in place of epochs",
+    "use_peft": "train LoRA adapters and the head in place of all weights",
+    "lora_r": "rank of LoRA",
+    "lora_target_modules": "layers with adapters, e.g. all-linear",
+    "load_in_4bit": "NF4 base (QLoRA)",
+    "dtype": "of the weights, e.g. bfloat16 or float32",
+    "bf16": "bf16 autocast",
+    "gradient_checkpointing": "compute activations twice in place of keeping them",
+    "eval_strategy": "no, steps or epoch",
+    "eval_steps": "optimizer steps between evaluations",
+    "save_steps": "optimizer steps between checkpoints",
+    "logging_steps": "optimizer steps between log lines",
+    "report_to": "where metrics go, e.g. wandb",
+    "run_name": "name of the run there",
+    "log_level": "what is logged: warning, info, debug",
+    "resume_from_checkpoint": "checkpoint-<step> folder to go on from",
+    "seed": "of the head, the order of rows and dropout",
+}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a default where there is one and the help does not say it already."""
+
+    def __init__(self, prog: str, **kwargs: Any):
+        super().__init__(prog, max_help_position=36, **kwargs)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS, "", [], {}) or "default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+
+# ------------------------------------------------------------------------------------------------------------- parsers
+def command_parser(types: Any, prog: str | None, description: str | None = None) -> "Parser":
+    """The parser of a command over its dataclasses; the first paragraph of `description` heads the help."""
+    from trl_ext.trainers.common.arguments import Parser
+
+    text = description.split("\n\n")[0] if description else None
+    parser = Parser(types, prog=prog, allow_abbrev=False, description=text, formatter_class=HelpFormatter)
+    parser.format_help = lambda: full_help(parser)
+    return parser
+
+
+def parse(parser: "Parser", argv: list[str] | None) -> tuple[Any, ...]:
+    """What the arguments say, one object for each of the parser's types; a mistake ends the command in one line."""
+    from yaml import YAMLError
+
+    try:
+        return parser.parse_args_and_config(argv)
+    except (ValueError, OSError, YAMLError) as error:  # unknown names, values of a wrong kind, no such file
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def full_help(parser: "Parser") -> str:
+    """The help of every option: ours first, then those of TRL, then those of transformers."""
+    owners = {"trl_ext": "options", "trl": "options of TRL", "transformers": "options of transformers"}
+    groups: dict[str, list[argparse.Action]] = {title: [] for title in owners.values()}
+    for action in parser._actions:
+        package = next((p for kind in parser.dataclass_types if (p := owner_of(kind, action.dest))), "trl_ext")
+        groups[owners.get(package, "options of transformers")].append(action)
+    shown = _empty(parser.prog, parser.description, parser.epilog)
+    for title, actions in groups.items():
+        group = shown.add_argument_group(title)
+        if title == "options":
+            group.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags win over it")
+        for action in actions:
+            group._add_action(action)
+    return shown.format_help()
+
+
+def owner_of(kind: type, name: str) -> str | None:
+    """The package of the class that defines a field; `None` where the dataclass has none of that name."""
+    for base in kind.__mro__:
+        if name in base.__dict__.get("__annotations__", {}):
+            return base.__module__.split(".")[0]
+    return None
+
+
+def _empty(prog: str | None, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--NAME VALUE ...]",
+        description=description,
+        epilog=epilog,
+        formatter_class=HelpFormatter,
+        add_help=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- short help
+@dataclass
+class Option:
+    """A field of a dataclass as its source has it; `default` is `MISSING` where it is required."""
+
+    name: str
+    help: str
+    default: Any
+    choices: tuple[Any, ...] | None
+
+
+MISSING = object()
+
+
+def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
+    """The dataclasses of ours that hold the options of a command (file:class); none for one with a light parser."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--kind", default="reward")
+    first.add_argument("--task", default="preference")
+    chosen, _ = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help", "--help-all")])
+    kind = chosen.kind if chosen.kind in TRAINED else "reward"
+    names = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}
+    trained = GENERATION if chosen.task == "generation" else TRAINED[TASKS.get(chosen.task, "reward")]
+    return {
+        **{name: (place,) for name, place in TRAINED.items()},
+        "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig",),
+        "score": ("cli/score_arguments.py:ScoreArguments",),
+        "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
+        "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),
+        "weak-to-strong": (WEAK_TO_STRONG, trained, "cli/weak_to_strong.py:WeakModelArguments"),
+    }.get(command, ())
+
+
+def short_help(command: str, description: str, argv: Iterable[str] = ()) -> str | None:
+    """The short help of a command, or `None` for one whose own parser is light."""
+    places = places_of(command, argv)
+    if not places:
+        return None
+    ours: dict[str, Option] = {}
+    for place in places:
+        ours |= options_of(place)
+    trains = command in TRAINED or command in ("ensemble", "weak-to-strong")
+    epilog = None
+    if trains:
+        epilog = f"'trl-ext {command} --help-all' lists every option, those of TRL and transformers too."
+    if command == "ensemble":
+        epilog = f"--kind {{{','.join(TRAINED)}}} says what the members are (default: reward). {epilog}"
+    shown = _empty(f"trl-ext {command}", description, epilog)
+    first = shown.add_argument_group("start here")
+    first.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags win over it")
+    if trains:
+        for name, text in ASKED_FIRST.items():
+            if not (command == "weak-to-strong" and name == "model_name_or_path"):
+                first.add_argument(f"--{name}", help=text, metavar=name.split("_")[0].upper())
+    for option in ours.values():
+        if option.default is MISSING:
+            _show(first, option)
+    group = shown.add_argument_group("options of this command")
+    for option in ours.values():
+        if option.default is not MISSING:
+            _show(group, option)
+    if trains:
+        group = shown.add_argument_group("options of TRL and transformers that most runs use")
+        for name, text in USED_MOST.items():
+            if name not in ours and not (command == "weak-to-strong" and name == "test_split_size"):
+                group.add_argument(f"--{name}", help=text, metavar="")
+    return shown.format_help()
+
+
+def _show(group: Any, option: Option) -> None:
+    default = None if option.default in (MISSING, False) else option.default
+    choices = None if option.choices is None else "{" + ",".join(map(str, option.choices)) + "}"
+    group.add_argument(f"--{option.name}", help=option.help, default=default, metavar=choices or "")
+
+
+def options_of(place: str) -> dict[str, Option]:
+    """The fields of a dataclass and of its bases in this package, read from source: name to [`Option`]."""
+    file, name = place.split(":")
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    imported = {
+        alias.asname or alias.name: f"{node.module.removeprefix('trl_ext.').replace('.', '/')}.py:{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl_ext.")
+        for alias in node.names
+    }
+    found: dict[str, Option] = {}
+    for base in reversed(classes[name].bases):
+        where = ast.unparse(base)
+        if where in classes:
+            found |= options_of(f"{file}:{where}")
+        elif where in imported:
+            found |= options_of(imported[where])
+    for node in classes[name].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and isinstance(node.target, ast.Name):
+            found[node.target.id] = _option(node.target.id, node.annotation, node.value)
+    return found
+
+
+def _option(name: str, annotation: ast.expr, call: ast.Call) -> Option:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    metadata, text = given.get("metadata"), ""
+    if isinstance(metadata, ast.Call):  # described("...")
+        text = ast.literal_eval(metadata.args[0])
+    elif metadata is not None:
+        text = ast.literal_eval(metadata)["help"]
+    default = MISSING
+    if "default" in given:
+        default = ast.literal_eval(given["default"])
+    elif isinstance(given.get("default_factory"), ast.Lambda):
+        default = ast.literal_eval(given["default_factory"].body)
+    elif "default_factory" in given:
+        default = {"list": [], "dict": {}}[ast.unparse(given["default_factory"])]
+    choices = None
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+            choices = ast.literal_eval(node.slice)
+            choices = choices if isinstance(choices, tuple) else (choices,)
+    return Option(name, text, default, choices)
