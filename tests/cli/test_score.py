@@ -212,7 +212,7 @@ def test_a_wrong_continuation_is_refused(model, rows, finished, tmp_path, capsys
     assert run(same, source, target) == 0  # moved, and still the same
     RewardScorer(same).fit_normalizer(["a", "b"], [" test", " a short line"])
     assert "another model" in refused(same, source, target)  # its scores are other ones now
-    score.manifest_path(target).unlink()
+    (folder / "out.jsonl.manifest.json").unlink()
     assert "did not write" in refused(model, source, target)
     assert "is the input file" in refused(model, target, target)
 

@@ -212,7 +212,7 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     assert json.loads(capsys.readouterr().out)["earlier"] == 2
     assert (tmp_path / "whole.jsonl").read_bytes() == whole
     assert main([*arguments, "whole.jsonl"]) == 1
-    assert "other arguments (return_candidates)" in capsys.readouterr().err
+    assert "other settings (return_candidates=" in capsys.readouterr().err
     # as many rows as there are whole chunks, and fewer than there are lines: nothing of them is cut off
     (tmp_path / "in.jsonl").write_text("\n".join(lines.split("\n")[:4]), encoding="utf-8")
     assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 1
@@ -221,7 +221,7 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "in.jsonl").write_text(lines.replace('"id": 1', '"id": 7'), encoding="utf-8")
     assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 1
-    assert "line 2 was made of another row" in capsys.readouterr().err
+    assert "line 2: this row is not line 2 of" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text(lines.replace('"id"', '"candidates"'), encoding="utf-8")
     assert main([*arguments, "other.jsonl", "--return_candidates"]) == 1
     assert "row 1 has a column 'candidates'" in capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     (tmp_path / "tests_rewards.py").write_text(rewards.replace("len(text)", "-len(text)"))
     linecache.clearcache()
     assert main([*arguments, "whole.jsonl", "--return_candidates"]) == 1
-    assert "other arguments (rewards)" in capsys.readouterr().err
+    assert "other settings (rewards=" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text('{"prompt": "x", "note": "half a pair: \\ud83d"}\n')
     assert main([*arguments, "half.jsonl"]) == 0
     assert json.loads((tmp_path / "half.jsonl").read_text())["note"] == "half a pair: \ud83d"

@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 processing_class=tokenizer,
                 generation_batch_size=args.batch_size,
                 shard_size=args.shard_size,
-                own_process=False,
+                isolate="never",
                 **sampling,
             )
             sampler.generate()

@@ -6,7 +6,6 @@ request `answer` and `candidates`.
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from trl_ext.cli._generation import (
     server_kwargs,
 )
 from trl_ext.cli._options import command_parser, parse
+from trl_ext.pipelines.stages.row_file import RowFile
 
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
             from other rows or with other arguments.
     """
     from trl_ext.pipelines.best_of_n import Picker, as_rows
+    from trl_ext.pipelines.generation.records import with_completion
 
     rows = as_rows(read_rows(args.input))
     added = [name for name in _ADDED if {"answer": args.vote, "candidates": args.return_candidates}.get(name, True)]
@@ -83,8 +84,9 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
                 f"{args.input}, row {number} has a column {taken[0]!r}, which would be written over. Rename or remove "
                 "it."
             )
-    output = Path(args.output)
-    done = _resume(args, output, rows)
+    output = output_file(args)
+    as_written = [{**row, "prompt": with_completion(row["prompt"], "")[0]} for row in rows]
+    done = output.resume(enumerate(as_written, start=1), args.input, total=len(rows))
     unscored = 0
     if done < len(rows):
         kwargs = server_kwargs(args) or {"generation_batch_size": args.generation_batch_size}
@@ -106,47 +108,18 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
             chunk = rows[first : first + CHUNK_ROWS]
             picks = picker(chunk, seed=args.seed + first)
             unscored += sum(pick.score is None for pick in picks)
-            lines = [_line(row, pick, args) for row, pick in zip(chunk, picks, strict=True)]
-            with output.open("ab") as file:  # not earlier: a run that fails leaves no empty output
-                # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape
-                file.write("".join(lines).encode("utf-8", "backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
+            output.append(row | _found(pick, args) for row, pick in zip(chunk, picks, strict=True))
             print(f"{first + len(chunk)} of {len(rows)} rows", file=sys.stderr)
-    return {"rows": len(rows), "earlier": done, "without_score": unscored, "output": str(output)}
+    return {"rows": len(rows), "earlier": done, "without_score": unscored, "output": args.output}
 
 
-def _resume(args: BestOfNArguments, output: Path, rows: list[dict[str, Any]]) -> int:
-    """How many rows are done; what was written of an unfinished chunk is cut off."""
-    from trl_ext.pipelines.generation.records import with_completion
+def output_file(args: BestOfNArguments) -> RowFile:
+    """The output, with everything that its completions depend on beside the rows."""
     from trl_ext.pipelines.generation.sampling import Sampling
 
-    rows = [{**row, "prompt": with_completion(row["prompt"], "")[0]} for row in rows]  # as they are written
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE} | _identities(args)
     settings |= asdict(Sampling.of(**sampling_kwargs(args)))  # what files hold, not how they are called
-    manifest = output.with_name(output.name + ".args.json")
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return 0
-    there = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    different = [name for name, value in settings.items() if there.get(name) != value]
-    if different:
-        raise ValueError(
-            f"{output} is there and was made with other arguments ({', '.join(different)}), or by something else. "
-            "Give another output, or delete it."
-        )
-    lines = [line for line in output.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    if len(lines) > len(rows):
-        raise ValueError(f"{output} has {len(lines)} rows, and the input {len(rows)}. Give another output.")
-    done = len(lines) if len(lines) == len(rows) else len(lines) // CHUNK_ROWS * CHUNK_ROWS
-    for number, (line, row) in enumerate(zip(lines[:done], rows, strict=False), start=1):
-        written = {name: value for name, value in json.loads(line).items() if name not in _ADDED or name in row}
-        if json.dumps(written, sort_keys=True) != json.dumps(row, sort_keys=True):  # NaN equals NaN here
-            raise ValueError(f"{output}, line {number} was made of another row than the input's. Give another output.")
-    with output.open("r+b") as file:
-        file.truncate(sum(map(len, lines[:done])))
-    return done
+    return RowFile(Path(args.output), settings, _ADDED, block=CHUNK_ROWS)
 
 
 def _identities(args: BestOfNArguments) -> dict[str, Any]:
@@ -158,14 +131,19 @@ def _identities(args: BestOfNArguments) -> dict[str, Any]:
     return {"policy": policy, "rewards": [reward_identity(name) for name in args.reward_funcs]}
 
 
-def _line(row: dict[str, Any], pick: "Best", args: BestOfNArguments) -> str:
-    found = {"completion": pick.completion, "score": pick.score, "sample_index": pick.sample_index}
+def _found(pick: "Best", args: BestOfNArguments) -> dict[str, Any]:
+    found = {
+        "prompt": pick.prompt,
+        "completion": pick.completion,
+        "score": pick.score,
+        "sample_index": pick.sample_index,
+    }
     if args.vote is not None:
         found["answer"] = pick.answer
     if pick.candidates is not None:
         kept = ("completion", "score", "scores", "finish_reason")
         found["candidates"] = [{name: getattr(item, name) for name in kept} for item in pick.candidates]
-    return json.dumps({**row, "prompt": pick.prompt, **found}, ensure_ascii=False) + "\n"
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

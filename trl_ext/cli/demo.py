@@ -104,8 +104,8 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
     from trl_ext.demo.progress import Progress, clock
     from trl_ext.demo.report import format_table, make_report, save_plot, save_report
     from trl_ext.demo.tracking import stage_run
-    from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageError, find_done, run_stages
-    from trl_ext.pipelines.stages.workers import OwnProcesses, WorkerDied
+    from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, find_done, run_stages
+    from trl_ext.pipelines.stages.runner import OwnProcesses, StageError
 
     stages = plan(seed, smoke)
     titles = {stage.name: stage.title for stage in stages}
@@ -133,7 +133,7 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
                 open_run=partial(stage_run, group=group, folder=output_dir),
                 runner=processes,
             )
-    except (StageError, WorkerDied) as error:
+    except StageError as error:
         print(f"trl-ext demo: {error}", file=sys.stderr)
         return 1
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from trl_ext.cli._options import command_parser, parse
 from trl_ext.cli.score_arguments import ScoreArguments
 from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
+from trl_ext.pipelines.stages.row_file import RowFile
 
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def run(args: ScoreArguments) -> int:
         `int`: number of rows scored by this call.
 
     Raises:
-        [`ScoreError`]: a bad line of the input; an output that another model, other options or other rows made.
+        [`ScoreError`]: a bad line of the input.
+        [`~trl_ext.pipelines.stages.cache_key.StaleError`]: another model, other options or other rows made the output.
     """
     from tqdm import tqdm
 
@@ -56,11 +58,11 @@ def run(args: ScoreArguments) -> int:
     with ExitStack() as stack:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
         rows = read_rows(source, args.input)
-        done = 0
+        done, sink = 0, sys.stdout.buffer
         if to_file:
-            check_manifest(args)
-            done = resume(Path(args.output), rows, args.input)
-        sink = stack.enter_context(open(args.output, "ab")) if to_file else sys.stdout.buffer
+            output = output_file(args)
+            done = output.resume(rows, args.input)
+            sink = stack.enter_context(output.open())
         total = None if args.input == "-" else count_lines(args.input)
         scored = truncated = cut_off = 0
         scorer = None
@@ -69,10 +71,7 @@ def run(args: ScoreArguments) -> int:
                 if scorer is None:  # nothing is loaded when nothing is left to do
                     scorer, kind = make_scorer(args), model_kind(args.model)
                 cut_off += add_scores(scorer, kind, chunk, args)
-                sink.write(b"".join(_line(row) for _, row in chunk))
-                sink.flush()
-                if to_file:
-                    os.fsync(sink.fileno())
+                RowFile.append(sink, [row for _, row in chunk], sync=to_file)
                 scored += len(chunk)
                 truncated = scorer.num_truncated
                 bar.update(len(chunk))
@@ -124,20 +123,12 @@ def count_lines(path: str) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-# ------------------------------------------------------------------------------------------------------------ resuming
-def manifest_path(output: Path) -> Path:
-    """The file beside the output that says what made it."""
-    return output.with_name(output.name + ".manifest.json")
-
-
-def check_manifest(args: ScoreArguments) -> None:
-    """Refuse an output that was made by another model or with other options; claim a new one."""
+def output_file(args: ScoreArguments) -> RowFile:
+    """The output, with everything that its scores depend on beside the rows."""
     from trl_ext.models.fingerprint import fingerprint
     from trl_ext.models.loading import local_folder
 
-    output = Path(args.output)
-    path = manifest_path(output)
-    now = {
+    manifest = {
         "model": args.model,
         "model_sha256": fingerprint(Path(local_folder(args.model, None))),
         "max_length": args.max_length,
@@ -147,69 +138,7 @@ def check_manifest(args: ScoreArguments) -> None:
         "completion_column": args.completion_column,
         "steps_column": args.steps_column,
     }
-    if output.exists() and output.stat().st_size > 0:
-        if not path.is_file():
-            raise ScoreError(f"{output} holds data that this command did not write ({path.name} is missing). {_FIX}")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        # a model that was moved is still the same model
-        changed = [key for key in now if key != "model" and before.get(key) != now[key]]
-        if changed:
-            said = "; ".join(
-                f"another model at {before.get('model')}, now {args.model}"
-                if key == "model_sha256"
-                else f"{key}={before.get(key)}, now {now[key]}"
-                for key in changed
-            )
-            raise ScoreError(f"{output} was made with {said}. Its scores cannot be continued. {_FIX}")
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(path.name + ".tmp")
-    staging.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, path)
-
-
-def resume(output: Path, rows: Iterator[tuple[int, Row]], name: str) -> int:
-    """
-    Cut a torn last line off the output, and move `rows` behind those that it holds.
-
-    The rows in the output are compared with those of the input one by one, so that an input to which lines were added
-    is continued and another one is refused.
-
-    Returns:
-        `int`: number of rows that the output holds.
-    """
-    if not output.exists():
-        return 0
-    done = end = 0
-    with open(output, "r+b") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                written = json.loads(line)
-            except ValueError as error:
-                raise ScoreError(f"{output}, line {number}: not valid JSON ({error}). {_FIX}") from error
-            at, row = next(rows, (None, None))
-            if row is None or _identity(row) != _identity(_without_scores(written)):
-                where = f"line {at} of {name}" if row is not None else f"any line of {name}, which is shorter"
-                raise ScoreError(
-                    f"{output}, line {number}: this row is not {where}. It was made from other rows. {_FIX}"
-                )
-            done += 1
-            end += len(line)
-        file.truncate(end)
-    return done
-
-
-def _without_scores(row: Row) -> Row:
-    return {column: value for column, value in row.items() if column not in SCORE_COLUMNS}
-
-
-def _identity(row: Row) -> str:
-    return json.dumps(row, sort_keys=True)  # NaN equals NaN here
-
-
-_FIX = "Give another --output, or delete this one to start again."
+    return RowFile(Path(args.output), manifest, SCORE_COLUMNS, places={"model": "model_sha256"})
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -226,11 +155,6 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
             "folder of an ensemble."
         )
     return scorer
-
-
-def _line(row: Row) -> bytes:
-    # half a surrogate pair, which a JSON escape can hold and UTF-8 cannot, is written as its escape again
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def main(argv: list[str] | None = None) -> int:

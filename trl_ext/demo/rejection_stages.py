@@ -97,7 +97,7 @@ def _selections(
             temperature=settings["temperature"],
             max_completion_length=2 * max(len(problem.digits) for problem in problems) + 4,
             generation_kwargs={"min_new_tokens": 1},
-            own_process=False,
+            isolate="never",
         )
         sampler.generate()
         sampler.score()

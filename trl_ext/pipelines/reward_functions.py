@@ -21,7 +21,7 @@ from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.answers import check_math_verify
 from trl_ext.pipelines.generation.records import Sample
-from trl_ext.pipelines.stages.callables import callable_identity
+from trl_ext.pipelines.stages.values import callable_key
 from trl_ext.pipelines.user_functions import did_you_mean, load_function, names_function, names_of_functions
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
@@ -210,7 +210,7 @@ def _folder(spec: str | Path) -> str:
 def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     """
     What the scores of a reward function depend on, as far as it can be known: for a model its content, for a scorer
-    also its settings; for other callables see [`~trl_ext.pipelines.stages.callables.callable_identity`].
+    also its settings; for other callables see [`~trl_ext.pipelines.stages.values.callable_key`].
 
     Returns:
         `dict`, or `None` for an ensemble in memory, whose scores cannot be used again.
@@ -223,14 +223,12 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return {"name": name, "model": model_identity(spec)}
     if isinstance(spec, RewardScorer):
-        choices = {
-            choice: callable_identity(value) if callable(value) else value for choice, value in spec.choices.items()
-        }
+        choices = {choice: callable_key(value) if callable(value) else value for choice, value in spec.choices.items()}
         tokenizer = tokenizer_identity(spec.processing_class)
         model = {"model": model_identity(spec.model), "tokenizer": tokenizer, "normalizer": spec.normalizer}
         return {"name": name, **model, **choices}
     function = load_reward(spec)
-    return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_identity(function)}
+    return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_key(function)}
 
 
 def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sample]) -> list[float | None]:

@@ -357,14 +357,15 @@ def test_names_of_reward_functions(scalar, monkeypatch):
 def test_a_failure_in_the_middle_keeps_what_was_done(tiny, tmp_path):
     def fails_late(completions, **columns):
         calls.append(len(completions))
-        if len(calls) == 3 and broken[0]:
+        if len(calls) == 3 and switch.exists():
             raise ConnectionError("the judge is away")
         return [1.0] * len(completions)
 
-    calls, broken = [], [True]
+    calls, switch = [], tmp_path / "broken"
+    switch.touch()
     with pytest.raises(RewardError, match="'fails_late' raised ConnectionError: the judge is away"):
         sample(tiny, tmp_path, fails_late)
-    broken[0] = False
+    switch.unlink()
     assert len(sample(tiny, tmp_path, fails_late)) == 7
     assert calls == [6, 6, 6, 6, 3]  # the two that were done are not done again
 
@@ -380,12 +381,12 @@ def test_a_failure_in_the_middle_keeps_what_was_done(tiny, tmp_path):
         ({"shard_size": 0}, ValueError, "shard_size=0"),
         ({"generation_batch_size": 0}, ValueError, "generation_batch_size=0"),
         ({"top_kk": 1}, TypeError, "Did you mean 'top_k'"),
-        ({"own_process": True, "rewards": vowels}, ValueError, "cannot have a process of its own"),
+        ({"isolate": "always", "rewards": vowels}, ValueError, "cannot have a process of its own"),
         ({"max_completion_length": 600}, DataError, "prompt data, row 0, column 'prompt'"),
     ],
 )
 def test_arguments_that_cannot_be_meant(tiny, tmp_path, change, error, message):
-    if change.get("own_process"):
+    if change.get("isolate"):
         tiny = AutoModelForCausalLM.from_pretrained(tiny)
     with pytest.raises(error, match=message):
         sample(tiny, tmp_path, **change)
@@ -444,7 +445,7 @@ def test_sixty_kills_over_all_stages(tiny, tmp_path):
 
 
 def test_a_stage_in_its_own_process_gives_the_same(tiny, tmp_path):
-    apart, here = sampler(tiny, tmp_path / "apart", own_process=True), sampler(tiny, tmp_path / "here")
+    apart, here = sampler(tiny, tmp_path / "apart", isolate="always"), sampler(tiny, tmp_path / "here")
     apart.generate()
     here.generate()
     files = [made._generate.store.path(shard).read_bytes() for made in (apart, here) for shard in range(4)]
@@ -456,17 +457,15 @@ def test_a_stage_in_its_own_process_gives_the_same(tiny, tmp_path):
 def test_a_stage_in_its_own_process_dies_with_its_parent_and_says_what_failed(tiny, scalar, tmp_path):
     code = (
         "import sys; from trl_ext import rejection_sample\n"
-        f"rejection_sample({str(tiny)!r}, {str(scalar)!r}, {ROWS!r}, {str(tmp_path / 'apart')!r}, own_process=True,"
+        f"rejection_sample({str(tiny)!r}, {str(scalar)!r}, {ROWS!r}, {str(tmp_path / 'apart')!r}, isolate='always',"
         f" **{OPTIONS!r})"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     jobs = tmp_path / "apart"
     deadline = time.monotonic() + 120
-    while not list(jobs.glob("rollouts/*/stage-0.json")):
-        assert time.monotonic() < deadline and parent.poll() is None
-        time.sleep(0.05)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    while not children.read_text():
+    while not children.read_text() or not list(jobs.glob("rollouts/*/manifest.json")):
+        assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.05)
     child = int(children.read_text().split()[0])
     parent.send_signal(signal.SIGKILL)
@@ -474,10 +473,10 @@ def test_a_stage_in_its_own_process_dies_with_its_parent_and_says_what_failed(ti
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the stage lived on"
         time.sleep(0.1)
-    apart = sample(tiny, jobs, str(scalar), own_process=True)
+    apart = sample(tiny, jobs, str(scalar), isolate="always")
     assert apart.to_list() == sample(tiny, tmp_path / "here", str(scalar)).to_list()
-    with pytest.raises(RuntimeError, match=r"stage generate failed in its own process.*prompt of .* 512 positions"):
-        sample(tiny, jobs, str(scalar), own_process=True, max_completion_length=600)
+    with pytest.raises(DataError, match=r"(?s)prompt of .* 512 positions.*stage generate failed in its own process"):
+        sample(tiny, jobs, str(scalar), isolate="always", max_completion_length=600)
 
 
 # The command

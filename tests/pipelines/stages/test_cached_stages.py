@@ -7,8 +7,8 @@ import pytest
 
 from tests.pipelines.stages.stages_program import add, fail, kill, meet, sleep
 from trl_ext.demo.progress import Progress, seconds_left
-from trl_ext.pipelines.stages.cached_stages import Stage, StageError, find_done, run_stages
-from trl_ext.pipelines.stages.workers import OwnProcesses, WorkerDied
+from trl_ext.pipelines.stages.cached_stages import Stage, find_done, run_stages
+from trl_ext.pipelines.stages.runner import OwnProcesses, StageError
 
 
 def stages(number=1):
@@ -62,7 +62,7 @@ def test_two_stages_really_run_at_the_same_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "error", "message"), [(fail, LookupError, "nothing there"), (kill, WorkerDied, "'bad'.*-9")]
+    ("run", "error", "message"), [(fail, LookupError, "nothing there"), (kill, StageError, "'bad'.*-9")]
 )
 def test_a_failure_ends_the_others_at_once_and_leaves_what_was_done(tmp_path, run, error, message):
     both = [Stage("long", "Long", sleep, {}), Stage("good", "Good", add, {"number": 1})]

@@ -25,6 +25,7 @@ from trl_ext import (
     weak_to_strong,
 )
 from trl_ext.metrics.streams import Calibration
+from trl_ext.pipelines.stages.runner import run_job
 from trl_ext.pipelines.weak_to_strong.config import TASKS
 from trl_ext.pipelines.weak_to_strong.experiment import cache_settings
 from trl_ext.pipelines.weak_to_strong.generation_task import GenerationTask, exact_match
@@ -33,9 +34,9 @@ from trl_ext.pipelines.weak_to_strong.report import WeakToStrongReport, pair_rep
 from trl_ext.pipelines.weak_to_strong.runs import (
     Run,
     changed_arguments,
-    in_own_process,
     read_judgements,
     train_and_judge,
+    train_and_judge_job,
 )
 from trl_ext.pipelines.weak_to_strong.splits import group_of, make_splits
 from trl_ext.pipelines.weak_to_strong.tasks import Judgement, OutcomeTask, PreferenceTask, ProcessTask
@@ -126,7 +127,10 @@ def test_a_run_in_its_own_process_gives_the_same(models, tmp_path):
     args = trainer_config(tmp_path, ORMConfig, max_steps=2)
     planned = Run(OutcomeTask(), models[0], args, seed=0)
     found = []
-    for name, run_one in (("here", train_and_judge), ("apart", lambda *job: in_own_process(job, job[3]))):
+    for name, run_one in (
+        ("here", train_and_judge),
+        ("apart", lambda *job: run_job("run", partial(train_and_judge_job, job), "always")),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         result = run_one(planned, rows, {"test": rows}, folder, None, "none")
@@ -148,10 +152,14 @@ def test_a_metric_that_another_process_cannot_import_is_refused(models, tmp_path
     args = trainer_config(tmp_path, WeakToStrongConfig)
     for metric in (a_metric, partial(a_metric, x=1), lambda prompts, completions, **columns: [0.0]):
         with pytest.raises(ValueError, match="isolate='never'"):
-            in_own_process((Run(GenerationTask(metric), models[0], args, seed=0), []), tmp_path)
+            run_job(
+                "run",
+                partial(train_and_judge_job, (Run(GenerationTask(metric), models[0], args, seed=0), [])),
+                "always",
+            )
     args = trainer_config(tmp_path, RewardConfig, loss_type=lambda scores, ratings, mask, **given: scores[:, 0])
-    with pytest.raises(ValueError, match="The loss_type .*isolate='never'"):
-        in_own_process((Run(PreferenceTask(), models[0], args, seed=0), []), tmp_path)
+    with pytest.raises(ValueError, match="<lambda>.*isolate='never'"):
+        run_job("run", partial(train_and_judge_job, (Run(PreferenceTask(), models[0], args, seed=0), [])), "always")
 
 
 def test_a_metric_that_is_not_known_again_is_refused(tmp_path):
@@ -374,7 +382,7 @@ def test_two_losses_that_share_a_name_do_not_share_a_result(models, tmp_path):
     for function in (loss(1.0), loss(-1.0)):
         args = trainer_config(tmp_path, RewardConfig, loss_type=function)
         found.append(cache_settings(Run(PreferenceTask(), models[0], args, seed=0), "model", []))
-    assert found[0]["arguments"] == found[1]["arguments"] and found[0] != found[1]
+    assert found[0] != found[1]
 
 
 def test_hard_labels_round():

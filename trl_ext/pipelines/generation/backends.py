@@ -16,6 +16,7 @@ from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
 from trl_ext.pipelines.generation.server_pool import ServerPool
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
 from trl_ext.pipelines.generation.vllm_backend import VLLMGenerator
+from trl_ext.pipelines.stages.values import plain
 
 
 def make_generator(
@@ -87,17 +88,5 @@ def model_of_backend(
         identity["name"] = str(model)
     if processing_class is not None:
         identity["tokenizer"] = tokenizer_identity(processing_class)
-    identity |= {name: value for name, value in as_plain(init).items() if name not in ("device_map", "token")}
+    identity |= {name: value for name, value in plain(init).items() if name not in ("device_map", "token")}
     return identity
-
-
-def as_plain(value: Any) -> Any:
-    """JSON-ready: configs as their dictionaries, dtypes as their names."""
-    if isinstance(value, dict):
-        return {str(key): as_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_plain(item) for item in value]
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    to_dict = getattr(value, "to_dict", None)
-    return as_plain(to_dict()) if to_dict is not None else str(value).removeprefix("torch.")

@@ -5,13 +5,13 @@ models, reward functions or where records are kept.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trl_ext.data.tokenization import Prompt
 from trl_ext.data.validation import RowChecks
+from trl_ext.pipelines.stages.cache_key import canonical
 
 
 FinishReason = Literal["stop", "length"]
@@ -179,8 +179,3 @@ def prompt_id(prompt: Prompt, columns: dict[str, Any] | None = None) -> str:
     """
     seen = {name: value for name in TEMPLATE_COLUMNS if (value := (columns or {}).get(name)) is not None}
     return hashlib.sha256(canonical([prompt, seen] if seen else [prompt])).hexdigest()[:16]
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, for hashing."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()

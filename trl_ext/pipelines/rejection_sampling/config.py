@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import trl
 
-from trl_ext.models.fingerprint import path_identity
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.rejection_sampling.selection import selectors
+from trl_ext.pipelines.stages.training_arguments import arguments_key
 
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,18 @@ _NOT_SHARED = {"loss_type", "shuffle_dataset", "remove_unused_columns", "pad_to_
 # GRPO fills these in by itself, from others.
 _DERIVED = {"generation_batch_size", "steps_per_generation"}
 
-# What changes nothing in a round: a rerun may have other values.
-_FREE = {"output_dir", "num_rounds", "report_to", "run_name", "disable_tqdm", "project", "trackio_space_id"}
-_FREE |= {"do_train", "do_eval", "do_predict", "use_vllm", "generation_batch_size"}
-_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_", "dataloader_", "vllm_server_")
+# Arguments that a finished round does not depend on, beside those of every training.
+_SERVER = "It says where the vLLM server is and how long to wait for it."
+_DRAWS = "It changes which completions an unfinished round draws; they are stored under a key of their own."
+ROUND_IRRELEVANT = {
+    "num_rounds": "A rerun may add rounds to those that are done.",
+    "use_vllm": _DRAWS,
+    "generation_batch_size": _DRAWS,
+    "vllm_server_base_url": _SERVER,
+    "vllm_server_host": _SERVER,
+    "vllm_server_port": _SERVER,
+    "vllm_server_timeout": _SERVER,
+}
 
 
 @dataclass
@@ -133,15 +141,8 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         return {**super().to_dict(), "selection": name}
 
     def settings_of_a_round(self) -> dict[str, Any]:
-        """What of these arguments changes what a round gives, as values that JSON can hold."""
-        settings = {
-            name: value if isinstance(value, (str, int, float, bool, type(None), list, dict)) else str(value)
-            for name, value in self.to_dict().items()
-            if name not in _FREE and not name.startswith(_FREE_PREFIXES)
-        }
-        if self.chat_template_path is not None:
-            settings["chat_template_path"] = path_identity(self.chat_template_path)
-        return settings
+        """The arguments that change what a round gives, as JSON values."""
+        return arguments_key(self, irrelevant=ROUND_IRRELEVANT)
 
     @classmethod
     def from_grpo(cls, args: trl.GRPOConfig) -> "RejectionSamplingConfig":

@@ -1,23 +1,20 @@
-"""The stages `generate` and `score`: shard after shard, without what is finished, here or in a process of their own.
+"""The stages `generate` and `score` of rejection sampling: each makes the shards that are missing from its store.
 
-A stage in its own process gives all of its memory back when it ends. `python -m
-trl_ext.pipelines.rejection_sampling.generate_and_score FILE` is that
-process. Several processes of `accelerate launch` divide the shards among them and meet in the folder, through no other
-channel; so results do not depend on how many there are.
+Several processes of `accelerate launch` divide the shards among them and meet in the folder, through no other channel,
+so results do not depend on how many there are. This module knows shards of prompts, generators and reward functions.
+It does not know how a stage gets a process of its own (`stages.runner`), nor what is selected.
 """
 
 import gc
-import json
 import logging
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -31,19 +28,14 @@ from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.rejection_sampling.prompts import PromptFile
 from trl_ext.pipelines.rejection_sampling.scored import text_hash
 from trl_ext.pipelines.reward_functions import RewardFunc, call_reward, is_by_name, load_reward
-from trl_ext.pipelines.stages.store import ShardStore, StoreError, write_json
+from trl_ext.pipelines.stages.runner import Isolate, StageError, run_job
+from trl_ext.pipelines.stages.store import ShardStore, StoreError
 
 
 logger = logging.getLogger(__name__)
 
-OwnProcess = Literal["auto", True, False]
-
 # Memory that a stage in this process may leave allocated on a GPU.
 MAX_LEFT_MIB = 500
-
-
-class StageError(RuntimeError):
-    """A stage failed; the message is its own."""
 
 
 @dataclass
@@ -82,27 +74,10 @@ class GenerateStage:
     backend_kwargs: dict[str, Any]
     processing_class: PreTrainedTokenizerBase | None = None
 
-    def spec(self) -> dict[str, Any] | None:
-        """What another process needs to run it, or `None` if something is here in memory only."""
-        if not isinstance(self.model, (str, Path)) or self.processing_class is not None:
-            return None
-        return {
-            "prompts": asdict(self.prompts) | {"path": str(self.prompts.path)},
-            "store": str(self.store.folder),
-            "model": str(self.model),
-            "backend": self.backend,
-            "sampling": asdict(self.sampling),
-            "num_generations": self.num_generations,
-            "seed": self.seed,
-            "backend_kwargs": self.backend_kwargs,
-        }
-
-    @classmethod
-    def of(cls, spec: dict[str, Any]) -> "GenerateStage":
-        """The inverse of `spec`."""
-        prompts = _prompt_file(spec["prompts"])
-        store = ShardStore.at(Path(spec["store"]), prompts.sizes)
-        return cls(**spec | {"prompts": prompts, "store": store, "sampling": Sampling(**spec["sampling"])})
+    @property
+    def portable(self) -> bool:
+        """Whether another process can run it: the model has a path, and nothing is in memory only."""
+        return isinstance(self.model, (str, Path)) and self.processing_class is None
 
     def run(self, shards: list[int], progress: Callable[[int], Any]) -> None:
         """Make these shards. Prompts of each are taken from the file as they are needed."""
@@ -161,24 +136,10 @@ class ScoreStage:
     reward: RewardFunc
     reward_name: str
 
-    def spec(self) -> dict[str, Any] | None:
-        """What another process needs to run it, or `None` if something is here in memory only."""
-        if not is_by_name(self.reward):
-            return None
-        return {
-            "prompts": asdict(self.prompts) | {"path": str(self.prompts.path)},
-            "rollouts": str(self.rollouts.folder),
-            "store": str(self.store.folder),
-            "reward": str(self.reward),
-            "reward_name": self.reward_name,
-        }
-
-    @classmethod
-    def of(cls, spec: dict[str, Any]) -> "ScoreStage":
-        """The inverse of `spec`."""
-        prompts = _prompt_file(spec["prompts"])
-        stores = {name: ShardStore.at(Path(spec[name]), prompts.sizes) for name in ("rollouts", "store")}
-        return cls(**spec | {"prompts": prompts} | stores)
+    @property
+    def portable(self) -> bool:
+        """Whether another process can run it: the reward function has a name or a path."""
+        return is_by_name(self.reward)
 
     def run(self, shards: list[int], progress: Callable[[int], Any]) -> None:
         """Make these shards."""
@@ -229,74 +190,50 @@ def _shard_seed(seed: int, rows: Sequence[dict[str, Any]]) -> int:
     return sample_seed(seed, rows[0]["prompt_id"], -1)
 
 
-def _prompt_file(spec: dict[str, Any]) -> PromptFile:
-    return PromptFile(**spec | {"path": Path(spec["path"])})
-
-
-# ------------------------------------------------------------------------------------------------------------- running
-def run_stage(stage: Stage, own_process: OwnProcess = "auto", wait_for_others: bool = True) -> None:
+def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = True) -> None:
     """
     Make what is missing of a stage's shards.
 
     Args:
         stage ([`GenerateStage`] or [`ScoreStage`]): what to run.
-        own_process (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`): in a process of its own; `"auto"`:
-            where there is a GPU and everything was given by name.
+        isolate (`str`, *optional*, defaults to `"auto"`):
+            Whether it gets a process of its own; see [`~trl_ext.pipelines.stages.runner.run_job`].
         wait_for_others (`bool`, *optional*, defaults to `True`): return when the shards of all processes are there.
     """
     workers = Workers.here()
     stage.store.create()
     missing = workers.own(stage.store.missing())
     if missing:
-        spec = stage.spec()
-        if own_process is True and spec is None:
-            raise ValueError(
-                f"The stage {stage.name} cannot have a process of its own: give the model and the reward functions by "
-                "path or name, and no processing_class."
-            )
-        if spec is not None and (own_process is True or (own_process == "auto" and torch.cuda.is_available())):
-            _run_in_own_process(stage.name, spec, missing, workers, stage.store.folder)
-        else:
-            before = _allocated()
-            _run_here(stage, missing, workers)
-            _check_given_back(stage.name, before)
+        before = _allocated()
+        run_job(
+            stage.name,
+            partial(_make, stage, missing, workers.rank == 0),
+            isolate,
+            portable=stage.portable,
+            environment=_environment(workers),
+        )
+        _check_given_back(stage.name, before)
     if wait_for_others and workers.count > 1:
         stage.store.wait()
 
 
-def _run_here(stage: Stage, shards: list[int], workers: Workers) -> None:
+def _make(stage: Stage, shards: list[int], shown: bool, on_progress: Callable[[float], None]) -> None:
+    """The job of a stage. Progress goes to a bar, in either process."""
     prompts = sum(stage.prompts.sizes[shard] for shard in shards)
     title = stage.name if isinstance(stage, GenerateStage) else f"{stage.name} ({stage.reward_name})"
-    with hf_logging.tqdm(total=prompts, unit=" prompts", desc=title, disable=workers.rank > 0, file=sys.stderr) as bar:
+    with hf_logging.tqdm(total=prompts, unit=" prompts", desc=title, disable=not shown, file=sys.stderr) as bar:
         stage.run(shards, bar.update)
 
 
-def _run_in_own_process(name: str, spec: dict[str, Any], shards: list[int], workers: Workers, folder: Path) -> None:
-    path = folder / f"stage-{workers.rank}.json"
-    error = path.with_suffix(".error")
-    error.unlink(missing_ok=True)
-    write_json(path, {"stage": name, "spec": spec, "shards": shards, "workers": asdict(workers)})
+def _environment(workers: Workers) -> dict[str, str]:
+    """The environment of a stage's own process: one GPU of those that this process sees, and no launcher."""
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in alone}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and workers.count > 1:
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-        if workers.count > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[workers.local_rank]
-    # The pipe closes when this process dies, however it dies, and the other one then ends too.
-    process = subprocess.Popen([sys.executable, "-m", __name__, str(path)], stdin=subprocess.PIPE, env=environment)
-    try:
-        status = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    finally:
-        process.stdin.close()
-    if status:
-        said = error.read_text(encoding="utf-8") if error.is_file() else f"Its exit status is {status}; see above."
-        raise StageError(f"The stage {name} failed in its own process. {said}")
-    path.unlink()
+        environment["CUDA_VISIBLE_DEVICES"] = devices[workers.local_rank]
+    return environment
 
 
 def _allocated() -> float:
@@ -311,31 +248,7 @@ def _check_given_back(name: str, before: float) -> None:
     after = _allocated()
     if after - before > MAX_LEFT_MIB:
         raise StageError(
-            f"The stage {name} left {after:.0f} MiB allocated on the GPU, and found {before:.0f} MiB. What it made is "
-            "kept. Give the model and the reward functions by path, so that it gets a process of its own, and run the "
-            "same again."
+            f"The stage {name} left {after:.0f} MiB allocated on the GPU; there were {before:.0f} MiB before it. What "
+            "it made is kept. Give the model and the reward functions by path, so that the stage gets a process of "
+            "its own, and run the same again."
         )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the stage that a file describes. Returns the exit status."""
-    (path,) = sys.argv[1:] if argv is None else argv
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    stage = {kind.name: kind for kind in (GenerateStage, ScoreStage)}[job["stage"]].of(job["spec"])
-    try:
-        _run_here(stage, job["shards"], Workers(**job["workers"]))
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        Path(path).with_suffix(".error").write_text(str(error), encoding="utf-8")
-        logger.debug("The stage failed.", exc_info=True)
-        return 1
-    return 0
-
-
-def _end_with_parent() -> None:
-    os.read(0, 1)  # nothing is ever written
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

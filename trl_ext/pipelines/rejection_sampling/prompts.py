@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.data.validation import DataError
-from trl_ext.pipelines.generation.records import canonical, prompt_id, prompt_of
+from trl_ext.pipelines.generation.records import prompt_id, prompt_of
+from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.store import StoreError, count_lines, read_lines, write_lines
 
 

@@ -17,9 +17,9 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from trl_ext.pipelines.generation.records import canonical
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
+from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.store import write_lines
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trl_ext.pipelines.stages.store import write_json
+from trl_ext.pipelines.stages.store import check_manifest, write_json
 
 
 class Rounds:
@@ -40,21 +40,15 @@ class Rounds:
         Keep the settings, or compare them with those of the rounds that are here.
 
         Raises:
-            ValueError: they differ; names what does.
+            [`~trl_ext.pipelines.stages.cache_key.StaleError`]: they differ; names what does.
         """
-        path = self.folder / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        if not path.is_file():
-            write_json(path, settings)
-            return
-        there = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
-        if different:
-            shown = ", ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now" for name in different)
-            raise ValueError(
-                f"The rounds in {self.folder} were made with other settings ({shown}). Go on with the old ones, give "
-                "another output_dir, or start over with train(resume_from_checkpoint=False)."
-            )
+        check_manifest(
+            self.folder / "settings.json",
+            settings,
+            f"The rounds in {self.folder} were",
+            "Go on with the old ones, give another output_dir, or start over with "
+            "train(resume_from_checkpoint=False).",
+        )
 
     def history(self) -> list[dict[str, Any]]:
         """The metrics of the rounds that are done, from round 0 on."""

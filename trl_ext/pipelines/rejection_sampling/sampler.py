@@ -17,13 +17,12 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_ext.pipelines.generation.backends import as_plain, model_of_backend
+from trl_ext.pipelines.generation.backends import model_of_backend
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
 from trl_ext.pipelines.rejection_sampling.diagnostics import round_metrics
 from trl_ext.pipelines.rejection_sampling.generate_and_score import (
     GenerateStage,
-    OwnProcess,
     ScoreStage,
     Workers,
     run_stage,
@@ -33,13 +32,14 @@ from trl_ext.pipelines.rejection_sampling.sample_table import StoredSamples
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
 from trl_ext.pipelines.rejection_sampling.selection import select
 from trl_ext.pipelines.reward_functions import RewardFunc, as_list, check_rewards, reward_identity, weights_by_name
+from trl_ext.pipelines.stages.cache_key import key_of
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
-from trl_ext.pipelines.stages.store import ShardStore, StoreError, key_of, write_json, write_lines
+from trl_ext.pipelines.stages.runner import Isolate, check_isolate
+from trl_ext.pipelines.stages.store import ShardStore, StoreError, write_json, write_lines
+from trl_ext.pipelines.stages.values import plain
 
 
 logger = logging.getLogger(__name__)
-
-StageName = Literal["all", "generate", "score", "select"]
 
 FORMAT = 1  # of all files; another number gets stores of its own
 
@@ -105,16 +105,21 @@ class RejectionSampler:
         generation_batch_size: int = 32,
         model_init_kwargs: dict[str, Any] | None = None,
         server: dict[str, Any] | None = None,
-        own_process: OwnProcess = "auto",
+        isolate: Isolate = "auto",
+        own_process: bool | Literal["auto"] | None = None,
         **sampling: Any,
     ):
+        if own_process is not None:
+            isolate = {True: "always", False: "never"}.get(own_process, "auto")
+            logger.warning(f"own_process={own_process!r} is deprecated: say isolate={isolate!r}.")
+        check_isolate(isolate)
         self.sampling = Sampling.of(**sampling)
         check_request(num_generations, backend, self.sampling)
         if Workers.here().count > 1:
             PartialState()  # here, where all processes come by; a scorer asks for it later, where not all may
         self.output_dir = Path(output_dir)
         self.num_generations = num_generations
-        self._own_process = own_process
+        self._isolate = isolate
         self._rewards = [] if reward_funcs is None else as_list(reward_funcs)
         self.reward_weights = weights_by_name(self._rewards, reward_weights)
         self.reward_names = list(self.reward_weights)
@@ -127,7 +132,7 @@ class RejectionSampler:
         if in_process and server:
             raise ValueError(f"server={server} is for the backends 'vllm' and 'openai'.")
         if backend != "openai":
-            kwargs["model_init_kwargs"] = as_plain(model_init_kwargs or {})
+            kwargs["model_init_kwargs"] = plain(model_init_kwargs or {})
         manifest = {
             "format": FORMAT,
             "backend": backend,
@@ -178,13 +183,13 @@ class RejectionSampler:
 
     def generate(self) -> None:
         """Generate what is missing."""
-        run_stage(self._generate, self._own_process)
+        run_stage(self._generate, self._isolate)
 
     def score(self) -> None:
         """Score what is missing. Raises [`~trl_ext.pipelines.stages.store.StoreError`] if completions are missing."""
         self._need(self._generate.store, "generate")
         for stage in self._score:
-            run_stage(stage, self._own_process)
+            run_stage(stage, self._isolate)
 
     def _need(self, store: ShardStore, stage: str) -> None:
         missing = store.missing()
@@ -229,7 +234,7 @@ class RejectionSampler:
         name = selection if isinstance(selection, str) else selection.__name__
         manifest = {
             "selection": name,
-            "options": as_plain(kwargs),
+            "options": plain(kwargs),
             "drop_truncated": drop_truncated,
             "reward_weights": self.reward_weights,
             "scores": [stage.store.folder.name for stage in self._score],
@@ -307,11 +312,11 @@ def rejection_sample(
             `reward_weights` (one number a function; 1 by default); `shard_size` (prompts that are generated and stored
             at a time, 64); `processing_class`; `generation_batch_size` (completions in a batch in this process, 32);
             `model_init_kwargs`; `server`, a `dict` of `server_base_url`, `server_timeout`, `max_concurrency`,
-            `max_retries`, `api_key_variable` (see [`make_generator`]); `own_process`
-            (each stage in a process of its own: `"auto"`, where there is a GPU and everything is given by path);
-            and the fields of [`Sampling`]: `max_completion_length`, `temperature`,
-            `top_p`, `top_k`, `min_p`, `repetition_penalty`, `stop`, `generation_kwargs`, `chat_template`,
-            `chat_template_kwargs`, `system_prompt`, `few_shot`.
+            `max_retries`, `api_key_variable` (see [`make_generator`]); `isolate`
+            (whether each stage gets a process of its own, which gives all memory back: `"always"`, `"never"`, or
+            `"auto"`, the default: on a GPU, if everything is given by path); and the fields of [`Sampling`]:
+            `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, `stop`,
+            `generation_kwargs`, `chat_template`, `chat_template_kwargs`, `system_prompt`, `few_shot`.
 
     Returns:
         `Dataset` in the order of the prompts. For `SFTTrainer`: `prompt`, `completion`, `score`, `scores` by function,

@@ -50,6 +50,7 @@ from trl_ext.pipelines.reward_functions import (
     with_tokenizers,
 )
 from trl_ext.pipelines.stages.store import write_json
+from trl_ext.pipelines.stages.values import plain
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
 
@@ -376,7 +377,7 @@ class RejectionSamplingTrainer:
         settings = self.args.settings_of_a_round()
         settings["model"] = model_identity(self._given, self._init_kwargs.get("revision"))
         if "quantization_config" in self._init_kwargs:
-            settings["quantization_config"] = str(self._init_kwargs["quantization_config"])
+            settings["quantization_config"] = plain(self._init_kwargs["quantization_config"])
         settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
         if self._verifier is not None:
             settings["verifier"] = reward_identity(self._verifier) or reward_names([self._verifier])[0]
@@ -384,8 +385,7 @@ class RejectionSamplingTrainer:
         if self._eval_dataset is not None:
             settings["eval_prompts"] = _digest(self._eval_dataset)
         if self._peft_config is not None:
-            peft = self._peft_config.to_dict()
-            settings["peft"] = {name: sorted(v) if isinstance(v, set) else str(v) for name, v in peft.items()}
+            settings["peft"] = plain(self._peft_config)
         return settings
 
 

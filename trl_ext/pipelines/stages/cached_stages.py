@@ -1,7 +1,7 @@
-"""Stages that depend on each other, each with a folder of its own that is kept and used again.
+"""Stages that depend on each other. Each has its own folder, which is kept and used again.
 
-A stage is used again when nothing that its result depends on has changed: its own settings, the versions of the
-libraries, and, through their keys, the stages that it needs. It knows nothing of models or of what a stage does.
+A stage is used again while nothing that its result depends on has changed: its settings, the versions of the
+libraries, and, through their cache keys, the stages that it needs. This module does not know what a stage does.
 
     >>> two = Stage("two", "Two", lambda context: {"value": context.settings["value"]}, {"value": 2})
     >>> four = Stage("four", "Four", lambda context: {"value": 2 * context.results["two"]["value"]}, {}, ("two",))
@@ -12,6 +12,7 @@ libraries, and, through their keys, the stages that it needs. It knows nothing o
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trl_ext.pipelines.stages.workers import JobRunner, ThisProcess
+from trl_ext.pipelines.stages.cache_key import canonical, changes_between
+from trl_ext.pipelines.stages.runner import JobRunner, StageError, ThisProcess
 
+
+logger = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
@@ -32,11 +36,11 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
 @dataclass(frozen=True)
 class StageContext:
     """
-    What a stage is given.
+    What a stage gets when it runs.
 
     Args:
         folder (`Path`):
-            An empty folder for its files. It is moved when the stage is done: write no absolute paths into it.
+            An empty folder for its files. It is moved when the stage is done, so no file in it may hold its path.
         settings (`Mapping[str, Any]`):
             The stage's settings.
         results (`Mapping[str, dict]`):
@@ -46,7 +50,7 @@ class StageContext:
         report_to (`str`):
             For the `report_to` of trainers.
         progress (`Callable[[float], None]`):
-            To be called with the share that is done, in `[0, 1]`.
+            A function to call with the share that is done, in `[0, 1]`.
     """
 
     folder: Path
@@ -60,7 +64,7 @@ class StageContext:
 @dataclass(frozen=True)
 class Stage:
     """
-    One stage.
+    A step of a pipeline whose result is kept.
 
     Args:
         name (`str`):
@@ -68,15 +72,16 @@ class Stage:
         title (`str`):
             What the progress line calls it.
         run (`Callable[[StageContext], dict]`):
-            Does it and returns what is worth reporting, as values that JSON can hold.
+            Does the work, writes its files into `context.folder`, and returns what is worth reporting as JSON values.
         settings (`Mapping[str, Any]`):
-            Everything that its result depends on, as values that JSON can hold.
+            Everything that its result depends on, as JSON values. Arguments of a trainer go through
+            [`~trl_ext.pipelines.stages.training_arguments.arguments_key`].
         needs (`tuple[str, ...]`, *optional*):
             Names of the stages whose results or folders it uses.
         seconds (`float`, *optional*, defaults to `10.0`):
-            How long it takes on two CPU cores, for the estimate of the time that is left.
+            How long it takes on two CPU cores, for the estimate of the remaining time.
         trains (`bool`, *optional*, defaults to `False`):
-            Whether it trains, and so has a run of its own on Weights & Biases.
+            Whether it trains, and therefore has its own run on Weights & Biases.
     """
 
     name: str
@@ -90,7 +95,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage: its result, its files, the seconds it took when it ran, and whether that was earlier."""
+    """The outcome of a stage: its result, its folder, the seconds it took, and whether an earlier run made it."""
 
     result: dict[str, Any]
     folder: Path
@@ -99,13 +104,9 @@ class Outcome:
     title: str
 
 
-class StageError(ValueError):
-    """The stages do not fit together, or a result cannot be stored."""
-
-
 def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
     """
-    The hash of everything that each stage's result depends on, by name.
+    The cache key of each stage, by name.
 
     Raises:
         [`StageError`]: Two stages have one name, or a stage needs one that does not come before it.
@@ -124,7 +125,7 @@ def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
             "versions": versions,
             "needs": {name: keys[name] for name in stage.needs},
         }
-        keys[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        keys[stage.name] = hashlib.sha256(canonical(content)).hexdigest()
     return keys
 
 
@@ -137,6 +138,10 @@ def find_done(stages: Sequence[Stage], output_dir: str | Path) -> dict[str, Outc
         record = _read_record(folder)
         if record is not None and record["key"] == keys[stage.name]:
             done[stage.name] = Outcome(record["result"], folder, record["seconds"], cached=True, title=stage.title)
+        elif record is not None:
+            changes = changes_between(record.get("settings", {}), json.loads(json.dumps(dict(stage.settings))))
+            because = "; ".join(map(str, changes)) or "a library or a stage that it needs changed"
+            logger.info(f"The stage {stage.name!r} runs again: {because}.")
     return done
 
 
@@ -156,7 +161,7 @@ def run_stages(
     runner: JobRunner | None = None,
 ) -> dict[str, Outcome]:
     """
-    Runs the stages, except those whose result is there already.
+    Run the stages, except those whose result is still valid.
 
     A stage writes to `<name>.partial`, which becomes `<name>` when it is done: a run that was interrupted leaves no
     folder that looks complete. Only folders that a stage of this name made are ever replaced.
@@ -173,20 +178,20 @@ def run_stages(
         on_progress (`Callable[[Stage, float], None]`, *optional*):
             Called with a stage and the share of it that is done.
         on_end (`Callable[[Stage, Outcome], None]`, *optional*):
-            Called after every stage, also one that was there already.
+            Called after every stage, also after one that was kept.
         open_run (`Callable[[Stage], AbstractContextManager[str]]`, *optional*):
-            Opens a stage's run on an experiment tracker and gives its `report_to`; closed when the stage ends.
-        runner ([`~trl_ext.pipelines.stages.workers.JobRunner`], *optional*):
-            Where stages run. By default one after the other in this process; with
-            [`~trl_ext.pipelines.stages.workers.OwnProcesses`] side by side, each as soon as those that it needs are
-            done and a process is free (`run` and `open_run` are then functions of a module).
+            Opens a stage's run on an experiment tracker and gives its `report_to`. It is closed when the stage ends.
+        runner ([`~trl_ext.pipelines.stages.runner.JobRunner`], *optional*):
+            Where stages run: by default one after the other in this process. With
+            [`~trl_ext.pipelines.stages.runner.OwnProcesses`] they run side by side, each as soon as the stages that it
+            needs are done and a process is free; `run` and `open_run` are then functions of a module.
 
     Returns:
         `dict[str, Outcome]`: By name, in order.
 
     Raises:
-        [`StageError`]: see [`stage_keys`]; or a result holds something that JSON does not; or a folder of that name is
-            there which no stage made.
+        [`StageError`]: see [`stage_keys`]; or a result holds something that JSON cannot; or a folder has a stage's
+            name and no stage made it.
     """
     output_dir = Path(output_dir)
     keys = stage_keys(stages)

@@ -1,23 +1,22 @@
-"""Files that survive a crash: shards of JSON lines, each line with a checksum, each file there whole or not at all.
+"""Files that survive a crash: shards of JSON lines, and the manifest that says what a result depends on.
 
-A store is a folder named after the hash of its manifest, which says what its content depends on. Its shards are
-numbered, and each holds a known number of records. A shard is written to one side, synced and renamed, so that a kill
-at any moment leaves it missing or finished. It knows nothing of what records mean.
+A store is a folder that is named after its cache key, the hash of its manifest. Its shards are numbered, and each
+holds a known number of records, each line with a checksum. A shard is written to one side, synced and renamed, so that
+a kill at any moment leaves it either missing or complete. This module does not know what records mean.
 """
 
-import hashlib
 import json
 import logging
 import os
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trl_ext.pipelines.generation.records import canonical
+from trl_ext.pipelines.stages.cache_key import Change, StaleError, changes_between, key_of
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,8 @@ class DamagedError(StoreError):
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool = True) -> int:
     """
-    Write records as lines of JSON, with a checksum each or without; the file is there when it is whole, never before.
+    Write records as lines of JSON, each with a checksum or without. The file appears when it is complete, never
+    before.
 
     Returns:
         `int`: number of records.
@@ -102,9 +102,38 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def key_of(manifest: dict[str, Any]) -> str:
-    """The name of a store: a hash of what its content depends on."""
-    return hashlib.sha256(canonical(manifest)).hexdigest()[:16]
+def check_manifest(
+    path: Path, manifest: dict[str, Any], where: str, fix: str, places: Mapping[str, str] | None = None
+) -> None:
+    """
+    Keep a manifest in a file, or compare it with the one that is there.
+
+    Args:
+        path (`Path`): the file.
+        manifest (`dict`): JSON-ready; everything that the result beside it depends on.
+        where (`str`): what errors call the result, with its verb: `"The rounds in runs/1 were"`.
+        fix (`str`): what to do about a difference.
+        places (`Mapping[str, str]`, *optional*):
+            Entries that only say where something lies, and the entry that holds its content:
+            `{"model": "model_sha256"}`. A moved model is the same; one whose content changed is named by its places.
+
+    Raises:
+        [`StaleError`]: the two differ; names every entry that does, with both values.
+        [`StoreError`]: the file is damaged.
+    """
+    manifest = json.loads(json.dumps(manifest))
+    if not path.is_file():
+        write_json(path, manifest)
+        return
+    before, places = read_json(path), places or {}
+    contents = {content: place for place, content in places.items()}
+    changes: list[Change | str] = []
+    for change in changes_between(before, manifest, ignore=places):
+        place = contents.get(change.name)
+        shown = f"another {place} at {before.get(place)}, now {manifest[place]}" if place in manifest else change
+        changes.append(shown)
+    if changes:
+        raise StaleError(where, changes, fix)
 
 
 @dataclass
@@ -133,7 +162,7 @@ class ShardStore:
     @classmethod
     def at(cls, folder: Path, sizes: list[int]) -> "ShardStore":
         """The store that [`~ShardStore.create`] made at this place."""
-        store = cls(folder.parent, _read_manifest(folder / "manifest.json"), sizes)
+        store = cls(folder.parent, read_json(folder / "manifest.json"), sizes)
         if store.folder.name != folder.name:
             raise StoreError(f"{folder}/manifest.json was changed: it does not belong there. Delete {folder}.")
         return store
@@ -142,7 +171,7 @@ class ShardStore:
         """
         Make the folder with its manifest, or check the one that is there.
 
-        Other stores beside it, made by another configuration, stay as they are; what differs is said once.
+        Stores of other configurations stay beside it; a warning names once what differs from the nearest of them.
         """
         path = self.folder / "manifest.json"
         if path.is_file():
@@ -151,18 +180,18 @@ class ShardStore:
         near = self.nearest()
         if near is not None:
             logger.warning(
-                f"{self.root} already holds {near[0].name}, made with {near[1]}. It is kept, and not used: this "
-                f"configuration gets a folder of its own, {self.folder.name}."
+                f"{self.root} already holds {near[0].name}, made with {near[1]}. It is kept and not used: this "
+                f"configuration gets its own folder, {self.folder.name}."
             )
         write_json(path, self.manifest)
 
     def nearest(self) -> tuple[Path, str] | None:
-        """The store beside this one whose manifest differs least, and in what (its value first, then ours)."""
+        """The store beside this one whose manifest differs least, and what differs (its value first, then ours)."""
         found = []
         for path in sorted(self.root.glob("*/manifest.json")):
             if path.parent != self.folder:
-                differences = _differences(_read_manifest(path), self.manifest)
-                found.append((len(differences), path.parent, "; ".join(differences)))
+                changes = changes_between(read_json(path), self.manifest)
+                found.append((len(changes), path.parent, "; ".join(map(str, changes))))
         return min(found)[1:] if found else None
 
     def path(self, shard: int) -> Path:
@@ -170,7 +199,7 @@ class ShardStore:
         return self.folder / f"shard-{shard:06d}.jsonl"
 
     def write(self, shard: int, records: Iterable[dict[str, Any]]) -> None:
-        """Write a shard. Raises [`StoreError`] where that fails, and if it does not have its number of records."""
+        """Write a shard. Raises [`StoreError`] if that fails or the number of records is wrong."""
         count = write_lines(self.path(shard), records)
         if count != self.sizes[shard]:
             self.path(shard).unlink()
@@ -178,7 +207,7 @@ class ShardStore:
         self._complete.add(shard)
 
     def read(self, shard: int, places: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
-        """The records of a shard, or those at some places. Raises [`StoreError`] where it is missing or damaged."""
+        """The records of a shard, or those at `places`. Raises [`StoreError`] if the shard is missing or damaged."""
         if not self.path(shard).is_file():
             raise StoreError(f"{self.path(shard)} is missing. Run the stage that makes it again.")
         needed = self.sizes[shard] if places is None else len(places)
@@ -190,7 +219,7 @@ class ShardStore:
             raise DamagedError(f"{self.path(shard)} gave {count} records; needed: {needed}.")
 
     def is_complete(self, shard: int) -> bool:
-        """Whether a shard is there and whole, which is checked once. Of a damaged one a warning says so."""
+        """Whether a shard is there and complete. It is checked once; a damaged shard is reported by a warning."""
         if shard in self._complete:
             return True
         path = self.path(shard)
@@ -207,24 +236,24 @@ class ShardStore:
         return True
 
     def missing(self) -> list[int]:
-        """The shards that are not there, or not whole."""
+        """The shards that are missing or damaged."""
         return [shard for shard in range(len(self.sizes)) if not self.is_complete(shard)]
 
     def wait(self, seconds: float = 0.2) -> None:
-        """Return when all shards are there, those that other processes make too."""
+        """Wait until all shards are there, including those that other processes make."""
         while self.missing():
             time.sleep(seconds)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file that is there when it is whole. Raises [`StoreError`]."""
+    """Write a JSON file that appears when it is complete. Raises [`StoreError`]."""
     with _whole_file(path, "Make room and run again.") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 @contextmanager
 def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
-    """A file to write to that takes its name once it is whole and synced. Raises [`StoreError`], with what to do."""
+    """A file to write to. It takes its name once it is complete and synced. Raises [`StoreError`] with what to do."""
     staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")  # two processes may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,26 +267,11 @@ def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
         raise StoreError(f"{path} could not be written: {error.strerror or error}. {advice}") from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What [`write_json`] wrote. Raises [`StoreError`] for a file that is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StoreError(
             f"{path} is not valid JSON ({error}). Delete {path.parent} to make its content again."
         ) from error
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = []
-    for key in sorted({*before, *now}):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += _differences(one, other)
-        elif one != other:
-            found.append(f"{key}={_short(one)}, now {_short(other)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

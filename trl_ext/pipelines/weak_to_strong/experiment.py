@@ -9,7 +9,6 @@ model. A run is kept, and used again while nothing that it depends on changes. T
 and collects their results. `runs` trains and judges one model, `tasks` knows the data, `splits` divides the rows.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,24 +19,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from trl_ext.models.fingerprint import model_identity, path_identity
+from trl_ext.models.fingerprint import model_identity
 from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageContext, run_stages
-from trl_ext.pipelines.stages.callables import callable_identity
+from trl_ext.pipelines.stages.runner import run_job
+from trl_ext.pipelines.stages.training_arguments import arguments_key
+from trl_ext.pipelines.stages.values import plain
 from trl_ext.pipelines.weak_to_strong.config import TASKS, WeakToStrongArguments
 from trl_ext.pipelines.weak_to_strong.labels import combine, learnt_weights
 from trl_ext.pipelines.weak_to_strong.report import WeakToStrongReport, pair_report
 from trl_ext.pipelines.weak_to_strong.runs import (
     Run,
     changed_arguments,
-    in_own_process,
     read_judgements,
-    train_and_judge,
+    train_and_judge_job,
 )
 from trl_ext.pipelines.weak_to_strong.splits import content_hash, group_of, make_splits
 from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Metric, Row, Task
@@ -45,19 +44,11 @@ from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Metric, Row, Task
 
 logger = logging.getLogger(__name__)
 
-# Arguments of a trainer that change nothing of what is learnt.
-IRRELEVANT = (
-    "output_dir",
-    "seed",
-    "data_seed",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "project",
-    "trackio_space_id",
-)
-IRRELEVANT_PREFIXES = ("logging_", "log_", "hub_", "push_to_hub", "save_", "eval_", "dataloader_")
-RELEVANT = ("dataloader_drop_last",)  # in spite of its prefix
+# Arguments that a run does not depend on, beside those of every training.
+RUN_IRRELEVANT = {
+    "seed": "Each run has its own seed, which is part of its cache key.",
+    "data_seed": "Runs leave it unset and draw their order from their own seed.",
+}
 
 # Arguments that the experiment sets for each run, so that weak_training cannot.
 SET_BY_THE_EXPERIMENT = ("output_dir", "run_name", "seed", "data_seed", "save_strategy", "eval_strategy", "report_to")
@@ -211,9 +202,8 @@ class Experiment:
             teacher = context.folders[supervisors[0]]
         splits = {name: self._splits[name] for name in judged}
         job = (run, training, splits, context.folder, teacher, context.report_to)
-        isolate = self._config.isolate
-        apart = isolate == "always" or (isolate == "auto" and torch.cuda.is_available())
-        return measured | (in_own_process(job, context.folder) if apart else train_and_judge(*job))
+        name = context.folder.name.removesuffix(".partial")
+        return measured | run_job(name, partial(train_and_judge_job, job), self._config.isolate)
 
     def _weak_labels(self, folders: Sequence[Path], split: str) -> tuple[list[Judgement], list[float] | None]:
         """The labels that weak supervisors give a split together, and the weights that were learnt for it."""
@@ -305,26 +295,13 @@ def cache_settings(run: Run, model_key: str, judged: Sequence[str]) -> dict[str,
         model_key (`str`): the cache key of its model.
         judged (sequence of `str`): the splits that the model judges.
     """
-    arguments = {
-        name: value
-        for name, value in run.arguments(Path(run.args.output_dir), "none").to_dict().items()
-        if name in RELEVANT or not (name in IRRELEVANT or name.startswith(IRRELEVANT_PREFIXES))
-    }
-    if arguments.get("chat_template_path") is not None:
-        arguments["chat_template_path"] = path_identity(arguments["chat_template_path"])
-    loss_type = run.callables().get("loss_type")
-    settings = {
-        "task": run.task.settings(judged),
+    overrides = run.task.loss_arguments(run.loss, run.loss_kwargs)
+    return {
+        "task": plain(run.task.settings(judged)),
         "model": model_key,
-        "arguments": arguments,
-        "loss_function": None if loss_type is None else callable_identity(loss_type),  # the arguments have its name
+        "arguments": arguments_key(run.args, overrides, RUN_IRRELEVANT),
         "seed": run.seed,
-        "peft": None if run.peft_config is None else run.peft_config.to_dict(),
-        "quantization": None if run.quantization_config is None else run.quantization_config.to_dict(),
-        "loss": [run.loss, run.loss_kwargs],
+        "peft": plain(run.peft_config),
+        "quantization": plain(run.quantization_config),
+        "loss": [run.loss, plain(run.loss_kwargs)],
     }
-    return json.loads(json.dumps(settings, sort_keys=True, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -5,9 +5,6 @@ It knows a task, a trainer's arguments and files. It knows no splits, no other r
 
 import dataclasses
 import gc
-import json
-import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +15,7 @@ import torch
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainingArguments
 
-from trl_ext.pipelines.stages.callables import callable_identity
+from trl_ext.pipelines.stages.runner import in_own_process
 from trl_ext.pipelines.stages.store import read_lines, write_lines
 from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, Task
 
@@ -94,14 +91,6 @@ class Run:
         changes["report_to"] = [report_to] if report_to != "none" else []
         return changed_arguments(self.args, changes | self.task.loss_arguments(self.loss, self.loss_kwargs))
 
-    def callables(self) -> dict[str, Callable]:
-        """The user's functions that the result depends on, by the name of their argument."""
-        given = {
-            "metric": getattr(self.task, "metric", None),  # only texts are judged by one
-            "loss_type": getattr(self.args, "loss_type", None),
-        }
-        return {name: value for name, value in given.items() if callable(value)}
-
 
 def train(run: Run, rows: Sequence[Row], folder: Path, teacher: Path | None, report_to: str) -> dict[str, float]:
     """Train on rows, save to a folder, and return what the trainer measured."""
@@ -136,45 +125,18 @@ def train_and_judge(
         measured[name] = sum(judgement.right for judgement in judgements) / len(judgements)
     if torch.cuda.is_available():
         measured["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    elif in_own_process() and sys.platform == "linux":  # the peak of the whole process, counted in KiB there
+        import resource
+
+        measured["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return measured
+
+
+def train_and_judge_job(arguments: tuple[Any, ...], on_progress: Callable[[float], None]) -> dict[str, Any]:
+    """[`train_and_judge`] as a job of [`~trl_ext.pipelines.stages.runner.run_job`]."""
+    return train_and_judge(*arguments)
 
 
 def read_judgements(folder: Path, split: str) -> list[Judgement]:
     """The judgements that [`train_and_judge`] stored."""
     return [Judgement(**record) for record in read_lines(folder / f"{split}.jsonl")]
-
-
-def in_own_process(job: tuple[Any, ...], folder: Path) -> dict[str, Any]:
-    """
-    [`train_and_judge`] in a fresh process, which gives back all its memory when it ends.
-
-    Args:
-        job (`tuple`): the arguments of [`train_and_judge`].
-        folder (`Path`): an existing folder, which holds the job and its result for a moment.
-    """
-    for what, function in job[0].callables().items():
-        name = callable_identity(function)["function"]
-        if name.startswith("__main__.") or "<l" in name:  # <lambda>, <locals>
-            raise ValueError(
-                f"The {what} {name!r} is defined in the script, within a function or as a lambda, and another process "
-                "cannot import it. Put it into a module of its own, or set isolate='never'."
-            )
-    given, result = folder / "job.pickle", folder / "result.json"
-    given.write_bytes(pickle.dumps(job))
-    try:
-        status = subprocess.run([sys.executable, "-m", __name__, str(given), str(result)], check=False).returncode
-        if status:
-            raise RuntimeError(f"The run in {folder.name} failed in its own process (exit status {status}).")
-        return json.loads(result.read_text(encoding="utf-8"))
-    finally:
-        given.unlink()
-        result.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    outcome = train_and_judge(*pickle.loads(Path(sys.argv[1]).read_bytes()))  # `in_own_process` has just written it
-    if sys.platform == "linux":  # on a CPU, the peak of the whole process (counted in KiB there)
-        import resource
-
-        outcome.setdefault("peak_memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    Path(sys.argv[2]).write_text(json.dumps(outcome), encoding="utf-8")

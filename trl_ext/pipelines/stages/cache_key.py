@@ -1,0 +1,97 @@
+"""Cache keys: what a stored result depends on, as JSON, and what to say when that has changed.
+
+A *manifest* is a dictionary of JSON values that names everything a result depends on. Its hash is the cache key. This
+module compares manifests; it does not know where they are kept (`store`), nor how a Python value becomes JSON
+(`values`).
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    One entry that differs between two manifests.
+
+    Args:
+        name (`str`): the entry; entries of nested dictionaries are joined by dots.
+        before: the value that the stored result was made with.
+        now: the value that was given now.
+    """
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}={_short(self.before)}, now {_short(self.now)}"
+
+
+class StaleError(ValueError):
+    """
+    A stored result was made from something else than what was given now.
+
+    The message names every entry that changed, with its old and new value, and what to do.
+
+    Args:
+        where (`str`): what is stored and where, with its verb: `"The rounds in runs/1 were"`.
+        changes (`Sequence[Change | str]`): what differs.
+        fix (`str`): what to do about it.
+    """
+
+    def __init__(self, where: str, changes: Sequence[Change | str], fix: str):
+        self.where, self.changes, self.fix = where, list(changes), fix
+        super().__init__(f"{where} made with other settings ({'; '.join(map(str, changes))}). {fix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.where, self.changes, self.fix)
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, for hashing."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def key_of(manifest: Mapping[str, Any]) -> str:
+    """
+    The cache key of a manifest: 16 hexadecimal digits that do not depend on the order of its entries.
+
+    Example:
+
+    ```python
+    >>> key_of({"temperature": 1.0, "seed": 0}) == key_of({"seed": 0, "temperature": 1.0})
+    True
+    ```
+    """
+    return hashlib.sha256(canonical(manifest)).hexdigest()[:16]
+
+
+def changes_between(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignore: Collection[str] = (), prefix: str = ""
+) -> list[Change]:
+    """
+    The entries that differ, by name.
+
+    Args:
+        before (`Mapping`): the manifest of what is stored.
+        now (`Mapping`): the manifest of what was asked for.
+        ignore (`Collection[str]`, *optional*): top-level entries that may differ.
+        prefix (`str`, *optional*): put before each name.
+    """
+    found = []
+    for name in sorted({*before, *now} - set(ignore)):
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += changes_between(one, other, prefix=f"{prefix}{name}.")
+        elif one != other:
+            found.append(Change(f"{prefix}{name}", one, other))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

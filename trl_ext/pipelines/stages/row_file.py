@@ -1,0 +1,131 @@
+"""A file of rows that a command writes in the order of its input, and that a rerun continues.
+
+The rows of the output are those of the input with columns added. A manifest beside the file says what made it. On a
+rerun the manifest and the rows that are there are compared with what was given now; a torn last line is cut off.
+This module knows rows of JSON. It does not know what the added columns mean.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_ext.pipelines.stages.cache_key import StaleError
+from trl_ext.pipelines.stages.store import StoreError, check_manifest
+
+
+Row = dict[str, Any]
+
+FIX = "Give another --output, or delete this one to start again."
+
+
+@dataclass
+class RowFile:
+    """
+    An output of rows.
+
+    ```python output = RowFile(Path("scored.jsonl"), {"model_sha256": ..., "max_length": 512}, added=("score",)) done =
+    output.resume(rows, "rows.jsonl")  # rows: an iterator of (line number, row), now behind those that are there with
+    output.open() as file:
+        output.append(file, [row | {"score": 1.0} for _, row in islice(rows, 64)])
+    ```
+
+    Args:
+        path (`Path`): the JSONL file.
+        manifest (`dict`): JSON-ready; everything that the added columns depend on beside the rows.
+        added (`Collection[str]`): columns that the command adds. Input rows must not have them.
+        places (`dict[str, str]`, *optional*):
+            Entries of the manifest that only say where something lies, and the entry that holds its content:
+            `{"model": "model_sha256"}`. A changed content is reported with both places.
+        block (`int`, *optional*, defaults to `1`):
+            How many rows are computed together, so that an unfinished block is computed again.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    added: Collection[str]
+    places: dict[str, str] | None = None
+    block: int = 1
+
+    @property
+    def manifest_path(self) -> Path:
+        """The file beside the output that says what made it."""
+        return self.path.with_name(self.path.name + ".manifest.json")
+
+    def resume(self, rows: Iterable[tuple[int, Row]], name: str, total: int | None = None) -> int:
+        """
+        Take up what is there, and move `rows` behind the rows that the output holds.
+
+        Args:
+            rows (iterator of `tuple[int, dict]`): line number and row of the input.
+            name (`str`): what errors call the input.
+            total (`int`, *optional*): how many rows the input has; a last block may be shorter than `block`.
+
+        Returns:
+            `int`: number of rows that the output holds and keeps.
+
+        Raises:
+            [`StaleError`]: the output was made with other settings or from other rows.
+            [`StoreError`]: the output was not made by this command, or a line of it is no JSON.
+        """
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            self.manifest_path.unlink(missing_ok=True)
+        elif not self.manifest_path.is_file():
+            raise StoreError(
+                f"{self.path} holds data that this command did not write ({self.manifest_path.name} is missing). {FIX}"
+            )
+        fix = f"Its rows cannot be continued. {FIX}"
+        check_manifest(self.manifest_path, self.manifest, f"{self.path} was", fix, places=self.places or {})
+        if not self.path.exists():
+            return 0
+        with open(self.path, "rb") as file:
+            whole = sum(line.endswith(b"\n") for line in file)
+        if total is not None and whole > total:
+            raise StaleError(f"{self.path} was", [f"it has {whole} rows, and the input {total}"], fix)
+        keep = whole if whole == total else whole // self.block * self.block
+        remaining, end = iter(rows), 0
+        with open(self.path, "r+b") as file:
+            for number, line in enumerate(file, start=1):
+                if number > keep:
+                    break
+                self._compare(number, line, *next(remaining, (None, None)), name)
+                end += len(line)
+            file.truncate(end)
+        return keep
+
+    def _compare(self, number: int, line: bytes, at: int | None, row: Row | None, name: str) -> None:
+        try:
+            written = json.loads(line)
+        except ValueError as error:
+            raise StoreError(f"{self.path}, line {number}: not valid JSON ({error}). {FIX}") from error
+        if row is not None:
+            written = {column: value for column, value in written.items() if column not in self.added or column in row}
+        if row is None or _text(row) != _text(written):
+            where = f"line {at} of {name}" if row is not None else f"any line of {name}, which is shorter"
+            raise StaleError(
+                f"{self.path} was", [f"line {number}: this row is not {where}; it was made from another row"], FIX
+            )
+
+    def open(self) -> Any:
+        """The file, to append to; a context."""
+        return open(self.path, "ab")
+
+    @staticmethod
+    def append(file: Any, rows: Iterable[Row], sync: bool = True) -> None:
+        """Write rows, and with `sync` wait until they are on the disk."""
+        file.write(b"".join(line_of(row) for row in rows))
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def line_of(row: Row) -> bytes:
+    """A row as a line of JSON."""
+    # half a surrogate pair, which a JSON escape can hold and UTF-8 cannot, is written as its escape again
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _text(row: Row) -> str:
+    return json.dumps(row, sort_keys=True)  # NaN equals NaN here

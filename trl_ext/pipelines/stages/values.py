@@ -1,0 +1,315 @@
+"""Python values in a cache key: `plain` gives readable JSON, `callable_key` says what a function depends on.
+
+A function depends on its source, on the values that it holds or reads, and on the functions of yours that it calls.
+This module knows Python objects. It does not know what the functions do, nor where results are kept.
+"""
+
+import dataclasses
+import dis
+import enum
+import functools
+import hashlib
+import inspect
+import re
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_ext.pipelines.stages.cache_key import canonical
+
+
+# Code from here belongs to a library. It is known by its name and not looked into.
+_INSTALLED = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+
+# Methods by which a function writes into a container: a log or a cache of its own, which its results do not depend on.
+_WRITERS = {"append", "appendleft", "extend", "extendleft", "insert", "add", "update", "setdefault", "pop", "popleft"}
+_WRITERS |= {"popitem", "remove", "discard", "clear"}
+
+
+def plain(value: Any) -> Any:
+    """
+    A value as JSON can hold it: configs as their dictionaries, dtypes by name, sets sorted, functions by
+    [`callable_key`]. What has none of these forms is represented by a hash of its content.
+
+    Example:
+
+    ```python
+    >>> plain({"dtype": torch.bfloat16, "targets": {"v_proj", "q_proj"}})
+    {'dtype': 'bfloat16', 'targets': ['q_proj', 'v_proj']}
+    ```
+    """
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(plain(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=canonical)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (Path, torch.device)):
+        return str(value)
+    to_dict = getattr(value, "to_dict", None)  # configs of transformers, PEFT and Accelerate
+    if to_dict is not None and not isinstance(value, type):
+        return plain(to_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if callable(value):
+        return callable_key(value)
+    return _hashed(_Reader().value(type(value).__name__, value))
+
+
+def callable_key(function: Callable[..., Any]) -> dict[str, Any]:
+    """
+    What the results of a callable depend on, as far as Python can tell.
+
+    - **Its definition**: module, name, and a hash of the source (for an object: of its class and of base classes
+      outside of libraries). A lambda shares its lines with others and a function typed in an interpreter has no
+      source; their compiled code is hashed instead.
+    - **What it holds and reads**: a partial's arguments, an object's public attributes (those that begin with an
+      underscore count as working state), default values, and the variables around it. Texts, numbers, lists,
+      dictionaries, sets, regular expressions, arrays, tensors and objects made of them count by content, functions and
+      classes of yours by their own key, modules of yours by their file, and everything in a library by its name.
+    - **Not** a container that the function itself writes into, such as a cache or a list of calls, and not files.
+
+    Returns:
+        `dict`: JSON-ready, with `function` and `source`; `holds`, where there is something; and `unseen`, the names
+        and types of values whose content cannot be read (a connection, a lock), where there are some. Whoever reuses a
+        result should say that a change in these goes unnoticed.
+
+    Example:
+
+    ```python
+    >>> key = callable_key(functools.partial(sorted, reverse=True))
+    >>> key["function"], key["holds"]
+    ('builtins.sorted', {'(reverse)': 'True'})
+    ```
+    """
+    reader = _Reader()
+    key = reader.callable(function)
+    return key | ({"unseen": dict(sorted(reader.unseen.items()))} if reader.unseen else {})
+
+
+class _Reader:
+    """Reads one callable, with everything that it reaches; each object once."""
+
+    def __init__(self) -> None:
+        self.unseen: dict[str, str] = {}
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []  # so that no id is given to another object meanwhile
+
+    def callable(self, function: Callable[..., Any]) -> dict[str, Any]:
+        code = function
+        while isinstance(code, functools.partial):
+            code = code.func
+        code = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+        self._first_time(code)
+        written = _written(code)
+        held = {}
+        for name, value in sorted(_held(function, code).items()):
+            if name.lstrip(".") in written and not _is_constant(value):
+                continue
+            found = self._one(name, value)
+            if found is not None:
+                held[name] = found
+        key = {"function": f"{code.__module__}.{code.__qualname__}", "source": _source(code)}
+        return key | ({"holds": held} if held else {})
+
+    def _one(self, name: str, value: Any) -> str | None:
+        """A text for one held value; `None` for one that says nothing."""
+        if _is_constant(value):
+            return repr(value)
+        if isinstance(value, ModuleType) and _is_library(value.__name__):
+            return None
+        found = self.value(name, value)
+        return found if found is None or isinstance(found, str) else _hashed(found)
+
+    def value(self, name: str, value: Any) -> Any:
+        """The content of a value, as JSON; `None` for an object that was read before."""
+        if isinstance(value, bytes):
+            return ["bytes", hashlib.sha256(value).hexdigest()]
+        if _is_constant(value):
+            return repr(value)
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            return [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value)).hexdigest()]
+        if isinstance(value, np.generic):
+            return [str(value.dtype), repr(value.item())]
+        if not self._first_time(value):
+            return None
+        try:
+            return self._content(name, value)
+        except Exception:  # whatever an object raises that cannot be taken apart
+            self.unseen[name] = f"{type(value).__module__}.{type(value).__qualname__}"
+            return None
+
+    def _content(self, name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+        if isinstance(value, re.Pattern):
+            return ["re", repr(value.pattern), value.flags]
+        if isinstance(value, (Path, enum.Enum)):
+            return [type(value).__qualname__, str(value)]
+        if isinstance(value, (list, tuple, deque, np.ndarray)):
+            return [type(value).__name__, [self.value(name, item) for item in value]]
+        if isinstance(value, (set, frozenset)):
+            return ["set", sorted((self.value(name, item) for item in value), key=canonical)]
+        if isinstance(value, Mapping):
+            return [type(value).__name__, [[self.value(name, key), self.value(name, value[key])] for key in value]]
+        if isinstance(value, ModuleType):
+            return _source_of_module(value)
+        of_library = isinstance(value, FunctionType) and value.__code__.co_filename.startswith(_INSTALLED)
+        of_library |= isinstance(value, (FunctionType, type)) and _is_library(value.__module__)
+        if of_library or inspect.isbuiltin(value):
+            return f"{value.__module__}.{value.__qualname__}"
+        if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
+            return self.callable(value)
+        if not _is_library(type(value).__module__):
+            return self.callable(value)  # an object of yours: its class and its public attributes
+        reduced = value.__reduce_ex__(4)  # how pickle and copy take it apart
+        if isinstance(reduced, str):
+            return f"{type(value).__module__}.{reduced}"
+        make, *parts = reduced
+        parts = [list(part) if hasattr(part, "__next__") else part for part in parts]
+        return [f"{type(value).__module__}.{type(value).__qualname__}", *(self.value(name, part) for part in parts)]
+
+    def _first_time(self, value: Any) -> bool:
+        if id(value) in self._seen:
+            return False
+        self._seen.add(id(value))
+        self._kept.append(value)
+        return True
+
+
+def _hashed(value: Any) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether a module is built in, installed, or part of this package."""
+    if module is None or module in sys.builtin_module_names or f"{module}.".startswith("trl_ext."):
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)  # a built-in or typed module has no file
+    if file is None:
+        spec = getattr(sys.modules.get(module), "__spec__", None)
+        return spec is not None and spec.origin in ("built-in", "frozen")
+    return file.startswith(_INSTALLED)
+
+
+def _source_of_module(module: ModuleType) -> str:
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+
+
+def _source(code: Callable[..., Any]) -> str | None:
+    """A hash of the source, else of the compiled code, else nothing (what is written in C)."""
+    functions = _functions(code)
+    try:
+        if code.__name__ != "<lambda>":
+            # a decorated function counts by its own code; it holds the one behind it
+            parts = [functions[0].__code__] if inspect.isroutine(code) and functions else _classes(code)
+            text = "".join(map(inspect.getsource, parts))
+            return hashlib.sha256(text.encode()).hexdigest()
+    except (OSError, TypeError):
+        pass
+    compiled = repr([_compiled(one.__code__) for one in functions])
+    return hashlib.sha256(compiled.encode()).hexdigest() if functions else None
+
+
+def _classes(code: Callable[..., Any]) -> list[Any]:
+    """A class and those of its base classes that are in no library; anything else alone."""
+    if not inspect.isclass(code):
+        return [code]
+    return [code, *(base for base in code.__mro__[1:] if not _is_library(base.__module__))]
+
+
+def _functions(code: Callable[..., Any]) -> list[FunctionType]:
+    """The Python functions that a routine or a class consists of."""
+    if inspect.isclass(code):
+        found: dict[str, FunctionType] = {}
+        for owner in reversed(_classes(code)):  # a method of a subclass replaces that of its base
+            found |= {name: value for name, value in vars(owner).items() if isinstance(value, FunctionType)}
+        return [found[name] for name in sorted(found)]
+    code = code.__func__ if inspect.ismethod(code) else code
+    return [code] if isinstance(code, FunctionType) else []
+
+
+def _compiled(code: CodeType) -> list[Any]:
+    """What of compiled code does not depend on where it stands, the same in every process."""
+    constants: list[Any] = []
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            constants.append(_compiled(value))
+        else:  # a set has no order that another process shares
+            constants.append(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value))
+    return [code.co_code.hex(), constants, code.co_names, code.co_varnames, code.co_freevars]
+
+
+def _held(function: Callable[..., Any], code: Callable[..., Any]) -> dict[str, Any]:
+    """Names and values that a callable carries with it or reads from around it."""
+    given: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        arguments = {str(place): value for place, value in enumerate(function.args)} | function.keywords
+        given = {f"({name})": value for name, value in arguments.items()} | given
+        function = function.func
+    for one in _functions(code):
+        defaults = {str(place): value for place, value in enumerate(one.__defaults__ or ())}
+        defaults |= one.__kwdefaults__ or {}
+        given |= {f"{one.__name__}({name})": value for name, value in defaults.items()} | _around(one)
+    owner = function.__self__ if inspect.ismethod(function) else function
+    if not inspect.isfunction(owner) and not inspect.isclass(owner):
+        attributes = getattr(owner, "__dict__", {})  # an object with slots, or written in C, has none
+        given |= {f".{name}": value for name, value in attributes.items() if not name.startswith("_")}
+    return given
+
+
+def _around(function: FunctionType) -> dict[str, Any]:
+    """What a function reads from its module and from the functions around it, also in comprehensions."""
+    names = set().union(*(code.co_names for code in _codes(function.__code__)))
+    found = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not set yet
+            continue
+    return found
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    """Compiled code, and the code of the functions and comprehensions in it."""
+    return [code, *(inner for value in code.co_consts if isinstance(value, CodeType) for inner in _codes(value))]
+
+
+def _written(code: Callable[..., Any]) -> set[str]:
+    """Names of variables and attributes that a callable writes into: `name.append(...)`, `name[...] = ...`."""
+    found = set()
+    for one in (inner for function in _functions(code) for inner in _codes(function.__code__)):
+        instructions = list(dis.get_instructions(one))
+        stores = {
+            (item.positions.lineno, item.positions.col_offset)
+            for item in instructions
+            if item.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") and item.positions
+        }
+        for item, following in zip(instructions, [*instructions[1:], None], strict=True):
+            if not item.opname.startswith("LOAD_") or not isinstance(item.argval, str):
+                continue
+            called = following is not None and following.opname in ("LOAD_METHOD", "LOAD_ATTR")
+            start = item.positions and (item.positions.lineno, item.positions.col_offset)
+            if (called and following.argval in _WRITERS) or start in stores:
+                found.add(item.argval)
+    return found
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return type(value) in (str, bytes, int, float, complex, bool, type(None), type(...))
