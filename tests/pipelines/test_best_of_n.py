@@ -274,7 +274,7 @@ def test_every_way_to_sample_reaches_the_server(tmp_path, monkeypatch, capsys):
         arguments += ["--max_concurrency", "1", "--max_retries", "0", "--api_key_variable", "HOME"]
         arguments += ["--model_name_or_path", "served", "--reward_funcs", "tests_rewards.length"]
         assert main(["best-of-n", *arguments]) == 0
-        for text, words in (('{"prompt": "", "completion": "3"}', "(few_shot)"), ("nope", "few.jsonl, line 1 is no")):
+        for text, words in (('{"prompt": "", "completion": "3"}', "(few_shot="), ("nope", "few.jsonl, line 1 is no")):
             (tmp_path / "few.jsonl").write_text(f"{text}\n")  # the same name, other examples
             assert main(["best-of-n", *arguments]) == 1
             assert words in capsys.readouterr().err
