@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from trl_ext.cli._options import command_parser, parse
 from trl_ext.cli.score_arguments import ScoreArguments
 from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
-from trl_ext.pipelines.stages.row_file import RowFile
+from trl_ext.pipelines.stages.row_file import RowFile, line_of
 
 
 if TYPE_CHECKING:
@@ -58,11 +58,8 @@ def run(args: ScoreArguments) -> int:
     with ExitStack() as stack:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
         rows = read_rows(source, args.input)
-        done, sink = 0, sys.stdout.buffer
-        if to_file:
-            output = output_file(args)
-            done = output.resume(rows, args.input)
-            sink = stack.enter_context(output.open())
+        output = output_file(args) if to_file else None
+        done = 0 if output is None else output.resume(rows, args.input)
         total = None if args.input == "-" else count_lines(args.input)
         scored = truncated = cut_off = 0
         scorer = None
@@ -71,7 +68,11 @@ def run(args: ScoreArguments) -> int:
                 if scorer is None:  # nothing is loaded when nothing is left to do
                     scorer, kind = make_scorer(args), model_kind(args.model)
                 cut_off += add_scores(scorer, kind, chunk, args)
-                RowFile.append(sink, [row for _, row in chunk], sync=to_file)
+                if output is not None:
+                    output.append(row for _, row in chunk)
+                else:
+                    sys.stdout.buffer.write(b"".join(line_of(row) for _, row in chunk))
+                    sys.stdout.buffer.flush()
                 scored += len(chunk)
                 truncated = scorer.num_truncated
                 bar.update(len(chunk))

@@ -26,10 +26,10 @@ class RowFile:
     """
     An output of rows.
 
-    ```python output = RowFile(Path("scored.jsonl"), {"model_sha256": ..., "max_length": 512}, added=("score",)) done =
-    output.resume(rows, "rows.jsonl")  # rows: an iterator of (line number, row), now behind those that are there with
-    output.open() as file:
-        output.append(file, [row | {"score": 1.0} for _, row in islice(rows, 64)])
+    ```python
+    output = RowFile(Path("scored.jsonl"), {"model_sha256": ..., "max_length": 512}, added=("score",))
+    done = output.resume(rows, "rows.jsonl")  # an iterator of (line number, row), now behind those that are there
+    output.append(row | {"score": 1.0} for _, row in islice(rows, 64))
     ```
 
     Args:
@@ -108,16 +108,11 @@ class RowFile:
                 f"{self.path} was", [f"line {number}: this row is not {where}; it was made from another row"], FIX
             )
 
-    def open(self) -> Any:
-        """The file, to append to; a context."""
-        return open(self.path, "ab")
-
-    @staticmethod
-    def append(file: Any, rows: Iterable[Row], sync: bool = True) -> None:
-        """Write rows, and with `sync` wait until they are on the disk."""
-        file.write(b"".join(line_of(row) for row in rows))
-        file.flush()
-        if sync:
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows and wait until they are on the disk. The file appears with its first rows."""
+        with open(self.path, "ab") as file:
+            file.write(b"".join(map(line_of, rows)))
+            file.flush()
             os.fsync(file.fileno())
 
 
