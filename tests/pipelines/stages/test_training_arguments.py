@@ -20,12 +20,19 @@ from trl_ext.pipelines.rejection_sampling.rounds import Rounds
 from trl_ext.pipelines.stages.cache_key import StaleError, canonical
 from trl_ext.pipelines.stages.cached_stages import Stage, stage_keys
 from trl_ext.pipelines.stages.training_arguments import IRRELEVANT, arguments_key
-from trl_ext.pipelines.weak_to_strong.experiment import KD_ONLY, RUN_IRRELEVANT, describe
-from trl_ext.pipelines.weak_to_strong.runs import Leg
+from trl_ext.pipelines.weak_to_strong.experiment import RUN_IRRELEVANT, cache_settings
+from trl_ext.pipelines.weak_to_strong.generation_task import GenerationTask
+from trl_ext.pipelines.weak_to_strong.runs import Run
+from trl_ext.pipelines.weak_to_strong.tasks import OutcomeTask, PreferenceTask, ProcessTask
 
 
 CONFIGS = [RewardConfig, ORMConfig, PRMConfig, SegmentRewardConfig, WeakToStrongConfig, RejectionSamplingConfig]
-TASKS = {RewardConfig: "preference", ORMConfig: "outcome", PRMConfig: "steps", WeakToStrongConfig: "generation"}
+TASKS = {
+    RewardConfig: PreferenceTask(),
+    ORMConfig: OutcomeTask(),
+    PRMConfig: ProcessTask(),
+    WeakToStrongConfig: GenerationTask(),
+}
 
 
 def made(config, **kwargs):
@@ -55,7 +62,7 @@ def check(args, key, irrelevant):
 
 def test_every_reason_is_a_sentence_and_every_name_an_argument():
     known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
-    for table in (IRRELEVANT, ROUND_IRRELEVANT, RUN_IRRELEVANT, KD_ONLY):
+    for table in (IRRELEVANT, ROUND_IRRELEVANT, RUN_IRRELEVANT):
         assert table.keys() <= known
         assert all(len(reason.split()) > 4 and reason.endswith(".") for reason in table.values())
 
@@ -70,11 +77,12 @@ def test_cached_stages_run_again_or_the_argument_is_irrelevant(config):
 
 @pytest.mark.parametrize("config", TASKS)
 def test_runs_of_weak_to_strong_run_again_or_the_argument_is_irrelevant(config):
-    for loss in ("xent", "kd"):
-        irrelevant = IRRELEVANT | RUN_IRRELEVANT | ({} if loss == "kd" else KD_ONLY)
+    task = TASKS[config]
+    for loss in ("gold", "kd"):
+        irrelevant = {*IRRELEVANT, *RUN_IRRELEVANT, *task.loss_arguments(loss, {})}  # the last are set for each run
 
         def key(args, loss=loss):
-            return canonical(describe(Leg(TASKS[config], "m", args, {}, 0, None, None, loss=loss), "model"))
+            return canonical(cache_settings(Run(task, "m", args, 0, loss=loss), "model", ["test"]))
 
         check(made(config), key, irrelevant)
 

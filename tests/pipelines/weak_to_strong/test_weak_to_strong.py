@@ -122,15 +122,16 @@ def test_runs_are_kept_while_nothing_changes(models, tmp_path):
     assert more == ["weak-0-seed-1", "ceiling-0-seed-1", "student-weak-0-0-seed-1"]
 
 
+def apart(*job):
+    return run_job("run", partial(train_and_judge_job, job), "always")
+
+
 def test_a_run_in_its_own_process_gives_the_same(models, tmp_path):
     rows = list(make_rows("outcome", 12))
     args = trainer_config(tmp_path, ORMConfig, max_steps=2)
     planned = Run(OutcomeTask(), models[0], args, seed=0)
     found = []
-    for name, run_one in (
-        ("here", train_and_judge),
-        ("apart", lambda *job: run_job("run", partial(train_and_judge_job, job), "always")),
-    ):
+    for name, run_one in (("here", train_and_judge), ("apart", apart)):
         folder = tmp_path / name
         folder.mkdir()
         result = run_one(planned, rows, {"test": rows}, folder, None, "none")
@@ -152,14 +153,10 @@ def test_a_metric_that_another_process_cannot_import_is_refused(models, tmp_path
     args = trainer_config(tmp_path, WeakToStrongConfig)
     for metric in (a_metric, partial(a_metric, x=1), lambda prompts, completions, **columns: [0.0]):
         with pytest.raises(ValueError, match="isolate='never'"):
-            run_job(
-                "run",
-                partial(train_and_judge_job, (Run(GenerationTask(metric), models[0], args, seed=0), [])),
-                "always",
-            )
+            apart(Run(GenerationTask(metric), models[0], args, seed=0), [])
     args = trainer_config(tmp_path, RewardConfig, loss_type=lambda scores, ratings, mask, **given: scores[:, 0])
     with pytest.raises(ValueError, match="<lambda>.*isolate='never'"):
-        run_job("run", partial(train_and_judge_job, (Run(PreferenceTask(), models[0], args, seed=0), [])), "always")
+        apart(Run(PreferenceTask(), models[0], args, seed=0), [])
 
 
 def test_a_metric_that_is_not_known_again_is_refused(tmp_path):
