@@ -31,9 +31,14 @@ def test_an_attention_that_is_not_installed_is_said(bases, load):
     ("family", "targets"),
     [("llama", ["q_proj", "score"]), ("roberta", ["query", "classifier.dense"]), ("roberta", ["query", "out_proj"])],
 )
-def test_targets_that_name_the_head_are_refused(bases, tmp_path, family, targets):
-    with pytest.raises(ValueError, match=f"names the reward head .'{targets[1]}'"):
-        make_trainer(bases[family], tmp_path, peft_config=LoraConfig(target_modules=targets))
+def test_a_target_that_names_the_head_is_said_and_the_head_trained_in_full(bases, tmp_path, family, targets, caplog):
+    trainer = train(bases[family], tmp_path, peft_config=LoraConfig(target_modules=targets))
+    assert f"names the reward head ['{targets[1]}']" in caplog.text
+    adapted = {name.rsplit(".lora_A", 1)[0] for name, _ in trainer.model.named_modules() if name.endswith("lora_A")}
+    assert adapted and all(name.endswith(targets[0]) for name in adapted)
+    load_reward_model(tmp_path)
+    with pytest.raises(ValueError, match=f"names the reward head .'{targets[1]}'. and nothing else"):
+        make_trainer(bases[family], tmp_path, peft_config=LoraConfig(target_modules=targets[1:]))
 
 
 def test_a_target_that_is_in_backbone_and_head_adapts_the_backbone_only(bases, tmp_path):

@@ -4,6 +4,7 @@ Knows PEFT configs and modules. Knows nothing of files, text or training.
 """
 
 import copy
+import logging
 import re
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from trl_ext.models.heads import head_class
 
+
+logger = logging.getLogger(__name__)
 
 # Initialisations of LoRA that leave the base as it is and need nothing but the config.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal")
@@ -78,8 +81,9 @@ def add_adapter(
     Wrap the model with an adapter whose head is trained and saved, whatever the user's `LoraConfig` says.
 
     The task type becomes that of the model's class. The head joins `modules_to_save` and is excluded from the
-    adapter's targets. The given config is not changed. Raises `ValueError` for a config that cannot be saved and
-    loaded again ([`check_adapter_config`]) and for one that names the head as a target.
+    adapter's targets; a target that names it is dropped with a warning. The given config is not changed. Raises
+    `ValueError` for a config that cannot be saved and loaded again ([`check_adapter_config`]) and for one whose only
+    target is the head.
     """
     config = adapter_config(model, peft_config, head)
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -91,12 +95,19 @@ def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[s
     """A copy of the user's config with which the head is trained and saved; raises as [`add_adapter`] does."""
     check_adapter_config(peft_config)
     config = copy.deepcopy(peft_config)
-    wished = [t for t in _as_list(config.target_modules) if _only_in_head(t, model, head)]
-    if wished:
+    targets = _as_list(config.target_modules)
+    of_head = sorted(target for target in targets if _only_in_head(target, model, head))
+    if of_head and len(of_head) == len(targets):
         raise ValueError(
-            f"`target_modules` names the reward head {sorted(wished)}, which starts random and is trained in full, so "
-            "it cannot also be adapted. Remove it from `target_modules`; it is trained and saved anyway."
+            f"`target_modules` names the reward head {of_head} and nothing else. The head starts random and is "
+            "trained in full anyway. Name modules of the backbone, e.g. 'all-linear', or leave `peft_config` out."
         )
+    if of_head:
+        logger.warning(
+            f"`target_modules` names the reward head {of_head}. The head starts random, so it is trained and saved in "
+            "full, without an adapter."
+        )
+        config.target_modules = [target for target in targets if target not in of_head]
     config.task_type = "TOKEN_CLS" if head_class(model) == "token" else "SEQ_CLS"
     # PEFT appends "classifier" and "score" itself for both
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *head]))

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from trl_ext.models.heads import check_head_trains
 from trl_ext.models.shared_prefix import current_attention, select_attention
+from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
 from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
 from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
 from trl_ext.trainers.common.loading import (
@@ -51,6 +52,7 @@ class HeadTraining:
 
     def _watch(self, head: tuple[str, ...], recording: TrainerCallback) -> None:
         """From now on, scores and gradients are checked, and what training gives is recorded."""
+        warn_of_arguments_without_effect(self.args)
         self._attention = current_attention(self.model)
         self._monitor = HealthMonitor()
         self.add_callback(GradientCallback(self._monitor, head))

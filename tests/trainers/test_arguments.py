@@ -1,0 +1,97 @@
+"""Every argument of `TrainingArguments` and `trl.RewardConfig` has an effect, is refused, or is warned about."""
+
+import logging
+from dataclasses import fields
+
+import pytest
+import trl
+
+from tests.tiny import pair_rows
+from tests.trainers.helpers import config, lora, trainer_for
+from tests.trainers.token_helpers import KINDS, token_trainer
+from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
+from trl_ext.trainers.common.inherited_arguments import WITHOUT_EFFECT
+
+
+def names(text):
+    return text.split()
+
+
+# Where an argument takes effect. "Trainer": in code of transformers or TRL that our trainers call and do not replace.
+TRAINER = names(
+    """
+    output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim
+    optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
+    bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
+    use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size logging_strategy
+    logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to
+    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
+    eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps batch_eval_metrics save_only_model save_strategy save_steps
+    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    ignore_data_skip restore_callback_states_from_checkpoint full_determinism use_cpu parallelism_config
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    fsdp_config debug skip_memory_metrics remove_unused_columns
+    """
+)
+# Read by our code too, which has tests of its own.
+OURS = names(
+    """
+    per_device_train_batch_size max_grad_norm label_smoothing_factor neftune_noise_alpha
+    include_num_input_tokens_seen include_for_metrics seed data_seed accelerator_config dataloader_drop_last
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy length_column_name fsdp
+    deepspeed model_init_kwargs trust_remote_code chat_template_path disable_dropout dataset_num_proc eos_token
+    max_length pad_to_multiple_of pad_token center_rewards_coefficient activation_offloading
+    """
+)
+# For scripts to read, as the documentation of transformers says: no Trainer looks at them.
+SCRIPTS = ["do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"]
+
+OTHER_VALUES = {"label_names": ["labels"], "average_tokens_across_devices": False, "logging_nan_inf_filter": False}
+
+
+def test_the_table_has_every_argument():
+    known = [*TRAINER, *OURS, *SCRIPTS, *WITHOUT_EFFECT]
+    assert len(known) == len(set(known))
+    assert {field.name for field in fields(trl.RewardConfig)} == set(known)
+    assert OTHER_VALUES.keys() == WITHOUT_EFFECT.keys()
+
+
+def ensemble(base, folder, **arguments):
+    args = config(folder, RewardEnsembleConfig, num_members=2, **arguments)
+    return trainer_for(base, args, pair_rows(8), RewardEnsembleTrainer, peft_config=lora())
+
+
+def make(kind, base, folder, **arguments):
+    if kind == "reward":
+        return trainer_for(base, config(folder, **arguments), pair_rows(8))
+    return (
+        ensemble(base, folder, **arguments) if kind == "ensemble" else token_trainer(kind, base, folder, **arguments)
+    )
+
+
+@pytest.mark.parametrize("kind", ["reward", "ensemble", "orm"])
+def test_arguments_without_effect_are_warned_about(kind, base, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
+        trainer = make(kind, base, tmp_path, **OTHER_VALUES)
+        for name in WITHOUT_EFFECT:
+            assert f"{name}=" in caplog.text and "has no effect" in caplog.text
+        trainer.train()  # and they change nothing that breaks
+        caplog.clear()
+        make(kind, base, tmp_path)
+        assert "has no effect" not in caplog.text
+
+
+def test_a_batch_size_beside_a_token_budget_is_warned_about(base, tmp_path, caplog):
+    make("reward", base, tmp_path, max_tokens_per_batch=200)
+    assert "per_device_train_batch_size=4 has no effect: max_tokens_per_batch decides" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["center_rewards_coefficient", "activation_offloading"])
+def test_what_token_rewards_do_not_have_is_refused(name, kind, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} does not apply"):
+        config(tmp_path, KINDS[kind][1], **{name: 1})
