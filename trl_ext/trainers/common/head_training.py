@@ -16,9 +16,9 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from trl_ext.models.heads import check_head_trains
 from trl_ext.models.shared_prefix import current_attention, select_attention
-from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
 from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
 from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
+from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
 from trl_ext.trainers.common.loading import (
     BY_LENGTH,
     StreamResumeCallback,
