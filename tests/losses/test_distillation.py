@@ -12,6 +12,7 @@ from trl_ext.losses.distillation import (
     LogConfRanking,
     LogConfToken,
     distillation,
+    entropy_sum,
     scheduled_weight,
 )
 
@@ -188,6 +189,20 @@ def test_divergence_by_hand_and_its_direction():
     assert data.item() == pytest.approx(-math.log(0.8), rel=1e-6)
     by_hand = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
     assert divergence.item() == pytest.approx(2.0 * by_hand, rel=1e-5)
+
+
+def test_a_token_that_the_teacher_never_gives_costs_nothing():
+    """A teacher logit of -inf gave NaN: 0 log 0 is 0. The rest of the vocabulary gives the divergence by hand."""
+    strong = torch.tensor([[0.6, 0.2, 0.2]]).log().requires_grad_()
+    weak = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    _, divergence = distillation(strong, weak, torch.tensor([0]), torch.tensor([True]), weight=1.0)
+    assert divergence.item() == pytest.approx(0.5 * math.log(0.5 / 0.6) + 0.5 * math.log(0.5 / 0.2), rel=1e-5)
+    divergence.sum().backward()
+    assert strong.grad[0].tolist() == pytest.approx([0.1, -0.3, 0.2], abs=1e-6)  # strong - weak
+    both = torch.tensor([[0.5, 0.5, 0.0]]).log().requires_grad_()  # neither model gives it
+    distillation(both, weak, torch.tensor([0]), torch.tensor([True]), weight=1.0)[1].sum().backward()
+    assert both.grad.isfinite().all()
+    assert entropy_sum(weak).item() == pytest.approx(math.log(2))
 
 
 def test_divergence_draws_the_student_to_the_teacher():

@@ -1,14 +1,15 @@
 r"""Losses for learning from a weaker model's labels or distributions.
 
-[`ConfidenceLoss`] is the auxiliary confidence loss for binary labels; [`LogConfRanking`] and [`LogConfToken`] give it
+[`ConfidenceLoss`] is the auxiliary confidence loss for binary labels. [`LogConfRanking`] and [`LogConfToken`] give it
 the signatures of the ranking and the token losses, so that a trainer takes it as its `loss_type`. Plain cross-entropy
-on soft labels (`xent`) needs nothing new: it is [`bradley_terry`] with a `target`, and [`bce`] with labels between 0
-and 1. [`distillation`] is for generation. They know nothing of models, trainers, processes or text.
+on soft labels (`xent`) needs no loss of its own: it is [`bradley_terry`] with a `target`, and [`bce`] with labels
+between 0 and 1. [`distillation`] is for generation. The losses do not know models, trainers, processes or text.
 """
 
 import math
 from collections import deque
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ class ConfidenceLoss:
     and labels of earlier optimizer steps and is frozen within a step, so that it does not matter how a step is cut
     into micro-batches; and the ramp is continuous. `reference=True` gives the published behaviour, jump included.
 
-    A step is ended by [`~ConfidenceLoss.end_step`], which the callback of `trl_ext.trainers` calls.
+    The callback of `trl_ext.trainers` calls [`~ConfidenceLoss.end_step`] after each optimizer step, and stores
+    [`~ConfidenceLoss.state_dict`] with each checkpoint.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.5`):
@@ -109,6 +111,15 @@ class ConfidenceLoss:
             threshold = _balanced_threshold(own, q) if self.reference else self.threshold
             q = (1 - weight) * q + weight * (own > threshold).to(q.dtype)
         return -q * F.logsigmoid(z) - (1 - q) * F.logsigmoid(-z)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the loss remembers of earlier steps, as JSON values: part of a trainer's checkpoint."""
+        return {"threshold": self.threshold, "earlier": [step.tolist() for step in self._earlier]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what [`~ConfidenceLoss.state_dict`] gave."""
+        self.threshold = state["threshold"]
+        self._earlier = deque(torch.tensor(step) for step in state["earlier"])
 
     def step_values(self) -> torch.Tensor:
         """What this process saw in the current step, `(n, 2)`: logits and labels."""
@@ -223,7 +234,8 @@ def distillation(
 
     Args:
         logits (`torch.Tensor` of shape `(n, V)`): the student's, of the token that follows each position.
-        teacher_logits (`torch.Tensor` of shape `(n, V)`): the weak teacher's.
+        teacher_logits (`torch.Tensor` of shape `(n, V)`):
+            the weak teacher's; -inf where the teacher never gives a token.
         labels (`torch.Tensor` of shape `(n,)`): the token that follows.
         mask (`torch.BoolTensor` of shape `(n,)`): True where the token is trained on.
         weight (`float`): lambda, at least 0. With 0 the teacher is not looked at.
@@ -248,21 +260,22 @@ def distillation(
     if weight == 0:
         return cross_entropy, torch.zeros_like(cross_entropy)
     log_teacher = teacher_logits.float().log_softmax(-1)  # (n, V)
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)  # (n,)
+    terms = F.kl_div(log_student, log_teacher, reduction="none", log_target=True)  # (n, V)
+    divergence = terms.masked_fill(log_teacher == -math.inf, 0.0).sum(-1)  # (n,); 0 log 0 is 0
     return cross_entropy, weight * divergence.masked_fill(~mask, 0.0)
 
 
 def entropy_sum(logits: torch.Tensor) -> torch.Tensor:
     """
-    The entropies, in nats, of the distributions that logits (n, V) stand for, summed: a scalar in fp32.
+    The sum of the entropies, in nats, of the distributions that logits (n, V) stand for: a scalar in fp32. A logit may
+    be -inf.
 
     Example:
 
     >>> entropy_sum(torch.zeros(2, 4))  # twice log(4)
     tensor(2.7726)
     """
-    log_probs = logits.float().log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum()
+    return torch.special.entr(logits.float().softmax(-1)).sum()
 
 
 def scheduled_weight(

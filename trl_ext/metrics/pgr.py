@@ -6,7 +6,7 @@ $$
 
 See *Weak-to-Strong Generalization: Eliciting Strong Capabilities With Weak Supervision* by C. Burns et al.
 (https://huggingface.co/papers/2312.09390), section 3, and *Foundations of Large Language Models* by T. Xiao and
-J. Zhu, equation 10.11. Knows numbers per test row, and nothing of models or tasks.
+J. Zhu, equation 10.11. This module knows a number for each test row, and nothing of models or tasks.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 
-# A gap below so many of its standard errors is no gap that a share can be taken of.
+# A gap below so many of its standard errors is too uncertain to take a share of it.
 DECIDED_AT = 2.0
 
 
@@ -59,7 +59,7 @@ def performance_gap_recovered(weak: float, weak_to_strong: float, ceiling: float
 @dataclass(frozen=True)
 class PGREstimate:
     """
-    PGR of a test set, with what is known of its error.
+    PGR of a test set and its error.
 
     Args:
         weak, weak_to_strong, ceiling (`float`): mean performance over the rows.
@@ -67,6 +67,9 @@ class PGREstimate:
         pgr (`float`, *optional*): not clipped; `None` where it is undefined.
         interval (`tuple[float, float]`, *optional*): percentile bootstrap interval of `pgr`; `None` with it.
         reason (`str`, *optional*): why it is undefined.
+        intervals (`dict[str, tuple[float, float]]`, *optional*):
+            percentile bootstrap intervals of `weak`, `weak_to_strong` and `ceiling`; `None` where all rows belong to
+            one prompt.
     """
 
     weak: float
@@ -76,6 +79,7 @@ class PGREstimate:
     pgr: float | None
     interval: tuple[float, float] | None
     reason: str | None = None
+    intervals: dict[str, tuple[float, float]] | None = None
 
 
 def estimate_pgr(
@@ -90,16 +94,16 @@ def estimate_pgr(
     """
     PGR with a paired bootstrap interval: the same resampled rows for all three models.
 
-    It is undefined, not a number, where `ceiling - weak` is below twice its standard error: a share of a gap that may
-    be zero says nothing. Resamples without a gap count as the infinity of their sign.
+    PGR is undefined (`None`) where `ceiling - weak` is below twice its standard error: a share of a gap that may be
+    zero says nothing. A resample without a gap counts as the infinity of its sign.
 
     Args:
         weak, weak_to_strong, ceiling (`torch.Tensor` of shape `(N,)`):
             Performance of each model on each test row, e.g. 1 where it is right. Rows of several seeds may follow each
             other.
         clusters (sequence of `int` of length N, *optional*):
-            What is resampled together: the prompt of each row, so that several rows of a prompt, or the seeds of a
-            row, are not taken for independent. Each row is its own cluster by default.
+            Rows that are resampled together: the prompt of each row, because several rows of a prompt, or the seeds of
+            a row, are not independent. By default each row is its own cluster.
         level (`float`, *optional*, defaults to `0.95`): coverage of the interval.
         num_resamples (`int`, *optional*, defaults to `2000`): bootstrap resamples.
         seed (`int`, *optional*, defaults to `0`): of the bootstrap.
@@ -133,6 +137,11 @@ def estimate_pgr(
         drawn[r] = sums[chosen].sum(0) / sizes[chosen].sum()
     gaps = drawn[:, 2] - drawn[:, 0]
     gap_error = float(gaps.std(correction=0))
+    tail = (1 - level) / 2
+    ends = (math.floor(tail * (num_resamples - 1)), math.ceil((1 - tail) * (num_resamples - 1)))
+    names = ("weak", "weak_to_strong", "ceiling")
+    bounds = drawn.sort(0).values[list(ends)].T.tolist()  # (3, 2)
+    intervals = None if number < 2 else {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True)}
     low, middle, high = (float(value) for value in means)
     gap = high - low
     if gap <= 0 or gap < DECIDED_AT * gap_error or number < 2:
@@ -143,10 +152,9 @@ def estimate_pgr(
             if gap > 0
             else f"the ceiling ({high:.4f}) is not above the weak model ({low:.4f})"
         )
-        return PGREstimate(low, middle, high, gap_error, None, None, reason)
+        return PGREstimate(low, middle, high, gap_error, None, None, reason, intervals)
     gained = drawn[:, 1] - drawn[:, 0]
     shares = torch.where(gaps > 0, gained / gaps, torch.where(gained >= 0, math.inf, -math.inf)).sort().values
-    tail = (1 - level) / 2
-    ends = (math.floor(tail * (num_resamples - 1)), math.ceil((1 - tail) * (num_resamples - 1)))
     interval = (float(shares[ends[0]]), float(shares[ends[1]]))
-    return PGREstimate(low, middle, high, gap_error, performance_gap_recovered(low, middle, high, False), interval)
+    pgr = performance_gap_recovered(low, middle, high, clip=False)
+    return PGREstimate(low, middle, high, gap_error, pgr, interval, intervals=intervals)

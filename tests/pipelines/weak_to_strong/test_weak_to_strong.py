@@ -1,6 +1,7 @@
 """The weak-to-strong experiment on tiny models: splits, what the student sees, runs that are kept, reports, errors."""
 
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -518,6 +519,64 @@ def test_report_by_hand():
     # sure of 0.9 (right) and 0.5 (wrong): |0.9 - 1| and |0.5 - 0|, half each
     assert found.weak_labels["calibration_error"] == pytest.approx(0.3)
     assert found.by_class["a"] == {"weak": 0.5, "student": 1.0, "ceiling": 1.0}
+
+
+def test_the_report_has_intervals_for_every_figure(tmp_path):
+    def judge(wrong_every):
+        return [Judgement(float(n % wrong_every != 0), 0.9) for n in range(400)]
+
+    run = {"seed": 0, "weak": judge(2), "student": judge(4), "ceiling": judge(10), "labels": judge(2)}
+    prompts = [str(n) for n in range(400)]
+    pairs = [pair_report([f"a/{name}"], "b/big", [run], ["a"] * 400, prompts, True) for name in ("one", "two")]
+    for name, spread in (("weak", 0.5), ("weak_to_strong", 0.433), ("ceiling", 0.3)):
+        low, high = pairs[0].intervals[name]  # 1.96 standard errors of a mean of 400
+        assert (high - low) / 2 == pytest.approx(1.96 * spread / 20, rel=0.1)
+    report = WeakToStrongReport("outcome", "xent", {"labelled": 400}, pairs)
+    assert report.pair_names() == ["one -> big", "two -> big"]
+    assert f"0.500 ({pairs[0].intervals['weak'][0]:.3f} to" in report.markdown()
+    same = [replace(pairs[0], weak_models=["a/one"]), replace(pairs[0], weak_models=["c/one"])]
+    assert WeakToStrongReport("outcome", "xent", {}, same).pair_names() == ["a/one -> b/big", "c/one -> b/big"]
+    report.save(tmp_path)
+    saved = json.loads((tmp_path / "report.json").read_text())["pairs"][0]
+    assert saved["intervals"]["ceiling"] == list(pairs[0].intervals["ceiling"])
+
+
+def test_all_wandb_runs_share_a_project_and_a_group(models, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_PROJECT", "WANDB_RUN_GROUP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    opened, init = [], wandb.init
+
+    def recorded(*args, **kwargs):
+        opened.append(init(*args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(wandb, "init", recorded)
+    args = trainer_config(tmp_path / "digits", ORMConfig, max_steps=1, report_to="wandb")
+    weak_to_strong(arguments(models, "outcome"), args, make_rows("outcome"))
+    assert {(run.project, run.group) for run in opened} == {("huggingface", "digits")}
+    names = ["weak-0-seed-0", "ceiling-0-seed-0", "student-weak-0-0-seed-0", "weak-to-strong-outcome"]
+    assert [run.name for run in opened] == names and wandb.run is None
+    assert "WANDB_RUN_GROUP" not in os.environ
+
+
+def test_the_report_uses_a_wandb_run_that_is_open_and_names_the_pairs(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    judged = {
+        name: [Judgement(float(n % k != 0), 0.9) for n in range(40)] for name, k in (("weak", 2), ("student", 4))
+    }
+    run = {"seed": 0, **judged, "ceiling": [Judgement(1.0, 0.9)] * 40, "labels": judged["weak"]}
+    prompts = [str(n) for n in range(40)]
+    pairs = [pair_report([f"a/{name}"], "b/big", [run], ["a"] * 40, prompts, True) for name in ("one", "two")]
+    with wandb.init(project="mine", dir=str(tmp_path)) as mine:
+        WeakToStrongReport("outcome", "xent", {"labelled": 40}, pairs).save(tmp_path, report_to="wandb")
+        assert wandb.run is mine  # still open
+        summary = dict(mine.summary)
+    assert summary["one -> big/weak"] == 0.5 and summary["two -> big/pgr"] == pairs[1].pgr
+    assert summary["one -> big/pgr_low"] == pairs[0].pgr_interval[0]
 
 
 def test_an_interval_without_an_end_is_null_in_the_report(tmp_path):

@@ -1,5 +1,7 @@
 """A confidence loss that is given to a trainer is told of every optimizer step."""
 
+import pytest
+import torch
 from datasets import Dataset
 
 from tests.tiny import pair_rows, save_tiny_model
@@ -26,3 +28,22 @@ def test_a_token_trainer_tells_its_loss(tmp_path):
     ).train()
     assert loss.confidence.progress == 1.0 and loss.confidence.threshold is not None
     assert not len(loss.confidence.step_values())  # what was seen is not kept for ever
+
+
+def test_a_resumed_run_ends_as_one_that_did_not_stop(tmp_path, caplog):
+    """The threshold comes from earlier steps, which a checkpoint did not hold: the head differed by 1.2e-2."""
+    base = str(save_tiny_model(tmp_path / "base"))
+    rows = [{"prompt": "2+2=", "completion": str(n), "label": (n % 10) / 10} for n in range(24)]
+    kwargs = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+
+    def run(resume=None):
+        loss = LogConfToken(alpha=0.9, warmup=0.0)
+        args = config(tmp_path / "run", ORMConfig, loss_type=loss, **kwargs)
+        trainer = ORMTrainer(base, args=args, train_dataset=Dataset.from_list(rows))
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([value.detach().flatten() for value in trainer.model.parameters()]), loss.confidence.threshold
+
+    (whole, threshold), checkpoint = run(), tmp_path / "run" / "checkpoint-3"
+    resumed, again = run(str(checkpoint))
+    assert torch.allclose(whole, resumed, atol=1e-6) and again == pytest.approx(threshold, abs=1e-6)
+    assert "no state of the confidence loss" not in caplog.text

@@ -277,11 +277,15 @@ def _one_group(folder: Path, report_to: str) -> Iterator[None]:
 
 @contextmanager
 def _tracked(stage: Stage, report_to: str) -> Iterator[str]:
-    """One W&B run for each model that is trained, closed with it."""
-    yield report_to
-    if report_to == "wandb":
-        import wandb
+    """One W&B run for each model that is trained, closed with it. A run that you opened is used, and stays open."""
+    if report_to != "wandb":
+        yield report_to
+        return
+    import wandb
 
+    opened_before = wandb.run is not None
+    yield report_to
+    if not opened_before:
         wandb.finish()
 
 

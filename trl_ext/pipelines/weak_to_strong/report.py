@@ -1,10 +1,11 @@
-"""What a weak-to-strong experiment found, per pair of models and with intervals: JSON, Markdown, plot, W&B table.
+"""The report of a weak-to-strong experiment, for each pair of models and with intervals: JSON, Markdown, plot, W&B.
 
-Knows judgements of rows by three models. Knows nothing of models or training.
+It knows judgements of rows by three models. It knows nothing of models or training.
 """
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,13 @@ from trl_ext.pipelines.stages.store import write_json
 
 logger = logging.getLogger(__name__)
 
+# The three models of a pair: the figure's name, its title, its colour.
+ROLES = (
+    ("weak", "weak supervisor", "#9aa5b1"),
+    ("weak_to_strong", "strong student", "#3b7dd8"),
+    ("ceiling", "strong ceiling", "#2f9e6e"),
+)
+
 
 @dataclass(frozen=True)
 class PairReport:
@@ -28,18 +36,21 @@ class PairReport:
     Args:
         weak_models (`list[str]`), strong_model (`str`): names; several weak models labelled together.
         weak, weak_to_strong, ceiling (`float`): mean performance over test rows and seeds.
+        intervals (`dict[str, tuple[float, float]]`, *optional*): their 95 % bootstrap intervals over prompts; `None`
+            where the test split has one prompt only.
         pgr (`float`, *optional*): performance gap recovered, not clipped; `None` where it is undefined.
         pgr_interval (`tuple[float, float]`, *optional*): 95 % bootstrap interval over prompts, paired; an end is
             infinite (null in `report.json`) where the gap may be zero.
         reason (`str`, *optional*): why it is undefined.
         gap_error (`float`): standard error of `ceiling - weak`.
-        by_seed (`list[dict]`): the same for each seed, the `weights` of the weak models where they were learnt, and of
-            texts how many of split B the student did not learn from, `left_out`: `cut` at the length limit, `empty`.
-        agreement (`dict`): how often the student does as its supervisor on test rows that the supervisor gets
-            `when_right` and `when_wrong`. A high second one means that it imitates mistakes.
-        weak_labels (`dict`): `accuracy` of the weak labels on split B and, of probabilities, their expected
+        by_seed (`list[dict]`): the same for each seed, and the `weights` of the weak models where they were learnt.
+            For generation `left_out` counts the texts of split B that the student did not learn from: `cut` at the
+            length limit, and `empty`.
+        agreement (`dict`): how often the student does as its supervisor on test rows where the supervisor is right
+            (`when_right`) and wrong (`when_wrong`). A high `when_wrong` means that the student imitates mistakes.
+        weak_labels (`dict`): `accuracy` of the weak labels on split B and, for probabilities, their expected
             calibration error (10 bins).
-        by_class (`dict`): performance of the three models per gold class.
+        by_class (`dict`): performance of the three models for each gold class.
     """
 
     weak_models: list[str]
@@ -47,6 +58,7 @@ class PairReport:
     weak: float
     weak_to_strong: float
     ceiling: float
+    intervals: dict[str, tuple[float, float]] | None
     pgr: float | None
     pgr_interval: tuple[float, float] | None
     reason: str | None
@@ -55,6 +67,11 @@ class PairReport:
     agreement: dict[str, float | None]
     weak_labels: dict[str, float | None]
     by_class: dict[str, dict[str, float]]
+
+    def performance(self, name: str) -> str:
+        """A figure with its interval, as text: `0.812 (0.790 to 0.834)`."""
+        value = f"{getattr(self, name):.3f}"
+        return value if self.intervals is None else value + " ({:.3f} to {:.3f})".format(*self.intervals[name])
 
 
 def pair_report(
@@ -69,8 +86,8 @@ def pair_report(
     The report of a pair of models.
 
     Args:
-        runs (sequence of `dict`): per seed, `seed` and the judgements `weak`, `student`, `ceiling` of the test rows
-            and `labels` of split B; `weights` and `left_out` where there are some.
+        runs (sequence of `dict`): for each seed, `seed` and the judgements `weak`, `student`, `ceiling` of the test
+            rows and `labels` of split B; `weights` and `left_out` where there are some.
         classes (sequence of `str`), prompts (sequence of `str`): gold class and prompt of each test row.
         outputs_are_probabilities (`bool`): whether calibration means anything.
     """
@@ -91,7 +108,7 @@ def pair_report(
         one = estimate(slice(number, number + 1))
         more = {name: run.get(name) for name in ("weights", "left_out")}
         by_seed.append({"seed": run["seed"], **asdict(one), **more})
-    same = (right["weak"] == right["student"]).float()  # of right or wrong: the same; of shares: the same share
+    same = (right["weak"] == right["student"]).float()  # both right, both wrong, or the same share of steps
     was_right = right["weak"] > 0.5
     labels = [judgement for run in runs for judgement in run["labels"]]
     return PairReport(
@@ -100,6 +117,7 @@ def pair_report(
         weak=pooled.weak,
         weak_to_strong=pooled.weak_to_strong,
         ceiling=pooled.ceiling,
+        intervals=pooled.intervals,
         pgr=pooled.pgr,
         pgr_interval=pooled.interval,
         reason=pooled.reason,
@@ -121,7 +139,7 @@ def pair_report(
 
 
 def _calibration(labels: Sequence[Any]) -> float | None:
-    """Of the side that a label prefers: how sure it is against how often that is right. Of steps, over rows: none."""
+    """Expected calibration error of the side that a label prefers. `None` for steps: performance is per row there."""
     if any(isinstance(label.output, list) for label in labels):
         return None
     sure = [max(label.output, 1.0 - label.output) for label in labels]
@@ -134,15 +152,15 @@ def _calibration(labels: Sequence[Any]) -> float | None:
 class WeakToStrongReport:
     """
     The report of an experiment. With one pair of models, its figures are attributes: `.weak`, `.weak_to_strong`,
-    `.ceiling`, `.pgr`, `.pgr_interval`; of several, see `.pairs`.
+    `.ceiling`, `.pgr`, `.pgr_interval`. With several, look at `.pairs`.
 
     Args:
         task (`str`), student_loss (`str`): of the experiment.
         rows (`dict[str, int]`): rows of each split.
         pairs (`list[PairReport]`): strong models in order, with each weak one.
-        seconds (`dict[str, float]`): of each leg, when it ran.
+        seconds (`dict[str, float]`): how long each run took when it trained.
         peak_memory_gib (`dict[str, float]`):
-            of each leg: GPU memory; on CPU that of its process, where it has one of its own (Linux).
+            peak memory of each run: of the GPU; on a CPU of the run's process, where it has its own (Linux).
     """
 
     task: str
@@ -178,24 +196,25 @@ class WeakToStrongReport:
         return self._only().pgr_interval
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Column names and a row per pair of models."""
+        """Column names and a row for each pair of models."""
         columns = ["weak", "strong", "weak performance", "weak-to-strong", "ceiling", "PGR", "95 % interval", "seeds"]
         rows = []
         for pair in self.pairs:
-            interval = "" if pair.pgr_interval is None else "{:.2f} to {:.2f}".format(*pair.pgr_interval)
+            interval = "" if pair.pgr_interval is None else _range(pair.pgr_interval)
             pgr = "undefined" if pair.pgr is None else f"{pair.pgr:.2f}"
-            figures = [f"{value:.3f}" for value in (pair.weak, pair.weak_to_strong, pair.ceiling)]
+            figures = [pair.performance(name) for name, *_ in ROLES]
             names = [" + ".join(pair.weak_models), pair.strong_model]
             rows.append([*names, *figures, pgr, interval, str(len(pair.by_seed))])
         return columns, rows
 
     def markdown(self) -> str:
-        """The table, what is undefined and why, and how student and labels relate to the supervisor."""
+        """The table of all pairs, and for each pair what is undefined and why, and how the student does as told."""
         columns, rows = self.table()
         lines = [f"# Weak to strong: {self.task}, {self.student_loss}", ""]
         lines += [" | ".join(["", *columns, ""]).strip(), "|" + "---|" * len(columns)]
         lines += [" | ".join(["", *row, ""]).strip() for row in rows]
         lines += ["", "Rows: " + ", ".join(f"{name} {count}" for name, count in self.rows.items()) + "."]
+        lines += ["In brackets: 95 % bootstrap intervals over the prompts of the test split."]
         for pair in self.pairs:
             lines += ["", f"## {' + '.join(pair.weak_models)} -> {pair.strong_model}", ""]
             if pair.reason is not None:
@@ -233,62 +252,99 @@ class WeakToStrongReport:
             self._log(folder)
 
     def plot(self, path: Path) -> None:
-        """Bars of weak, weak-to-strong and ceiling for each pair; of several pairs also the PGR with its interval."""
+        """Bars of the three models for each pair, with intervals; with several pairs also each PGR."""
         from matplotlib.figure import Figure
 
         several = len(self.pairs) > 1
-        figure = Figure(figsize=(2.5 + 1.8 * len(self.pairs), 7 if several else 4), layout="constrained")
-        axes, below = figure.subplots(2, 1) if several else (figure.subplots(), None)
-        shown = (("weak", "#9aa5b1"), ("weak_to_strong", "#3b7dd8"), ("ceiling", "#2f9e6e"))
-        for number, (name, color) in enumerate(shown):
-            values = [asdict(pair)[name] for pair in self.pairs]
-            places = [k + 0.27 * (number - 1) for k in range(len(self.pairs))]
-            axes.bar(places, values, width=0.25, color=color, label=name.replace("_", "-"))
-        for k, pair in enumerate(self.pairs):
-            top = max(pair.weak, pair.weak_to_strong, pair.ceiling)
-            label = "PGR undefined" if pair.pgr is None else f"PGR {pair.pgr:.2f}"
-            axes.text(k, top + 0.01, label, ha="center", va="bottom")
-        short = [f"{' + '.join(map(_short, p.weak_models))}\n-> {_short(p.strong_model)}" for p in self.pairs]
-        axes.set_xticks(range(len(self.pairs)), short)
-        axes.set_ylim(0, 1.12)
-        axes.set_ylabel("performance on the test split")
-        axes.legend(loc="lower right", frameon=False)
+        figure = Figure(figsize=(4.4 + 1.8 * len(self.pairs), 7.5 if several else 4.4), layout="constrained")
+        above, below = figure.subplots(2, 1) if several else (figure.subplots(), None)
+        figure.suptitle(f"Weak to strong: {self.task}, student loss {self.student_loss}")
+        self._plot_performance(above)
         if below is not None:
-            for k, pair in enumerate(self.pairs):
-                if pair.pgr is None:
-                    below.text(k, 0, "undefined", ha="center", va="bottom")
-                else:
-                    lengths = [abs(end - pair.pgr) for end in pair.pgr_interval]
-                    below.plot(k, pair.pgr, "o", color="#3b7dd8")
-                    for length, sign in zip(lengths, (-1, 1), strict=True):  # an arrow where there is no end
-                        shown, arrow = (length, "none") if math.isfinite(length) else (1.0, "^" if sign > 0 else "v")
-                        ends = [pair.pgr, pair.pgr + sign * shown]
-                        below.plot([k, k], ends, color="#3b7dd8", marker=arrow, markevery=[1])
-            below.set_xticks(range(len(self.pairs)), short)
-            below.set_xlim(axes.get_xlim())
-            below.axhline(0, color="#9aa5b1", linewidth=0.8)
-            below.set_ylabel("PGR, 95 % interval")
+            self._plot_pgr(below)
+            below.set_xlim(above.get_xlim())
+        figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=150)
 
+    def _plot_performance(self, axes: Any) -> None:
+        tops = [0.0] * len(self.pairs)
+        for number, (name, title, color) in enumerate(ROLES):
+            for k, pair in enumerate(self.pairs):
+                value, place = getattr(pair, name), k + 0.27 * (number - 1)
+                axes.bar(place, value, width=0.25, color=color, label=title if k == 0 else None)
+                low, high = (value, value) if pair.intervals is None else pair.intervals[name]
+                errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                axes.errorbar(place, value, yerr=errors, color="black", capsize=3, linewidth=1)
+                tops[k] = max(tops[k], value, high)
+        for k, (pair, top) in enumerate(zip(self.pairs, tops, strict=True)):
+            label = "PGR undefined" if pair.pgr is None else f"PGR {pair.pgr:.2f}\n({_range(pair.pgr_interval)})"
+            axes.annotate(label, (k, top), xytext=(0, 6), textcoords="offset points", ha="center", va="bottom")
+        axes.set_ylim(0, max(*tops, 0.1) * 1.25)
+        axes.set_xlim(-0.6, len(self.pairs) - 0.4)
+        axes.set_xticks(range(len(self.pairs)), [name.replace(" -> ", "\n-> ") for name in self.pair_names()])
+        axes.set_ylabel("performance on the test split")
+        axes.spines[["top", "right"]].set_visible(False)
+
+    def _plot_pgr(self, axes: Any) -> None:
+        for k, pair in enumerate(self.pairs):
+            if pair.pgr is None:
+                axes.text(k, 0, "undefined", ha="center", va="bottom")
+                continue
+            axes.plot(k, pair.pgr, "o", color="#3b7dd8")
+            for end, sign in zip(pair.pgr_interval, (-1, 1), strict=True):  # an arrow where there is no end
+                length, arrow = (abs(end - pair.pgr), "_") if math.isfinite(end) else (1.0, "^" if sign > 0 else "v")
+                axes.plot([k, k], [pair.pgr, pair.pgr + sign * length], color="#3b7dd8", marker=arrow, markevery=[1])
+        for value in (0, 1):  # as good as the supervisor, as good as the ceiling
+            axes.axhline(value, color="#9aa5b1", linewidth=0.8, linestyle="-" if value == 0 else ":")
+        axes.set_xticks(range(len(self.pairs)), [name.replace(" -> ", "\n-> ") for name in self.pair_names()])
+        axes.set_ylabel("PGR, 95 % interval")
+        axes.spines[["top", "right"]].set_visible(False)
+
+    def pair_names(self) -> list[str]:
+        """A name for each pair: the last parts of the models' paths, or the whole paths where those do not tell."""
+        short = [f"{' + '.join(map(_short, pair.weak_models))} -> {_short(pair.strong_model)}" for pair in self.pairs]
+        whole = [f"{' + '.join(pair.weak_models)} -> {pair.strong_model}" for pair in self.pairs]
+        return short if len(set(short)) == len(short) else whole
+
     def _log(self, folder: Path) -> None:
+        """A table and figures in a W&B run of the report; in the user's run, where one is open."""
         import wandb
 
         columns, rows = self.table()
-        with wandb.init(name=f"weak-to-strong-{self.task}", dir=str(folder)) as run:
+        figures: dict[str, float] = {}
+        for pair, name in zip(self.pairs, self.pair_names(), strict=True):
+            prefix = f"{name}/" if len(self.pairs) > 1 else ""
+            found = {role: getattr(pair, role) for role, *_ in ROLES}
+            bounds = dict(pair.intervals or {})
+            if pair.pgr is not None:
+                found["pgr"], bounds["pgr"] = pair.pgr, pair.pgr_interval
+            found |= {f"{key}_low": low for key, (low, _) in bounds.items() if math.isfinite(low)}
+            found |= {f"{key}_high": high for key, (_, high) in bounds.items() if math.isfinite(high)}
+            figures |= {prefix + key: value for key, value in found.items()}
+        try:
+            opened = wandb.run is None
+            project = os.environ.get("WANDB_PROJECT", "huggingface")  # as the trainers' runs
+            name = f"weak-to-strong-{self.task}"
+            run = wandb.init(project=project, name=name, dir=str(folder)) if opened else wandb.run
             run.log({"weak_to_strong": wandb.Table(columns=columns, data=rows)})
-            for number, pair in enumerate(self.pairs):
-                figures = {"weak": pair.weak, "weak_to_strong": pair.weak_to_strong, "ceiling": pair.ceiling}
-                figures |= {} if pair.pgr is None else {"pgr": pair.pgr}
-                run.summary.update({f"pair_{number}/{name}": value for name, value in figures.items()})
+            run.summary.update(figures)
+            if opened:
+                run.finish()
+        except Exception as error:  # a missing key, an unreachable server, a full disk: the report is on disk
+            logger.warning(f"Weights & Biases failed; the report was not logged there: {error!r}")
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: lists for tuples, and null for the end of an interval that has none."""
+    """JSON values: lists for tuples, and null for an end of an interval that is infinite."""
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "no interval" if interval is None else "{:.2f} to {:.2f}".format(*interval)
 
 
 def _short(name: str) -> str:

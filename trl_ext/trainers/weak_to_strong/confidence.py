@@ -1,4 +1,9 @@
-"""Tells a [`ConfidenceLoss`](trl_ext.losses.distillation) where training stands. Knows steps and processes only."""
+"""Tells a [`ConfidenceLoss`](trl_ext.losses.distillation) where training stands, and keeps its memory in checkpoints.
+
+It knows optimizer steps, processes and the trainer's state. It does not know what the loss computes.
+"""
+
+import logging
 
 import torch
 from accelerate.utils import gather_object
@@ -7,12 +12,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl_ext.losses.distillation import ConfidenceLoss, LogConfRanking, LogConfToken
 
 
+logger = logging.getLogger(__name__)
+
+# The entry in `trainer_state.json`, which Trainer writes and reads as it is.
+STATE = "confidence_loss"
+
+
 class ConfidenceCallback(TrainerCallback):
     """
     Ends the loss's step with every optimizer step, with the predictions of all processes.
 
-    The loss's memory of earlier steps is not part of a checkpoint: after a resume the threshold is taken from the
-    steps that follow, and for one step the weak labels stand alone.
+    The loss's memory of earlier steps, from which it takes its threshold, is part of each checkpoint
+    (`trainer_state.json`), so that a resumed run goes on as if it had not stopped.
 
     Args:
         loss ([`~trl_ext.losses.distillation.ConfidenceLoss`]): the loss, e.g. `LogConfRanking(...).confidence`.
@@ -24,12 +35,28 @@ class ConfidenceCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._loss.reset()
         self._loss.progress = state.global_step / max(1, state.max_steps)
+        saved = state.stateful_callbacks.get(STATE)
+        if saved is not None and saved["step"] == state.global_step:
+            self._loss.load_state_dict(saved["loss"])
+        elif state.global_step > 0:
+            logger.warning(
+                "The checkpoint has no state of the confidence loss. Its threshold starts anew, so the next steps "
+                "differ a little from those of an uninterrupted run."
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         values = self._loss.step_values()
         if args.world_size > 1:
             values = torch.cat([torch.as_tensor(part) for part in gather_object([values.tolist()])])
         self._loss.end_step(state.global_step / max(1, state.max_steps), values.reshape(-1, 2))
+        self._keep(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._keep(state, control)
+
+    def _keep(self, state: TrainerState, control: TrainerControl) -> None:
+        if control.should_save:  # Trainer writes the state after these events
+            state.stateful_callbacks[STATE] = {"step": state.global_step, "loss": self._loss.state_dict()}
 
 
 def follow_confidence(trainer: Trainer) -> None:
