@@ -1,0 +1,149 @@
+"""`evaluate_reward_model` from rows to files, with functions and with real tiny models."""
+
+import json
+import math
+
+import pytest
+from datasets import Dataset
+
+from trl_ext.data.validation import DataError
+from trl_ext.evaluation import evaluate_reward_model
+from trl_ext.evaluation.items import family_of, read_item
+
+
+def by_text(prompts, completions, **columns):
+    return [float(text.split()[0]) for text in completions]
+
+
+def pairs(number=40):
+    return [
+        {"prompt": f"p{n}", "chosen": f"{n % 5} it is so. Quite so.", "rejected": "2 it is not so. Not at all."}
+        for n in range(number)
+    ]
+
+
+def test_the_report_is_written_and_read_back(tmp_path):
+    report = evaluate_reward_model(by_text, pairs(), output_dir=tmp_path, resamples=100, probes=False)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {"metrics", "intervals", "flags"} <= set(saved)
+    assert saved["metrics"]["accuracy"] == report.metrics["accuracy"] == 0.4
+    assert saved["intervals"]["accuracy"] == list(report.intervals["accuracy"])
+    low, high = report.intervals["accuracy"]
+    assert low < 0.4 < high
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "<script" not in page
+    assert "0.4" in (tmp_path / "evaluation.md").read_text()
+    assert (tmp_path / "scores.png").stat().st_size > 1_000
+
+
+def test_the_same_seed_gives_the_same_report():
+    first, second = (evaluate_reward_model(by_text, pairs(), resamples=50).to_dict() for _ in range(2))
+    for report in (first, second):
+        report["settings"].pop("seconds"), report["settings"].pop("seconds_scoring")
+    assert first == second
+
+
+def test_columns_reach_a_reward_function_and_rows_may_be_streamed():
+    seen = []
+
+    def function(prompts, completions, difficulty, **columns):
+        seen.extend(difficulty)
+        return [float(d) + (c == "right") for d, c in zip(difficulty, completions, strict=True)]
+
+    rows = [{"prompt": f"p{n}", "chosen": "right", "rejected": "wrong", "difficulty": n % 3} for n in range(1_100)]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    report = evaluate_reward_model(function, stream, probes=False, resamples=20)
+    assert report.metrics["accuracy"] == 1.0
+    assert report.settings["rows"] == 1_100
+    assert seen[:4] == [0, 0, 1, 1]
+    assert evaluate_reward_model(function, rows, probes=False, resamples=20, max_rows=7).settings["rows"] == 7
+
+
+def test_rows_without_a_score_are_counted_and_left_out():
+    def function(prompts, completions, **columns):
+        values = {"p0": None, "p1": math.nan, "p2": math.inf}
+        return [values.get(p, float(c.split()[0])) for p, c in zip(prompts, completions, strict=True)]
+
+    report = evaluate_reward_model(function, pairs(), probes=False, resamples=50)
+    assert report.omitted == {"without a score": 1, "with a score that is not finite": 2}
+    assert report.sizes["accuracy"] == 37
+    assert "omitted_rows" in report.flags
+    with pytest.raises(DataError, match="40 rows of which none has a score"):
+        evaluate_reward_model(lambda prompts, completions, **columns: [None] * len(completions), pairs())
+
+
+def test_two_models_are_compared_on_the_same_rows():
+    def better(prompts, completions, **columns):
+        return [float(c.endswith("so.")) for c in completions]
+
+    report = evaluate_reward_model(better, pairs(100), compare=by_text, probes=False, resamples=200)
+    found = report.compared["differences"]["accuracy"]
+    assert report.metrics["accuracy"] == 1.0
+    assert found["difference"] == pytest.approx(0.6)
+    assert found["p_value"] < 0.001
+    assert found["interval"][0] > 0.4
+    assert report.compared["model"] == "by_text"
+
+
+def test_mistakes_are_the_worst_first():
+    report = evaluate_reward_model(by_text, pairs(100), probes=False, resamples=20)
+    margins = [mistake.margin for mistake in report.mistakes]
+    assert margins == sorted(margins)
+    assert len(margins) == 20
+    assert margins[0] == -2.0
+
+
+def test_a_subset_of_one_row_has_no_interval_and_says_why():
+    rows = [{**row, "subset": "alone" if n == 0 else "many"} for n, row in enumerate(pairs())]
+    report = evaluate_reward_model(by_text, rows, probes=False, resamples=50)
+    assert "accuracy/alone" not in report.intervals
+    assert "at least two" in report.reasons["accuracy/alone"]
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "a", "chosen": "x", "rejected": None}, "rejected"),
+        ({"prompt": "a", "completions": ["x", "y"], "ratings": [1]}, "ratings"),
+        ({"prompt": "a", "completions": "x", "ratings": [1]}, "completions"),
+        ({"prompt": "a", "completion": "x", "label": 3}, "label"),
+        ({"prompt": "a", "completions": ["x"], "gold": [math.nan]}, "gold"),
+        ({"problem": "a", "steps": ["x"], "label": 2}, "label"),
+        ({"modified_process": ["x"], "error_steps": [2]}, "error_steps"),
+        ({"prompt": "a", "completions": []}, "completions"),
+    ],
+)
+def test_bad_rows_name_row_and_column(row, column):
+    with pytest.raises(DataError, match=f"row 7, column '{column}'"):
+        read_item(row, 7, family_of(row))
+
+
+def test_unknown_columns_name_the_families():
+    with pytest.raises(DataError, match=r"preference: chosen\+rejected"):
+        evaluate_reward_model(by_text, [{"text": "a"}])
+    with pytest.raises(DataError, match="no rows"):
+        evaluate_reward_model(by_text, [])
+    with pytest.raises(DataError, match="cluster_column|column 'who'"):
+        evaluate_reward_model(by_text, pairs(), cluster_column="who", probes=False)
+
+
+def test_what_is_no_reward_model_is_refused():
+    with pytest.raises(TypeError, match="is a int"):
+        evaluate_reward_model(3, pairs())
+    with pytest.raises(TypeError, match="max_length"):
+        evaluate_reward_model(by_text, pairs(), max_length=3)
+    with pytest.raises(ValueError, match="returned 1 scores for"):
+        evaluate_reward_model(lambda prompts, completions, **columns: [1.0], pairs())
+    steps = [{"prompt": "a", "completions": ["x", "y"], "labels": [True, False]}]
+    with pytest.raises(ValueError, match="no `score_steps`"):
+        evaluate_reward_model(by_text, steps)
+
+
+def test_chats_without_a_prompt_column_share_their_first_turns():
+    user, good, bad = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "1"), ("assistant", "0")))
+    item = read_item({"chosen": [user, good], "rejected": [user, bad]}, 0, "preference")
+    assert item.prompt == [user]
+    assert item.completions == [[good], [bad]]

@@ -1,0 +1,137 @@
+"""`trl-ext evaluate`: is this reward model any good? Accuracy, biases, calibration, best-of-n; with intervals and reasons.
+
+It knows arguments. What is computed, and from which columns, is said in [`~trl_ext.evaluate_reward_model`].
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trl_ext.cli._train import parse
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+    from trl_ext.evaluation import EvaluationReport
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `trl-ext evaluate`."""
+
+    dataset_name: str = field(
+        metadata={"help": "file (.jsonl, .json, .parquet, .csv), folder, or Hub id of the rows to evaluate on"}
+    )
+    output_dir: str = field(metadata={"help": "folder for evaluation.json, .md, .html and the pictures"})
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of a reward model (full or adapter), or of an ensemble"}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "in place of --model: one function, as `module.function` or `file.py:function`"}
+    )
+    compare: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of a second model that is tested against the first one"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "split to read (default: test, validation or train, the first that is there)"}
+    )
+    samples: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file of the policy's own samples (prompt, completions): would the model teach it?"},
+    )
+    cluster_column: str | None = field(
+        default=None, metadata={"help": "column that says which rows are not independent, e.g. a conversation"}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "take only the first rows"})
+    probes: bool = field(default=True, metadata={"help": "change features of the completions and measure the effect"})
+    probe_rows: int = field(default=200, metadata={"help": "rows that the probes change"})
+    resamples: int = field(default=2_000, metadata={"help": "of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap and of the choice of rows"})
+    batch_size: str = field(default="auto", metadata={"help": "rows of a batch, or auto: by tokens"})
+    max_length: int | None = field(default=None, metadata={"help": "cut rows to so many tokens"})
+    device: str | None = field(default=None, metadata={"help": "e.g. cpu or cuda:1"})
+    report_to: str = field(default="none", metadata={"help": "wandb: put numbers and tables on a run"})
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.reward_funcs is None):
+            raise ValueError("Found both or neither of --model and --reward_funcs; needed: one of them.")
+        if self.reward_funcs is not None and len(self.reward_funcs) != 1:
+            raise ValueError(
+                f"--reward_funcs names {len(self.reward_funcs)} functions; needed: one. Evaluate several one by one, "
+                "or together as the folder of an ensemble."
+            )
+        if self.batch_size != "auto":
+            if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
+                raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
+            self.batch_size = int(self.batch_size)
+
+
+def make_parser(prog: str | None = "trl-ext evaluate") -> "TrlParser":
+    """TRL's parser over `EvaluateArguments`: flags, or `--config x.yaml` with the same names."""
+    from trl import TrlParser
+
+    return TrlParser(EvaluateArguments, prog=prog, allow_abbrev=False, description=__doc__.split("\n\n")[0])
+
+
+def run(args: EvaluateArguments) -> "EvaluationReport":
+    """Read the rows, evaluate, write the report. Everything that can be wrong in the arguments fails before scoring."""
+    from trl_ext.evaluation import evaluate_reward_model
+
+    dataset: Any = _rows(args.dataset_name, args.dataset_config, args.dataset_split)
+    if args.samples is not None:
+        dataset = {"data": dataset, "samples": _rows(args.samples, None, None)}
+    model, scorer_kwargs = _model(args)
+    return evaluate_reward_model(
+        model,
+        dataset,
+        output_dir=args.output_dir,
+        compare=args.compare,
+        seed=args.seed,
+        probes=args.probes,
+        probe_rows=args.probe_rows,
+        cluster_column=args.cluster_column,
+        resamples=args.resamples,
+        max_rows=args.max_rows,
+        **scorer_kwargs,
+    )
+
+
+def _rows(name: str, config: str | None, split: str | None) -> Any:
+    from trl_ext.data.sources import load_source, select_split
+
+    splits = load_source(name, config)
+    if split is None:
+        split = next((known for known in ("test", "validation", "train") if known in splits), next(iter(splits)))
+    return select_split(splits, split, "--dataset_split")
+
+
+def _model(args: EvaluateArguments) -> tuple[str | Callable, dict[str, Any]]:
+    if args.reward_funcs is not None:
+        from trl_ext.pipelines.reward_functions import load_reward
+
+        return load_reward(args.reward_funcs[0]), {}
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
+    return args.model, {name: value for name, value in options.items() if value not in (None, "auto")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
+    (args,) = parse(make_parser(), argv)
+    report = run(args)
+    report.print()
+    if args.report_to == "wandb":
+        import wandb
+
+        with wandb.init(job_type="evaluate", config=vars(args)):
+            report.log_to_wandb()
+    print(f"\nThe report is in {args.output_dir}: open evaluation.html in a browser.")
+    return 0
+
+
+if __name__ == "__main__":
+    from trl_ext.cli.main import main as trl_ext
+
+    sys.exit(trl_ext(["evaluate", *sys.argv[1:]]))

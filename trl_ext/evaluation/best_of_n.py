@@ -1,0 +1,136 @@
+r"""Metrics of best-of-n sets: what the best of n by this model is worth in gold reward, and when more stops paying.
+
+A unit is a prompt with its samples, each with the model's score and a gold reward. Curves are unbiased: for every n up
+to the number of samples they average over all subsets (see [`~trl_ext.metrics.voting.best_of_k`]).
+
+**The predicted n.** Picking the best of n moves the quantile u of the score to the density \(n u^{n-1}\), so the
+expected gold reward is \(f(n) = \int_0^1 r(u)\, n u^{n-1} du\) with \(r(u)\) the mean gold reward at score quantile u.
+`HedgeTune` of *Inference-Time Reward Hacking in Large Language Models* by H. Khalaf et al.
+(https://huggingface.co/papers/2506.19248) finds the n with \(f'(n) = 0\). It is computed here on one half of the
+prompts and stands beside the best n of the curve of the other half. It knows numbers, and nothing of texts.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.optimize import brentq
+
+from trl_ext.evaluation.items import Item
+from trl_ext.evaluation.measures import Measure, Units
+from trl_ext.metrics.voting import best_of_k, kl_bound
+
+
+class BestOfN:
+    """Collects the scores of samples whose gold reward is known."""
+
+    def __init__(self):
+        self.units = Units()
+        self._samples: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, item: Item, scores: list[float]) -> float:
+        """Take one scored row; returns what the pick falls short of the best sample by, as a negative number."""
+        scores_, gold = np.asarray(scores, dtype=float), np.asarray(item.ratings, dtype=float)
+        self.units.add(item.row, item.cluster, item.subset)
+        self._samples.append((scores_, gold))
+        return float(gold[int(scores_.argmax())] - gold.max())
+
+    @property
+    def most(self) -> int:
+        """Samples of the prompt with the fewest: the largest n of the curve."""
+        return min((len(scores) for scores, _ in self._samples), default=0)
+
+    def measures(self) -> Iterator[Measure]:
+        """Every number of these rows, with what its interval is drawn from."""
+        if self.most < 1:
+            return
+        clusters = self.units.clusters
+        table = {n: self._gold_at(n) for n in _powers(self.most)}
+        for n, values in table.items():
+            yield Measure(f"gold_at_{n}", values=values, clusters=clusters)
+        first, last = table[1], table[max(table)]
+        yield Measure("gain", values=last - first, clusters=clusters)
+        yield Measure("oracle", values=self._gold_at(max(table), oracle=True), clusters=clusters)
+        if self.most < 4:
+            return
+        everything = np.array([self._gold_at(n) for n in range(1, self.most + 1)])  # (n, N)
+        tested = np.flatnonzero([not _is_calibration(cluster) for cluster in clusters])
+        calibration = np.flatnonzero([_is_calibration(cluster) for cluster in clusters])
+        names = [clusters[unit] for unit in tested]
+        yield Measure(
+            "best_n",
+            function=lambda drawn: float(everything[:, tested[drawn]].mean(1).argmax() + 1),
+            size=len(tested),
+            clusters=names,
+        )
+        yield Measure(
+            "predicted_n",
+            function=lambda drawn: predicted_n([self._samples[calibration[unit]] for unit in drawn], limit=self.most),
+            size=len(calibration),
+            clusters=[clusters[unit] for unit in calibration],
+        )
+        best = everything.max(0) if len(tested) == 0 else everything[int(everything.mean(1).argmax())]
+        yield Measure("loss_at_largest_n", values=everything[-1] - best, clusters=clusters)
+
+    def curve(self) -> list[dict[str, float]]:
+        """For n = 1, 2, 4 ... what the pick is worth: `n`, `kl` (nats, an upper bound), `proxy`, `gold`, `oracle`."""
+        return [
+            {
+                "n": n,
+                "kl": kl_bound(n),
+                "proxy": float(np.mean([best_of_k(scores, scores, n) for scores, _ in self._samples])),
+                "gold": float(self._gold_at(n).mean()),
+                "oracle": float(self._gold_at(n, oracle=True).mean()),
+            }
+            for n in _powers(self.most)
+        ]
+
+    def _gold_at(self, n: int, oracle: bool = False) -> np.ndarray:
+        """Expected gold reward of the best of n by score (or by gold) for every prompt, `(N,)`."""
+        return np.array([best_of_k(gold, gold if oracle else scores, n) for scores, gold in self._samples])
+
+
+def predicted_n(samples: list[tuple[np.ndarray, np.ndarray]], limit: int) -> float:
+    """
+    The n at which the expected gold reward of best-of-n is highest, by the root of its derivative (see above).
+
+    Args:
+        samples (`list[tuple[np.ndarray, np.ndarray]]`): for each prompt the scores and gold rewards of its samples.
+        limit (`int`): the largest n to consider; where the gold reward still rises there, it is the result.
+
+    Returns:
+        `float`: from 1 to `limit`, NaN without samples.
+    """
+    if not samples:
+        return math.nan
+    weights, logs = [], []
+    for scores, gold in samples:
+        ordered = gold[np.argsort(scores, kind="stable")]
+        weights.append(ordered / len(samples))
+        logs.append(np.log(np.arange(1, len(gold) + 1) / len(gold)))
+    weight, log = np.concatenate(weights), np.concatenate(logs)
+    before = np.concatenate([np.r_[-math.inf, own[:-1]] for own in logs])
+    starts = ~np.isfinite(before)  # the quantile 0, whose powers are 0
+
+    def value(n: float) -> float:
+        return float((weight * (np.exp(n * log) - np.where(starts, 0.0, np.exp(n * before)))).sum())
+
+    def slope(n: float) -> float:
+        back = np.where(starts, 0.0, np.exp(n * before) * np.where(starts, 0.0, before))
+        return float((weight * (np.exp(n * log) * log - back)).sum())
+
+    grid = np.geomspace(1, max(limit, 1), 64)
+    best = int(np.argmax([value(n) for n in grid]))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    if slope(low) > 0 > slope(high):
+        return float(brentq(slope, low, high))
+    return float(grid[best])
+
+
+def _powers(most: int) -> list[int]:
+    return [2**power for power in range(most.bit_length()) if 2**power <= most]
+
+
+def _is_calibration(cluster: object) -> bool:
+    return hashlib.sha256(f"calibration {cluster}".encode()).digest()[0] < 128

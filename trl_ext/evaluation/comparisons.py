@@ -1,0 +1,200 @@
+"""Metrics of preference and ranked rows: who is ordered right, beside what length alone would order right.
+
+A unit is a row: one prompt with its candidates. It knows scores, ratings and lengths of candidates, and nothing of the
+models that gave them.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from trl_ext.evaluation.benchmarks import (
+    REWARDBENCH_2,
+    is_rewardbench,
+    rewardbench_sections,
+    style_scores,
+    tie_margins,
+    ties_score,
+)
+from trl_ext.evaluation.items import Item, text_of
+from trl_ext.evaluation.measures import Measure, Units, calibration_error, correlation, reliability, sigmoid
+from trl_ext.metrics.ranking import kendall_tau, ndcg, pair_accuracy, top1_agreement
+
+
+# Two candidates count as equally long up to this ratio of their numbers of characters: our choice.
+MATCHED = 1.1
+
+
+class Comparisons:
+    """
+    Collects the scores of candidates whose order is known.
+
+    Args:
+        ranked (`bool`): whether rows are rankings (else one or more chosen against one or more rejected completions).
+    """
+
+    def __init__(self, ranked: bool):
+        self.ranked = ranked
+        self.units = Units()
+        self._ties: dict[str, dict[str, dict[str, float]]] = {"tied": {}, "ref": {}}
+        # of every decided pair: score difference, difference of log lengths, unit
+        self._pairs: list[tuple[float, float, int]] = []
+
+    def add(self, item: Item, scores: list[float]) -> float:
+        """Take one scored row; returns its margin, which is below 0 where the row is ordered wrong."""
+        scores_, ratings = np.asarray(scores), np.asarray(item.ratings)
+        lengths = np.array([len(text_of(completion)) for completion in item.completions], dtype=float)
+        better, worse = np.nonzero(ratings[:, None] > ratings[None, :])
+        number = len(self.units)
+        values: dict[str, float] = {}
+        margin = math.nan
+        if len(better):
+            differences = scores_[better] - scores_[worse]
+            margin = float(differences.mean()) if self.ranked else float(differences.min())
+            longer = np.log1p(lengths[better]) - np.log1p(lengths[worse])
+            self._pairs += [(d, x, number) for d, x in zip(differences.tolist(), longer.tolist(), strict=True)]
+            matched = np.abs(longer) <= math.log(MATCHED)
+            values = self._styles(item, scores_, ratings) | {
+                "accuracy": float((differences > 0).mean()) if self.ranked else self._won(item, scores_, ratings),
+                "pair_accuracy": float((differences > 0).mean()),
+                "length_accuracy": float((longer > 0).mean()),
+                "matched_length_accuracy": float((differences[matched] > 0).mean()) if matched.any() else math.nan,
+                "tied_scores": float((differences == 0).mean()),
+                "margin": float(differences.mean()),
+            }
+        if self.ranked:
+            values |= _rank_metrics(scores_, ratings)
+        self.units.add(item.row, item.cluster, item.subset, **values)
+        return margin
+
+    def _won(self, item: Item, scores: np.ndarray, ratings: np.ndarray) -> float:
+        """1 where every chosen completion beats every rejected one; RewardBench 2 shares the credit of a tie."""
+        chosen, rejected = scores[ratings > 0], scores[ratings <= 0]
+        if item.subset is not None and item.subset.lower() == "ties":
+            kind, _, prompt = str(item.columns.get("id", "")).partition(":")
+            margins = tie_margins(chosen.tolist(), rejected.tolist())
+            if kind in self._ties:
+                self._ties[kind][prompt] = margins
+            return margins["accurate"]
+        if _is_style_matrix(item, ratings):
+            return float((chosen[:, None] > rejected[None, :]).mean())
+        if len(chosen) == 1 and len(rejected) > 1:
+            best = scores == scores.max()
+            return float(best[0] / best.sum())
+        return float(chosen.min() > rejected.max())
+
+    def _styles(self, item: Item, scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
+        if not _is_style_matrix(item, ratings):
+            return {}
+        styles = style_scores(scores[:3, None] > scores[None, 3:])
+        return {f"rm_bench/{name}": value for name, value in styles.items()}
+
+    def measures(self) -> Iterator[Measure]:
+        """Every number of these rows, with what its interval is drawn from."""
+        units = self.units
+        yield units.mean("accuracy")
+        names = ["pair_accuracy", "length_accuracy", "matched_length_accuracy", "tied_scores", "margin"]
+        yield from (units.mean(name) for name in (["kendall_tau", "ndcg", "top1"] if self.ranked else []) + names)
+        yield from units.by_subset("accuracy", "accuracy")
+        if not self._pairs:
+            return
+        differences, longer, unit = (np.asarray(column) for column in zip(*self._pairs, strict=True))
+        sizes = np.bincount(unit, minlength=len(units))
+        starts = np.cumsum(sizes) - sizes
+
+        def pairs_of(drawn: np.ndarray) -> np.ndarray:
+            take = sizes[drawn]
+            first = np.repeat(starts[drawn] - np.r_[0, take.cumsum()[:-1]], take)
+            return first + np.arange(take.sum())
+
+        def of_pairs(function):
+            def read(drawn: np.ndarray) -> float:
+                rows = pairs_of(drawn)
+                return function(differences[rows], longer[rows])
+
+            return read
+
+        yield units.computed("length_correlation", of_pairs(_symmetric_correlation))
+        yield units.computed("length_controlled_accuracy", of_pairs(length_controlled_accuracy))
+        if not self.ranked:
+            yield units.computed("ece", of_pairs(lambda d, _: calibration_error(sigmoid(np.abs(d)), d > 0)))
+            yield units.computed("brier", of_pairs(lambda d, _: float(np.mean((1 - sigmoid(d)) ** 2))))
+            yield from self._benchmark_measures()
+
+    def _benchmark_measures(self) -> Iterator[Measure]:
+        units = self.units
+        subsets = [subset for subset in dict.fromkeys(units.subsets) if subset is not None]
+        of, accuracy = np.asarray(units.subsets, dtype=object), units.array("accuracy")
+        if is_rewardbench(subsets):
+
+            def section(name: str):
+                def read(drawn: np.ndarray) -> float:
+                    means = {s: np.nanmean(accuracy[drawn][of[drawn] == s]) for s in set(of[drawn])}
+                    return rewardbench_sections(means).get(name, math.nan)
+
+                return read
+
+            for name in rewardbench_sections(dict.fromkeys(subsets, 0.0)):
+                yield units.computed(f"section/{name}", section(name))
+        yield from (units.mean(name) for name in units.columns if name.startswith("rm_bench/"))
+        both = [name for name in self._ties["tied"] if name in self._ties["ref"]]
+        if not both:
+            return
+        parts = [[self._ties[kind][name] for name in both] for kind in ("tied", "ref")]
+
+        def ties(drawn: np.ndarray) -> float:
+            return ties_score(*([part[prompt] for prompt in drawn] for part in parts))
+
+        yield Measure("ties_score", function=ties, size=len(both), clusters=both)
+        if set(subsets) == set(REWARDBENCH_2):
+            means = [float(np.nanmean(accuracy[of == name])) for name in subsets if name != "Ties"]
+            yield Measure(
+                "section/rewardbench_2",
+                function=lambda drawn: float(np.mean([*means, ties(drawn)])),
+                size=len(both),
+                clusters=both,
+            )
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Points of the reliability diagram of sigmoid(score difference)."""
+        differences = np.array([pair[0] for pair in self._pairs])
+        return reliability(sigmoid(np.abs(differences)), (differences > 0).astype(float)) if len(differences) else []
+
+    def differences(self) -> list[float]:
+        """Better less worse of every decided pair."""
+        return [pair[0] for pair in self._pairs]
+
+
+def _is_style_matrix(item: Item, ratings: np.ndarray) -> bool:
+    """RM-Bench: three styles of the chosen and three of the rejected answer."""
+    return "domain" in item.columns and len(ratings) == 6 and ratings.sum() == 3
+
+
+def length_controlled_accuracy(differences: np.ndarray, longer: np.ndarray) -> float:
+    r"""
+    Pair accuracy of what is left of the score when its linear dependence on length is taken out.
+
+    The slope \\( b = \sum d x / \sum x^2 \\) is that of score differences d on differences of log length x over the
+    pairs, in both orders, so that it does not depend on which completion was preferred; a pair counts as right where
+    \\( d - b x > 0 \\). A model whose accuracy is the length's own falls to about one half.
+
+    Args:
+        differences (`np.ndarray` of shape `(P,)`): score of the better less that of the worse completion.
+        longer (`np.ndarray` of shape `(P,)`): log length of the better less that of the worse completion.
+    """
+    square = float((longer**2).sum())
+    slope = float((differences * longer).sum()) / square if square else 0.0
+    return float((differences - slope * longer > 0).mean()) if len(differences) else math.nan
+
+
+def _symmetric_correlation(differences: np.ndarray, longer: np.ndarray) -> float:
+    """Correlation of score and log length within pairs; of either order, so the mean of both is 0."""
+    return correlation(np.r_[differences, -differences], np.r_[longer, -longer])
+
+
+def _rank_metrics(scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
+    group = (torch.tensor(scores)[None], torch.tensor(ratings)[None], torch.ones(1, len(scores), dtype=torch.bool))
+    functions = {"kendall_tau": kendall_tau, "ndcg": ndcg, "top1": top1_agreement, "pair_accuracy": pair_accuracy}
+    return {name: function(*group).item() for name, function in functions.items()}

@@ -1,0 +1,83 @@
+"""Metrics of outcome rows: does the score tell right from wrong solutions, over all prompts and within each?
+
+A unit is a solution. It knows scores and labels. Scores in [0, 1] are read as probabilities, others as log-odds.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from trl_ext.evaluation.items import Item, text_of
+from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, correlation, reliability, sigmoid
+
+
+class Outcomes:
+    """Collects the scores of solutions that are right or wrong."""
+
+    def __init__(self):
+        self.units = Units()
+
+    def add(self, item: Item, scores: list[float]) -> float:
+        """Take one scored row; returns how far its score is on the side of its label, within [-0.5, 0.5]."""
+        label = item.ratings[0]
+        self.units.add(
+            item.row,
+            item.cluster,
+            item.subset,
+            score=scores[0],
+            label=label,
+            length=math.log1p(len(text_of(item.completions[0]))),
+        )
+        return (float(sigmoid(np.array(scores[0]))) - 0.5) * (1 if label > 0.5 else -1)
+
+    def probabilities(self) -> np.ndarray:
+        """P(right) of every unit, `(N,)`."""
+        scores = self.units.array("score")
+        inside = len(scores) and scores.min() >= 0 and scores.max() <= 1
+        return scores if inside else sigmoid(scores)
+
+    def measures(self) -> Iterator[Measure]:
+        """Every number of these rows, with what its interval is drawn from."""
+        units = self.units
+        if not len(units):
+            return
+        scores, labels, lengths = (units.array(name) for name in ("score", "label", "length"))
+        probabilities = self.probabilities()
+        codes = {cluster: code for code, cluster in enumerate(dict.fromkeys(units.clusters))}
+        prompts = np.array([codes[cluster] for cluster in units.clusters])
+        yield Measure("base_rate", values=labels, clusters=units.clusters)
+        yield Measure(
+            "accuracy", values=((probabilities > 0.5) == (labels > 0.5)).astype(float), clusters=units.clusters
+        )
+        yield units.computed("auc", lambda drawn: auc(scores[drawn], labels[drawn]))
+        yield units.computed("length_auc", lambda drawn: auc(lengths[drawn], labels[drawn]))
+        wins = within_prompt_wins(scores, labels, prompts)
+        there = sorted(wins)
+        names = list(codes)
+        yield Measure(
+            "within_prompt_auc", values=[wins[code] for code in there], clusters=[names[code] for code in there]
+        )
+        yield units.computed("ece", lambda drawn: calibration_error(probabilities[drawn], labels[drawn]))
+        yield Measure("brier", values=(probabilities - labels) ** 2, clusters=units.clusters)
+        yield units.computed("length_correlation", lambda drawn: correlation(scores[drawn], lengths[drawn]))
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Points of the reliability diagram."""
+        return reliability(self.probabilities(), self.units.array("label")) if len(self.units) else []
+
+
+def within_prompt_wins(scores: np.ndarray, labels: np.ndarray, prompts: np.ndarray) -> dict[int, float]:
+    """
+    For each prompt with right and wrong solutions: the AUC within it.
+
+    Args:
+        scores, labels, prompts (`np.ndarray` of shape `(N,)`): of each solution its score, label and prompt number.
+
+    Returns:
+        `dict[int, float]`: by prompt number, in [0, 1]; prompts whose solutions are all right or all wrong are absent.
+    """
+    order = np.argsort(prompts, kind="stable")
+    edges = np.flatnonzero(np.diff(prompts[order])) + 1
+    found = {int(prompts[part[0]]): auc(scores[part], labels[part]) for part in np.split(order, edges) if len(part)}
+    return {prompt: value for prompt, value in found.items() if math.isfinite(value)}

@@ -1,0 +1,144 @@
+"""Metrics of stepwise rows: does a process model find the first wrong step?
+
+A unit is a solution. ProcessBench's F1 needs a threshold on P(correct): it is chosen on a validation part of the
+prompts and the F1 is that of the rest. (Public evaluation code chooses it on the test file itself, which flatters.) It
+knows probabilities and labels of steps, and nothing of texts.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from trl_ext.evaluation.items import Item
+from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, reliability
+from trl_ext.metrics.token import harmonic_mean
+
+
+# The part of the prompts on which the threshold is chosen: our choice.
+VALIDATION = 0.3
+NEVER = -1
+
+
+class Steps:
+    """Collects P(correct) of the steps of solutions whose steps are labelled."""
+
+    def __init__(self):
+        self.units = Units()
+        self._steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, item: Item, scores: list[float]) -> float:
+        """Take one scored row; returns how sure the model is on the wrong side, negative, of its worst step."""
+        probabilities, labels = np.asarray(scores, dtype=float), np.asarray(item.ratings, dtype=float)
+        wrong = np.flatnonzero(labels < 0.5)
+        self.units.add(
+            item.row,
+            item.cluster,
+            item.subset,
+            first=float(wrong[0]) if len(wrong) else NEVER,
+            monotone=float(not len(wrong) or not np.any(labels[wrong[0] :] > 0.5)),
+        )
+        self._steps.append((probabilities, labels))
+        labelled = np.isfinite(labels)
+        return float(np.where(labels > 0.5, probabilities - 0.5, 0.5 - probabilities)[labelled].min(initial=0.5))
+
+    def measures(self) -> Iterator[Measure]:
+        """Every number of these rows, with what its interval is drawn from."""
+        units = self.units
+        if not len(units):
+            return
+        held = np.array([_is_validation(cluster) for cluster in units.clusters])
+        tested = np.flatnonzero(~held)
+        clusters = [units.clusters[unit] for unit in tested]
+        threshold = self.best_threshold(np.flatnonzero(held))
+        yield Measure("threshold", values=[threshold], clusters=[0])
+        first = units.array("first")
+        found = self.first_below(threshold)
+        hit = (found == first).astype(float)
+        is_wrong = first != NEVER
+
+        def f1(drawn: np.ndarray) -> float:
+            rows = tested[drawn]
+            parts = [hit[rows][side] for side in (is_wrong[rows], ~is_wrong[rows])]
+            return harmonic_mean(*(float(part.mean()) for part in parts)) if all(map(len, parts)) else math.nan
+
+        yield Measure("accuracy", values=hit[tested], clusters=clusters)
+        yield Measure("f1", function=f1, size=len(tested), clusters=clusters)
+        for name, side in (("first_error_accuracy", is_wrong), ("no_error_accuracy", ~is_wrong)):
+            yield Measure(name, values=np.where(side, hit, math.nan)[tested], clusters=clusters)
+        yield units.computed("step_auc", lambda drawn: auc(*self.labelled(drawn, until_first=True)))
+        yield units.computed("ece", lambda drawn: calibration_error(*self.labelled(drawn)))
+        if not units.array("monotone").all():  # PRMBench
+            yield units.computed("prm_score", lambda drawn: prm_score(*self.labelled(drawn)))
+
+    def labelled(self, units: np.ndarray, until_first: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Probabilities and labels of the labelled steps of these units, `(S,)` each.
+
+        Args:
+            units (`np.ndarray`): indices of solutions.
+            until_first (`bool`, *optional*, defaults to `False`):
+                Only steps up to the first wrong one. What follows an error is labelled by convention, and its place
+                alone gives it away.
+        """
+        probabilities, labels = [], []
+        for unit in units:
+            chances, given = self._steps[unit]
+            use = np.isfinite(given) & np.isfinite(chances)
+            wrong = np.flatnonzero(given < 0.5)
+            if until_first and len(wrong):
+                use[wrong[0] + 1 :] = False
+            probabilities.append(chances[use])
+            labels.append(given[use])
+        empty = [np.empty(0)]
+        return np.concatenate(probabilities or empty), np.concatenate(labels or empty)
+
+    def first_below(self, threshold: float) -> np.ndarray:
+        """Index of the first step with P(correct) < threshold in each solution, `-1` for none, `(N,)`."""
+        below = [np.flatnonzero(chances < threshold) for chances, _ in self._steps]
+        return np.array([found[0] if len(found) else NEVER for found in below], dtype=float)
+
+    def best_threshold(self, units: np.ndarray) -> float:
+        """The threshold with the highest F1 on these units; 0.5 where there are no wrong or no faultless ones."""
+        first = self.units.array("first")[units]
+        if not len(units) or (first == NEVER).all() or not (first == NEVER).any():
+            return 0.5
+        values = np.unique(np.concatenate([self._steps[unit][0] for unit in units]))
+        candidates = np.unique(np.quantile(values, np.linspace(0.005, 0.995, 199)))
+        scores = []
+        for threshold in candidates:
+            hit = self.first_below(threshold)[units] == first
+            scores.append(harmonic_mean(float(hit[first != NEVER].mean()), float(hit[first == NEVER].mean())))
+        return float(candidates[int(np.argmax(scores))])
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Points of the reliability diagram of P(correct)."""
+        probabilities, labels = self.labelled(np.arange(len(self.units)))
+        return reliability(probabilities, labels) if len(labels) else []
+
+
+def prm_score(probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:
+    """
+    PRMBench's score: the mean of the F1 of right steps and the F1 of wrong steps.
+
+    Labels need not be monotone: a step after a wrong one may be right. See *PRMBench* by M. Song et al.
+    (https://huggingface.co/papers/2501.03124), section 3.3.
+
+    Args:
+        probabilities (`np.ndarray` of shape `(S,)`): P(correct) of steps.
+        labels (`np.ndarray` of shape `(S,)`): 1 right, 0 wrong.
+    """
+    called, right = probabilities >= threshold, labels > 0.5
+    scores = []
+    for side in (True, False):
+        both = ((called == side) & (right == side)).sum()
+        whole = (called == side).sum() + (right == side).sum()
+        scores.append(2 * both / whole if whole else 0.0)
+    return float(np.mean(scores))
+
+
+def _is_validation(cluster: object) -> bool:
+    """The same part of the prompts in every run and for every model."""
+    digest = hashlib.sha256(str(cluster).encode()).digest()
+    return digest[0] / 256 < VALIDATION

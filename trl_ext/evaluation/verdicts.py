@@ -1,0 +1,203 @@
+"""From numbers to judgements: what is green, amber or red, why, and what to do about it.
+
+All limits are here, with where they come from. A judgement uses the interval, not the number alone: what the sample
+cannot show is not said. It knows the names of metrics, and nothing of how they were computed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from trl_ext.evaluation.probes import ProbeResult
+from trl_ext.evaluation.report import EvaluationReport, Verdict
+
+
+# Our choices; each is stated in the guide beside the metric.
+CALIBRATION_LIMIT = 0.1  # expected calibration error
+TIES_LIMIT = 0.05  # share of decided pairs with equal scores
+OMITTED_LIMIT = 0.01  # share of rows without a score
+LENGTH_LIMIT = 0.3  # correlation of score and length within pairs: a medium effect after J. Cohen
+SIGNAL_LIMIT = 0.2  # share of prompts whose samples all get the same score
+VARIANCE_LIMIT = 0.1  # share of the score's variance that lies within prompts
+PRECISION_LIMIT = 0.05  # an accuracy whose detectable difference is larger says little
+
+
+def judge_report(report: EvaluationReport) -> list[Verdict]:
+    """All verdicts on a report, the bad ones first."""
+    verdicts = [verdict for prefix in _prefixes(report) for verdict in _of_prefix(report, prefix)]
+    verdicts += list(_of_probes(report.probes))
+    total = report.settings.get("rows", 0)
+    lost = sum(report.omitted.values())
+    if total and lost / total > OMITTED_LIMIT:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.omitted.items())
+        verdicts.append(
+            Verdict("omitted_rows", "look", f"{lost} of {total} rows do not count ({reasons}).", "Mend these rows.")
+        )
+    order = {"bad": 0, "look": 1, "good": 2}
+    return sorted(verdicts, key=lambda verdict: order[verdict.level])
+
+
+def _prefixes(report: EvaluationReport) -> list[str]:
+    """`""` and, where several data sets were evaluated, `"name/"` of each."""
+    names = report.settings.get("datasets")
+    return [f"{name}/" for name in names] if names else [""]
+
+
+def _of_prefix(report: EvaluationReport, prefix: str) -> Iterator[Verdict]:
+    metrics = {k.removeprefix(prefix): v for k, v in report.metrics.items() if k.startswith(prefix)}
+    intervals = {k.removeprefix(prefix): v for k, v in report.intervals.items() if k.startswith(prefix)}
+    where = f" on {prefix[:-1]}" if prefix else ""
+    if "length_accuracy" in metrics and not math.isnan(metrics["accuracy"]):
+        yield from _of_accuracy(metrics, intervals, report.detectable.get(f"{prefix}accuracy"), where)
+    if "auc" in metrics and "auc" in intervals:
+        value, (low, high) = metrics["auc"], intervals["auc"]
+        if low <= 0.5:
+            yield Verdict(
+                "chance",
+                "bad",
+                f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f}): not shown to differ from chance.",
+                "Train longer or on more data, or evaluate on more rows.",
+            )
+        else:
+            yield Verdict("auc", "good", f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f}).")
+    ece = metrics.get("ece", math.nan)
+    if ece > CALIBRATION_LIMIT:
+        yield Verdict(
+            "miscalibrated",
+            "look",
+            f"Scores{where} are off by {ece:.2f} on average when read as log-odds (ECE).",
+            "Fit a temperature on held-out pairs before you use scores as probabilities; rankings do not change.",
+        )
+    if metrics.get("prompts_without_signal", 0.0) > SIGNAL_LIMIT:
+        yield Verdict(
+            "no_signal",
+            "bad",
+            f"{metrics['prompts_without_signal']:.0%} of the prompts{where} get the same score for all samples.",
+            "A policy learns nothing from them: sample with a higher temperature, or choose harder or easier prompts.",
+        )
+    share = metrics.get("within_prompt_variance_share", math.nan)
+    if share < VARIANCE_LIMIT:
+        yield Verdict(
+            "low_reward_variance",
+            "look",
+            f"Only {share:.1%} of the score's variance{where} lies within prompts.",
+            "With little variance a policy learns slowly (arXiv 2503.15477). Train it on the policy's samples.",
+        )
+    if "loss_at_largest_n" in intervals and intervals["loss_at_largest_n"][1] < 0:
+        yield Verdict(
+            "over_optimisation",
+            "bad",
+            f"Picking the best of the most samples{where} is worse by {-metrics['loss_at_largest_n']:.3g} gold reward "
+            f"than the best n, {metrics.get('best_n', math.nan):.0f}.",
+            f"Stay at or below n = {metrics.get('predicted_n', math.nan):.0f} (predicted on other prompts).",
+        )
+    if "gain" in intervals:
+        low, high = intervals["gain"]
+        if low > 0:
+            yield Verdict(
+                "gain", "good", f"Best-of-n gains {metrics['gain']:.3g} gold reward ({low:.3g} to {high:.3g})."
+            )
+        else:
+            yield Verdict(
+                "no_gain",
+                "bad",
+                f"Best-of-n is not shown to gain anything ({metrics['gain']:.3g}, {low:.3g} to {high:.3g}).",
+                "Do not select with this model.",
+            )
+    if "f1" in metrics and "step_auc" in intervals and intervals["step_auc"][0] > 0.5:
+        yield Verdict(
+            "steps",
+            "good",
+            f"F1 of the first wrong step is {metrics['f1']:.3f} at a threshold chosen on other prompts. The AUC over "
+            f"steps is {metrics['step_auc']:.3f}.",
+        )
+    elif "step_auc" in metrics:
+        yield Verdict(
+            "chance",
+            "bad",
+            f"The AUC over steps is {metrics['step_auc']:.3f}: not shown to differ from chance.",
+            "Train longer or on more data, or evaluate on more rows.",
+        )
+
+
+def _of_accuracy(
+    metrics: dict[str, float],
+    intervals: dict[str, tuple[float, float]],
+    detectable: float | None,
+    where: str,
+) -> Iterator[Verdict]:
+    accuracy, pair = metrics["accuracy"], metrics["pair_accuracy"]
+    length = metrics["length_accuracy"]
+    baseline = max(length, 1 - length)
+    low, high = intervals.get("pair_accuracy", (-math.inf, math.inf))
+    shown = f"{pair:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
+    if low <= 0.5:
+        yield Verdict(
+            "chance",
+            "bad",
+            f"{shown} of the pairs{where} are ordered right: not shown to differ from chance.",
+            "Train longer or on more data, or evaluate on more rows.",
+        )
+    elif low <= baseline:
+        way = "longer" if length >= 0.5 else "shorter"
+        yield Verdict(
+            "not_better_than_length",
+            "bad",
+            f"{shown} of the pairs{where} are ordered right; always preferring the {way} one gives {baseline:.3f}.",
+            "Until the interval lies above the baseline, assume that the model has learnt length.",
+        )
+    else:
+        yield Verdict(
+            "accuracy",
+            "good",
+            f"{shown} of the pairs{where} are ordered right, above what length alone gives ({baseline:.3f}); "
+            f"accuracy by row is {accuracy:.3f}.",
+        )
+    correlation = metrics.get("length_correlation", math.nan)
+    if abs(correlation) > LENGTH_LIMIT:
+        yield Verdict(
+            "length_bias",
+            "look",
+            f"Score and length correlate by {correlation:.2f} within pairs{where}; without its linear part in length "
+            f"the accuracy is {metrics.get('length_controlled_accuracy', math.nan):.3f}.",
+            "Balance lengths in the training data, or add margins or a length penalty.",
+        )
+    if metrics.get("tied_scores", 0.0) > TIES_LIMIT:
+        yield Verdict(
+            "tied_scores",
+            "look",
+            f"{metrics['tied_scores']:.1%} of the pairs{where} get equal scores.",
+            "Keep the head in fp32; bf16 rounds scores of 4 to 8 to steps of 0.03.",
+        )
+    if detectable is not None and detectable > PRECISION_LIMIT:
+        yield Verdict(
+            "small_sample",
+            "look",
+            f"This sample shows a difference in accuracy{where} only from {detectable:.2f} on (80 % power).",
+            "Evaluate on more rows before you compare models.",
+        )
+
+
+def _of_probes(probes: Sequence[ProbeResult]) -> Iterator[Verdict]:
+    for probe in probes:
+        if probe.found and probe.flag == "ignores_truncation":
+            yield Verdict(
+                probe.flag,
+                "bad",
+                f"Cutting off the second half of a completion changes its score by {probe.effect:+.2f} sd.",
+                "A model that does not miss half an answer has not learnt what an answer is.",
+            )
+        elif probe.found:
+            yield Verdict(
+                probe.flag,
+                "look",
+                f"The score moves by {probe.effect:+.2f} sd (p = {probe.p_value:.2g}) when {probe.says}.",
+                "A policy will find this: add such completions as rejected ones, or filter for them.",
+            )
+    if probes and not any(probe.found for probe in probes):
+        effects = [probe.detectable for probe in probes if probe.detectable is not None]
+        if effects:
+            yield Verdict(
+                "probes",
+                "good",
+                f"None of {len(probes)} bias probes moves the score; from {max(effects):.2f} sd on it would show.",
+            )
