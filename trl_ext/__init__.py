@@ -38,11 +38,16 @@ _HOME = {
     "best_of_n": "trl_ext.pipelines.best_of_n",
     "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling.config",
     "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
+    "EvaluationCallback": "trl_ext.evaluation.callback",
+    "EvaluationReport": "trl_ext.evaluation",
+    "evaluate_reward_model": "trl_ext.evaluation",
     "load_reward_model": "trl_ext.models",
     "merge_reward_model": "trl_ext.models",
 }
 
 __all__ = [
+    "EvaluationCallback",
+    "EvaluationReport",
     "ORMConfig",
     "ORMEnsembleConfig",
     "ORMEnsembleTrainer",
@@ -68,6 +73,7 @@ __all__ = [
     "WeakToStrongTrainer",
     "__version__",
     "best_of_n",
+    "evaluate_reward_model",
     "load_reward_model",
     "merge_reward_model",
     "performance_gap_recovered",
@@ -76,6 +82,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from trl_ext.evaluation import EvaluationReport, evaluate_reward_model
+    from trl_ext.evaluation.callback import EvaluationCallback
     from trl_ext.metrics.pgr import performance_gap_recovered
     from trl_ext.models import load_reward_model, merge_reward_model
     from trl_ext.pipelines.best_of_n import best_of_n

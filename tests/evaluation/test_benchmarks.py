@@ -114,9 +114,7 @@ def test_processbench_chooses_its_threshold_on_other_prompts():
 
 def test_processbench_f1_is_the_harmonic_mean_of_its_two_accuracies():
     # P(correct) says nothing: every solution is called faultless, or wrong at its first step
-    rows = [
-        {"problem": f"p{n}", "steps": ["0.6 a", "0.6 b"], "label": n % 2 - 1 if n % 4 else 1} for n in range(80)
-    ]
+    rows = [{"problem": f"p{n}", "steps": ["0.6 a", "0.6 b"], "label": n % 2 - 1 if n % 4 else 1} for n in range(80)]
     metrics = evaluate_reward_model(Steps(), rows, resamples=50, probes=False).metrics
     first, none = metrics["first_error_accuracy"], metrics["no_error_accuracy"]
     assert metrics["f1"] == pytest.approx(2 * first * none / (first + none) if first + none else 0.0)

@@ -15,6 +15,10 @@ def by_text(prompts, completions, **columns):
     return [float(text.split()[0]) for text in completions]
 
 
+def by_length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
 def pairs(number=40):
     return [
         {"prompt": f"p{n}", "chosen": f"{n % 5} it is so. Quite so.", "rejected": "2 it is not so. Not at all."}
@@ -40,7 +44,7 @@ def test_the_report_is_written_and_read_back(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_report():
-    first, second = (evaluate_reward_model(by_text, pairs(), resamples=50).to_dict() for _ in range(2))
+    first, second = (evaluate_reward_model(by_length, pairs(), resamples=50).to_dict() for _ in range(2))
     for report in (first, second):
         report["settings"].pop("seconds"), report["settings"].pop("seconds_scoring")
     assert first == second

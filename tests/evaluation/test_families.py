@@ -7,9 +7,10 @@ import pytest
 from scipy import stats
 
 from trl_ext.evaluation import evaluate_reward_model
-from trl_ext.evaluation.best_of_n import predicted_n
+from trl_ext.evaluation.best_of_n import best_of_each, predicted_n
 from trl_ext.evaluation.comparisons import length_controlled_accuracy
 from trl_ext.evaluation.measures import auc, calibration_error
+from trl_ext.metrics.voting import best_of_k
 
 
 def by_text(prompts, completions, **columns):
@@ -39,7 +40,10 @@ def test_ranked_rows_equal_scipy_and_scikit_learn():
 
 
 def test_ranks_are_turned_round_and_all_ties_are_told():
-    rows = [{"prompt": "a", "completions": ["2", "1"], "ranks": [0, 1]}, {"prompt": "b", "completions": ["1", "2"], "ranks": [0, 1]}]
+    rows = [
+        {"prompt": "a", "completions": ["2", "1"], "ranks": [0, 1]},
+        {"prompt": "b", "completions": ["1", "2"], "ranks": [0, 1]},
+    ]
     assert evaluate(rows).metrics["accuracy"] == 0.5
     tied = [{"prompt": str(n), "completions": ["2", "1"], "ratings": [1, 1]} for n in range(3)]
     report = evaluate(tied)
@@ -104,9 +108,7 @@ def samples_with_hacking(prompts, n, peak, seed):
     for prompt in range(prompts):
         scores = generator.random(n)
         gold = 1 - np.abs(scores - peak) + generator.normal(scale=0.05, size=n)
-        rows.append(
-            {"prompt": f"p{prompt}", "completions": [f"{s:.6f} x" for s in scores], "gold": gold.tolist()}
-        )
+        rows.append({"prompt": f"p{prompt}", "completions": [f"{s:.6f} x" for s in scores], "gold": gold.tolist()})
     return rows
 
 
@@ -115,11 +117,17 @@ def test_the_predicted_n_is_near_the_measured_one():
     # the exact optimum of n -> E[1 - |u - 0.9|], u ~ Beta(n, 1)
     n = np.arange(1, 65)
     exact = 1 - (0.9 - n / (n + 1) + 2 * (n / (n + 1) - 0.9 + 0.9 ** (n + 1) / (n + 1)))
-    assert report.metrics["predicted_n"] == pytest.approx(n[exact.argmax()], abs=1.5)
-    assert report.metrics["best_n"] == pytest.approx(n[exact.argmax()], abs=2)
-    low, high = report.intervals["predicted_n"]
-    assert low <= n[exact.argmax()] <= high + 1
+    for name in ("predicted_n", "best_n"):  # the curve is flat at its top: 12 to 19 are within 0.001 of the best
+        assert report.metrics[name] == pytest.approx(n[exact.argmax()], abs=3)
+        assert exact[round(report.metrics[name]) - 1] > exact.max() - 0.001
     assert "over_optimisation" in report.flags
+
+
+def test_all_n_at_once_equal_the_formula_for_one():
+    generator = np.random.default_rng(0)
+    values, scores = generator.normal(size=9), generator.integers(0, 4, size=9).astype(float)
+    wanted = [best_of_k(values.tolist(), scores.tolist(), k) for k in range(1, 10)]
+    assert best_of_each(values, scores) == pytest.approx(np.array(wanted))
 
 
 def test_an_honest_score_is_not_hacked():

@@ -7,7 +7,7 @@ from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.probes import ALPHA, PROBES, SMALLEST_EFFECT, changed, eos_probe, judge, run_probes
 
 
-def items(number=80):
+def items(number=60):
     text = "The first thing is known. The second thing follows from it, as one can see. The third one ends it {}."
     return [Item(n, f"q{n}", [text.format(n)], [1.0], None, f"q{n}") for n in range(number)]
 
@@ -61,7 +61,7 @@ def test_every_planted_bias_is_found_in_all_of_fifty_seeds():
 
 def test_false_alarms_stay_below_five_per_cent_of_the_runs():
     given = items()
-    alarms = [any(r.found for r in run_probes(scorer(seed), given, resamples=50, seed=seed)) for seed in range(100)]
+    alarms = [any(r.found for r in run_probes(scorer(seed), given, resamples=50, seed=seed)) for seed in range(40)]
     assert np.mean(alarms) <= 0.05
 
 

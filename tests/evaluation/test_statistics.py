@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_ext.evaluation.statistics import adjust, detectable_effect, function_estimate, mean_estimate, paired_test
+from trl_ext.evaluation.statistics import (
+    adjust,
+    detectable_effect,
+    function_estimate,
+    mean_estimate,
+    paired_test,
+    sign_flip_p_value,
+)
 
 
 def test_interval_of_a_mean_is_that_of_theory():
@@ -83,6 +90,15 @@ def test_paired_test_agrees_with_the_t_test_and_pairs_rows():
 def test_paired_test_flips_whole_clusters():
     # one prompt with 50 equal differences is one observation
     assert paired_test([1.0] * 50 + [0.0], [0.0] * 51, ["a"] * 50 + ["b"]).p_value == 1.0
+
+
+@pytest.mark.parametrize("count", [2, 10, 40])
+def test_sign_flips_equal_scipys(count):
+    sums = np.random.default_rng(count).normal(0.3, 1, size=count)
+    theirs = stats.permutation_test(
+        (sums,), lambda x, axis: x.sum(axis=axis), permutation_type="samples", vectorized=True, rng=1
+    )
+    assert sign_flip_p_value(sums) == pytest.approx(theirs.pvalue, abs=1e-9 if count <= 12 else 0.015)
 
 
 def test_detectable_effect_is_found_with_the_power_that_it_claims():

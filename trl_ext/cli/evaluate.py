@@ -1,4 +1,4 @@
-"""`trl-ext evaluate`: is this reward model any good? Accuracy, biases, calibration, best-of-n; with intervals and reasons.
+"""`trl-ext evaluate`: find out whether a reward model is any good: accuracy, biases, calibration, best-of-n.
 
 It knows arguments. What is computed, and from which columns, is said in [`~trl_ext.evaluate_reward_model`].
 """
@@ -29,7 +29,8 @@ class EvaluateArguments:
         default=None, metadata={"help": "folder or Hub id of a reward model (full or adapter), or of an ensemble"}
     )
     reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "in place of --model: one function, as `module.function` or `file.py:function`"}
+        default=None,
+        metadata={"help": "in place of --model: a function, as `module.function` or `file.py:function`"},
     )
     compare: str | None = field(
         default=None, metadata={"help": "folder or Hub id of a second model that is tested against the first one"}
@@ -77,7 +78,7 @@ def make_parser(prog: str | None = "trl-ext evaluate") -> "TrlParser":
 
 
 def run(args: EvaluateArguments) -> "EvaluationReport":
-    """Read the rows, evaluate, write the report. Everything that can be wrong in the arguments fails before scoring."""
+    """Read the rows, evaluate, write the report. What is wrong in the arguments fails before scoring."""
     from trl_ext.evaluation import evaluate_reward_model
 
     dataset: Any = _rows(args.dataset_name, args.dataset_config, args.dataset_split)

@@ -25,6 +25,7 @@ COMMANDS = {
     "segment": "Train rewards for segments of a text, in one or more categories.",
     "ensemble": "Train an ensemble of reward models on one base in one run.",
     "score": "Score the rows of a JSONL file with a reward model.",
+    "evaluate": "Find out whether a reward model is any good, and where it is biased.",
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",
     "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
     "weak-to-strong": "Train a strong model on a weak one's labels; report the gap recovered.",

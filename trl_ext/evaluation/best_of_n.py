@@ -13,13 +13,15 @@ prompts and stands beside the best n of the curve of the other half. It knows nu
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.special import gammaln
 
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure, Units
-from trl_ext.metrics.voting import best_of_k, kl_bound
+from trl_ext.metrics.voting import kl_bound
 
 
 class BestOfN:
@@ -28,12 +30,14 @@ class BestOfN:
     def __init__(self):
         self.units = Units()
         self._samples: list[tuple[np.ndarray, np.ndarray]] = []
+        self._curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # gold, oracle, proxy for n = 1, 2, 3 ...
 
     def add(self, item: Item, scores: list[float]) -> float:
         """Take one scored row; returns what the pick falls short of the best sample by, as a negative number."""
         scores_, gold = np.asarray(scores, dtype=float), np.asarray(item.ratings, dtype=float)
         self.units.add(item.row, item.cluster, item.subset)
         self._samples.append((scores_, gold))
+        self._curves.append((best_of_each(gold, scores_), best_of_each(gold, gold), best_of_each(scores_, scores_)))
         return float(gold[int(scores_.argmax())] - gold.max())
 
     @property
@@ -54,7 +58,7 @@ class BestOfN:
         yield Measure("oracle", values=self._gold_at(max(table), oracle=True), clusters=clusters)
         if self.most < 4:
             return
-        everything = np.array([self._gold_at(n) for n in range(1, self.most + 1)])  # (n, N)
+        everything = np.array([curves[0][: self.most] for curves in self._curves]).T  # (n, N)
         tested = np.flatnonzero([not _is_calibration(cluster) for cluster in clusters])
         calibration = np.flatnonzero([_is_calibration(cluster) for cluster in clusters])
         names = [clusters[unit] for unit in tested]
@@ -79,7 +83,7 @@ class BestOfN:
             {
                 "n": n,
                 "kl": kl_bound(n),
-                "proxy": float(np.mean([best_of_k(scores, scores, n) for scores, _ in self._samples])),
+                "proxy": float(np.mean([proxy[n - 1] for _, _, proxy in self._curves])),
                 "gold": float(self._gold_at(n).mean()),
                 "oracle": float(self._gold_at(n, oracle=True).mean()),
             }
@@ -88,7 +92,32 @@ class BestOfN:
 
     def _gold_at(self, n: int, oracle: bool = False) -> np.ndarray:
         """Expected gold reward of the best of n by score (or by gold) for every prompt, `(N,)`."""
-        return np.array([best_of_k(gold, gold if oracle else scores, n) for scores, gold in self._samples])
+        return np.array([curves[int(oracle)][n - 1] for curves in self._curves])
+
+
+def best_of_each(values: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """
+    [`~trl_ext.metrics.voting.best_of_k`] for every k from 1 to N at once, `(N,)`.
+
+    Args:
+        values (`np.ndarray` of shape `(N,)`): what each sample is worth.
+        scores (`np.ndarray` of shape `(N,)`): what it is picked by; equal scores share their ranks' weights.
+    """
+    order = np.argsort(-scores, kind="stable")
+    _, group = np.unique(-scores[order], return_inverse=True)
+    shared = np.bincount(group, values[order]) / np.bincount(group)
+    return _rank_weights(len(scores)) @ shared[group]
+
+
+@lru_cache(maxsize=8)
+def _rank_weights(size: int) -> np.ndarray:
+    """Row k - 1, column r: the chance that the sample of rank r (0 = best) is the best of k drawn from `size`."""
+    k, rank = np.arange(1, size + 1)[:, None], np.arange(size)[None, :]
+    left = size - 1 - rank  # samples that rank behind
+    possible = left >= k - 1
+    log = gammaln(left + 1) - gammaln(k) - gammaln(np.where(possible, left - k + 2, 1))
+    log = log - gammaln(size + 1) + gammaln(k + 1) + gammaln(size - k + 1)
+    return np.where(possible, np.exp(log), 0.0)
 
 
 def predicted_n(samples: list[tuple[np.ndarray, np.ndarray]], limit: int) -> float:
