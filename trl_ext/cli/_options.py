@@ -163,6 +163,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
         **{name: (place,) for name, place in TRAINED.items()},
         "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig",),
         "score": ("cli/score_arguments.py:ScoreArguments",),
+        "evaluate": ("cli/evaluate.py:EvaluateArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),
         "weak-to-strong": (WEAK_TO_STRONG, trained, "cli/weak_to_strong.py:WeakModelArguments"),

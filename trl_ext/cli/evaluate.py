@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli._train import parse
+from trl_ext.cli._options import command_parser, parse
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
-
     from trl_ext.evaluation import EvaluationReport
+    from trl_ext.trainers.common.arguments import Parser
 
 
 @dataclass
@@ -70,11 +69,9 @@ class EvaluateArguments:
             self.batch_size = int(self.batch_size)
 
 
-def make_parser(prog: str | None = "trl-ext evaluate") -> "TrlParser":
-    """TRL's parser over `EvaluateArguments`: flags, or `--config x.yaml` with the same names."""
-    from trl import TrlParser
-
-    return TrlParser(EvaluateArguments, prog=prog, allow_abbrev=False, description=__doc__.split("\n\n")[0])
+def make_parser(prog: str | None = "trl-ext evaluate") -> "Parser":
+    """The parser over `EvaluateArguments`: flags, or `--config x.yaml` with the same names."""
+    return command_parser(EvaluateArguments, prog, __doc__)
 
 
 def run(args: EvaluateArguments) -> "EvaluationReport":

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from trl_ext.data.validation import DataError
 from trl_ext.evaluation.best_of_n import BestOfN
 from trl_ext.evaluation.comparisons import Comparisons
+from trl_ext.evaluation.findings import Mistake
 from trl_ext.evaluation.items import Family, Item, family_of, read_item, text_of
 from trl_ext.evaluation.measures import Measure
 from trl_ext.evaluation.outcomes import Outcomes
 from trl_ext.evaluation.probes import PROBES, ProbeResult, eos_probe, run_probes
-from trl_ext.evaluation.report import EvaluationReport, Mistake
+from trl_ext.evaluation.report import EvaluationReport
 from trl_ext.evaluation.samples import Samples, Words
 from trl_ext.evaluation.statistics import paired_test
 from trl_ext.evaluation.steps import Steps

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trl_ext.evaluation.report import EvaluationReport
+from trl_ext.evaluation.findings import Findings
 
 
 GREY = "#808590"
@@ -23,7 +23,7 @@ def matplotlib_is_there() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(report: EvaluationReport, kind: Literal["png", "svg"]) -> dict[str, bytes]:
+def draw(report: Findings, kind: Literal["png", "svg"]) -> dict[str, bytes]:
     """Every picture that the report has numbers for, by name."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def draw(report: EvaluationReport, kind: Literal["png", "svg"]) -> dict[str, byt
     return pictures
 
 
-def _reliability(figure: Any, report: EvaluationReport) -> None:
+def _reliability(figure: Any, report: Findings) -> None:
     axes = figure.subplots()
     points = report.curves["reliability"]
     x, y = ([point[name] for point in points] for name in ("confidence", "right"))
@@ -70,7 +70,7 @@ def _reliability(figure: Any, report: EvaluationReport) -> None:
     axes.legend(loc="lower right")
 
 
-def _scores(figure: Any, report: EvaluationReport) -> None:
+def _scores(figure: Any, report: Findings) -> None:
     axes = figure.subplots()
     values = np.concatenate([np.asarray(scores) for scores in report.histogram.values()])
     edges = np.linspace(*np.quantile(values, [0.001, 0.999]), 41) if np.ptp(values) else 10
@@ -82,7 +82,7 @@ def _scores(figure: Any, report: EvaluationReport) -> None:
     axes.legend()
 
 
-def _probes(figure: Any, report: EvaluationReport) -> None:
+def _probes(figure: Any, report: Findings) -> None:
     probes = [probe for probe in report.probes if probe.interval is not None][::-1]
     figure.set_size_inches(5.4, 1.2 + 0.28 * len(probes))
     axes = figure.subplots()
@@ -95,7 +95,7 @@ def _probes(figure: Any, report: EvaluationReport) -> None:
     axes.set(xlabel="change of the score (standard deviations)", title="Bias probes (orange: a bias)")
 
 
-def _best_of_n(figure: Any, report: EvaluationReport) -> None:
+def _best_of_n(figure: Any, report: Findings) -> None:
     axes = figure.subplots()
     points = report.curves["best_of_n"]
     n = [point["n"] for point in points]
@@ -111,7 +111,7 @@ def _best_of_n(figure: Any, report: EvaluationReport) -> None:
     axes.legend(fontsize=8)
 
 
-_PICTURES: dict[str, tuple[Callable[[EvaluationReport], bool], Callable[[Any, EvaluationReport], None]]] = {
+_PICTURES: dict[str, tuple[Callable[[Findings], bool], Callable[[Any, Findings], None]]] = {
     "reliability": (lambda report: len(report.curves.get("reliability", [])) > 1, _reliability),
     "scores": (lambda report: any(len(scores) > 1 for scores in report.histogram.values()), _scores),
     "probes": (lambda report: any(probe.interval for probe in report.probes), _probes),

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from trl_ext.evaluation.figures import draw, matplotlib_is_there
-from trl_ext.evaluation.report import EvaluationReport, Mistake, number
+from trl_ext.evaluation.findings import Findings, Mistake, number
 
 
 _STYLE = """
@@ -40,7 +40,7 @@ summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywher
 SHOWN = 1_500
 
 
-def to_html(report: EvaluationReport) -> str:
+def to_html(report: Findings) -> str:
     """The page as text."""
     title = f"Evaluation of {report.model}"
     return (
@@ -51,7 +51,7 @@ def to_html(report: EvaluationReport) -> str:
     )
 
 
-def _sections(report: EvaluationReport) -> Iterator[str]:
+def _sections(report: Findings) -> Iterator[str]:
     settings = report.settings
     data = ", ".join(settings.get("datasets", [])) or "one data set"
     yield (

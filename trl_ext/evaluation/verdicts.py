@@ -7,8 +7,8 @@ cannot show is not said. It knows the names of metrics, and nothing of how they 
 import math
 from collections.abc import Iterator, Sequence
 
+from trl_ext.evaluation.findings import Findings, Verdict
 from trl_ext.evaluation.probes import ProbeResult
-from trl_ext.evaluation.report import EvaluationReport, Verdict
 
 
 # Our choices; each is stated in the guide beside the metric.
@@ -21,7 +21,7 @@ VARIANCE_LIMIT = 0.1  # share of the score's variance that lies within prompts
 PRECISION_LIMIT = 0.05  # an accuracy whose detectable difference is larger says little
 
 
-def judge_report(report: EvaluationReport) -> list[Verdict]:
+def judge_report(report: Findings) -> list[Verdict]:
     """All verdicts on a report, the bad ones first."""
     verdicts = [verdict for prefix in _prefixes(report) for verdict in _of_prefix(report, prefix)]
     verdicts += list(_of_probes(report.probes))
@@ -36,13 +36,13 @@ def judge_report(report: EvaluationReport) -> list[Verdict]:
     return sorted(verdicts, key=lambda verdict: order[verdict.level])
 
 
-def _prefixes(report: EvaluationReport) -> list[str]:
+def _prefixes(report: Findings) -> list[str]:
     """`""` and, where several data sets were evaluated, `"name/"` of each."""
     names = report.settings.get("datasets")
     return [f"{name}/" for name in names] if names else [""]
 
 
-def _of_prefix(report: EvaluationReport, prefix: str) -> Iterator[Verdict]:
+def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
     metrics = {k.removeprefix(prefix): v for k, v in report.metrics.items() if k.startswith(prefix)}
     intervals = {k.removeprefix(prefix): v for k, v in report.intervals.items() if k.startswith(prefix)}
     where = f" on {prefix[:-1]}" if prefix else ""
