@@ -127,6 +127,23 @@ def test_weights_and_totals_have_one_meaning():
     assert as_list((plain, plain)) == [plain, plain] and as_list(plain) == [plain] == as_list([plain])
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--selection", "top_per_promt"], "Did you mean 'top_per_prompt'?"),
+        (["--selection_kwargs", '{"m": 2}'], "The selector 'top_per_prompt' cannot be called"),
+    ],
+)
+def test_a_wrong_selector_fails_before_the_first_token(rules, monkeypatch, capsys, flags, words):
+    generated = []
+    monkeypatch.setattr(TransformersGenerator, "generate", lambda *args, **kwargs: generated.append(args))
+    policy = tiny_reward_base(rules / "policy", hidden_size=32)
+    (rules / "in.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = ["rejection-sample", "--model_name_or_path", str(policy), "--reward_funcs", "my_rules.py:length"]
+    assert main([*arguments, "--dataset_name", "in.jsonl", "--output_dir", "out", *flags]) == 1
+    assert words in capsys.readouterr().err and not generated
+
+
 @pytest.mark.parametrize("command", ["best-of-n", "rejection-sample"])
 @pytest.mark.parametrize(
     ("flags", "words"),

@@ -59,7 +59,10 @@ def run(args: RejectionSampleArguments) -> dict[str, Any] | None:
     """Run the stages that were asked for. Returns the report of the selection, if there is one."""
     from trl_ext.data.sources import load_source, select_split
     from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
+    from trl_ext.pipelines.rejection_sampling.selection import check_selection
 
+    if args.stage in ("all", "select"):  # before anything is generated
+        check_selection(args.selection, args.selection_kwargs)
     splits = load_source(args.dataset_name, args.dataset_config)
     sampler = RejectionSampler(
         args.model_name_or_path,

@@ -1,9 +1,7 @@
-r"""Several answers to one question: votes, and what a metric of one answer becomes when the best of k is picked.
+r"""Several answers to one question: votes, and metrics of the best of k samples.
 
-Pure Python and torch, on lists; it knows nothing of models or of how answers are read off texts.
-
-All curves use every sample: the value at k is the expectation over subsets of k of the n samples, computed and not
-drawn.
+Pure Python and torch, on lists. This module knows nothing of models or of how answers are read off texts. All curves
+use every sample: the value at k is the exact expectation over all subsets of k of the n samples.
 """
 
 import math
@@ -14,14 +12,14 @@ import torch
 
 def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
     """
-    The answer that is given most often; of several given equally often, the one that appears first.
+    Return the most frequent answer; among equally frequent ones, the one that appears first.
 
     See *Self-Consistency Improves Chain of Thought Reasoning in Language Models* by Wang et al.
     (https://huggingface.co/papers/2203.11171).
 
     Args:
         answers (`Sequence[Hashable or None]`):
-            Answers in a form in which equal ones are equal. `None`: no answer was found, no vote.
+            Answers in a form in which equal answers compare equal. `None` (no answer was found) does not vote.
 
     Returns:
         `Hashable` or `None`: the answer, or `None` if nobody voted.
@@ -36,7 +34,7 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
 
 def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float | None]) -> Hashable | None:
     """
-    The answer with the largest sum of weights; of several with the same sum, the one that appears first.
+    Return the answer with the largest sum of weights; among equal sums, the one that appears first.
 
     See *Solving math word problems with process- and outcome-based feedback* by Uesato et al.
     (https://huggingface.co/papers/2211.14275).
@@ -45,14 +43,14 @@ def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float | 
         answers (`Sequence[Hashable or None]`):
             As for [`majority_vote`].
         weights (`Sequence[float or None]`):
-            A weight of at least 0 for each, such as a verifier's probability. `None` or NaN: no vote.
+            A weight of at least 0 for each answer, e.g. a verifier's probability. `None` or NaN: no vote.
 
     Returns:
         `Hashable` or `None`: the answer, or `None` if nobody voted.
 
     Raises:
-        ValueError: if there are not as many weights as answers, or one is negative: with negative weights an answer
-            would lose by being given often.
+        ValueError: if there are not as many weights as answers, or one is negative: a frequent answer with negative
+            weights would lose because it is frequent.
 
     Example:
 
@@ -76,7 +74,7 @@ def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float | 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     r"""
-    The chance that at least one of `k` samples is right, from `n` samples of which `c` are right.
+    Return the chance that at least one of `k` samples is right, given `n` samples of which `c` are right.
 
     $$ 1 - \binom{n - c}{k} / \binom{n}{k} $$
 
@@ -100,17 +98,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def best_of_k(values: Sequence[float], scores: Sequence[float], k: int) -> float:
     r"""
-    What the highest-scored of `k` samples is worth on average, `k` drawn without replacement from all n.
+    Return the mean value of the highest-scored of `k` samples, drawn without replacement from all n.
 
     With distinct scores \\( \sum_r v_r \binom{n - r}{k - 1} / \binom{n}{k} \\), over the ranks \\( r \\) by score (1 =
-    highest); equally scored samples share their ranks' weights equally. With `values` as `scores` it is the oracle,
-    and for values of 0 and 1 the oracle is [`pass_at_k`]; `k=1` is the mean of `values`.
+    highest); equally scored samples share the weights of their ranks. With `values` as `scores` this is the oracle;
+    for values of 0 and 1 the oracle equals [`pass_at_k`]. `k=1` gives the mean of `values`.
 
     Args:
         values (`Sequence[float]`):
-            What each sample is really worth: 0 or 1 of a verifier, or a gold reward.
+            True value of each sample: 0 or 1 from a verifier, or a gold reward.
         scores (`Sequence[float]`):
-            What it is picked by, higher is better.
+            Scores by which the best is picked, higher is better.
         k (`int`):
             From 1 to n.
 
@@ -143,13 +141,13 @@ def best_of_k_curve(
     values: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], ks: Sequence[int] | None = None
 ) -> dict[int, float]:
     """
-    [`best_of_k`] as a mean over questions, for several k.
+    Return the mean of [`best_of_k`] over questions, for several k.
 
     Args:
         values, scores (`Sequence[Sequence[float]]`):
-            For each question those of its samples.
+            For each question, one number a sample.
         ks (`Sequence[int]`, *optional*):
-            By default the powers of two up to the smallest number of samples of a question.
+            By default the powers of two up to the smallest number of samples of any question.
 
     Returns:
         `dict[int, float]`: the mean for each k.
@@ -168,10 +166,10 @@ def best_of_k_curve(
 
 def kl_bound(n: int) -> float:
     r"""
-    An upper bound on how far best-of-`n` moves from the policy: \\( KL \le \log n - (n - 1) / n \\), in nats.
+    Return an upper bound on the KL of best-of-`n` from the policy: \\( KL \le \log n - (n - 1) / n \\), in nats.
 
     See *Theoretical guarantees on the best-of-n alignment policy* by Beirami et al.
-    (https://huggingface.co/papers/2401.01879): it is exact only where no two samples are alike.
+    (https://huggingface.co/papers/2401.01879): it is exact only if no two samples are equal.
 
     Example:
 
@@ -191,22 +189,22 @@ def bootstrap_interval(
     groups: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
     """
-    An interval for the mean: the percentiles of means of as many values (or groups of them) drawn with replacement.
+    Return an interval for the mean, by resampling values (or groups of values) with replacement.
 
-    To compare two rules on the same questions, pass the differences, question by question.
+    To compare two rules on the same questions, pass the difference for each question.
 
     Args:
         values (`Sequence[float]`):
-            One value a question; not one a sample, because samples of a question are not independent.
+            One value a question, not one a sample: samples of a question are not independent.
         level (`float`, *optional*, defaults to `0.95`):
             Share of the resampled means inside.
         resamples (`int`, *optional*, defaults to `2000`):
-            How often to draw.
+            Number of resampled means.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws; the global random state is left alone.
+            Seed of the resampling; the global random state does not change.
         groups (`Sequence[Hashable]`, *optional*):
-            For each value, what it shares with others that are not independent of it, e.g. the conversation that
-            questions come from. What shares a group is drawn together.
+            A group for each value, where values depend on each other, e.g. the conversation that questions come from.
+            Values of a group are resampled together.
 
     Returns:
         `tuple[float, float]`: the lower and the upper end.

@@ -1,7 +1,7 @@
-"""Cascades: a small model answers what it is sure of, and a large one the rest.
+"""Cascades: a small model answers the rows that it is sure of, and a large model answers the rest.
 
-See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5. Knows how sure the small model is of
-each row and how well both do on it; knows no models.
+See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5. This module works on numbers: how
+sure the small model is of each row, and how well both models do on it. It knows no models.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ class CascadePoint:
     A cascade at one threshold.
 
     Args:
-        threshold (`float`): rows of which the small model is less sure are deferred.
-        deferred (`float`): share of the rows that go to the large model.
+        threshold (`float`): rows with a lower confidence go to the large model.
+        deferred (`float`): share of the rows that go to the large model, 0 to 1.
         performance (`float`): mean performance of the cascade.
-        cost (`float`): mean cost per row: every row costs the small model, a deferred one the large model too.
+        cost (`float`): mean cost per row: the small model runs on every row, the large one on deferred rows too.
     """
 
     threshold: float
@@ -37,21 +37,21 @@ def cascade(
     thresholds: Sequence[float] | None = None,
 ) -> list[CascadePoint]:
     """
-    The curve of a cascade over its threshold.
+    Compute the curve of a cascade over its threshold.
 
     Args:
         confidence (sequence of `float`, N): how sure the small model is of each row, e.g. max(p, 1 - p) of a label, a
             reward, or a mean log-probability.
         small, large (sequence of `float`, N): performance of each model on each row.
-        small_cost, large_cost (`float`, *optional*): of one row, e.g. in seconds or parameters.
-        thresholds (sequence of `float`, *optional*): by default every confidence that occurs, and one above them, so
-            that the curve starts with the small model alone and ends with the large one for all.
+        small_cost, large_cost (`float`, *optional*): cost of one row, e.g. in seconds or parameters.
+        thresholds (sequence of `float`, *optional*): by default every confidence that occurs, and one above them: the
+            curve starts with the small model alone and ends with the large model on all rows.
 
     Returns:
         `list[CascadePoint]`, by rising threshold.
 
     Raises:
-        ValueError: lengths that differ, no rows, or a confidence or performance that is not a finite number.
+        ValueError: lengths differ, there are no rows, or a confidence or performance is not a finite number.
 
     Example:
 
@@ -61,8 +61,8 @@ def cascade(
     sure, weak, strong = (np.asarray(values, dtype=float) for values in (confidence, small, large))
     if not len(sure) or not len(sure) == len(weak) == len(strong):
         raise ValueError(
-            f"Found {len(sure)} confidences and performances of {len(weak)} and {len(strong)} rows. Needed: the same "
-            "number, at least one."
+            f"Found {len(sure)} confidences, and performances for {len(weak)} and {len(strong)} rows. Needed: the "
+            "same number, at least one."
         )
     for name, values in (("confidence", sure), ("small", weak), ("large", strong)):
         if not np.isfinite(values).all():

@@ -1,7 +1,7 @@
-"""Selecting training data by a small model's likelihood of it.
+"""Selects training data by its likelihood under a small model.
 
-See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5 and figure 10.5. Knows a language
-model and rows of text; what is kept is decided by numbers alone.
+See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5 and figure 10.5. This module knows a
+language model and rows of text; the likelihoods alone decide which rows are kept.
 """
 
 import logging
@@ -29,11 +29,11 @@ Keep = Literal["likely", "unlikely", "middle"]
 @dataclass(frozen=True)
 class LikelihoodReport:
     """
-    What was kept.
+    What a selection kept.
 
     Args:
-        kept, cut (`int`): rows.
-        unscorable (`int`): rows without a completion token, which are cut; part of `cut`.
+        kept, cut (`int`): number of rows.
+        unscorable (`int`): rows without a completion token; they are part of `cut`.
         kept_range (`tuple[float, float]`): lowest and highest mean cross-entropy (nats per token) among the kept rows.
         mean_kept, mean_cut (`float`): mean cross-entropy of both; NaN where there is none.
     """
@@ -54,14 +54,17 @@ def completion_cross_entropies(
     max_length: int | None = 1024,
 ) -> list[float]:
     """
-    Mean cross-entropy of each completion's tokens after its prompt, in nats; NaN where it has no token.
+    Compute the mean cross-entropy of each completion's tokens after its prompt, in nats per token.
 
     Args:
         model (`str` or `PreTrainedModel`): a language model.
         dataset (`Dataset`): columns `prompt` and `completion`, text or chat.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): by default the model's own.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): by default the model's tokenizer.
         batch_size (`int`, *optional*, defaults to `16`): rows at a time, sorted by length.
-        max_length (`int`, *optional*, defaults to `1024`): longer rows lose the left of their prompt.
+        max_length (`int`, *optional*, defaults to `1024`): longest row in tokens; longer prompts are cut on the left.
+
+    Returns:
+        `list[float]`: one a row; NaN for a completion without a token.
     """
     if isinstance(model, str):
         processing_class = processing_class or AutoTokenizer.from_pretrained(model)
@@ -110,28 +113,30 @@ def select_by_likelihood(
     **kwargs: Any,
 ) -> tuple[Dataset, LikelihoodReport]:
     """
-    Keep the share of the rows whose completions a (small) model finds most likely, least likely, or in between.
+    Keep a share of the rows: those whose completions a small model finds most likely, least likely, or in between.
 
     Args:
         model (`str` or `PreTrainedModel`): the model that judges.
         dataset (`Dataset`): columns `prompt` and `completion`; kept rows stay in their order.
         keep (`float`, *optional*, defaults to `0.5`): share of the scorable rows, in (0, 1].
         which (`str`, *optional*, defaults to `"likely"`):
-            `"likely"` drops what looks like noise, `"unlikely"` what the model knows already, `"middle"` both ends.
-        **kwargs: those of [`completion_cross_entropies`].
+            `"likely"` drops rows that look like noise, `"unlikely"` rows that the model knows, `"middle"` both.
+        **kwargs: arguments of [`completion_cross_entropies`].
 
     Returns:
-        the kept rows with a column `cross_entropy` (which replaces one that was there), and a [`LikelihoodReport`].
+        `tuple[Dataset, LikelihoodReport]`: the kept rows with a column `cross_entropy` (it replaces an earlier one),
+        and the report.
 
     Raises:
-        ValueError: a share out of range, an unknown `which`, a stream, a missing column, or nothing to judge.
+        ValueError: `keep` or `which` is out of range, the data is a stream or lacks a column, or no row can be judged.
     """
+    check_choice(keep, which)  # before the model runs
     if not isinstance(dataset, Dataset):
         raise ValueError(f"Found a {type(dataset).__name__}. Needed: a `Dataset`, as a share is taken of all rows.")
     missing = [name for name in ("prompt", "completion") if name not in dataset.column_names]
     if missing:
         raise ValueError(f"The data set has no column {missing}. Needed: `prompt` and `completion`.")
-    if "cross_entropy" in dataset.column_names:  # of an earlier selection
+    if "cross_entropy" in dataset.column_names:  # from an earlier selection
         dataset = dataset.remove_columns("cross_entropy")
     values = np.array(completion_cross_entropies(model, dataset, **kwargs))
     kept = choose_by_value(values, keep, which)
@@ -149,11 +154,8 @@ def select_by_likelihood(
 
 
 def choose_by_value(values: Sequence[float], keep: float, which: Keep) -> np.ndarray:
-    """Places of the rows to keep, in order: a share of those that are no NaN, at least one; ties by place."""
-    if not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep={keep} is not a share. Needed: above 0 and up to 1.")
-    if which not in ("likely", "unlikely", "middle"):
-        raise ValueError(f"which={which!r} is not known. Needed: 'likely', 'unlikely' or 'middle'.")
+    """The places of the rows to keep, in order: a share of those that are not NaN, at least one; ties by place."""
+    check_choice(keep, which)
     values = np.asarray(values, dtype=float)
     order = np.argsort(values, kind="stable")[: int((~np.isnan(values)).sum())]  # low cross-entropy first, NaN last
     if not len(order):
@@ -161,3 +163,11 @@ def choose_by_value(values: Sequence[float], keep: float, which: Keep) -> np.nda
     count = max(1, round(keep * len(order)))
     first = {"likely": 0, "unlikely": len(order) - count, "middle": (len(order) - count) // 2}[which]
     return np.sort(order[first : first + count])
+
+
+def check_choice(keep: float, which: Keep) -> None:
+    """Raise `ValueError` for a share out of (0, 1] or an unknown `which`."""
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep={keep} is not a share. Needed: above 0 and up to 1.")
+    if which not in ("likely", "unlikely", "middle"):
+        raise ValueError(f"which={which!r} is not known. Needed: 'likely', 'unlikely' or 'middle'.")

@@ -30,7 +30,7 @@ from trl_ext.pipelines.rejection_sampling.generate_and_score import (
 from trl_ext.pipelines.rejection_sampling.prompts import write_prompts
 from trl_ext.pipelines.rejection_sampling.sample_table import StoredSamples
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
-from trl_ext.pipelines.rejection_sampling.selection import select
+from trl_ext.pipelines.rejection_sampling.selection import check_selection, select
 from trl_ext.pipelines.reward_functions import RewardFunc, as_list, check_rewards, reward_identity, weights_by_name
 from trl_ext.pipelines.stages.cache_key import key_of
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
@@ -337,6 +337,7 @@ def rejection_sample(
     >>> trl.SFTTrainer("Qwen/Qwen3-0.6B", train_dataset=best).train()
     ```
     """
+    check_selection(selection, selection_kwargs)  # before anything is generated
     sampler = RejectionSampler(
         model, reward_funcs, dataset, output_dir, num_generations, seed=seed, backend=backend, **options
     )

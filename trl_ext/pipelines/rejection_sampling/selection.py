@@ -60,8 +60,7 @@ def select(
     ([1, 3], 1)
     ```
     """
-    function = selectors.get(selection)
-    _check_options(function, selection, kwargs)
+    function = check_selection(selection, kwargs)
     order = np.lexsort((scored.sample, scored.prompt))
     twice = np.flatnonzero((np.diff(scored.prompt[order]) == 0) & (np.diff(scored.sample[order]) == 0))
     if len(twice):
@@ -299,6 +298,13 @@ def budget_by_difficulty(
     if k is not None:
         rows = np.sort(rows[np.lexsort((rows, share[group[rows]], rank[rows]))[:k]])
     return Selection(rows, counts=counts)
+
+
+def check_selection(selection: str | Callable, kwargs: dict[str, Any] | None = None) -> Callable:
+    """The selector of a name; raises `ValueError` if it is not known or does not have an option of `kwargs`."""
+    function = selectors.get(selection)
+    _check_options(function, selection, kwargs or {})
+    return function
 
 
 def _check_options(function: Callable, selection: str | Callable, kwargs: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ from trl_ext.pipelines.rejection_sampling.prompts import RESERVED
 from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
+from trl_ext.pipelines.rejection_sampling.selection import check_selection
 from trl_ext.pipelines.reward_functions import (
     RewardFunc,
     check_rewards,
@@ -141,6 +142,7 @@ class RejectionSamplingTrainer:
         self.history: list[dict[str, Any]] = []
         self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
         self._verifier = verifier
+        check_selection(args.selection, args.selection_kwargs)
         check_rewards([*self._rewards, *([] if verifier is None else [verifier])])
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
