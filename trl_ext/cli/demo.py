@@ -101,41 +101,36 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     print("loading torch, transformers and trl ...", flush=True)
     from trl_ext.demo.plan import plan
-    from trl_ext.demo.progress import Progress, clock
     from trl_ext.demo.report import format_table, make_report, save_plot, save_report
     from trl_ext.demo.tracking import stage_run
-    from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, find_done, run_stages
+    from trl_ext.pipelines.stages.cached_stages import find_done, run_stages
+    from trl_ext.pipelines.stages.progress import Progress, ended
     from trl_ext.pipelines.stages.runner import OwnProcesses, StageError
 
     stages = plan(seed, smoke)
     titles = {stage.name: stage.title for stage in stages}
     done = {} if fresh else find_done(stages, output_dir)
-    progress = Progress(
-        {stage.title: stage.seconds for stage in stages if stage.name not in done},
-        {stage.title: [titles[name] for name in stage.needs] for stage in stages},
-        workers,
-    )
+    expected = {stage.title: stage.seconds for stage in stages if stage.name not in done}
+    needs = {stage.title: [titles[name] for name in stage.needs] for stage in stages}
     group = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-    def on_end(stage: Stage, outcome: Outcome) -> None:
-        how = "kept from an earlier run" if outcome.cached else f"done in {clock(outcome.seconds)}"
-        progress.finish(stage.title, f"{stage.title}: {how}")
-
     try:
-        with OwnProcesses(workers, _prepare) as processes:
+        with Progress(expected, needs, workers) as progress, OwnProcesses(workers, _prepare) as processes:
             outcomes = run_stages(
                 stages,
                 output_dir,
                 fresh=fresh,
                 on_start=lambda stage: progress.start(stage.title),
                 on_progress=lambda stage, share: progress.update(stage.title, share),
-                on_end=on_end,
+                on_end=lambda stage, outcome: progress.finish(stage.title, ended(stage.title, outcome)),
                 open_run=partial(stage_run, group=group, folder=output_dir),
                 runner=processes,
             )
     except StageError as error:
         print(f"trl-ext demo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. Stages that are done are kept: run the same command again to go on.", file=sys.stderr)
+        return 130
 
     wandb_dir = output_dir / "wandb"
     seconds = time.monotonic() - start

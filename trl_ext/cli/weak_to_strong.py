@@ -39,7 +39,7 @@ class WeakModelArguments:
 
 
 def task_of(argv: list[str]) -> str:
-    """The task that the arguments, or the file behind `--config`, name: it decides which arguments there are."""
+    """The task that the arguments, or the file behind `--config`, name. It decides which arguments there are."""
     import yaml
 
     first = argparse.ArgumentParser("trl-ext weak-to-strong", add_help=False, allow_abbrev=False)
@@ -50,7 +50,7 @@ def task_of(argv: list[str]) -> str:
     if task is None and given.config is not None:
         with open(given.config, encoding="utf-8") as file:
             values = yaml.safe_load(file)
-        task = values.get("task") if isinstance(values, dict) else None  # what is wrong with it the parser says
+        task = values.get("task") if isinstance(values, dict) else None  # the parser reports what is wrong
     task = "process" if task == "steps" else task  # its former name
     return task if task in list(CONFIGS) else "preference"
 
@@ -78,17 +78,22 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         task = task_of(argv)
-    except (OSError, ValueError, YAMLError):  # said by the parser, which reads the file again
+    except (OSError, ValueError, YAMLError):  # the parser reads the file again and reports it
         task = "preference"
-    run(*parse(make_parser(task=task), argv))
+    parts = parse(make_parser(task=task), argv)
+    try:
+        run(*parts)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Runs that are done are kept: run the same command again to go on.", file=sys.stderr)
+        return 130
     return 0
 
 
 def weak_model_config(model: Any, weak: WeakModelArguments) -> Any:
-    """How the weak model is loaded, from how the strong one is and what differs."""
-    own = copy.copy(model)
-    own.use_peft, own.load_in_8bit, own.load_in_4bit = weak.weak_use_peft, False, weak.weak_load_in_4bit
-    return own
+    """How the weak model is loaded: as the strong one, except for what the arguments of the weak model say."""
+    config = copy.copy(model)
+    config.use_peft, config.load_in_8bit, config.load_in_4bit = weak.weak_use_peft, False, weak.weak_load_in_4bit
+    return config
 
 
 def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any) -> None:
@@ -97,6 +102,7 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
 
     from trl_ext import weak_to_strong
     from trl_ext.data.sources import load_source, select_split
+    from trl_ext.pipelines.stages.progress import Progress, ended
 
     if not data.dataset_name:
         raise ValueError("No data was named. Give `--dataset_name` a Hub id, a folder or a file.")
@@ -107,7 +113,7 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
         )
     if data.dataset_streaming:
         raise ValueError(
-            "--dataset_streaming: the rows are split by their prompts, which takes all of them. Leave it out."
+            "--dataset_streaming: the rows are split by their prompts, which needs all rows. Leave it out."
         )
     args.model_init_kwargs = {
         "attn_implementation": model.attn_implementation,
@@ -117,23 +123,24 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
     splits = load_source(data.dataset_name, data.dataset_config)
     train = select_split(splits, data.dataset_train_split, "--dataset_train_split")
     split = data.dataset_test_split
-    # without the split that is looked for by default a share of the prompts is held out
+    # 'test' is the default: where the data have no such split, a share of the prompts is held out
     test = None if split == "test" and split not in splits else select_split(splits, split, "--dataset_test_split")
     weak_model = weak_model_config(model, weak)
-    report = weak_to_strong(
-        config,
-        args,
-        train,
-        test,
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-        weak_peft_config=get_peft_config(weak_model),
-        weak_quantization_config=get_quantization_config(weak_model),
-        on_start=lambda stage: print(f"-- {stage.title}", flush=True),
-        on_end=lambda stage, outcome: print(
-            f"   {stage.name}: {'kept from before' if outcome.cached else f'{outcome.seconds:.0f} s'}", flush=True
-        ),
-    )
+    args.disable_tqdm = True  # the display below shows the progress of every run
+    with Progress() as progress:
+        report = weak_to_strong(
+            config,
+            args,
+            train,
+            test,
+            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+            weak_peft_config=get_peft_config(weak_model),
+            weak_quantization_config=get_quantization_config(weak_model),
+            on_start=lambda stage: progress.start(stage.title),
+            on_progress=lambda stage, share: progress.update(stage.title, share),
+            on_end=lambda stage, outcome: progress.finish(stage.title, ended(stage.title, outcome)),
+        )
     print(report.markdown())
     print(f"The report is in {args.output_dir}: report.json, report.md, report.png.")
 

@@ -1,5 +1,5 @@
-"""What `trl-ext demo` does: a task with an exact verifier, a tiny model, a mediocre policy, and stages that use them.
+"""The stages of `trl-ext demo`: a task with an exact verifier, a tiny model, a mediocre policy, and reward models.
 
-Nothing is downloaded or sent. Only the command imports this; benches and examples borrow the tiny model of
+Nothing is downloaded or sent. The command imports this package; benches and examples use the tiny model of
 [`trl_ext.demo.model`].
 """

@@ -1,26 +1,32 @@
-"""The stage `ensemble`: members branched above the first layers, trained in one run, reloaded, and what they pick.
+"""The stage `ensemble`: members that share the first layers, trained in one run and reloaded, and what they pick.
 
-Reducers are compared on one set of scores: the mean, the worst member, and the mean less a share of the variance. It
-knows trainers and folders; how an answer is picked is in `picking`.
+It compares reducers on one set of scores: the mean, the worst member, and the mean less a share of the variance. It
+knows trainers and folders; `picking` knows how an answer is picked.
 """
 
 import time
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback
 
 from trl_ext import RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer
 from trl_ext.demo.picking import mean_and_error, paired_gain
 from trl_ext.demo.policy_stages import read_rows
 from trl_ext.demo.reward_stages import softmax
-from trl_ext.demo.training import EVALUATED_PROMPTS, Rows, adapter, arguments, picks, progress_callback
+from trl_ext.demo.training import (
+    EVALUATED_PROMPTS,
+    adapter,
+    arguments,
+    picks,
+    progress_callback,
+    ranked,
+    train_and_save,
+)
 from trl_ext.metrics.voting import best_of_k
 from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
-# Beside the mean, which is the best of n of the stage.
+# Beside the mean, by which the stage reports its best of n.
 REDUCERS = {"min": {"reduce": "min"}, "uwo": {"reduce": "mean_minus_var", "coefficient": 0.5}}
 
 
@@ -31,17 +37,13 @@ def run_ensemble(context: StageContext) -> dict[str, Any]:
     Settings beside those of the other models: `members`, and `branch_at`, the share of the layers without adapters.
 
     Returns:
-        `dict`: for the mean of the members what [`~trl_ext.demo.training.picks`] gives, and `pair_accuracy`;
+        `dict`: what [`~trl_ext.demo.training.picks`] gives for the mean of the members, and `pair_accuracy`;
         `best_of_n_by`: the best of n by each member alone (`member-0`, ...) and by `REDUCERS`;
-        `mean_over_members`: the paired gain of the mean over what the members reach on average; `loss`,
-        `reload_difference` beside `score_std`, and seconds, as of the other models.
+        `mean_over_members`: the paired gain of the mean over the average of the members; `loss`, `reload_difference`
+        beside `score_std`, and seconds, as for the other models.
     """
-    settings, columns = context.settings, ("prompt", "completions", "ratings")
+    settings = context.settings
     held_out_rows = read_rows(context.folders["samples"], "held_out")
-
-    def dataset(rows: Rows) -> Dataset:
-        return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
-
     trainer = RewardEnsembleTrainer(
         model=str(context.folders["policy"].resolve()),
         args=RewardEnsembleConfig(
@@ -51,17 +53,12 @@ def run_ensemble(context: StageContext) -> dict[str, Any]:
             data_strategy="bootstrap",
             **arguments(context, eval_batch_size=32),
         ),
-        train_dataset=dataset(read_rows(context.folders["samples"], "train")),
-        eval_dataset=dataset(held_out_rows[:EVALUATED_PROMPTS]),
+        train_dataset=ranked(read_rows(context.folders["samples"], "train")),
+        eval_dataset=ranked(held_out_rows[:EVALUATED_PROMPTS]),
         peft_config=adapter(context),
         callbacks=[progress_callback(context)],
     )
-    trainer.remove_callback(PrinterCallback)
-    start = time.monotonic()
-    loss = trainer.train().training_loss
-    train_seconds = time.monotonic() - start
-    evaluation = trainer.evaluate()
-    trainer.save_model(str(context.folder))
+    trained, evaluation = train_and_save(context, trainer)
     before = torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions)  # (prompts, K, M)
 
     start = time.monotonic()
@@ -90,10 +87,9 @@ def run_ensemble(context: StageContext) -> dict[str, Any]:
         **picks(held_out_rows, mean, [softmax(row) for row in mean]),
         "best_of_n_by": {name: mean_and_error(own) for name, own in {**alone, **together}.items()},
         "mean_over_members": paired_gain(best(mean), average),
-        "loss": loss,
+        **trained,
         "pair_accuracy": evaluation["eval_accuracy"],
         "reload_difference": (by_prompt[: len(before)] - before).abs().max().item(),
         "score_std": table.std().item(),
-        "train_seconds": train_seconds,
         "score_seconds": score_seconds,
     }

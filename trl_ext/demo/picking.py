@@ -1,11 +1,11 @@
-"""How good is the answer that a rule picks from K samples: at random, by a vote, by a model's scores, by an oracle.
+"""How often a rule picks a right answer from K samples: at random, by a vote, by a model's scores, by an oracle.
 
-Lists of whether answers are right go in; it knows nothing of models or of the task.
+It takes lists that say which answers are right, and knows nothing of models or of the task.
 
-Every figure is the mean over prompts of the chance that the pick is right, with the standard error of that mean. Ties
-are broken at random and the chance is computed, not drawn, so no figure depends on a seed (only in a weighted vote,
-where ties are rare, the answer that was given first wins). Two figures on the same
-prompts are compared prompt by prompt ([`paired_gain`]): the difficulty of prompts, which both share, then cancels out.
+Every figure is the mean over prompts of the chance that the pick is right, with the standard error of that mean. The
+chance is computed, with ties broken at random, so no figure depends on a seed. (In a weighted vote ties are rare, and
+the answer that was given first wins.) Two figures on the same prompts are compared prompt by prompt ([`paired_gain`]),
+so that the difficulty of the prompts cancels out.
 """
 
 import math
@@ -86,7 +86,7 @@ def compare_picks(
         scores (`Sequence[Sequence[float]]`):
             The model's scores.
         weights (`Sequence[Sequence[float]]`):
-            What each answer weighs in the model's vote.
+            The weight of each answer in the model's vote.
 
     Returns:
         `dict`: `random`, `majority`, `best_of_n`, `weighted_vote`, `oracle` and the paired gain

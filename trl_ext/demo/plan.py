@@ -5,12 +5,11 @@
                       -> orm           right and wrong answers, all weights of the policy
                       -> prm           lines up to the first wrong one, all weights of the policy
                       -> ensemble      three members in one run, LoRA on the last layer of the policy
-    policy -> weak_to_strong       a smaller model's solutions, learnt by the policy
-           reward, orm -> rejection    the policy on its own best samples, and on as many at random
+    policy -> weak_to_strong           the policy learns from a smaller model's solutions
+    samples, reward, orm -> rejection  the policy on its own best samples, and on as many at random
 
-A further stage is a [`Stage`] appended to [`plan`]: it names the stages that it needs
-and finds their files in `context.folders`. It knows names and numbers; what a stage does is in the `..._stages`
-modules.
+To add a stage, append a [`Stage`] to [`plan`]: it names the stages that it needs and finds their files in
+`context.folders`. This module knows names and numbers; the `..._stages` modules know what a stage does.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from trl_ext.pipelines.stages.cached_stages import Stage, StageContext
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the defaults are the demo's."""
+    """How much each stage does; the defaults are the demo's."""
 
     policy_prompts: int = 8000
     policy_max_steps: int = 1000
@@ -49,7 +48,7 @@ class Sizes:
     eval_samples: int = 4
 
 
-# Whether everything runs, not whether it learns.
+# Enough to see that everything runs, too little to learn.
 SMOKE = Sizes(
     policy_prompts=200,
     policy_max_steps=40,
@@ -102,7 +101,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
         seconds: float,
         batch_size: int = BATCH_SIZE,
         learning_rate: float = LEARNING_RATE,
-        **more: float,  # `lora_rank`, and what only this stage knows
+        **more: float,  # `lora_rank`, and settings of this stage alone
     ) -> Stage:
         settings = {
             "seed": seed,
@@ -116,7 +115,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
     def token_model(name: str, title: str, run: Callable[[StageContext], dict[str, Any]], seconds: float) -> Stage:
         return model(name, title, run, sizes[f"{name}_steps"], seconds, TOKEN_BATCH_SIZE[name], TOKEN_LEARNING_RATE)
 
-    # The seconds were measured side by side on two busy cores; only their ratios matter once a run is under way.
+    # The seconds were measured side by side on two busy cores. Once a run is under way only their ratios count.
     return [
         Stage(
             "policy",

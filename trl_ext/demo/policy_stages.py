@@ -1,7 +1,7 @@
 """The stages `policy` and `samples`: train the policy, sample from it, rate the samples.
 
-`samples` writes `train.jsonl` and `held_out.jsonl`, a prompt a row: `prompt`, `completions`, the verifier's `ratings`,
-and `steps_right` and `answer_right`, which say of each line and of each whole answer whether it is right.
+`samples` writes `train.jsonl` and `held_out.jsonl` with a row for each prompt: `prompt`, `completions`, the verifier's
+`ratings`, whether each line is right (`steps_right`), and whether each whole answer is right (`answer_right`).
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.demo.policy import sample_solutions, train_policy
-from trl_ext.demo.progress import ProgressCallback
 from trl_ext.demo.task import Problem, make_problems, verify
 from trl_ext.pipelines.stages.cached_stages import StageContext
+from trl_ext.pipelines.stages.progress import ProgressCallback
 
 
 def run_policy(context: StageContext) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The stage `rejection`: the policy fine-tuned on its own samples, chosen by the verifier, by models, and blindly.
+"""The stage `rejection`: the policy fine-tuned on its own samples, chosen by the verifier, by models, or at random.
 
-All arms share one set of samples of prompts that no reward model was trained on, and keep as many of each prompt; the
-control draws its ones without looking at scores. What the policy learns from any text of its own is in the control, so
-the gain over it is what the choice is worth.
+All arms share one set of samples, for prompts that no reward model was trained on, and keep the same number for each
+prompt. The control chooses at random. It learns whatever any of the policy's own texts can teach, so the gain over the
+control is what the choice is worth.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +37,14 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
     """
     Samples once, selects in several ways, fine-tunes the policy on each selection, and measures it.
 
-    Of each prompt the `kept` best are taken: by the verifier's rating, by the outcome model, by the Plackett-Luce
-    model; and as many at random, from all samples, copies too, so that the control trains on what the policy writes.
+    Each arm keeps the `kept` best samples of each prompt: by the verifier's rating, by the outcome model, or by the
+    Plackett-Luce model. The control draws as many at random from all samples, copies included, so that it trains on
+    what the policy generates.
 
     Returns:
-        `dict`: `before`, the chance that one of the policy's samples is right; `arms`: by name `exact_match` after
-        fine-tuning, the paired gains `over_before` and `over_random` (all over held-out prompts), and of the rows that
-        were trained on their number and `right`, the share of right ones.
+        `dict`: `before`, the chance that one of the policy's samples is right; `arms`: for each arm `exact_match`
+        after fine-tuning, the paired gains `over_before` and `over_random` (all over held-out prompts), the number of
+        `rows` it trained on, and the share of those that are `right`.
     """
     settings = context.settings
     policy = context.folders["policy"].resolve()
@@ -58,10 +59,12 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
     select = _selections(context, policy, problems, rewards)
 
     before = _exact_match(policy, held_out, settings)
+    context.progress(0.1)
     arms: dict[str, Any] = {}
     found: dict[str, list[float]] = {}
     for number, name in enumerate([CONTROL, *rewards]):
         rows = select(name)
+        context.progress(0.1 + 0.9 * (number + 0.4) / (1 + len(rewards)))
         target = context.folder / name
         _fine_tune(policy, rows, target, settings)
         found[name] = _exact_match(target, held_out, settings)
@@ -73,14 +76,14 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
             "rows": len(rows),
             "right": sum(right) / len(right),
         }
-        context.progress((number + 2) / (len(rewards) + 2))
+        context.progress(0.1 + 0.9 * (number + 1) / (1 + len(rewards)))
     return {"before": mean_and_error(before), "arms": arms}
 
 
 def _selections(
     context: StageContext, policy: Path, problems: Sequence[Problem], rewards: dict[str, RewardFunc]
 ) -> Callable[[str], Dataset]:
-    """A function that gives the rows of an arm. Samples are made once, and scored once by each reward."""
+    """A function that gives the rows of an arm. Samples are generated once, and each reward scores them once."""
     settings = context.settings
     prompts = [{"prompt": problem.prompt} for problem in problems]
 

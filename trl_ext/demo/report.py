@@ -1,4 +1,4 @@
-"""What the demo found: `report.json`, a table, a plot, and whether the reward models earned their keep.
+"""The demo's report: `report.json`, a table, a plot, and whether the reward models are better than a random pick.
 
 It knows the results of stages and turns them into files and text. Nothing here trains or samples.
 """
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_ext.demo.progress import clock
 from trl_ext.pipelines.stages.cached_stages import Outcome
+from trl_ext.pipelines.stages.progress import clock
 
 
 PICKS = ("random", "majority", "best_of_n", "oracle")
 
-# What chose the rows of the stage `rejection`.
+# Who chose the rows that the policy is fine-tuned on, in the stage `rejection`.
 ARMS = {
-    "random": "a draw: the control",
+    "random": "a random draw (the control)",
     "verifier": "the verifier",
     "orm": "the outcome model",
     "reward": "the reward model (Plackett-Luce)",
@@ -46,7 +46,7 @@ def make_report(
         seconds (`float`):
             How long this run took, without the stages that were there already.
         wandb_dir (`str`, *optional*):
-            Where the offline runs of Weights & Biases are, if there are any.
+            The folder with the offline runs of Weights & Biases, if there are any.
 
     Returns:
         `dict`: `random`, `majority`, `best_of_n`, `oracle` (of the stage `reward`, each with `mean` and
@@ -78,8 +78,8 @@ def make_report(
 
 def find_failures(outcomes: Mapping[str, Outcome]) -> list[str]:
     """
-    One sentence for each reward model that does not beat a random pick, or scores otherwise after a reload, and if
-    fine-tuning on what the verifier chose is no better than on what was drawn at random.
+    One sentence for each reward model that does not beat a random pick or that scores differently after a reload, and
+    one if fine-tuning on the verifier's choice is no better than on a random choice.
     """
     failures = []
     for name, outcome in _with_picks(outcomes).items():
@@ -149,13 +149,30 @@ def format_table(report: Mapping[str, Any]) -> str:
 
 
 def save_plot(report: Mapping[str, Any], path: Path) -> bool:
-    """Draws how often the pick is right against the number of samples. `False` where matplotlib is not installed."""
+    """
+    Draws three panels: the pick by each reward model against the number of samples, the policy before and after
+    fine-tuning on its own samples, and weak to strong. Returns `False` where matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(13, 5.2), layout="constrained", facecolor="white")
+    curves, arms, models = figure.subplots(1, 3, width_ratios=(5, 4, 3))
+    run = "smoke run, figures mean nothing" if report["smoke"] else f"seed {report['seed']}"
+    figure.suptitle(f"trl-ext demo: sorting digits with a mediocre policy ({run}; bars: 95 % intervals)")
+    _plot_picks(curves, report)
+    _plot_arms(arms, report["stages"]["rejection"])
+    _plot_weak_to_strong(models, report["stages"]["weak_to_strong"])
+    for axes in (curves, arms, models):
+        axes.set_ylim(0, min(1.02, max(0.1, 1.05 * axes.get_ylim()[1])))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _plot_picks(axes: Any, report: Mapping[str, Any]) -> None:
     models = _models(report["stages"])
     oracle = next(iter(models.values()))["curve"]
     sizes = [point["n"] for point in oracle]
@@ -171,10 +188,30 @@ def save_plot(report: Mapping[str, Any], path: Path) -> bool:
         axes.axhline(report[name]["mean"], linestyle=style, color="grey", label=f"{name} (of {sizes[-1]})")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="samples n", ylabel="right answers on held-out prompts")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return True
+    axes.set(xlabel="samples n", ylabel="right answers on held-out prompts", title="Which answer is picked")
+
+
+def _plot_arms(axes: Any, result: Mapping[str, Any]) -> None:
+    figures = {"before": result["before"], **{name: arm["exact_match"] for name, arm in result["arms"].items()}}
+    means = [figure["mean"] for figure in figures.values()]
+    errors = [SAMPLING_ERROR * figure["standard_error"] for figure in figures.values()]
+    colors = ["#9aa5b1" if name in ("before", "random") else "#3b7dd8" for name in figures]
+    axes.bar(range(len(figures)), means, yerr=errors, capsize=3, color=colors)
+    labels = {"orm": "outcome\nmodel", "reward": "reward\nmodel", "random": "random\nchoice"}
+    axes.set_xticks(range(len(figures)), [labels.get(name, name) for name in figures])
+    axes.set(ylabel="right samples of the policy", title="Fine-tuned on its own samples, chosen by")
+
+
+def _plot_weak_to_strong(axes: Any, result: Mapping[str, Any]) -> None:
+    names = {"weak": "weak\nsupervisor", "student": "strong\nstudent", "ceiling": "strong\nceiling"}
+    values = [result[name] for name in names]
+    bounds = result["intervals"] or dict(zip(names, zip(values, values, strict=True), strict=True))
+    low = [max(0.0, value - bounds[name][0]) for name, value in zip(names, values, strict=True)]
+    high = [max(0.0, bounds[name][1] - value) for name, value in zip(names, values, strict=True)]
+    axes.bar(range(3), values, yerr=[low, high], capsize=3, color=["#9aa5b1", "#3b7dd8", "#2f9e6e"])
+    axes.set_xticks(range(3), names.values())
+    pgr = "undefined" if result["pgr"] is None else f"{result['pgr']:.2f}"
+    axes.set(ylabel="right greedy answers", title=f"Weak to strong, PGR {pgr}")
 
 
 def save_report(report: Mapping[str, Any], path: Path) -> None:

@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 from trl_ext import RewardConfig, RewardScorer, RewardTrainer
 from trl_ext.demo.policy_stages import read_rows
 from trl_ext.demo.training import (
     EVALUATED_PROMPTS,
-    Rows,
     adapter,
     arguments,
     picks,
     progress_callback,
+    ranked,
     train_and_reload,
 )
 from trl_ext.pipelines.stages.cached_stages import StageContext
@@ -26,27 +25,22 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     """
     Trains on `train.jsonl`, saves an adapter, reloads it from its folder alone and scores `held_out.jsonl`.
 
-    In the vote of equal answers a sample weighs as much as the probability that the Plackett-Luce model gives it to be
-    the best of its prompt.
+    In the vote of equal answers, the weight of a sample is its probability to be the best of its prompt, by the
+    Plackett-Luce model.
 
     Returns:
         `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give, and
         `pair_accuracy` on held-out groups.
     """
-    columns = ("prompt", "completions", "ratings")
     held_out_rows = read_rows(context.folders["samples"], "held_out")
-
-    def dataset(rows: Rows) -> Dataset:
-        return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
-
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     trainer = RewardTrainer(
         model=str(context.folders["policy"].resolve()),
         args=RewardConfig(loss_type="plackett_luce", **arguments(context, eval_batch_size=32)),
-        train_dataset=dataset(read_rows(context.folders["samples"], "train")),
-        eval_dataset=dataset(held_out_rows[:EVALUATED_PROMPTS]),
+        train_dataset=ranked(read_rows(context.folders["samples"], "train")),
+        eval_dataset=ranked(held_out_rows[:EVALUATED_PROMPTS]),
         quantization_config=quantization if context.settings["quantized"] else None,
         peft_config=adapter(context),
         callbacks=[progress_callback(context)],

@@ -8,10 +8,10 @@ Pure Python on strings: it knows nothing of models, tokens or scores.
     >>> problem.solution
     '2\\n4\\n7\\n9\\n'
 
-The digits of a problem are all different, and each line is the smallest one that is left (selection sort). What is
-wrong can be read off the text: a digit that was never there, one that was forgotten, one too many, one out of order. A
-reward model of two layers learns to see that within a minute; chains of arithmetic modulo 10, tried first, need
-thousands of facts (which result is right for which operands), and it learned next to nothing in that time.
+The digits of a problem are all different, and each line is the smallest digit that is left (selection sort). Mistakes
+can be read off the text: a digit that was never there, one that was forgotten, one too many, one out of order. A
+reward model of two layers learns to see them within a minute. Chains of arithmetic modulo 10 need thousands of facts
+(which result is right for which operands), and such a model learned next to nothing of them in that time.
 """
 
 import math
@@ -20,7 +20,7 @@ import zlib
 from dataclasses import dataclass
 
 
-# Which of 100 buckets belong to which split: what a policy is taught, what tells when to stop teaching it, what reward
+# The buckets, of 100, of each split: what the policy is taught, what tells when to stop teaching it, what reward
 # models are trained on, and what all figures are measured on.
 SPLITS = {"policy": (0, 45), "trial": (45, 50), "train": (50, 90), "held_out": (90, 100)}
 
@@ -56,11 +56,11 @@ class Problem:
 @dataclass(frozen=True)
 class Verdict:
     """
-    What the verifier says of one solution.
+    The verifier's verdict on one solution.
 
     Args:
         steps_right (`tuple[bool, ...]`):
-            For each line that was written, whether it is the line that belongs there.
+            For each line of the solution, whether it is the line that belongs there.
         steps_needed (`int`):
             How many lines the right solution has.
         answer_right (`bool`):
@@ -79,7 +79,7 @@ class Verdict:
 
 def final_answer(completion: str) -> str:
     """
-    What a solution answers, in a form that two solutions can be compared by: its lines without spaces around them.
+    The answer of a solution, in a form that can be compared: its lines without spaces around them.
 
     Example:
 
@@ -97,7 +97,7 @@ def verify(problem: Problem, completion: str) -> Verdict:
         problem ([`Problem`]):
             What was asked.
         completion (`str`):
-            What was written after the prompt, without special tokens.
+            The text after the prompt, without special tokens.
 
     Example:
 
@@ -128,7 +128,7 @@ def make_problems(count: int, split: str, seed: int, *, lengths: tuple[int, ...]
         count (`int`):
             How many.
         split (`str`):
-            Whose: a name of [`SPLITS`]. No problem is in two splits.
+            A name of [`SPLITS`]. No problem is in two splits.
         seed (`int`):
             Seed of the draw.
         lengths (`tuple[int, ...]`, *optional*, defaults to `(5, 6, 7, 8)`):

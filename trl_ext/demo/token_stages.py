@@ -1,8 +1,8 @@
-"""The stages `orm` and `prm`: token-level reward models from the verifier's verdicts, reloaded, and what they pick.
+"""The stages `orm` and `prm`: reward models with labels on tokens, from the verifier's verdicts, and what they pick.
 
-The outcome model learns from whether a whole answer is right, the process model from whether each line is; the lines
-after the first wrong one are left out, as an annotator who stops there would leave them. To end is a step as well, an
-empty line, which is wrong where lines are missing: a solution that ends too early has no other wrong step.
+The outcome model learns whether a whole answer is right, the process model whether each line is. Lines after the first
+wrong one have no label, as from an annotator who stops there. The end is a step as well: an empty line, which is wrong
+where lines are missing, because a solution that ends too early has no other wrong step.
 """
 
 import math
@@ -17,7 +17,7 @@ from trl_ext.pipelines.stages.cached_stages import StageContext
 from trl_ext.scoring.aggregation import aggregators
 
 
-# What is reported of the trainers' own evaluation.
+# Metrics of the trainers' evaluation that the report shows.
 OUTCOME_METRICS = ("auc", "question_auc", "balanced_accuracy")
 STEP_METRICS = ("auc_to_first_error", "step_index_auc", "balanced_accuracy", "processbench_f1")
 
@@ -28,10 +28,10 @@ def run_orm(context: StageContext) -> dict[str, Any]:
     """
     Trains an outcome model on samples that are right or wrong.
 
-    The label is on the last token only: with one on every token, as is the default of `ORMConfig`, so short a training
-    picks little better than at random, because at the first tokens there is nothing to be learnt yet.
+    Only the last token has a label. With a label on every token, the default of `ORMConfig`, such a short training
+    picks little better than at random, because the first tokens do not tell yet whether the answer will be right.
 
-    Best-of-n is by the log-odds at the last token; in the vote a sample weighs as much as its probability to be right.
+    Best of n is by the log-odds at the last token. In the vote, the weight of a sample is its probability to be right.
 
     Returns:
         `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give, and
@@ -65,8 +65,8 @@ def run_prm(context: StageContext) -> dict[str, Any]:
     """
     Trains a process model on lines that are right or wrong, and on whether it was right to end.
 
-    Best-of-n is by the least sure step (`min`, the scorer's default) and, as `prod`, by the product over the steps,
-    which also is what a sample weighs in the vote: the probability that every step is right.
+    Best of n is by the least sure step (`min`, the scorer's default) and, as `prod`, by the product over the steps,
+    which is the probability that every step is right. The product is also the weight of a sample in the vote.
 
     Returns:
         `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give,

@@ -1,7 +1,7 @@
 """Weights & Biases for the demo: one offline run for each stage that trains, all in one group; nothing is sent.
 
-It knows stages, runs and folders, and nothing of trainers. That runs are offline is set for these runs alone, not in
-the environment. Weights & Biases missing, switched off or failing never stops a stage; one line says so.
+It knows stages, runs and folders, and nothing of trainers. Only these runs are offline; the environment stays as it
+is. A stage goes on where Weights & Biases is missing, switched off or fails, and a warning says so.
 """
 
 import logging
@@ -27,9 +27,9 @@ def stage_run(stage: Stage, group: str, folder: str | Path) -> AbstractContextMa
 @contextmanager
 def offline_run(name: str, group: str, folder: str | Path) -> Iterator[str]:
     """
-    Opens an offline run and closes it at the end; gives the `report_to` for trainers, which find and use the open run.
+    Opens an offline run, closes it at the end, and gives the `report_to` for trainers, which use the open run.
 
-    A run that is open already is used and left open.
+    Where a run is open already, it is used and stays open.
 
     Args:
         name (`str`):

@@ -1,6 +1,6 @@
-"""What the stages that train a reward model have in common: arguments, adapter, training, and the checked reload.
+"""What the stages that train a reward model share: arguments, adapter, training, and the checked reload.
 
-It knows trainers, folders and scorers. What a model is trained on, and how its scores are used, is in the stages.
+It knows trainers, folders and scorers. The stages know the data that a model is trained on, and use its scores.
 """
 
 import time
@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, Trainer
 
 from trl_ext import RewardScorer
 from trl_ext.demo.picking import compare_picks
-from trl_ext.demo.progress import ProgressCallback
 from trl_ext.demo.task import final_answer
 from trl_ext.pipelines.stages.cached_stages import StageContext
+from trl_ext.pipelines.stages.progress import ProgressCallback
 
 
 # Held-out prompts that the trainer itself evaluates, for the run's table and histogram of scores.
@@ -28,7 +29,7 @@ RELOADED = 256
 TRAINING_SHARE = 0.85
 
 Rows = Sequence[Mapping[str, Any]]
-# Of a scorer, prompts and completions: the scores of each completion, one or several.
+# From a scorer, prompts and completions to the scores of each completion, one or several.
 Score = Callable[[RewardScorer, list[str], list[str]], list[list[float]]]
 
 
@@ -62,8 +63,25 @@ def adapter(context: StageContext) -> LoraConfig:
 
 
 def progress_callback(context: StageContext) -> ProgressCallback:
-    """Tells the stage's progress while its trainer trains."""
+    """Reports the stage's progress while its trainer trains."""
     return ProgressCallback(lambda share: context.progress(TRAINING_SHARE * share))
+
+
+def train_and_save(context: StageContext, trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains, evaluates and saves to the stage's folder. Returns `loss` and `train_seconds`, and the evaluation."""
+    trainer.remove_callback(PrinterCallback)
+    start = time.monotonic()
+    loss = trainer.train().training_loss
+    seconds = time.monotonic() - start
+    evaluation = trainer.evaluate()
+    trainer.save_model(str(context.folder))
+    return {"loss": loss, "train_seconds": seconds}, evaluation
+
+
+def ranked(rows: Rows) -> Dataset:
+    """A ranked data set: the samples of each prompt with the verifier's ratings."""
+    columns = ("prompt", "completions", "ratings")
+    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
 
 def train_and_reload(
@@ -76,21 +94,15 @@ def train_and_reload(
         context ([`StageContext`]): the stage.
         trainer ([`~transformers.Trainer`]): ready to train.
         rows (`Sequence[Mapping]`): held-out rows, each with `prompt` and K `completions`.
-        score (`Callable`): what is asked of a scorer, see `Score`.
-        metrics (`Sequence[str]`): which metrics of the trainer's evaluation are reported, where the rows define them.
+        score (`Callable`): how to ask a scorer for scores, see `Score`.
+        metrics (`Sequence[str]`): the metrics of the trainer's evaluation to report, where the rows define them.
 
     Returns:
-        What is worth reporting: mean `loss`, these metrics, the largest change of a score by saving and reloading
+        The report: mean `loss`, these metrics, the largest change of a score by saving and reloading
         (`reload_difference`, beside `score_std`), seconds of training and of scoring. And the scores of each
         completion of each row.
     """
-    trainer.remove_callback(PrinterCallback)
-    start = time.monotonic()
-    loss = trainer.train().training_loss
-    train_seconds = time.monotonic() - start
-    evaluation = trainer.evaluate()
-    trainer.save_model(str(context.folder))
-
+    trained, evaluation = train_and_save(context, trainer)
     prompts = [row["prompt"] for row in rows for _ in row["completions"]]
     completions = [text for row in rows for text in row["completions"]]
     in_memory = RewardScorer(trainer.model, processing_class=trainer.processing_class)
@@ -102,11 +114,10 @@ def train_and_reload(
     score_seconds = time.monotonic() - start
     context.progress(1.0)
     report = {
-        "loss": loss,
+        **trained,
         **{name: evaluation[f"eval_{name}"] for name in metrics if f"eval_{name}" in evaluation},
         "reload_difference": (_flat(scores[:RELOADED]) - before).abs().max().item(),
         "score_std": _flat(scores).std().item(),
-        "train_seconds": train_seconds,
         "score_seconds": score_seconds,
     }
     remaining = iter(scores)

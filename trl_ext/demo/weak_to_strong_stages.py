@@ -1,7 +1,7 @@
-"""The stage `weak_to_strong`: a smaller model writes solutions, and the policy learns from them.
+"""The stage `weak_to_strong`: a smaller model generates solutions, and the policy learns from them.
 
-The weak model starts from nothing and learns from right solutions; the strong one is the policy, which has met the
-task but is mediocre at it. See [`~trl_ext.weak_to_strong`].
+The weak supervisor starts from nothing and learns from right solutions. The strong student is the policy, which has
+seen the task but is mediocre at it. See [`~trl_ext.weak_to_strong`].
 """
 
 from typing import Any
@@ -25,13 +25,14 @@ MAX_COMPLETION_LENGTH = 24  # eight lines, and some more
 
 def run_weak_to_strong(context: StageContext) -> dict[str, Any]:
     """
-    Trains the weak model, the student and the ceiling, and lets all solve the same held-out problems, greedily.
+    Trains the weak supervisor, the student and the ceiling. All three then solve the same held-out problems, greedily.
 
     Returns:
-        `dict`: the exact match of `weak`, `student` and `ceiling` on `test_rows` problems, and what the student
-        recovered, `pgr` with `pgr_interval`, or why that is undefined (`reason`).
+        `dict`: the exact match of `weak`, `student` and `ceiling` on `test_rows` problems, their 95 % `intervals`, and
+        the performance gap recovered, `pgr` with `pgr_interval`, or why it is undefined (`reason`).
     """
     settings = context.settings
+    done: list[str] = []  # runs, of three
     args = arguments(context, EVAL_BATCH_SIZE) | {"output_dir": str(context.folder), "report_to": "none"}
     report = weak_to_strong(
         WeakToStrongArguments(
@@ -47,9 +48,11 @@ def run_weak_to_strong(context: StageContext) -> dict[str, Any]:
         WeakToStrongConfig(**args),
         _solutions("train", settings["train_prompts"], settings["seed"]),
         _solutions("held_out", settings["held_out_prompts"], settings["seed"]),
-        on_end=lambda stage, outcome: context.progress(0.4),
+        on_progress=lambda stage, share: context.progress((len(done) + share) / 3),
+        on_end=lambda stage, outcome: done.append(stage.name),
     )
     (pair,) = report.pairs
+    bounds = pair.intervals or {}
     return {
         "weak": pair.weak,
         "student": pair.weak_to_strong,
@@ -57,6 +60,7 @@ def run_weak_to_strong(context: StageContext) -> dict[str, Any]:
         "pgr": pair.pgr,
         "pgr_interval": pair.pgr_interval,
         "reason": pair.reason,
+        "intervals": {"student" if name == "weak_to_strong" else name: ends for name, ends in bounds.items()},
         "test_rows": report.rows["test"],
     }
 

@@ -1,13 +1,15 @@
 """Stages: each runs once, after those that it needs, in this process or side by side, and a failure ends all of it."""
 
 import io
+import logging
 import os
+import sys
 
 import pytest
 
 from tests.pipelines.stages.stages_program import add, fail, kill, meet, sleep
-from trl_ext.demo.progress import Progress, seconds_left
 from trl_ext.pipelines.stages.cached_stages import Stage, find_done, run_stages
+from trl_ext.pipelines.stages.progress import Progress, seconds_left
 from trl_ext.pipelines.stages.runner import OwnProcesses, StageError
 
 
@@ -94,6 +96,37 @@ def test_seconds_left_by_hand():
     assert seconds_left(left, needs, workers=1) == 10.0
     assert seconds_left(left, needs, workers=2) == 6.0  # a b, then c beside the rest of b, then d
     assert seconds_left({}, needs, workers=2) == 0.0
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_live_display_with_log_lines_above_it(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    handler = logging.StreamHandler()  # keeps today's standard error, as those of transformers do
+    monkeypatch.setattr(logging.getLogger("trl_ext.some_module"), "handlers", [handler])
+    with Progress({"A": 10.0}, stream=terminal) as progress:
+        progress.start("A")
+        progress.update("A", 0.5)
+        assert handler.stream is not terminal and sys.stderr is handler.stream
+        logging.getLogger("trl_ext.some_module").warning("mind the gap")
+        progress._live.refresh()
+        progress.finish("A", "A: done in 0:05")
+    assert sys.stderr is terminal and handler.stream is terminal
+    shown = terminal.getvalue()
+    assert "50%" in shown and "so far, about" in shown and "mind the gap\n" in shown and "A: done in 0:05\n" in shown
+
+
+def test_without_expectations_there_is_no_estimate():
+    lines = io.StringIO()
+    with Progress(stream=lines, interval=0.0, now=lambda: 0.0) as progress:
+        progress.start("A")
+        progress.update("A", 0.25)
+    assert lines.getvalue().splitlines() == ["A 0%; 0:00 so far", "A 25%; 0:00 so far"]
 
 
 def test_the_progress_line_counts_and_estimates_by_this_machines_speed():

@@ -47,6 +47,7 @@ def run_job(
     *,
     portable: bool = True,
     environment: Mapping[str, str] | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> Any:
     """
     Run one job to its end.
@@ -61,6 +62,7 @@ def run_job(
             Whether the job can travel. `False` for one that holds a model in memory.
         environment (`Mapping[str, str]`, *optional*):
             The environment variables of a process of its own. Those of this process by default.
+        on_progress (`Callable[[float], None]`, *optional*): called with the share that is done, in `[0, 1]`.
 
     Returns:
         What the job returns.
@@ -77,15 +79,15 @@ def run_job(
             "models and reward functions by path or name, or set isolate='never'."
         )
     if isolate == "never" or not portable or (isolate == "auto" and not _on_gpu()):
-        return job(_ignore)
+        return job(on_progress)
     with OwnProcesses(1, environment=environment) as processes:
         try:
             processes.start(name, job)
         except NotPortableError:
             if isolate == "always":
                 raise
-            return job(_ignore)
-        return processes.wait(_ignore)[1]
+            return job(on_progress)
+        return processes.wait(lambda _, share: on_progress(share))[1]
 
 
 def check_isolate(isolate: str) -> None:
@@ -98,10 +100,6 @@ def _on_gpu() -> bool:
     import torch  # here, so that a process for stages without it starts fast
 
     return torch.cuda.is_available()
-
-
-def _ignore(*args: Any) -> None:
-    """For progress that nobody watches."""
 
 
 class JobRunner(Protocol):

@@ -65,6 +65,7 @@ def weak_to_strong(
     weak_quantization_config: BitsAndBytesConfig | None = None,
     metric: Metric | None = None,
     on_start: Callable[[Stage], None] = lambda stage: None,
+    on_progress: Callable[[Stage, float], None] = lambda stage, share: None,
     on_end: Callable[[Stage, Outcome], None] = lambda stage, outcome: None,
 ) -> WeakToStrongReport:
     """
@@ -84,7 +85,8 @@ def weak_to_strong(
         weak_peft_config, weak_quantization_config (*optional*): of the weak supervisors.
         metric (`Callable`, *optional*):
             For generation: a reward function in [0, 1]; an exact match with the row's `completion` by default.
-        on_start, on_end (`Callable`, *optional*): called before a run that really trains, and after each.
+        on_start, on_progress, on_end (`Callable`, *optional*):
+            Called before a run that really trains, with the share of it that is done, and after each run.
 
     Returns:
         [`WeakToStrongReport`]: `.weak`, `.weak_to_strong`, `.ceiling`, `.pgr` and `.pgr_interval` of one pair of
@@ -114,6 +116,7 @@ def weak_to_strong(
             stages,
             args.output_dir,
             on_start=on_start,
+            on_progress=on_progress,
             on_end=on_end,
             open_run=partial(_tracked, report_to=report_to),
         )
@@ -203,7 +206,8 @@ class Experiment:
         splits = {name: self._splits[name] for name in judged}
         job = (run, training, splits, context.folder, teacher, context.report_to)
         name = context.folder.name.removesuffix(".partial")
-        return measured | run_job(name, partial(train_and_judge_job, job), self._config.isolate)
+        work = partial(train_and_judge_job, job)
+        return measured | run_job(name, work, self._config.isolate, on_progress=context.progress)
 
     def _weak_labels(self, folders: Sequence[Path], split: str) -> tuple[list[Judgement], list[float] | None]:
         """The labels that weak supervisors give a split together, and the weights that were learnt for it."""

@@ -15,6 +15,7 @@ import torch
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainingArguments
 
+from trl_ext.pipelines.stages.progress import ProgressCallback
 from trl_ext.pipelines.stages.runner import in_own_process
 from trl_ext.pipelines.stages.store import read_lines, write_lines
 from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, Task
@@ -57,6 +58,10 @@ def changed_arguments(
     return dataclasses.replace(args, **changes)
 
 
+# The share of a run that is training; the rest is judging.
+TRAINING_SHARE = 0.8
+
+
 @dataclass(frozen=True)
 class Run:
     """
@@ -92,12 +97,20 @@ class Run:
         return changed_arguments(self.args, changes | self.task.loss_arguments(self.loss, self.loss_kwargs))
 
 
-def train(run: Run, rows: Sequence[Row], folder: Path, teacher: Path | None, report_to: str) -> dict[str, float]:
+def train(
+    run: Run,
+    rows: Sequence[Row],
+    folder: Path,
+    teacher: Path | None,
+    report_to: str,
+    on_progress: Callable[[float], None],
+) -> dict[str, float]:
     """Train on rows, save to a folder, and return what the trainer measured."""
     inputs = run.task.trainer_inputs(run.model, run.arguments(folder, report_to), run.quantization_config, teacher)
     data = run.task.training_data(rows)
     trainer = run.task.trainer(train_dataset=data, peft_config=run.peft_config, **inputs)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressCallback(lambda share: on_progress(TRAINING_SHARE * share)))
     output = trainer.train()
     trainer.save_model(str(folder))
     if trainer.processing_class is not None:
@@ -106,7 +119,13 @@ def train(run: Run, rows: Sequence[Row], folder: Path, teacher: Path | None, rep
 
 
 def train_and_judge(
-    run: Run, rows: Sequence[Row], splits: dict[str, Sequence[Row]], folder: Path, teacher: Path | None, report_to: str
+    run: Run,
+    rows: Sequence[Row],
+    splits: dict[str, Sequence[Row]],
+    folder: Path,
+    teacher: Path | None,
+    report_to: str,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """
     Train, reload and judge. The judgements go to `<split>.jsonl` in the folder.
@@ -116,7 +135,7 @@ def train_and_judge(
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # earlier runs used this process too
-    measured = train(run, rows, folder, teacher, report_to)
+    measured = train(run, rows, folder, teacher, report_to, on_progress)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -134,7 +153,7 @@ def train_and_judge(
 
 def train_and_judge_job(arguments: tuple[Any, ...], on_progress: Callable[[float], None]) -> dict[str, Any]:
     """[`train_and_judge`] as a job of [`~trl_ext.pipelines.stages.runner.run_job`]."""
-    return train_and_judge(*arguments)
+    return train_and_judge(*arguments, on_progress)
 
 
 def read_judgements(folder: Path, split: str) -> list[Judgement]:
