@@ -425,6 +425,7 @@ def test_metrics_go_to_one_wandb_run_a_round(base, tmp_path):
         ({"push_to_hub": True}, "push_to_hub"),
         ({"fsdp": "full_shard"}, "FSDP and DeepSpeed"),
         ({"reward_processing_classes": [None, None]}, "2 reward_processing_classes for 1"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers; needed: 1"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(base, tmp_path, kwargs, message):

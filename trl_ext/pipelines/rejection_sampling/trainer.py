@@ -48,6 +48,7 @@ from trl_ext.pipelines.reward_functions import (
     check_rewards,
     reward_identity,
     reward_names,
+    weights_by_name,
     with_tokenizers,
 )
 from trl_ext.pipelines.stages.store import write_json
@@ -144,6 +145,7 @@ class RejectionSamplingTrainer:
         self._verifier = verifier
         check_selection(args.selection, args.selection_kwargs)
         check_rewards([*self._rewards, *([] if verifier is None else [verifier])])
+        weights_by_name(self._rewards, args.reward_weights)  # their number is checked here
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._callbacks, self._peft_config = callbacks, peft_config
@@ -291,7 +293,7 @@ class RejectionSamplingTrainer:
     ) -> RejectionSampler:
         """A sampler from the policy that came out of a round."""
         args = self.args
-        weights = list(args.reward_weights or [1.0] * len(self._rewards))
+        weights = list(weights_by_name(self._rewards, args.reward_weights).values())
         rewards = list(self._rewards)
         if evaluating and self._verifier is not None:
             rewards, weights = [*rewards, self._verifier], [*weights, 0.0]
@@ -323,8 +325,7 @@ class RejectionSamplingTrainer:
         sampler = self._sampler(number, self._eval_dataset, folder, self.args.seed, evaluating=True)
         sampler.generate()
         sampler.score()
-        own = reward_names(self._rewards)
-        weights = dict(zip(own, self.args.reward_weights or [1.0] * len(own), strict=True))
+        weights = weights_by_name(self._rewards, self.args.reward_weights)
         return evaluation_metrics(sampler.samples(), weights, self._names[-1] if self._verifier is not None else None)
 
     def _finish(self, metrics: dict[str, Any]) -> None:
