@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from trl import DatasetMixtureConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from trl_ext.cli import main as cli
+from trl_ext.cli._train import _load
 from trl_ext.data.sources import file_format, load_source, select_split
 
 
@@ -157,6 +160,36 @@ def test_missing_split_says_which_there_are(tmp_path):
     loaded = load_source(str(write_jsonl(tmp_path / "rows.jsonl", pair_rows(1))))
     with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\].*--dataset_test_split"):
         select_split(loaded, "test", "--dataset_test_split")
+
+
+def load(share, name, datasets=(), streaming=False, **splits):
+    script = ScriptArguments(dataset_name=name, dataset_streaming=streaming, **splits)
+    mixture = DatasetMixtureConfig(datasets=list(datasets), test_split_size=share)
+    return _load(script, mixture, evaluate=True, seed=3)
+
+
+@pytest.mark.parametrize("share", [0.25, 3.0])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_rows_of_one_file_are_held_out(share, mixture, tmp_path):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", pair_rows(12)))
+    arguments = (share, None, [DatasetConfig(path=path)]) if mixture else (share, path)
+    train, test = load(*arguments)
+    assert (len(train), len(test)) == (9, 3)
+    texts = [*train["chosen"], *test["chosen"]]
+    assert sorted(texts) == sorted(row["chosen"] for row in pair_rows(12))
+    again, _ = load(*arguments)
+    assert again["chosen"][:] == train["chosen"][:]  # a resumed run, and every process, holds out the same rows
+
+
+def test_rows_that_cannot_be_held_out(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", pair_rows(4))
+    write_jsonl(tmp_path / "test.jsonl", pair_rows(4))
+    with pytest.raises(ValueError, match="the data has one"):
+        load(0.5, str(tmp_path))
+    train, test = load(0.5, str(tmp_path), dataset_test_split="held_out")
+    assert (len(train), len(test)) == (2, 2)
+    with pytest.raises(ValueError, match="a stream"):
+        load(0.5, str(tmp_path / "train.jsonl"), streaming=True)
 
 
 # trl-ext reward and trl-ext merge

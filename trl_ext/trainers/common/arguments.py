@@ -103,7 +103,7 @@ def read_config(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         values = yaml.safe_load(file)
     if not isinstance(values, dict):
-        raise ArgumentsError(f"{path} holds no arguments. Needed: lines such as `model_name_or_path: NAME`.")
+        raise ArgumentsError(f"{path} must contain a YAML mapping: lines such as `model_name_or_path: NAME`.")
     return values
 
 
