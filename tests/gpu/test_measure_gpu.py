@@ -21,14 +21,15 @@ def rows_of(folder):
 
 def test_rows_go_on_where_they_stopped_and_keep_the_budget(tmp_path, capsys):
     arguments = ["--smoke", "--output", str(tmp_path), "--only", "PRM", "profile"]
-    assert SCRIPT["main"]([*arguments, "--budget", "40"]) == 0  # both have a usual time of 45 seconds together
-    (first,) = rows_of(tmp_path)
-    assert first["row"].startswith("PRM") and "Not begun within 40 s" in capsys.readouterr().out
-    assert first["token_bound"]["padded"] == pytest.approx(4 * 32 / (16 + 4 * 16))
-    assert first["loss_difference"] < 1e-2 and first["gradient_difference"] < 1e-1
+    assert SCRIPT["main"]([*arguments, "--budget", "20"]) == 0  # the PRM's row usually takes 30 seconds
+    assert [row["row"] for row in rows_of(tmp_path)] == ["profile of a reward step"]
+    assert "Not begun within 20 s" in capsys.readouterr().out
     assert SCRIPT["main"](arguments) == 0
-    assert [row["row"] for row in rows_of(tmp_path)] == [first["row"], "profile of a reward step"]
-    assert sum(rows_of(tmp_path)[1]["shares"].values()) == pytest.approx(1.0)
+    profiled, stepped = rows_of(tmp_path)
+    assert sum(profiled["shares"].values()) == pytest.approx(1.0)
+    assert stepped["row"].startswith("PRM")
+    assert stepped["token_bound"]["padded"] == pytest.approx(4 * 32 / (16 + 4 * 16))
+    assert stepped["loss_difference"] < 1e-2 and stepped["gradient_difference"] < 1e-1
 
 
 def test_a_row_that_cannot_run_says_why_and_the_others_run(tmp_path, monkeypatch):

@@ -239,7 +239,9 @@ def options_of(place: str) -> dict[str, Option]:
 def _option(name: str, annotation: ast.expr, call: ast.Call) -> Option:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     metadata, text = given.get("metadata"), ""
-    if isinstance(metadata, ast.Call):  # described("...")
+    if len(call.args) == 2:  # described(default, "...")
+        given["default"], text = call.args[0], ast.literal_eval(call.args[1])
+    elif isinstance(metadata, ast.Call):  # field(metadata=described("..."))
         text = ast.literal_eval(metadata.args[0])
     elif metadata is not None:
         text = ast.literal_eval(metadata)["help"]
