@@ -177,7 +177,8 @@ def short_help(command: str, description: str, argv: Iterable[str] = ()) -> str 
         return None
     ours: dict[str, Option] = {}
     for place in places:
-        ours |= options_of(place)
+        for name, option in options_of(place).items():
+            ours.setdefault(name, option)  # the first dataclass owns a name, as in the parser
     trains = command in TRAINED or command in ("ensemble", "weak-to-strong")
     epilog = None
     if trains:

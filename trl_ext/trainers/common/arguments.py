@@ -5,7 +5,10 @@ It knows dataclasses, flags, YAML and the names of the trainers. It loads no dat
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -28,10 +31,16 @@ class ArgumentsError(ValueError):
 
 class Parser(TrlParser):
     """
-    TRL's parser, with three differences: a mistake raises [`ArgumentsError`] with one line and the nearest name,
-    `--config=FILE` works beside `--config FILE`, and an unquoted `no` in YAML (which is false there) means `"no"` for
-    arguments that have this choice, such as `eval_strategy`.
+    TRL's parser, with four differences: a mistake raises [`ArgumentsError`] with one line and the nearest name,
+    `--config=FILE` works beside `--config FILE`, an unquoted `no` in YAML (which is false there) means `"no"` for
+    arguments that have this choice, such as `eval_strategy`, and dataclasses may share a name: it sets the field of
+    the first, and the others keep their defaults.
     """
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        types = dataclass_types if isinstance(dataclass_types, (tuple, list)) else [dataclass_types]
+        with _the_first_owns_a_name(types):
+            super().__init__(types, **kwargs)
 
     def error(self, message: str) -> None:
         raise ArgumentsError(message)
@@ -68,12 +77,29 @@ class Parser(TrlParser):
             if value is False and "no" in (known[name].choices or ()):
                 values[name] = "no"
         self.set_defaults_with_config(**values)
-        *parsed, rest = self.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
+        with _the_first_owns_a_name(self.dataclass_types):
+            *parsed, rest = self.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
         if rest:
             name = rest[0].split("=")[0]
             raise ArgumentsError(f"unknown argument {name!r}.{nearest(name, [f'--{known}' for known in known])}")
         check_choices(parsed)
         return tuple(parsed)
+
+
+@contextmanager
+def _the_first_owns_a_name(types: Iterable[type]) -> Iterator[None]:
+    """Inside, the parser does not see a field whose name an earlier dataclass has."""
+    owners: dict[str, Any] = {}
+    hidden = []
+    for field in (field for kind in types for field in fields(kind) if field.init):
+        if owners.setdefault(field.name, field) is not field:
+            field.init = False
+            hidden.append(field)
+    try:
+        yield
+    finally:
+        for field in hidden:
+            field.init = True
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -84,8 +110,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def config_path(args: Iterable[str] | None) -> tuple[str | None, list[str]]:
     """The file that `--config` names, and the other arguments. `None` stands for those of the process."""
-    import sys
-
     rest = list(sys.argv[1:] if args is None else args)
     for place, arg in enumerate(rest):
         name, equals, value = arg.partition("=")
