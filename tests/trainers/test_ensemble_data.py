@@ -9,7 +9,7 @@ from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, s
 from datasets import Dataset
 
 from trl_ext.data.collators import GroupCollator
-from trl_ext.trainers.common.tracking import error_by_decile
+from trl_ext.metrics.disagreement import error_by_decile
 from trl_ext.trainers.ensemble.config import RewardEnsembleConfig
 from trl_ext.trainers.ensemble.data import MemberCollator, MemberRows, MemberSampler, RowWeights, member_dataloader
 

@@ -1,9 +1,52 @@
-"""Whether an ensemble knows what it does not know: its error rate where its members agree and where they do not.
+"""How much the members of an ensemble disagree, and whether they disagree where the ensemble is wrong.
 
-Pure functions of the members' score differences of preference pairs. It knows nothing of models or reducers.
+Pure functions of scores. Disagreement is always a population standard deviation over the members (divided by M). This
+module knows nothing of models or reducers.
 """
 
 import torch
+
+
+def member_disagreement(scores: torch.Tensor) -> torch.Tensor:
+    """
+    How far the members' scores of one thing are apart: their population standard deviation.
+
+    Args:
+        scores (`torch.Tensor` of shape `(M, ...)`): scores of the members, all on one scale.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, 0 for one member.
+    """
+    return scores.std(dim=0, correction=0) if len(scores) > 1 else torch.zeros_like(scores[0])
+
+
+def group_disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    How far members are apart about the candidates of each group, whatever their level.
+
+    It is the [`member_disagreement`] about a candidate's score minus the member's mean score of its group, averaged
+    over the candidates. (Losses of comparisons do not fix a member's level.)
+
+    Args:
+        scores (`torch.Tensor` of shape `(M, B, K)`): scores of the members.
+        mask (`torch.BoolTensor` of shape `(B, K)`): True for a real candidate.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, fp32.
+
+    Example:
+
+    ```python
+    >>> scores = torch.tensor([[[1.0, -1.0]], [[5.0, 1.0]]])  # level 0 and 3, differences 2 and 4
+    >>> group_disagreement(scores, torch.ones(1, 2, dtype=torch.bool))
+    tensor([0.5000])
+    ```
+    """
+    scores = scores.float().masked_fill(~mask, 0.0)
+    count = mask.sum(-1)  # (B,)
+    level = scores.sum(-1) / count  # (M, B)
+    spread = member_disagreement(scores - level[..., None])  # (B, K)
+    return (spread * mask).sum(-1) / count
 
 
 def pair_disagreement(differences: torch.Tensor) -> torch.Tensor:
@@ -17,7 +60,7 @@ def pair_disagreement(differences: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(P,)`, 0 for one member.
     """
-    return differences.std(dim=1, correction=0)
+    return member_disagreement(differences.T)
 
 
 def relative_disagreement(differences: torch.Tensor) -> torch.Tensor:
@@ -71,18 +114,41 @@ def error_by_disagreement(margins: torch.Tensor, disagreement: torch.Tensor, bin
         )
     if not 1 <= bins <= size:
         raise ValueError(f"{size} pairs cannot fill bins={bins} bins; needed: at least one pair for each.")
-    order = disagreement.double().argsort(stable=True)
-    wrong = (margins <= 0).double()
-    edges = [round(size * edge / bins) for edge in range(bins + 1)]
-    parts = [order[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
-    return [
-        {
-            "pairs": len(part),
-            "disagreement": disagreement[part].double().mean().item(),
-            "error": wrong[part].mean().item(),
-        }
-        for part in parts
-    ]
+    table = _by_bin((margins <= 0).double(), disagreement.double(), bins)
+    return [{"pairs": count, "disagreement": spread, "error": error} for _, count, spread, error in table]
+
+
+def error_by_decile(groups: list[tuple[float, float]]) -> list[list[float]]:
+    """
+    As [`error_by_disagreement`], of groups that each have a disagreement and an error rate.
+
+    Args:
+        groups (`list[tuple[float, float]]`): disagreement and error rate; groups whose error is NaN are left out.
+
+    Returns:
+        `list[list[float]]`: rows of decile (from 1), groups, mean disagreement, mean error rate. Of fewer than ten
+        groups some deciles have no row.
+
+    Example:
+
+    ```python
+    >>> error_by_decile([(0.1, 0.0), (0.4, 1.0)])[-1]
+    [10, 1, 0.4, 1.0]
+    ```
+    """
+    known = torch.tensor([group for group in groups if group[1] == group[1]], dtype=torch.float64).view(-1, 2)
+    return _by_bin(known[:, 1], known[:, 0], bins=10)
+
+
+def _by_bin(errors: torch.Tensor, disagreement: torch.Tensor, bins: int) -> list[list[float]]:
+    """Rows of bin (from 1), things in it, their mean disagreement and mean error, (P,) each; empty bins have none."""
+    order, size = disagreement.argsort(stable=True), len(errors)
+    rows = []
+    for number in range(bins):
+        part = order[number * size // bins : (number + 1) * size // bins]
+        if len(part):
+            rows.append([number + 1, len(part), disagreement[part].mean().item(), errors[part].mean().item()])
+    return rows
 
 
 def error_auc(margins: torch.Tensor, disagreement: torch.Tensor) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from trl_ext.metrics.disagreement import member_disagreement
 from trl_ext.registry import Registry
 
 
@@ -37,7 +38,7 @@ def disagreement(scores: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(N,)`, 0 for one member.
     """
-    return scores.std(dim=1, correction=0) if scores.shape[1] > 1 else torch.zeros_like(scores[:, 0])
+    return member_disagreement(scores.T)
 
 
 def combine(

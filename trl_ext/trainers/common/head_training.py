@@ -1,17 +1,37 @@
 """What training any reward head adds to a `Trainer`, whatever its rows and losses.
 
-A head that is known to train, scores and gradients that are watched, one W&B run, and a sidecar beside the weights.
+It adds a head that is known to train, checks of scores and gradients, one W&B run, and a sidecar beside the weights.
+
+The contract between [`HeadTraining`] and the trainers
+------------------------------------------------------
+
+A trainer is `class X(HeadTraining, Trainer)`, an ensemble `class Y(MemberTraining, X)`. `__init__` runs in this order:
+
+1. Before `super().__init__`. `check_arguments` makes `_objective` (the loss; it needs a `name`). `_set_up` loads the
+   model, puts head and adapter on it, and returns the names of the head's modules; `MemberTraining` replaces it and
+   returns a stacked model. `RewardTrainer` sets `_reports`, `_tokenization`, `_limits` and `_flat_rows`, because TRL's
+   `__init__` calls `_prepare_dataset`, which reads them. `TokenRewardTrainer` has no TRL class above it: it makes
+   `_data` (a `LabelledData`) and prepares the data sets itself. `MemberTraining` sets `_own_batches` and `_weights`.
+2. `super().__init__`. TRL's `__init__` would do a second time what `_set_up` has done, or warn that it ignores it for
+   a model instance. So the arguments that `_set_up` has used up are hidden from it: [`hidden`] sets them to None for
+   that time and puts them back after it.
+3. After `super().__init__`, when `model` is on its device and `accelerator` exists. The trainer sets `_writer` (of the
+   class `_writer_class`), `_flat_rows`, `data_collator`, and its recorders (`_recorders` and `_sample`, or
+   `_training`). The last call is [`HeadTraining._watch`], which sets `_attention` and `_monitor` and adds the
+   callbacks. `MemberTraining` adds `_clipping` after it.
+
+While it trains, a trainer answers `_row_sizes()`: the [`RowSize`] of each row of `train_dataset`.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from trl_ext.models.heads import check_head_trains
@@ -34,24 +54,33 @@ from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
 logger = logging.getLogger(__name__)
 
 
-class HeadTraining:
-    """
-    Put before a trainer: `class X(HeadTraining, Trainer)`, whose `__init__` ends with [`HeadTraining._watch`].
+@contextmanager
+def hidden(args: TrainingArguments, names: Sequence[str]) -> Iterator[None]:
+    """Set arguments to None while TRL's `__init__` runs, because `_set_up` has done what they say."""
+    values = {name: getattr(args, name) for name in names}
+    for name in names:
+        setattr(args, name, None)
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            setattr(args, name, value)
 
-    It needs `_objective`, with the `name` of its loss, and `_writer`, which writes the sidecar.
-    """
+
+class HeadTraining:
+    """What a trainer of a reward head inherits first: `class X(HeadTraining, Trainer)`. See this module."""
 
     loss_is_scaled_for_ga = True
     _writer_class = SidecarWriter
 
     def _set_up(self, *args: Any, **kwargs: Any) -> TrainableModel:
-        """What is trained, its tokenizer and its head; arguments of [`set_up_model`]."""
+        """Load what is trained, its tokenizer and its head. The arguments are those of [`set_up_model`]."""
         trainable = set_up_model(*args, **kwargs)
         check_head_trains(trainable.model, trainable.head)
         return trainable
 
     def _watch(self, head: tuple[str, ...], recording: TrainerCallback) -> None:
-        """From now on, scores and gradients are checked, and what training gives is recorded."""
+        """Register the health, metric and W&B callbacks; the last step of a trainer's `__init__`."""
         warn_of_arguments_without_effect(self.args)
         self._attention = current_attention(self.model)
         self._monitor = HealthMonitor()
@@ -89,7 +118,7 @@ class HeadTraining:
     # ------------------------------------------------------------------------------------------ training, evaluation
     @contextmanager
     def _forward(self) -> Iterator[None]:
-        """Around a forward pass, which may choose the attention of flat rows."""
+        """Wrap a forward pass, which may select the attention of flat rows, and select the usual one after it."""
         try:
             yield
         finally:
@@ -109,7 +138,7 @@ class HeadTraining:
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's; the model's mode is put back, which tells whether the next log entry is one of the training."""
+        """Trainer's; it puts the model's mode back, by which `log` tells an entry of the training."""
         open_run(self)
         training = self.model.training
         try:
@@ -122,7 +151,7 @@ class HeadTraining:
         return super().predict(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save adapter or model, tokenizer and `reward_model.json`; fail if a head tensor is not in the files."""
+        """Save model (or adapter), tokenizer and `reward_model.json`. Raises if a head tensor is not in the files."""
         with picklable_loss(self.args, self._objective.name):
             super().save_model(output_dir, _internal_call)
         self._writer.write(self, output_dir or self.args.output_dir)

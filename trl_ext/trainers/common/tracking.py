@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import WandbCallback, is_wandb_available, rewrite_logs
 
+from trl_ext.metrics.disagreement import error_by_decile
+
 
 logger = logging.getLogger(__name__)
 
@@ -168,24 +170,3 @@ def log_disagreement(trainer: Trainer, groups: list[tuple[float, float]], prefix
         wandb.log({**rewrite_logs(content), "train/global_step": trainer.state.global_step})
     except Exception as error:
         logger.warning(f"The ensemble's disagreement could not be logged to Weights & Biases: {error!r}")
-
-
-def error_by_decile(groups: list[tuple[float, float]]) -> list[list[float]]:
-    """
-    Rows of (decile, groups, mean disagreement, error rate), from the least disagreement on; NaN errors are left out.
-
-    Example:
-
-    ```python
-    >>> error_by_decile([(0.1, 0.0), (0.4, 1.0)])[-1]
-    [10, 1, 0.4, 1.0]
-    ```
-    """
-    known = sorted(group for group in groups if group[1] == group[1])
-    rows = []
-    for decile in range(10):
-        part = known[decile * len(known) // 10 : (decile + 1) * len(known) // 10]
-        if part:
-            spread, errors = (sum(values) / len(part) for values in zip(*part, strict=True))
-            rows.append([decile + 1, len(part), spread, errors])
-    return rows

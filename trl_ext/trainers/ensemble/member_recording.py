@@ -1,6 +1,7 @@
 """Metrics of a token-level ensemble: of each member, of their mean output, and how far members are apart.
 
-Knows logits, labels and processes, as `token_recording` does. Knows nothing of models, or of where metrics go.
+It knows logits, labels and processes, as `trl_ext.trainers.token.recording` does, and nothing of models or of where
+metrics go.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
+from trl_ext.metrics.disagreement import member_disagreement
 from trl_ext.trainers.token.objective import TokenObjective
 from trl_ext.trainers.token.recording import Evaluator, Points, TrainingRecorder
 from trl_ext.trainers.token.samples import MOST_SCORES
@@ -43,7 +45,7 @@ class MemberEvaluator:
         self._of_mean.add(mean)
         for evaluator, own in zip(self._of_members, logits, strict=True):
             evaluator.add(points._replace(logits=own))
-        spread = self._objective.scores(logits).double().std(dim=0, correction=0)[points.mask]  # (spans,)
+        spread = member_disagreement(self._objective.scores(logits).double())[points.mask]  # (spans,)
         self._spread += spread.sum().item()
         self._spans += len(spread)
         room = max(0, MOST_SCORES - len(self.disagreements))

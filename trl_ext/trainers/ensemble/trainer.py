@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from trl_ext.metrics.disagreement import group_disagreement
 from trl_ext.metrics.ranking import pair_accuracy
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.tracking import log_disagreement
@@ -160,7 +161,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         scores, losses = scores.view(members, *mask.shape), losses.view(members, -1)  # (M, B, K), (M, B)
         mean, ratings = scores.mean(0), signed_ratings(inputs)
         self._keep_samples(mean, inputs)
-        spread = disagreement(scores, mask)
+        spread = group_disagreement(scores, mask)
         more = {"disagreement": spread}
         for member in range(members):
             more[f"loss_member_{member}"] = losses[member].float()
@@ -177,32 +178,3 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         log_disagreement(self, self._disagreements, metric_key_prefix)
         return output
-
-
-def disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    How far members are apart about the candidates of each group, whatever their level.
-
-    The standard deviation over the members (of the population: divided by M) of a candidate's score minus the member's
-    mean score of its group, averaged over the candidates. Losses of comparisons do not fix a member's level.
-
-    Args:
-        scores (`torch.Tensor` of shape `(M, B, K)`): scores of the members.
-        mask (`torch.Tensor` of shape `(B, K)`): True = a real candidate.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, fp32.
-
-    Example:
-
-    ```python
-    >>> scores = torch.tensor([[[1.0, -1.0]], [[5.0, 1.0]]])  # level 0 and 3, differences 2 and 4
-    >>> disagreement(scores, torch.ones(1, 2, dtype=torch.bool))
-    tensor([0.5000])
-    ```
-    """
-    scores = scores.float().masked_fill(~mask, 0.0)
-    count = mask.sum(-1)  # (B,)
-    level = scores.sum(-1) / count  # (M, B)
-    spread = (scores - level[..., None]).std(dim=0, correction=0)  # (B, K)
-    return (spread * mask).sum(-1) / count

@@ -91,8 +91,9 @@ class RewardConfig(trl.RewardConfig):
         plugins, parsed dictionaries) and the fields of a subclass stay.
         """
         config = cls.__new__(cls)
-        ours = {f.name: f.default for f in fields(cls) if f.default is not MISSING and f.name not in args.__dict__}
-        config.__dict__.update({**ours, **args.__dict__})
+        given = vars(args)
+        ours = {f.name: f.default for f in fields(cls) if f.default is not MISSING and f.name not in given}
+        vars(config).update({**ours, **given})
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from trl_ext.models.heads import candidate_scores
 from trl_ext.models.inputs import InputLimits
 from trl_ext.models.shared_prefix import flat_scores
 from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
-from trl_ext.trainers.common.head_training import HeadTraining
+from trl_ext.trainers.common.head_training import HeadTraining, hidden
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.tracking import ScoredGroup, log_evaluation, without_missing_wandb
@@ -124,9 +124,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         used_up = ["model_init_kwargs", "chat_template_path"]
         if args.chat_template_path is not None and not is_template_file(args.chat_template_path):
             used_up.append("eos_token")  # the template's tokenizer has the last word, as in TRL
-        stashed = {name: args.__dict__[name] for name in used_up}
-        args.__dict__.update(dict.fromkeys(used_up))
-        try:
+        with hidden(args, used_up):
             super().__init__(
                 model=model,
                 args=args,
@@ -140,8 +138,6 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        finally:
-            args.__dict__.update(stashed)
         for name, parameter in self.model.named_parameters():
             if name in exact:
                 parameter.data = exact.pop(name).to(parameter.device)

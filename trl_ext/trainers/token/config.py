@@ -103,11 +103,11 @@ class TokenRewardConfig(trl.RewardConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("center_rewards_coefficient", "activation_offloading"):
-            if self.__dict__[name]:
+            if getattr(self, name):
                 raise ValueError(f"{name} does not apply to token-level rewards. Leave it out.")
         for name, known in (("averaging", ("token", "sequence")), ("label_placement", ("last", "all", "before"))):
-            if self.__dict__[name] not in known:
-                raise ValueError(f"{name}={self.__dict__[name]!r} is not known. Needed: one of {', '.join(known)}.")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known. Needed: one of {', '.join(known)}.")
         if not 0.0 <= self.min_survival <= 1.0:
             raise ValueError(f"min_survival={self.min_survival} is not a share. Needed: a number from 0 to 1.")
         if self.log_table_size < 0:
