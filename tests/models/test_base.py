@@ -14,6 +14,7 @@ from tests.models.helpers import int8, max_change, nf4, scores_of, tiny_base, tr
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from trl_ext.models import (
     BaseMismatchError,
+    HeadError,
     SidecarError,
     get_sidecar,
     load_reward_model,
@@ -107,6 +108,46 @@ def test_a_base_that_is_gone_says_what_to_do(tmp_path):
         load_reward_model(tmp_path / "adapter")
     model = load_reward_model(tmp_path / "adapter", base_model=str(tmp_path / "moved"), allow_base_mismatch=True)
     assert scores_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("quantization", [None, nf4()], ids=["fp32", "nf4"])
+def test_a_base_that_moved_is_compared_by_content(tmp_path, caplog, quantization):
+    base = tiny_base(tmp_path / "base")
+    trainer = train(base, tmp_path / "adapter", peft_config=LoraConfig(), quantization_config=quantization)
+    shutil.move(base, tmp_path / "moved")
+    caplog.clear()
+    model = load_reward_model(tmp_path / "adapter", base_model=tmp_path / "moved")
+    assert max_change(scores_of(trainer.model), scores_of(model)) <= 1e-6
+    merge_reward_model(tmp_path / "adapter", tmp_path / "merged", base_model=tmp_path / "moved")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "trl_ext" in record.name]
+    # another base, if only by a little: the drift of a kernel would let it pass
+    file = tmp_path / "moved" / "model.safetensors"
+    tensors = {key: tensor * 1.005 for key, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="probes moved.*The base at .*moved' is not the one"):
+        load_reward_model(tmp_path / "adapter", base_model=tmp_path / "moved")
+
+
+def test_a_base_that_moved_and_cannot_be_compared_is_refused(tmp_path):
+    base = tiny_base(tmp_path / "base")
+    train(base, tmp_path / "adapter", peft_config=LoraConfig())
+    shutil.move(base, tmp_path / "moved")
+    sidecar = read_sidecar(tmp_path / "adapter")
+    sidecar.probes = None  # as of a sharded run
+    sidecar.save(tmp_path / "adapter")
+    with pytest.raises(BaseMismatchError, match="without probes to compare"):
+        load_reward_model(tmp_path / "adapter", base_model=tmp_path / "moved")
+    load_reward_model(tmp_path / "adapter", base_model=tmp_path / "moved", allow_base_mismatch=True)
+
+
+def test_a_base_of_another_shape_and_a_base_of_a_full_model_are_refused(tmp_path):
+    train(tiny_base(tmp_path / "base"), tmp_path / "adapter", peft_config=LoraConfig())
+    other = tiny_base(tmp_path / "other", hidden_size=128, head_dim=32)
+    with pytest.raises((BaseMismatchError, HeadError), match="other|adapter"):
+        load_reward_model(tmp_path / "adapter", base_model=other)
+    train(tmp_path.joinpath("base").as_posix(), tmp_path / "full")
+    with pytest.raises(ValueError, match="is a full checkpoint and needs no base"):
+        load_reward_model(tmp_path / "full", base_model=other)
 
 
 def test_a_relative_base_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Tokenizer and model that do not fit each other: unknown pad tokens, unknown tokens, few positions, processors."""
 
+from datetime import datetime
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,7 +14,7 @@ from tests.tiny import pair_rows, save_tiny_model, tiny_tokenizer
 from trl_ext import PRMConfig, PRMTrainer, RewardEnsembleConfig, RewardEnsembleTrainer, RewardScorer
 from trl_ext.data.validation import DataError
 from trl_ext.models import build_reward_model, load_reward_model
-from trl_ext.models.inputs import InputLimits, max_positions
+from trl_ext.models.inputs import InputLimits, freeze_date, max_positions, writes_a_date
 
 
 QUIET = dict(report_to="none", bf16=False, use_cpu=True, save_strategy="no", disable_tqdm=True, max_steps=1)
@@ -152,6 +154,33 @@ def test_the_scorer_cuts_at_the_models_positions_at_the_latest(tmp_path):
     scorer = RewardScorer(tmp_path / "model", max_length=1024)
     assert scorer(None, long) == RewardScorer(tmp_path / "model", max_length=512)(None, long)
     assert scorer.num_truncated == 1
+
+
+# -------------------------------------------------------------------------------------------------------- the date
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+)
+
+
+def test_a_template_that_writes_the_date_is_frozen_with_the_model(unpadded, tmp_path, monkeypatch, caplog):
+    tokenizer = tiny_tokenizer("llama", pad=None)
+    tokenizer.chat_template = DATED
+    today = f"{datetime.now():%d %b %Y}"
+    train(unpadded, tmp_path / "model", processing_class=tokenizer, rows=pair_rows(8, chat=True))
+    assert f"It is frozen to {datetime.now():%Y-%m-%d}" in caplog.text
+    template = AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    assert "strftime_now" not in template and repr(today) in template
+    prm(unpadded, tmp_path / "prm", step_rows(), processing_class=tokenizer)
+    assert not writes_a_date(tokenizer)
+    caplog.clear()
+    RewardScorer(tmp_path / "model")
+    assert "today's date" not in caplog.text
+    tokenizer.chat_template = {"default": DATED, "tool_use": 'x {{ strftime_now("%Y") }}', "plain": "y"}
+    RewardScorer(tmp_path / "model", tokenizer)
+    assert "scores of chats differ from day to day" in caplog.text
+    freeze_date(tokenizer, datetime(2024, 7, 26))
+    assert tokenizer.chat_template["default"].startswith("{{ '26 Jul 2024' }}")
+    assert tokenizer.chat_template["tool_use"] == "x {{ '2024' }}" and tokenizer.chat_template["plain"] == "y"
 
 
 # -------------------------------------------------------------------------------------------------------- processors

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +29,17 @@ from trl_ext.models import MergeError, load_reward_model, merge_reward_model, re
 # seen at this size (hidden 64), depending on what the adapter had learnt.
 LIMIT = {"bf16": 0.1, "nf4 bf16": 0.1, "int8": 0.15}
 KINDS = ("fp32", "bf16", "nf4", "nf4 bf16", "nf4 double", "int8", "pre-quantized", "deberta-v2", "gpt2", "qwen3_moe")
+
+
+def test_tuners_that_cannot_be_merged_say_so_and_others_merge(tmp_path):
+    base = tiny_base(tmp_path / "base")
+    train(base, tmp_path / "bias", peft_config=LoraConfig(lora_bias=True))
+    with pytest.raises(MergeError, match="PEFT cannot merge this adapter.*lora_bias.*Keep using the adapter"):
+        merge_reward_model(tmp_path / "bias", tmp_path / "bias-merged")
+    assert not (tmp_path / "bias-merged").exists()
+    trainer = train(base, tmp_path / "norms", peft_config=LNTuningConfig(), learning_rate=1e-2)
+    merge_reward_model(tmp_path / "norms", tmp_path / "norms-merged")
+    assert max_change(scores_of(trainer.model), scores_of(load_reward_model(tmp_path / "norms-merged"))) <= 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.models.helpers import (
     fresh_scores,
@@ -128,6 +128,27 @@ def test_full_bf16_instance_with_pooler_reloads_exactly(tmp_path):
     trainer = train(model, tmp_path, processing_class=tiny_tokenizer("bert"))
     assert trainer.model.bert.pooler.dense.weight.dtype == torch.float32
     assert max_change(scores_of(trainer.model), scores_of(load_reward_model(tmp_path))) <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart"])
+def test_encoder_decoders_that_read_the_score_at_eos_save_and_merge(tmp_path, family):
+    tokenizer = tiny_tokenizer("llama")
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    small = dict(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, encoder_layers=1, decoder_layers=1)
+    small |= dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    config = AutoConfig.for_model(family, **ids, **small, decoder_start_token_id=tokenizer.pad_token_id)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"] if family == "bart" else ["q"])
+    trainer = train(str(tmp_path / "base"), tmp_path / "adapter", peft_config=lora, learning_rate=1e-2)
+    probes = get_sidecar(trainer.model).probes["input_ids"]
+    assert all(probe.count(tokenizer.eos_token_id) == 1 and probe[-1] == tokenizer.eos_token_id for probe in probes)
+    assert (
+        max_change(scores_of(trainer.model, probes), scores_of(load_reward_model(tmp_path / "adapter"), probes))
+        <= 1e-6
+    )
+    merge_reward_model(tmp_path / "adapter", tmp_path / "merged")
+    train(str(tmp_path / "base"), tmp_path / "full")
 
 
 def test_a_bare_backbone_is_a_base_too(tmp_path):

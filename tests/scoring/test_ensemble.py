@@ -121,7 +121,7 @@ def test_a_mix_of_all_that_may_be_a_member(members, reward_path):
     model = load_reward_model(members[0])
     partial = functools.partial(by_length)
     mix = [members[1], full, by_length, model, members[2], partial]
-    kwargs = {"processing_class": full._encoder.tokenizer}
+    kwargs = {"processing_class": full.processing_class}
     found = RewardEnsemble(mix, normalize=False, scorer_kwargs=kwargs)
     assert found.members == ["trained-1", "full", "by_length-2", "member-3", "trained-2", "by_length-5"]
     prompts, completions = rows()
@@ -286,7 +286,7 @@ def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):
 
 
 def test_models_in_memory_are_saved_too(members, tmp_path):
-    tokenizer = RewardScorer(members[0])._encoder.tokenizer
+    tokenizer = RewardScorer(members[0]).processing_class
     models = [load_reward_model(path) for path in members[:2]]
     ensemble = RewardEnsemble(models, scorer_kwargs={"processing_class": tokenizer})
     want = ensemble(*rows())

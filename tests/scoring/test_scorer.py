@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -20,7 +21,7 @@ from trl_ext.data.formats import prepare_groups
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.data.validation import DataError
 from trl_ext.models import get_sidecar, load_reward_model, read_sidecar
-from trl_ext.scoring import scorer as scorer_module
+from trl_ext.scoring import raw_scorer as scorer_module
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
@@ -45,7 +46,7 @@ def chats(n=13):
 def seen_ids(scorer):
     """Token ids that reach the embedding of the model, without padding, in the order of batches."""
     embedding = scorer.model.get_input_embeddings()
-    pad = scorer._encoder.tokenizer.pad_token_id
+    pad = scorer.processing_class.pad_token_id
     seen = []
 
     def keep(module, args):
@@ -79,8 +80,10 @@ def test_a_small_token_budget_and_small_chunks_change_nothing(reward_path, monke
     monkeypatch.setattr(scorer_module, "CHUNK_ROWS", 4)
     scorer = RewardScorer(reward_path())
     sizes = []
-    run = scorer._runner._padded_batch
-    monkeypatch.setattr(scorer._runner, "_padded_batch", lambda ids: sizes.append([len(i) for i in ids]) or run(ids))
+    run = scorer.raw.runner._padded_batch
+    monkeypatch.setattr(
+        scorer.raw.runner, "_padded_batch", lambda ids: sizes.append([len(i) for i in ids]) or run(ids)
+    )
     assert scorer(prompts, completions) == pytest.approx(want, abs=1e-6)
     assert sum(map(len, sizes)) == 13
     assert all(len(size) == 1 or len(size) * max(size) <= 100 for size in sizes)
@@ -110,6 +113,11 @@ def test_the_original_order_of_any_sequence_is_kept(reward_path):
     arrays = np.array(rows["prompt"]), np.array(rows["completion"])
     assert scorer(*arrays) == scorer(list(rows["prompt"]), list(rows["completion"]))
     assert scorer([], []) == []
+    assert scorer(tuple(rows["prompt"]), tuple(rows["completion"])) == scorer(*arrays)
+    # a Series is read by place, whatever its index
+    index = [5, 4, 3, 2, 1, 0]
+    series = pd.Series(list(rows["prompt"]), index=index), pd.Series(list(rows["completion"]), index=index)
+    assert scorer(*series) == scorer(*arrays)
 
 
 # Token ids: training == scorer
@@ -336,7 +344,7 @@ def test_a_tokenizer_without_pad_token(reward_path):
     path = reward_path("gpt2", pad=None)
     prompts, completions = texts(5)
     scorer = RewardScorer(path)
-    assert scorer._encoder.tokenizer.pad_token_id is None
+    assert scorer.processing_class.pad_token_id is None
     batched = scorer(prompts, completions)
     assert batched == pytest.approx([scorer([p], [c])[0] for p, c in zip(prompts, completions, strict=True)], abs=1e-6)
     assert scorer.model.config.pad_token_id is None
@@ -416,7 +424,7 @@ def test_a_chat_without_a_template_names_the_row(reward_path):
 
 def test_a_score_that_is_not_finite_names_the_row(reward_path):
     scorer = RewardScorer(reward_path())
-    clock = scorer._encoder.tokenizer("🙂", add_special_tokens=False)["input_ids"][-1]
+    clock = scorer.processing_class("🙂", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
         scorer.model.get_input_embeddings().weight[clock] = float("nan")
     with pytest.raises(DataError, match="row 2, .*found the score nan; needed a finite score"):
@@ -435,7 +443,7 @@ def test_rows_longer_than_the_table_of_positions(reward_path, family):
 
 def test_a_tokenizer_of_another_model(reward_path):
     scorer = RewardScorer(load_reward_model(reward_path()), tiny_tokenizer("llama"))
-    scorer._encoder.tokenizer.add_tokens(["zzzz"])
+    scorer.processing_class.add_tokens(["zzzz"])
     with pytest.raises(DataError, match="row 0.*token id .*processing_class"):
         scorer(["zzzz"], [" test"])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_ext.scoring import RewardScorer
-from trl_ext.scoring import scorer as scorer_module
+from trl_ext.scoring import raw_scorer as scorer_module
 from trl_ext.scoring.packing import num_tokens, pack, padded_tokens, share_prompts
 
 
@@ -28,9 +28,9 @@ def best_of_n_rows(prompts: int = 3, n: int = 5, seed: int = 0) -> tuple[list[st
 def flat_batches(scorer, monkeypatch) -> list[int]:
     """Record the tokens of each flat batch."""
     seen: list[int] = []
-    run = scorer._runner._flat_batch
+    run = scorer.raw.runner._flat_batch
     monkeypatch.setattr(
-        scorer._runner, "_flat_batch", lambda batch: seen.append(num_tokens(batch, flat=True)) or run(batch)
+        scorer.raw.runner, "_flat_batch", lambda batch: seen.append(num_tokens(batch, flat=True)) or run(batch)
     )
     return seen
 
@@ -97,14 +97,14 @@ def test_out_of_memory_in_a_flat_row_halves_the_budget(reward_path, monkeypatch,
     prompts, completions = best_of_n_rows()
     want = RewardScorer(reward_path(), shared_prefix=False)(prompts, completions)
     scorer = RewardScorer(reward_path(), shared_prefix=True)
-    run = scorer._runner._flat_batch
+    run = scorer.raw.runner._flat_batch
 
     def limited(batch):
         if num_tokens(batch, flat=True) > 150:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return run(batch)
 
-    monkeypatch.setattr(scorer._runner, "_flat_batch", limited)
+    monkeypatch.setattr(scorer.raw.runner, "_flat_batch", limited)
     with caplog.at_level(logging.WARNING):
         assert scorer(prompts, completions) == pytest.approx(want, abs=2e-6)
     assert "did not fit in memory" in caplog.text

@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from trl_ext import RewardScorer
     from trl_ext.data.tokenization import TokenizationSettings
-    from trl_ext.models.loading import describe_base
+    from trl_ext.models.bases import describe_base
     from trl_ext.models.sidecar import Sidecar, set_sidecar
 
     check_counts(args, num_prompts=1, num_completions=1, prompt_length=1, completion_length=1, batch_size=1, repeats=1)

@@ -24,6 +24,7 @@ def make_parser(prog: str | None = "trl-ext merge") -> argparse.ArgumentParser:
     )
     parser.add_argument("output_dir", help="new or empty folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="stored precision (default: that of the base)")
+    parser.add_argument("--base_model", default=None, help="where the base is now, if it moved (folder or Hub id)")
     return parser
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     from trl_ext import merge_reward_model
 
-    report = merge_reward_model(args.model, args.output_dir, dtype=args.dtype)
+    report = merge_reward_model(args.model, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     print(json.dumps(report, indent=2))
     return 0
 

@@ -131,7 +131,7 @@ def output_file(args: ScoreArguments) -> RowFile:
 
     manifest = {
         "model": args.model,
-        "model_sha256": fingerprint(Path(local_folder(args.model, None))),
+        "model_sha256": fingerprint(Path(local_folder(args.model, None)), args.base_model),
         "max_length": args.max_length,
         "aggregation": args.aggregation,
         "member_scores": args.member_scores,
@@ -148,7 +148,9 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
     from trl_ext import RewardScorer
     from trl_ext.scoring.ensemble import load_scorer
 
-    options = {name: getattr(args, name) for name in ("batch_size", "max_length", "aggregation", "device")}
+    options = {
+        name: getattr(args, name) for name in ("batch_size", "max_length", "aggregation", "device", "base_model")
+    }
     scorer = load_scorer(args.model, **options)
     if args.member_scores and isinstance(scorer, RewardScorer):
         raise ScoreError(

@@ -40,6 +40,9 @@ class ScoreArguments:
             "steps unless --completion_column names them"
         },
     )
+    base_model: str | None = field(
+        default=None, metadata={"help": "of an adapter: where its base is now, if it moved (folder or Hub id)"}
+    )
     device: str | None = field(
         default=None, metadata={"help": "e.g. cpu or cuda:1 (default: the GPU if there is one)"}
     )

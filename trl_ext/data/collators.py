@@ -1,5 +1,6 @@
 """Lists -> tensors, nothing else: knows neither tokenizers nor losses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,7 @@ class GroupCollator:
         flat_tokens = sum(map(len, sequences)) - sum((len(own) - 1) * len(prefix) for prefix, own in parts)
         if self.shared_prefix and flat_tokens < FLAT_BELOW * len(sequences) * max(map(len, sequences)):
             return {**batch, "prefix_layout": build_layout(parts)}
-        return {**batch, **_padded(sequences, self.pad_token_id, self.pad_to_multiple_of)}
+        return {**batch, **padded(sequences, self.pad_token_id, self.pad_to_multiple_of)}
 
 
 @dataclass
@@ -172,8 +173,8 @@ class SpanCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not rows:
             raise ValueError("a batch needs at least one row, found none")
-        padded = _padded([row["span_input_ids"] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
-        shape = (*padded["input_ids"].shape, self.num_categories)
+        batch = padded([row["span_input_ids"] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+        shape = (*batch["input_ids"].shape, self.num_categories)
         labels = torch.zeros(shape)  # (B, T, G)
         mask = torch.zeros(shape, dtype=torch.bool)  # (B, T, G)
         steps = torch.full(shape, -1, dtype=torch.int64)  # (B, T, G)
@@ -193,8 +194,8 @@ class SpanCollator:
             "label_steps": steps,
             "completion_start": torch.tensor([row["completion_start"] for row in rows]),
             "row_index": torch.tensor([row["row_index"] for row in rows]),
-            **padded,
-            **(_flat(rows, padded["input_ids"].shape[1]) if self.shared_prefix else {}),
+            **batch,
+            **(_flat(rows, batch["input_ids"].shape[1]) if self.shared_prefix else {}),
         }
 
 
@@ -220,8 +221,10 @@ def _flat(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
     return {"prefix_layout": layout, "token_index": index}
 
 
-def _padded(sequences: list[list[int]], pad_token_id: int, multiple: int | None) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, padded on the right."""
+def padded(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None = None
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of sequences of token ids, both (N, T) int64, padded on the right."""
     width = max(len(ids) for ids in sequences)
     if multiple is not None:
         width = -(-width // multiple) * multiple

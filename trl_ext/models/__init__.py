@@ -1,9 +1,10 @@
 """Reward models: building, heads, checkpoints, merging."""
 
 from trl_ext.models.adapters import add_adapter
+from trl_ext.models.bases import BaseMismatchError
 from trl_ext.models.building import build_reward_model, is_quantized
 from trl_ext.models.heads import HeadError, candidate_scores, head_modules
-from trl_ext.models.loading import BaseMismatchError, load_reward_model
+from trl_ext.models.loading import load_reward_model
 from trl_ext.models.merging import MergeError, merge_reward_model
 from trl_ext.models.sidecar import Sidecar, SidecarError, get_sidecar, read_sidecar
 

@@ -1,6 +1,6 @@
 """Adapters of reward models: which PEFT configs can be saved and loaded again, and putting one on a model.
 
-Knows PEFT configs and modules. Knows nothing of files, text or training.
+It knows PEFT configs and modules. It knows nothing of files, text or training.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Building a trainable reward model: it loads a base, quantized or not, and keeps its head exact.
 
-Knows transformers and bitsandbytes. Knows nothing of adapters (`adapters.py`), saved reward models (`loading.py`),
-text, data sets or losses.
+It knows transformers and bitsandbytes. It knows nothing of adapters (`adapters.py`), saved reward models
+(`loading.py`), text, data sets or losses.
 """
 
 import copy

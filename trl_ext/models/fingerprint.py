@@ -1,6 +1,6 @@
-"""The identity of a model by its content: a hash of all that its outputs depend on.
+"""Cache keys of models: a hash of all that the outputs of a model depend on.
 
-Knows folders and tensors. A model that was moved is still the same model; one that was trained on is another.
+It knows folders and tensors. A model that was moved keeps its key; one that was trained further gets another.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ MODEL_FILES += ("*.jinja", "additional_chat_templates/*.jinja")
 
 def model_identity(model: str | Path | nn.Module, revision: str | None = None) -> str:
     """
-    What a model's outputs depend on, the same for two models that give the same: what stored results are kept under.
+    The cache key of a model: equal for two models that give the same outputs.
 
     Args:
         model (`str`, `Path` or `nn.Module`):
-            Folder (its content counts, wherever it lies), Hub id (its name and the commit) or model in memory (its
-            tensors; it is not taken for the folder that it came from).
+            A folder counts by its content, wherever it is; a Hub id by its name and the commit; a model in memory by
+            its tensors, and never as the folder that it came from.
         revision (`str`, *optional*): of a Hub id.
     """
     if isinstance(model, nn.Module):
@@ -48,33 +48,39 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def path_identity(path: str | Path) -> str:
-    """Of a file or folder its content; anything else is a name and stays one."""
+    """The cache key of a file or folder is a hash of its content; anything else is a name and stays one."""
     if Path(path).is_file():
         return _hash_of_file(Path(path))
     return fingerprint(Path(path)) if Path(path).is_dir() else str(path)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, base_model: str | Path | None = None) -> str:
     """
-    Hash of a folder's weights, configs, tokenizer, chat templates, own code and normaliser; of an adapter also those
-    of its base, if that is a folder; of an ensemble also those of its members.
+    The cache key of a local model covers its weights, configs, tokenizer, chat templates, custom code and normaliser.
+
+    The key of an adapter covers its base too, if that is a folder, and the key of an ensemble its members.
+
+    Args:
+        folder (`Path`): the model's.
+        base_model (`str` or `Path`, *optional*): where the base of an adapter is now, if it moved.
     """
     digest = hashlib.sha256()
     files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder).as_posix()} {_hash_of_file(file)}\n".encode())
-    for base in _local_bases(folder):
+    moved = [Path(base_model)] if base_model is not None and Path(base_model).is_dir() else []
+    for base in moved or _local_bases(folder):
         digest.update(f"base {fingerprint(base)}\n".encode())
     ensemble = read_ensemble(folder)
     if ensemble is not None:
         digest.update(repr(ensemble).encode())
         for member in member_folders(folder, ensemble):
-            digest.update(fingerprint(member).encode())
+            digest.update(fingerprint(member, base_model).encode())
     return digest.hexdigest()
 
 
 def fingerprint_in_memory(model: nn.Module) -> str:
-    """Hash of the tensors of a model in memory, and of how LoRA is applied. Not that of the folder it came from."""
+    """Hash of the tensors of a model in memory, and of how LoRA is applied. It differs from that of its folder."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
@@ -87,7 +93,7 @@ def fingerprint_in_memory(model: nn.Module) -> str:
 
 
 def _local_bases(folder: Path) -> list[Path]:
-    """The folders that an adapter is loaded on: that which PEFT's file names, and that which the sidecar names."""
+    """The local bases that PEFT's file and the sidecar of an adapter name."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return []

@@ -1,11 +1,11 @@
 """The reward head: which modules it is made of, keeping it exact, and reading its output.
 
-Knows modules and token ids. Knows nothing of text, losses, checkpoints on disk or quantized loading.
-
-*The head* is every module of a classification model that a language-model checkpoint does not bring along:
-all parameter-carrying children beside the backbone (`score`, `classifier`, `pre_classifier`, DeBERTa's `pooler` ...)
-and the backbone's own `pooler` where it was newly initialised. The head is fp32, never quantized, always trained,
+*The head* is every module of a classification model that a language-model checkpoint does not bring along: all
+children with parameters beside the backbone (`score`, `classifier`, `pre_classifier`, DeBERTa's `pooler` ...), and the
+`pooler` inside the backbone where it was newly initialised. The head is fp32, never quantized, always trained and
 always saved.
+
+This module knows modules and token ids. It knows nothing of text, losses, checkpoints on disk or quantized loading.
 """
 
 import functools
@@ -26,7 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 HeadClass = Literal["sequence", "token"]
-"""Which class of transformers holds the head: that for sequence classification, or that for token classification."""
+"""The class of transformers that holds the head: for sequence classification or for token classification."""
 
 
 class HeadError(ValueError):
@@ -80,8 +80,8 @@ def head_modules(model: nn.Module, missing_keys: Iterable[str] | None = None) ->
             Sequence-classification model.
         missing_keys (`Iterable[str]`, *optional*):
             `missing_keys` of `from_pretrained(..., output_loading_info=True)`. With it, a pretrained pooler inside the
-            backbone stays backbone, and a backbone weight that is missing is an error. Without it (an instance that
-            somebody else loaded) the pooler counts as head, because nobody can tell whether it was trained.
+            backbone stays backbone, and a missing weight of the backbone is an error. Without it (an instance that
+            the user loaded) the pooler counts as head, because nothing tells whether it was trained.
 
     Returns:
         `list[str]`: e.g. `["score"]` for Llama, `["pooler", "classifier"]` for DeBERTa-v2.
@@ -90,8 +90,8 @@ def head_modules(model: nn.Module, missing_keys: Iterable[str] | None = None) ->
     if base.get_output_embeddings() is not None:
         raise HeadError(
             f"{type(base).__name__} is a language model: its output layer predicts tokens and is no reward head. Load "
-            "it with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=...)`, or pass its path to "
-            "the trainer."
+            "it with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=...)`, or save it (with an "
+            "adapter: merged, by `merge_and_unload()`) and pass that folder to the trainer."
         )
     prefix = base.base_model_prefix
     names = [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
@@ -133,7 +133,7 @@ def make_head_exact(model: nn.Module, names: Iterable[str]) -> None:
                         "quantization config, or pass the model's path and `quantization_config` to the trainer."
                     )
                 exact = Float32Linear.from_linear(module)
-                hook = module.__dict__.get("_hf_hook")  # set by accelerate when a device map spreads the model
+                hook = getattr(module, "_hf_hook", None)  # set by accelerate when a device map spreads the model
                 if hook is not None:
                     remove_hook_from_module(module)
                     add_hook_to_module(exact, hook)

@@ -1,9 +1,11 @@
 """What a model takes as input: the tokenizer of its text, the token ids it has embeddings for, the positions it has.
 
-Knows models, tokenizers and processors of transformers. Knows nothing of data sets, training or scoring.
+It knows models, tokenizers and processors of transformers. It knows nothing of data sets, training or scoring.
 """
 
 import logging
+import re
+from datetime import datetime
 from typing import NamedTuple
 
 from torch import nn
@@ -78,6 +80,47 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"No tokenizer for this model could be loaded from {source}: {error}. {needed}") from error
+
+
+_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def writes_a_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template of a tokenizer reads the clock, so that a chat has other token ids every day."""
+    return any(re.search(r"strftime_now\s*\(", template) for template in _templates(tokenizer).values())
+
+
+def freeze_date(tokenizer: PreTrainedTokenizerBase, now: datetime | None = None) -> None:
+    """
+    Put a day in place of the clock in a tokenizer's chat template, if it writes today's date (as Llama 3.1's does).
+
+    The template is saved with the model, so that training, scoring and servers make the same token ids on any day.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): its `chat_template` is changed if need be, which a warning says.
+        now (`datetime`, *optional*): the day. Defaults to now.
+    """
+    if not writes_a_date(tokenizer):
+        return
+    day = now or datetime.now()
+    frozen = {
+        name: _DATE_CALL.sub(lambda call: repr(day.strftime(call[2])), template)
+        for name, template in _templates(tokenizer).items()
+    }
+    tokenizer.chat_template = frozen if isinstance(tokenizer.chat_template, dict) else frozen[""]
+    if writes_a_date(tokenizer):  # a call without a plain format
+        logger.warning("The chat template writes today's date into each chat: other days give other token ids.")
+    else:
+        logger.warning(
+            f"The chat template writes today's date into each chat. It is frozen to {day:%Y-%m-%d} in the tokenizer "
+            "that is saved with the model, so that chats have the same token ids on any day."
+        )
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The chat templates of a tokenizer by name; a single one has the name ''."""
+    template = getattr(tokenizer, "chat_template", None)  # tokenizers that are no transformers ones have none
+    return template if isinstance(template, dict) else {"": template or ""}
 
 
 def use_known_pad_token(tokenizer: PreTrainedTokenizerBase, known: int) -> None:

@@ -1,6 +1,6 @@
 """Saving and loading a reward model so that its scores survive.
 
-Knows folders, safetensors, PEFT adapters and the sidecar. Knows nothing of text, datasets or training.
+It knows folders, safetensors, PEFT adapters and the sidecar. It knows nothing of text, data sets or training.
 """
 
 import json
@@ -15,53 +15,40 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trl_ext.models.building import as_dtype, build_reward_model
-from trl_ext.models.heads import HeadError, head_modules, head_parameters, make_head_exact, unwrap
+from trl_ext.models.bases import (
+    BaseMismatchError,
+    as_recorded,
+    base_differences,
+    check_probes,
+    describe_base,
+    quantization_config,
+    same_source,
+)
+from trl_ext.models.building import build_reward_model
+from trl_ext.models.heads import HeadError, head_modules, head_parameters, make_head_exact
 from trl_ext.models.sidecar import (
     KINDS,
     SIDECAR_NAME,
     BaseModel,
     Sidecar,
     SidecarError,
-    probe_drift,
     read_sidecar,
     set_sidecar,
     vocab_size,
 )
 
 
+__all__ = ["BaseMismatchError", "describe_base", "load_reward_model", "local_folder", "save_sidecar"]
+
 logger = logging.getLogger(__name__)
 
 # What is downloaded of a Hub repository.
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
 
-# Probe scores may move by this share of their standard deviation (kernels, device); another base moves 0.12 to 0.54.
-MAX_PROBE_DRIFT = 0.1
 
-
-class BaseMismatchError(ValueError):
-    """The model is being loaded on something else than what it was trained on."""
-
-
-def describe_base(model: nn.Module) -> BaseModel:
-    """Id, revision, dtype and quantization of the backbone of a model in memory."""
-    base = unwrap(model)
-    quantization = base.config.__dict__.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    floating = (p.dtype for p in base.get_submodule(base.base_model_prefix).parameters() if p.is_floating_point())
-    source = base.config._name_or_path
-    return BaseModel(
-        id=str(Path(source).resolve()) if source and Path(source).is_dir() else source,
-        revision=base.config.__dict__.get("_commit_hash"),
-        dtype=str(next(floating)).removeprefix("torch."),
-        quantization=None if quantization is None else _plain(quantization),
-        vocab_size=vocab_size(base),
-    )
-
-
+# ------------------------------------------------------------------------------------------------------------- saving
 def save_sidecar(model: nn.Module, sidecar: Sidecar, folder: str | Path) -> None:
     """Write the sidecar beside a model that was just saved, after checking that the whole head is in its files."""
     check_saved_head(model, sidecar.head_modules, folder)
@@ -87,9 +74,11 @@ def check_saved_head(model: nn.Module, head: list[str], folder: str | Path) -> N
             raise HeadError(f"{folder}: the saved head tensor `{key}` differs from the one in memory.")
 
 
+# ------------------------------------------------------------------------------------------------------------ loading
 def load_reward_model(
     path: str | Path,
     *,
+    base_model: str | Path | None = None,
     allow_base_mismatch: bool = False,
     is_trainable: bool = False,
     revision: str | None = None,
@@ -98,12 +87,15 @@ def load_reward_model(
     """
     Load a reward model from nothing but its path: a full checkpoint or an adapter, with or without our sidecar.
 
-    An adapter is put on the base it was trained on: same id, revision, quantization and dtype, as the sidecar records.
-    The scores of a few probes are compared with those at save time and the change is logged.
+    An adapter is put on the base that it was trained on: same id, revision, quantization and dtype, as the sidecar
+    records. The scores of a few probes are compared with those at save time, and the change is logged.
 
     Args:
         path (`str` or `Path`):
             Folder or Hub id.
+        base_model (`str` or `Path`, *optional*):
+            Where the base of an adapter is now, if it moved: a folder or Hub id. It must hold the same weights, which
+            the probes show.
         allow_base_mismatch (`bool`, *optional*, defaults to `False`):
             Load on another base, quantization or dtype all the same, and log by how much the scores moved.
         is_trainable (`bool`, *optional*, defaults to `False`):
@@ -111,83 +103,45 @@ def load_reward_model(
         revision (`str`, *optional*):
             Revision of the Hub repository at `path`.
         **load_kwargs:
-            For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code` ...). `base_model`,
+            For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code` ...).
             `quantization_config` and `dtype` override what was recorded.
 
     Returns:
         `PreTrainedModel` or `PeftModel`, in eval mode, with an exact fp32 head and the sidecar attached.
 
     Raises:
-        [`BaseMismatchError`]: an override differs from the record, or the probe scores moved by more than 0.1 of their
-            standard deviation, and `allow_base_mismatch` is false.
-        [`HeadError`]: a head tensor is missing or empty; the message names it.
+        [`BaseMismatchError`]: an override differs from the record, the base at `base_model` is another one, or the
+            probe scores moved by more than 0.1 of their standard deviation, and `allow_base_mismatch` is false.
+        [`HeadError`]: a head tensor is missing or empty, which the message names; or the folder holds a language
+            model or its adapter.
         [`SidecarError`]: the sidecar is damaged, of a newer version, or describes something else than the folder
             holds.
+        `ValueError`: `base_model` is given for a full checkpoint, which has no base.
     """
     folder = local_folder(path, revision)
     sidecar = read_sidecar(folder)
+    is_adapter = Path(folder, "adapter_config.json").is_file()
+    _check_folder(path, folder, sidecar, is_adapter)
+    if base_model is not None and not is_adapter:
+        raise ValueError(f"{path} is a full checkpoint and needs no base. Leave `base_model` out.")
     if "torch_dtype" in load_kwargs:  # its old name
         load_kwargs.setdefault("dtype", load_kwargs.pop("torch_dtype"))
-    overrides = {
-        key: load_kwargs.pop(key) for key in ("base_model", "quantization_config", "dtype") if key in load_kwargs
-    }
-    is_adapter = Path(folder, "adapter_config.json").is_file()
-    if sidecar is None and not is_adapter:
-        _refuse_language_model(path, folder)
-    if sidecar is not None and sidecar.is_adapter != is_adapter:
-        was, now = ("an adapter", "none") if sidecar.is_adapter else ("a full model", "an adapter")
-        raise SidecarError(
-            f"{path}: {SIDECAR_NAME} describes {was}, but the folder holds {now}. Something else was saved over it. "
-            f"Restore the folder, or delete {SIDECAR_NAME} to load what is there unchecked."
-        )
-    if sidecar is not None and sidecar.kind not in KINDS:
-        raise SidecarError(
-            f"{path} is a reward model of kind {sidecar.kind!r}; this version knows {', '.join(KINDS)}. Upgrade "
-            "trl-ext."
-        )
-    base = sidecar.base if sidecar is not None else _base_without_sidecar(folder, is_adapter)
-    differences = _differences(base, overrides) if sidecar is not None else []
-    if differences and not allow_base_mismatch:
-        raise BaseMismatchError(
-            f"{path} was trained on another base: {'; '.join(differences)}. Its scores would change. Leave the "
-            "arguments out to load what was recorded, or pass allow_base_mismatch=True to load it all the same and be "
-            "told by how much."
-        )
-
-    load_kwargs["dtype"] = overrides.get("dtype", base.dtype)
+    base = sidecar.base if sidecar is not None else _base_without_sidecar(folder, is_adapter, base_model)
+    _check_overrides(path, sidecar, base_model, load_kwargs, allow_base_mismatch)
+    load_kwargs.setdefault("dtype", base.dtype)
     load_kwargs |= _head_without_sidecar(folder, is_adapter) if sidecar is None else _head_of(sidecar)
     if is_adapter:
-        base_id = overrides.get("base_model", base.id)
-        quantization = overrides.get("quantization_config", _quantization_config(base.quantization))
-        if base.revision is not None and base_id == base.id and not Path(base_id).is_dir():
-            load_kwargs["revision"] = base.revision
-        if Path(base_id).is_absolute() and not Path(base_id).is_dir():
-            raise BaseMismatchError(
-                f"{path} was trained on the base in {base_id}, which is not there. Restore that folder, or pass "
-                "`base_model=` with its new place and allow_base_mismatch=True, and be told by how much the scores "
-                "moved."
-            )
-        model, head = build_reward_model(base_id, quantization_config=quantization, **load_kwargs)
-        head = sidecar.head_modules if sidecar is not None else head
-        make_head_exact(model, head)  # before the adapter's own copy is made from it
-        if base.vocab_size not in (None, vocab_size(model)):  # tokens were added; their embeddings are in the adapter
-            model.resize_token_embeddings(base.vocab_size, mean_resizing=False)
-        check_head_in_files(model, head, folder)
-        model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        model, head = _load_adapter(path, folder, base, sidecar, base_model, is_trainable, load_kwargs)
     else:
-        model, _ = build_reward_model(folder, quantization_config=overrides.get("quantization_config"), **load_kwargs)
-        head = sidecar.head_modules if sidecar is not None else head_modules(model)
-        make_head_exact(model, head)
-        saved = check_head_in_files(model, head, folder)
-        for key, parameter in head_parameters(model, head).items():  # bf16 loading rounded them
-            parameter.data.copy_(saved[key])
+        model, head = _load_full(folder, sidecar, load_kwargs)
     make_head_exact(model, head)
     model.eval()
     if sidecar is None:
         logger.info(f"{path} has no reward_model.json: base and dtype are taken from its other files, unchecked.")
     else:
         set_sidecar(model, sidecar)
-        check_probes(model, sidecar, path, allow_base_mismatch)
+        moved = base_model is not None and not same_source(base_model, base.id)
+        check_probes(model, sidecar, path, allow_base_mismatch, str(base_model) if moved else None)
     return model
 
 
@@ -205,17 +159,132 @@ def local_folder(path: str | Path, revision: str | None, files: Sequence[str] = 
         ) from error
 
 
-def _tensors(folder: str | Path, head: list[str]) -> dict[str, torch.Tensor]:
-    """The head's tensors in the folder's adapter, else in its full model, by their name in a plain checkpoint."""
-    found = {}
-    files = Path(folder, "adapter_model.safetensors")
-    for file in [files] if files.is_file() else sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                plain = key.removeprefix("base_model.model.").removeprefix("module.")
-                if any(plain.startswith(f"{name}.") for name in head):
-                    found[plain] = tensors.get_tensor(key)
-    return found
+def check_head_in_files(model: nn.Module, head: list[str], folder: str | Path) -> dict[str, torch.Tensor]:
+    """The head's saved tensors. Raises [`HeadError`] unless there is one of the right shape for each in memory."""
+    saved = _tensors(folder, head)
+    for key, parameter in head_parameters(model, head).items():
+        if key not in saved or saved[key].numel() == 0:
+            raise HeadError(
+                f"{folder} holds no reward head: `{key}` is missing or empty (head tensors found: "
+                f"{sorted(saved) or 'none'}). It was saved without its head, e.g. by a LoRA run without "
+                "`modules_to_save`; the trained head is lost and the model must be trained again."
+            )
+        if saved[key].shape != parameter.shape:
+            raise HeadError(f"{folder}: `{key}` has shape {tuple(saved[key].shape)}, needed {tuple(parameter.shape)}.")
+    return saved
+
+
+def _load_adapter(
+    path: str | Path,
+    folder: str,
+    base: BaseModel,
+    sidecar: Sidecar | None,
+    base_model: str | Path | None,
+    is_trainable: bool,
+    load_kwargs: dict[str, Any],
+) -> tuple[nn.Module, list[str]]:
+    """An adapter on its base, and the names of its head's modules."""
+    base_id = str(base_model or base.id)
+    quantization = load_kwargs.pop("quantization_config", quantization_config(base.quantization))
+    if base.revision is not None and base_id == base.id and not Path(base_id).is_dir():
+        load_kwargs["revision"] = base.revision
+    if Path(base_id).is_absolute() and not Path(base_id).is_dir():
+        raise BaseMismatchError(
+            f"{path} was trained on the base in {base_id}, which is not there. Restore that folder, or pass "
+            "`base_model=` with its new place."
+        )
+    model, head = build_reward_model(base_id, quantization_config=quantization, **load_kwargs)
+    head = sidecar.head_modules if sidecar is not None else head
+    make_head_exact(model, head)  # before the adapter's own copy is made from it
+    if base.vocab_size not in (None, vocab_size(model)):  # tokens were added; their embeddings are in the adapter
+        model.resize_token_embeddings(base.vocab_size, mean_resizing=False)
+    check_head_in_files(model, head, folder)
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable), head
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise BaseMismatchError(
+            f"The adapter in {path} does not fit the base at {base_id}: {reason} Needed: the base that it was trained "
+            "on."
+        ) from error
+
+
+def _load_full(folder: str, sidecar: Sidecar | None, load_kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A full checkpoint, and the names of its head's modules."""
+    model, _ = build_reward_model(folder, **load_kwargs)
+    head = sidecar.head_modules if sidecar is not None else head_modules(model)
+    make_head_exact(model, head)
+    saved = check_head_in_files(model, head, folder)
+    for key, parameter in head_parameters(model, head).items():  # bf16 loading rounded them
+        parameter.data.copy_(saved[key])
+    return model, head
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+def _check_folder(path: str | Path, folder: str, sidecar: Sidecar | None, is_adapter: bool) -> None:
+    """Raise an error that says what a folder holds if that is no reward model we can load."""
+    if sidecar is None:
+        _refuse_value_head(path, folder)
+        if is_adapter and is_language_adapter(folder):
+            raise HeadError(
+                f"{path} is the adapter of a language model (task type CAUSAL_LM) without a reward head. Needed: a "
+                "reward model as a trainer saved it. Train one first: RewardTrainer takes this folder as `model`."
+            )
+        if not is_adapter:
+            _refuse_language_model(path, folder)
+        return
+    if sidecar.is_adapter != is_adapter:
+        was, now = ("an adapter", "none") if sidecar.is_adapter else ("a full model", "an adapter")
+        raise SidecarError(
+            f"{path}: {SIDECAR_NAME} describes {was}, but the folder holds {now}. Something else was saved over it. "
+            f"Restore the folder, or delete {SIDECAR_NAME} to load what is there unchecked."
+        )
+    if sidecar.kind not in KINDS:
+        raise SidecarError(
+            f"{path} is a reward model of kind {sidecar.kind!r}; this version knows {', '.join(KINDS)}. Upgrade "
+            "trl-ext."
+        )
+
+
+def _check_overrides(
+    path: str | Path,
+    sidecar: Sidecar | None,
+    base_model: str | Path | None,
+    load_kwargs: dict[str, Any],
+    allow_base_mismatch: bool,
+) -> None:
+    """Raise [`BaseMismatchError`] for arguments that would change the scores, unless that is allowed."""
+    if sidecar is None or allow_base_mismatch:
+        return
+    base, quantization = sidecar.base, sidecar.base.quantization
+    if "quantization_config" in load_kwargs:
+        quantization = as_recorded(load_kwargs["quantization_config"])
+    differences = base_differences(base, load_kwargs.get("dtype", base.dtype), quantization)
+    if base_model is not None and sidecar.probes is None and not same_source(base_model, base.id):
+        differences.append(
+            f"base model {base.id!r}, asked for {str(base_model)!r} (without probes to compare them by)"
+        )
+    if differences:
+        raise BaseMismatchError(
+            f"{path} was trained on another base: {'; '.join(differences)}. Its scores would change. Leave the "
+            "arguments out to load what was recorded, or pass allow_base_mismatch=True to load it all the same and be "
+            "told by how much."
+        )
+
+
+def _refuse_value_head(path: str | Path, folder: str) -> None:
+    """Raise [`HeadError`] for the value head that LlamaFactory and TRL's old PPO saved beside a model or adapter."""
+    if has_value_head(folder):
+        raise HeadError(
+            f"{path} holds a value head (value_head.safetensors), as LlamaFactory saves it for "
+            "`AutoModelForCausalLMWithValueHead`. It is no reward head of transformers, and neither transformers nor "
+            "trl_ext loads it. Train the reward model again with a trainer of trl_ext, on the same base and data."
+        )
+
+
+def has_value_head(folder: str | Path) -> bool:
+    """Whether LlamaFactory saved a value head into a folder."""
+    return any(Path(folder, f"value_head.{kind}").is_file() for kind in ("safetensors", "bin"))
 
 
 def _refuse_language_model(path: str | Path, folder: str) -> None:
@@ -230,19 +299,73 @@ def _refuse_language_model(path: str | Path, folder: str) -> None:
             )
 
 
-def check_head_in_files(model: nn.Module, head: list[str], folder: str | Path) -> dict[str, torch.Tensor]:
-    """The head's saved tensors. Raises [`HeadError`] unless there is one of the right shape for each in memory."""
-    saved = _tensors(folder, head)
-    for key, parameter in head_parameters(model, head).items():
-        if key not in saved or saved[key].numel() == 0:
-            raise HeadError(
-                f"{folder} holds no reward head: `{key}` is missing or empty (head tensors found: "
-                f"{sorted(saved) or 'none'}). It was saved without its head, e.g. by a LoRA run without "
-                "`modules_to_save`; the trained head is lost and the model must be trained again."
-            )
-        if saved[key].shape != parameter.shape:
-            raise HeadError(f"{folder}: `{key}` has shape {tuple(saved[key].shape)}, needed {tuple(parameter.shape)}.")
-    return saved
+# -------------------------------------------------------------------------------------- adapters of language models
+def is_language_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds the adapter of a language model, e.g. of SFT: task type CAUSAL_LM and no reward head."""
+    config = Path(folder, "adapter_config.json")
+    if not config.is_file() or read_sidecar(folder) is not None:
+        return False
+    task = json.loads(config.read_text(encoding="utf-8")).get("task_type")
+    return task == "CAUSAL_LM" and not _tensors(folder, ["score", "classifier"])
+
+
+def merge_language_adapter(path: str | Path, **build_kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    """
+    A reward model with a new head on a language model whose adapter is merged into it in memory.
+
+    Args:
+        path (`str` or `Path`): folder or Hub id of the adapter of a language model.
+        **build_kwargs: for [`~trl_ext.models.build_reward_model`]. Quantization is not possible.
+
+    Returns:
+        The model and the names of its head's modules, as [`~trl_ext.models.build_reward_model`] gives them.
+
+    Raises:
+        ValueError: the base is to be quantized, is quantized already, or does not fit the adapter.
+    """
+    folder = local_folder(path, build_kwargs.pop("revision", None))
+    base_id = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if build_kwargs.get("quantization_config") is not None:
+        raise ValueError(how_to_merge(path))
+    model, head = build_reward_model(base_id, **build_kwargs)
+    backbone = model.get_submodule(model.base_model_prefix)
+    dtype = next(backbone.parameters()).dtype
+    # only a quantized model has the field
+    if getattr(model, "is_quantized", False):
+        raise ValueError(how_to_merge(path))
+    hub = {key: build_kwargs[key] for key in ("trust_remote_code", "token", "cache_dir") if key in build_kwargs}
+    language = AutoModelForCausalLM.from_pretrained(base_id, dtype=dtype, **hub)
+    language = PeftModel.from_pretrained(language, folder).merge_and_unload()
+    backbone.load_state_dict(language.get_submodule(language.base_model_prefix).state_dict())
+    logger.warning(
+        f"{path} is the adapter of a language model. It is merged into {base_id} in memory, and the reward head "
+        f"starts new{' (the value head beside it is not read)' if has_value_head(folder) else ''}."
+    )
+    return model, head
+
+
+def how_to_merge(path: str | Path) -> str:
+    """What to do with the adapter of a language model where it cannot be merged in memory."""
+    return (
+        f"{path} is the adapter of a language model. A reward model's adapter on it would be saved without the merged "
+        "base, and a quantized base cannot take it up exactly. Merge it first: "
+        f"`AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(folder)`, save "
+        "the tokenizer there too, and pass the folder as `model`."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+def _tensors(folder: str | Path, head: list[str]) -> dict[str, torch.Tensor]:
+    """The head's tensors in the folder's adapter, else in its full model, by their name in a plain checkpoint."""
+    found = {}
+    files = Path(folder, "adapter_model.safetensors")
+    for file in [files] if files.is_file() else sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                plain = key.removeprefix("base_model.model.").removeprefix("module.")
+                if any(plain.startswith(f"{name}.") for name in head):
+                    found[plain] = tensors.get_tensor(key)
+    return found
 
 
 def _head_of(sidecar: Sidecar) -> dict[str, Any]:
@@ -264,103 +387,11 @@ def _head_without_sidecar(folder: str, is_adapter: bool) -> dict[str, Any]:
     return {"head": "token", "num_labels": num_labels} if is_token else {"head": "sequence", "num_labels": 1}
 
 
-def _base_without_sidecar(folder: str, is_adapter: bool) -> BaseModel:
+def _base_without_sidecar(folder: str, is_adapter: bool, base_model: str | Path | None) -> BaseModel:
     if not is_adapter:
         return BaseModel(id=folder, dtype="auto")
     adapter = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
-    base_id = adapter.get("base_model_name_or_path")
+    base_id = base_model or adapter.get("base_model_name_or_path")
     if not base_id:
         raise BaseMismatchError(f"{folder}/adapter_config.json names no base model. Pass `base_model=`.")
-    return BaseModel(id=base_id, dtype="auto", revision=adapter.get("revision"))
-
-
-def _differences(base: BaseModel, overrides: dict[str, Any]) -> list[str]:
-    """What the overrides would change, in words."""
-    found = []
-    if not _same_source(overrides.get("base_model", base.id), base.id):
-        found.append(f"base model {base.id!r}, asked for {overrides['base_model']!r}")
-    if "dtype" in overrides and as_dtype(overrides["dtype"]) not in ("auto", as_dtype(base.dtype)):
-        found.append(f"dtype {base.dtype}, asked for {overrides['dtype']}")
-    if "quantization_config" in overrides:
-        asked = overrides["quantization_config"]
-        was, asked = _essence(base.quantization), _essence(None if asked is None else _plain(asked.to_dict()))
-        if was != asked:
-            found.append(f"quantization {was}, asked for {asked}")
-    return found
-
-
-def _same_source(one: str | Path, other: str) -> bool:
-    return str(one) == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
-
-
-def _essence(quantization: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The fields of a bitsandbytes config that change the weights."""
-    if quantization is None:
-        return None
-    if quantization.get("load_in_8bit"):
-        return {"load_in_8bit": True}
-    keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-    return {key: quantization.get(key) for key in keys}
-
-
-def _quantization_config(quantization: dict[str, Any] | None) -> BitsAndBytesConfig | None:
-    if quantization is None or quantization.get("quant_method") != "bitsandbytes":
-        return None  # another method is baked into the base checkpoint, which brings its own config
-    return BitsAndBytesConfig.from_dict(dict(quantization))
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready copy: dtypes and enums as strings, sets as lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def check_same_base(model: nn.Module, sidecar: Sidecar, path: str | Path) -> None:
-    """Raise [`BaseMismatchError`] if a model in memory says of itself that it is not the recorded base."""
-    here = describe_base(model)
-    differences = _differences(
-        sidecar.base,
-        {
-            "base_model": here.id,
-            "dtype": here.dtype,
-            "quantization_config": _quantization_config(here.quantization),
-        },
-    )
-    if sidecar.base.vocab_size not in (None, here.vocab_size):
-        differences.append(f"{sidecar.base.vocab_size} token embeddings, found {here.vocab_size}")
-    if differences:
-        raise BaseMismatchError(
-            f"{path} was trained on another base than the model in memory: {'; '.join(differences)}. Its scores would "
-            "change. Load that model as the reward model's base was loaded."
-        )
-
-
-def check_probes(model: nn.Module, sidecar: Sidecar, path: str | Path, allow_base_mismatch: bool) -> None:
-    """
-    Log by how much the scores of the probes moved since the model was saved.
-
-    Raises [`BaseMismatchError`] if that is more than rounding, unless `allow_base_mismatch`.
-    """
-    drift = probe_drift(model, sidecar)
-    if drift is None:
-        return
-    report = (
-        f"{path}: scores of {len(sidecar.probes['input_ids'])} probes moved by at most {drift['max']:.2g} "
-        f"({drift['relative']:.1%} of their standard deviation) since the model was saved"
-    )
-    exact = sidecar.base.quantization is None and sidecar.base.dtype == "float32"
-    size = max(1.0, *(abs(score) for score in sidecar.probes["scores"]))
-    if drift["relative"] <= MAX_PROBE_DRIFT or drift["max"] <= (1e-4 if exact else 2e-2) * size:
-        logger.info(f"{report}.")
-    elif allow_base_mismatch:
-        logger.warning(f"{report}; loaded all the same because of allow_base_mismatch=True.")
-    else:
-        raise BaseMismatchError(
-            f"{report}. The base at {sidecar.base.id!r} is not the one it was trained on (other weights, quantization "
-            "or dtype). Restore that base, or pass allow_base_mismatch=True to use the changed scores."
-        )
+    return BaseModel(id=str(base_id), dtype="auto", revision=adapter.get("revision"))

@@ -1,6 +1,6 @@
-"""Merging an adapter reward model into a full checkpoint that gives the same scores.
+"""Merging the adapter of a reward model into its base: a full checkpoint that gives the same scores.
 
-Knows models, the sidecar and token ids. Knows nothing of text or training.
+It knows models, the sidecar and token ids. It knows nothing of text or training.
 """
 
 import dataclasses
@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
 from trl_ext.metrics.ranking import spearman
+from trl_ext.models.bases import describe_base
 from trl_ext.models.building import as_dtype, is_quantized
 from trl_ext.models.heads import head_parameters, make_head_exact
-from trl_ext.models.loading import describe_base, load_reward_model, local_folder, save_sidecar
-from trl_ext.models.sidecar import Sidecar, get_sidecar, make_probes, probe_scores, vocab_size
+from trl_ext.models.loading import load_reward_model, local_folder, save_sidecar
+from trl_ext.models.sidecar import Sidecar, get_sidecar, make_probes, probe_scores
 
 
 REPORT_NAME = "merge_report.json"
@@ -35,25 +37,28 @@ def merge_reward_model(
     output_dir: str | Path,
     dtype: str | torch.dtype | None = None,
     *,
+    base_model: str | Path | None = None,
     calibration_ids: list[list[int]] | None = None,
     tolerance: float = 0.05,
     **load_kwargs: Any,
 ) -> dict[str, Any]:
     """
-    Merge an adapter reward model into a full checkpoint and prove that it scores as before.
+    Merge the adapter of a reward model into its base, and check that the merged model gives the same scores.
 
-    A quantized base is dequantized first, the adapter is merged in fp32, and the result is stored in `dtype`. (Merging
-    into the original, never quantized weights moves the scores, because the adapter was trained on the quantized
-    ones.) The merged model is then loaded from disk, scored on a calibration set and compared.
+    A quantized base is dequantized first, the adapter is merged in fp32, and the result is stored in `dtype`. (The
+    adapter was trained on the quantized weights, so that merging into the original ones would move the scores.) The
+    merged model is then loaded from disk, and its scores of a calibration set are compared with the adapter's.
 
     Args:
         path (`str` or `Path`):
             Folder or Hub id of an adapter reward model.
         output_dir (`str` or `Path`):
-            Folder for the full checkpoint, its tokenizer, `reward_model.json` and `merge_report.json`. It is only
-            written if the scores agree; it must not hold anything yet.
+            An empty or new folder for the full checkpoint, its tokenizer, `reward_model.json` and
+            `merge_report.json`. It is written only if the scores agree.
         dtype (`str` or `torch.dtype`, *optional*):
             Storage dtype; defaults to the dtype the base had in training. The head stays fp32.
+        base_model (`str` or `Path`, *optional*):
+            Where the base is now, if it moved (see [`load_reward_model`]).
         calibration_ids (`list[list[int]]`, *optional*):
             Token ids to compare the scores on; defaults to 64 random sequences of 4 to 32 tokens.
         tolerance (`float`, *optional*, defaults to `0.05`):
@@ -67,12 +72,13 @@ def merge_reward_model(
 
     Raises:
         `ValueError`: the model is not an adapter, or `output_dir` is not empty.
-        [`MergeError`]: a score moved by more than `tolerance` standard deviations; nothing is written.
+        [`MergeError`]: PEFT cannot merge this kind of adapter (`lora_bias` on layers without a bias), or a score moved
+            by more than `tolerance` standard deviations; nothing is written.
     """
     output = Path(output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} already holds files. Choose an empty or new folder for the merged model.")
-    model = load_reward_model(path, **load_kwargs)
+    model = load_reward_model(path, base_model=base_model, **load_kwargs)
     if not isinstance(model, PeftModel):
         raise ValueError(f"{path} is a full checkpoint already: there is no adapter to merge.")
     sidecar = get_sidecar(model)
@@ -83,10 +89,16 @@ def merge_reward_model(
     target = as_dtype(dtype) or as_dtype(sidecar.base.dtype)
     if not isinstance(target, torch.dtype):
         raise ValueError(f"dtype={dtype!r} cannot be stored. Needed: 'float32', 'bfloat16' or 'float16'.")
-    ids = calibration_ids or make_probes(vocab_size(model), number=64, seed=1)
+    ids = calibration_ids or make_probes(model, number=64, seed=1)
     before = torch.tensor(probe_scores(model, ids), dtype=torch.float64)
     prequantized = is_quantized(model) and model.get_base_model().hf_quantizer.pre_quantized
-    merged = _merge(model, local_folder(path, load_kwargs.get("revision")), sidecar.head_modules)
+    try:
+        merged = _merge(model, local_folder(path, load_kwargs.get("revision")), sidecar.head_modules)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:  # whatever PEFT raises
+        raise MergeError(
+            f"PEFT cannot merge this adapter into its base: {error} Nothing was written. Keep using the adapter, "
+            "which RewardScorer and load_reward_model load by its path, or train one with plain LoRA."
+        ) from error
     head = {
         name: parameter.detach().clone() for name, parameter in head_parameters(merged, sidecar.head_modules).items()
     }
@@ -119,7 +131,11 @@ def _merge(model: PeftModel, folder: str, head: list[str]) -> nn.Module:
         base = model.unload().dequantize(dtype=torch.float32).float()
         make_head_exact(base, head)
         model = PeftModel.from_pretrained(base, folder)
-    return model.float().merge_and_unload()
+    merged = model.float().merge_and_unload()
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # some tuners leave them in
+            merged.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    return merged
 
 
 def _save_and_compare(
@@ -173,7 +189,7 @@ def _save_and_compare(
             "allowed. Nothing was written. Store it in float32, calibrate on real texts (`calibration_ids`), or keep "
             f"using the adapter.{rounding}"
         )
-    probes = make_probes(vocab_size(loaded))
+    probes = make_probes(loaded)
     save_sidecar(
         loaded,
         dataclasses.replace(get_sidecar(loaded), probes={"input_ids": probes, "scores": probe_scores(loaded, probes)}),

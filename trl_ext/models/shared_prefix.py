@@ -1,9 +1,10 @@
-"""Pay for the prompt once: attention over a flat row in which the completions of a group share their prompt.
+"""Shared prefixes: attention over a flat row that holds the prompt of a group once, before its completions.
 
-Knows transformers' attention interface and [`PrefixLayout`]. Knows nothing of text, losses or data sets. Everything in
-a decoder but attention is token-wise and stays untouched; the registered attention function regroups queries, keys and
-values by index and calls SDPA once for prompts and completions of similar lengths: prompts causally among themselves,
-each completion over its prompt and itself.
+Everything in a decoder but attention works token by token and stays as it is. The registered attention function groups
+queries, keys and values by index and calls SDPA once for all sequences of similar lengths: a prompt attends causally
+to itself, a completion to its prompt and itself.
+
+It knows transformers' attention interface and [`PrefixLayout`]. It knows nothing of text, losses or data sets.
 """
 
 import logging
@@ -132,7 +133,7 @@ def current_attention(model: nn.Module) -> str:
 
 
 def select_attention(model: nn.Module, name: str) -> None:
-    """Use the attention function `name` from now on (a no-op if it is in use already)."""
+    """Switch the model to the attention function `name`, unless it is in use already."""
     if current_attention(model) != name:
         unwrap(model).set_attn_implementation(name)
 
@@ -224,14 +225,14 @@ def refused_by_config(config: PretrainedConfig, attention: str) -> str | None:
 
 
 def is_wanted(wish: bool | str) -> bool:
-    """Whether a `shared_prefix` argument leaves room for flat rows; raises `ValueError` if it is not known."""
+    """Whether a `shared_prefix` argument allows flat rows; raises `ValueError` for an unknown value."""
     if wish not in ("auto", True, False):
         raise ValueError(f"shared_prefix={wish!r} is not known. Needed: 'auto', True or False.")
     return wish is not False
 
 
 def is_granted(wish: bool | str, support: SharedPrefixSupport) -> bool:
-    """Whether flat rows will be used; raises `ValueError` where they must be and cannot."""
+    """Whether flat rows will be used; raises `ValueError` if the user demands them and the model cannot run them."""
     if wish is True and not support.supported:
         raise ValueError(f"shared_prefix=True cannot be had: {support.reason}. Set shared_prefix='auto' or False.")
     return support.supported
@@ -241,7 +242,8 @@ def use_shared_prefix(model: nn.Module, wish: bool | str, max_length: int | None
     """
     Whether flat rows will be used, from the `shared_prefix` argument of a trainer or scorer.
 
-    `False` never; `"auto"` if the model supports it (said once either way); `True` raises `ValueError` if it does not.
+    `False` turns them off. `"auto"` uses them if the model supports them. `True` raises `ValueError` if it does not. A
+    log line says what was decided and why.
     """
     if not is_wanted(wish):
         return False

@@ -1,7 +1,7 @@
 """`reward_model.json`: what a reward model is, so that its path is all that a later program needs.
 
-Knows the file's fields and the probes that tell whether a loaded model still gives the scores it was saved with. Knows
-nothing of how models are built, trained or tokenized.
+This module knows the fields of the file, and the probes that show whether a loaded model gives the scores that it was
+saved with. It knows nothing of how models are built, trained or tokenized.
 """
 
 import dataclasses
@@ -59,16 +59,16 @@ class Sidecar:
         is_adapter (`bool`): whether the folder holds an adapter (else a full model).
         head_modules (`list[str]`): names of the head's modules, e.g. `["score"]`.
         token_policy (`dict`): how text becomes token ids (see `trl_ext.data.tokenization.TokenizationSettings`).
-        kind (`str`): `"scalar"`: one score per candidate. Of token rewards `"outcome"`, `"process"` or `"segment"`.
+        kind (`str`): `"scalar"` (one score per candidate), or `"outcome"`, `"process"` or `"segment"` (token rewards).
         label_meaning (`str`): what a larger score means, or what the classes are.
         head_class (`str`): `"sequence"` or `"token"`: the class of transformers that holds the head.
         num_labels (`int`): outputs of the head in all, G categories of C outputs each.
         outputs_per_category (`int`): C. With 3, class index = label + 1.
         categories (`list[str]`, *optional*): names of the G categories, in the order of the outputs; `None` for one
             without a name.
-        loss_type (`str`, *optional*): the token loss, which says what an output is: log-odds of *right* (`"bce"`,
-            sigmoid gives the probability), class logits (`"ce"`, softmax), a number on the labels' scale (`"mse"`), or
-            a score whose sign decides (`"hinge"`).
+        loss_type (`str`, *optional*): the loss. Of a token-level model it says what an output is: log-odds of *right*
+            (`"bce"`, sigmoid gives the probability), class logits (`"ce"`, softmax), a number on the labels' scale
+            (`"mse"`), or a score whose sign decides (`"hinge"`).
         label_placement (`str`, *optional*): token whose output is a span's score: `"last"` of the span, `"all"`, or
             the one `"before"` it (see `trl_ext.data.spans`).
         step_separator (`str`, *optional*): text after each step, part of the step's span.
@@ -140,12 +140,12 @@ def read_sidecar(folder: str | Path) -> Sidecar | None:
 
 def get_sidecar(model: nn.Module) -> Sidecar | None:
     """The sidecar of an in-memory model that was trained or loaded by trl_ext, else `None`."""
-    return unwrap(model).__dict__.get(_ATTRIBUTE)
+    return getattr(unwrap(model), _ATTRIBUTE, None)  # only a model of ours has it
 
 
 def set_sidecar(model: nn.Module, sidecar: Sidecar) -> None:
     """Attach the sidecar to the in-memory model."""
-    unwrap(model).__dict__[_ATTRIBUTE] = sidecar
+    setattr(unwrap(model), _ATTRIBUTE, sidecar)
 
 
 def vocab_size(model: nn.Module) -> int:
@@ -153,11 +153,26 @@ def vocab_size(model: nn.Module) -> int:
     return unwrap(model).config.get_text_config().vocab_size
 
 
-def make_probes(vocab_size: int, number: int = 8, seed: int = 0) -> list[list[int]]:
-    """`number` short sequences of random token ids (4 to 32 long): no text of the user's data ends up in the file."""
+def make_probes(model: nn.Module | int, number: int = 8, seed: int = 0) -> list[list[int]]:
+    """
+    Short sequences of random token ids, 4 to 32 long: no text of the user's data ends up in the file.
+
+    Encoder-decoders (T5, BART) read the score at EOS, so that their sequences end in the only EOS that they hold.
+
+    Args:
+        model (`nn.Module` or `int`): the model, or the number of token ids that it knows.
+        number (`int`, *optional*, defaults to `8`): how many sequences.
+        seed (`int`, *optional*, defaults to `0`): of their draw.
+    """
+    size = model if isinstance(model, int) else vocab_size(model)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 33, (number,), generator=generator).tolist()
-    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    probes = [torch.randint(0, size, (n,), generator=generator).tolist() for n in lengths]
+    config = None if isinstance(model, int) else unwrap(model).config
+    if config is None or not config.is_encoder_decoder or config.eos_token_id is None:
+        return probes
+    eos = config.eos_token_id
+    return [[*((token + 1) % size if token == eos else token for token in ids[:-1]), eos] for ids in probes]
 
 
 @torch.no_grad()
@@ -210,7 +225,7 @@ def _plain_call(model: nn.Module) -> Callable:
 
 
 def known_fields(cls: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What of a JSON object a dataclass has a field for; the rest is ignored with a warning."""
+    """The keys of a JSON object that a dataclass has fields for; others are ignored with a warning."""
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(content) - names)
     if unknown:

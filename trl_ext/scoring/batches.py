@@ -1,6 +1,6 @@
 """Lists of token ids -> what the model's head says of them, in batches that fit in memory.
 
-Knows a model, token ids and memory. Knows nothing of text, sidecars or what an output means.
+It knows a model, token ids and memory. It knows nothing of text, sidecars or what an output means.
 """
 
 import threading
@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trl_ext.data.collators import FLAT_BELOW
+from trl_ext.data.collators import FLAT_BELOW, padded
 from trl_ext.data.prefix_layout import build_layout
 from trl_ext.data.tokenization import Prompt
 from trl_ext.models.heads import HeadError, candidate_scores, run_with_head_output, unwrap
+from trl_ext.models.rope import length_class, reset_rope
 from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, use_shared_prefix
 from trl_ext.scoring.packing import SharedRows, num_tokens, pack, padded_tokens, share_prompts
 
@@ -27,6 +28,9 @@ RUNNING = threading.RLock()
 class BatchRunner:
     """
     Runs rows sorted by length, and halves the batches from then on when one does not fit in memory.
+
+    A model with dynamic or longrope RoPE turns a row by the length of the longest row in its batch. Its rows are
+    batched by the side of the original context that they are on, so that no score depends on the other rows.
 
     Args:
         model (`nn.Module`): the reward model.
@@ -54,6 +58,7 @@ class BatchRunner:
         self._by_tokens = by_tokens
         self._say = say
         self._attention = current_attention(model)
+        self._class_of = length_class(unwrap(model).config)
         # "auto" is decided at the first rows that share a prompt
         self._flat = None if shared_prefix == "auto" else use_shared_prefix(model, shared_prefix, max_length)
 
@@ -86,7 +91,8 @@ class BatchRunner:
         model gives a list of the scores by its members.
         """
         groups = share_prompts(prompts, ids)
-        if groups and self._pays_flat(groups, ids):
+        one_class = len({self._class_of(len(row)) for row in ids if row}) <= 1
+        if groups and one_class and self._pays_flat(groups, ids):
             return self._run(groups, len(ids), self._flat_batch, flat=True)
         return self._run(_single(groups, ids), len(ids), lambda batch: self._padded_batch(_ids(batch)), flat=False)
 
@@ -105,8 +111,12 @@ class BatchRunner:
         """What `run` gives for the rows of `todo`, in batches that fit, at their places among `size`."""
         results: list[Any] = [None] * size
         while todo:
-            batches = pack(todo, *self._bounds(), flat)
+            classes: dict[int, list[SharedRows]] = {}
+            for group in todo:
+                classes.setdefault(self._class_of(group.longest), []).append(group)
+            batches = [batch for groups in classes.values() for batch in pack(groups, *self._bounds(), flat)]
             while batches:
+                reset_rope(self._model)
                 rows = [row for group in batches[0] for row in group.rows]
                 found = _unless_out_of_memory(partial(run, batches[0]))
                 if found is None:
@@ -156,13 +166,9 @@ class BatchRunner:
     def _pad(self, ids: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, (N, T), padded on the right; and the attention that padded batches run with."""
         device = next(self._model.parameters()).device
-        width = max(map(len, ids))
-        padded = [[*row, *[self._pad_id] * (width - len(row))] for row in ids]
-        input_ids = torch.tensor(padded, device=device)  # (N, T)
-        lengths = torch.tensor([len(row) for row in ids], device=device)  # (N,)
-        mask = (torch.arange(width, device=device) < lengths[:, None]).long()  # (N, T)
+        batch = padded(ids, self._pad_id)
         select_attention(self._model, self._attention)
-        return input_ids, mask
+        return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
     def _plain_call(self) -> Callable:
         # the class's forward, because a model that a trainer prepared carries an autocast wrapper on its own

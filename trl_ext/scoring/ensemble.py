@@ -1,7 +1,7 @@
-"""`RewardEnsemble`: several reward models and functions as one TRL reward function, with what they disagree on.
+"""`RewardEnsemble`: several reward models and functions as one TRL reward function, and how far they disagree.
 
-Knows normalising, reducing and ensemble folders. What a member is, `members` knows; how scores become one, `reducers`.
-Knows nothing of training.
+It normalises the scores of its members, reduces them, and reads and writes ensemble folders. `members.py` loads and
+runs members; `reducers.py` makes one score of theirs. It knows nothing of training.
 """
 
 import logging
@@ -27,6 +27,7 @@ from trl_ext.scoring.fusion import FusionMethod, fit_fusion_weights
 from trl_ext.scoring.member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
 from trl_ext.scoring.members import Member, check_finite, make_sources
 from trl_ext.scoring.normalizer import mean_and_std
+from trl_ext.scoring.raw_scorer import as_list, by_place
 from trl_ext.scoring.reducers import combine, disagreement, reducers, takes_weights
 from trl_ext.scoring.scorer import RewardScorer
 
@@ -76,9 +77,11 @@ class RewardEnsemble:
             Whether normalisers are applied. Defaults to what the folder says, else `True`.
         name (`str`, *optional*):
             Its name in messages and metrics. Defaults to `"RewardEnsemble"`.
-        base_model (`PreTrainedModel` or `PeftModel`, *optional*):
+        base_model (`PreTrainedModel`, `PeftModel`, `str` or `Path`, *optional*):
             A model in memory on whose backbone the adapters are put in place of a base of their own, e.g. the policy
-            that is trained with this ensemble: one 4-bit base then serves both. The policy itself stays as it is.
+            that is trained with this ensemble: one 4-bit base then serves both. The weights of the policy stay as they
+            are, which is checked; adapters that would change them are refused. A path says where the base is now, if
+            it moved.
         scorer_kwargs (`dict`, *optional*):
             Arguments for the [`RewardScorer`]s made of paths and models, e.g. `{"max_length": 1024}`.
         **reduce_kwargs:
@@ -113,7 +116,7 @@ class RewardEnsemble:
         normalize: bool | None = None,
         *,
         name: str | None = None,
-        base_model: nn.Module | None = None,
+        base_model: nn.Module | str | Path | None = None,
         scorer_kwargs: dict[str, Any] | None = None,
         **reduce_kwargs: Any,
     ):
@@ -133,7 +136,8 @@ class RewardEnsemble:
         self.normalize = self._file.normalize if normalize is None else normalize
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
-        nested = [RewardEnsemble(m, name=Path(m).name) if _is_ensemble(m) else m for m in members]
+        moved_to = None if isinstance(base_model, nn.Module) else base_model
+        nested = [RewardEnsemble(m, name=Path(m).name, base_model=moved_to) if _is_ensemble(m) else m for m in members]
         self._sources = make_sources(nested, base_model, scorer_kwargs or {})
         by_place = {place: (source, number) for source, places in self._sources for number, place in enumerate(places)}
         self._members = [by_place[place] for place in range(len(members))]
@@ -204,7 +208,7 @@ class RewardEnsemble:
         **reduce_kwargs: Any,
     ) -> None:
         """
-        From now on reduce in another way. Arguments as of the class.
+        Reduce in another way from now on. Arguments as of the class.
 
         Raises:
             `ValueError`: an unknown reducer, or weights that are missing, too many, or not taken.
@@ -336,6 +340,8 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> torch.Tensor:
         """Raw scores (N, M), fp64, NaN where a member has none."""
+        prompts, completions = None if prompts is None else as_list(prompts), as_list(completions)
+        columns = {name: by_place(values) for name, values in columns.items()}
         table = torch.full((len(completions), len(self._members)), torch.nan, dtype=torch.float64)
         for source, places in self._sources:
             for place, scores in zip(places, source.raw_scores(prompts, completions, columns), strict=True):
@@ -374,12 +380,14 @@ class RewardEnsemble:
         write_ensemble(self._folder, self._file)
 
 
-def load_scorer(path: str | Path, name: str | None = None, **scorer_kwargs: Any) -> "RewardScorer | RewardEnsemble":
+def load_scorer(
+    path: str | Path, name: str | None = None, base_model: str | Path | None = None, **scorer_kwargs: Any
+) -> "RewardScorer | RewardEnsemble":
     """The [`RewardEnsemble`] saved at a path, or the [`RewardScorer`] of the one model there, with its arguments."""
     folder = local_folder(path, None)
     if read_ensemble(folder) is not None:
-        return RewardEnsemble(folder, name=name, scorer_kwargs=scorer_kwargs)
-    return RewardScorer(path, name=name, **scorer_kwargs)
+        return RewardEnsemble(folder, name=name, base_model=base_model, scorer_kwargs=scorer_kwargs)
+    return RewardScorer(path, name=name, base_model=base_model, **scorer_kwargs)
 
 
 def _is_ensemble(member: Member) -> bool:

@@ -21,12 +21,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_ext.data.tokenization import Completion, Prompt
-from trl_ext.models.ensemble.shared_base import base_key, load_adapters, use_adapter
+from trl_ext.models.bases import BaseMismatchError, check_probes
+from trl_ext.models.ensemble.shared_base import base_key, changes_of, check_leaves_base, load_adapters, use_adapter
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
-from trl_ext.models.inputs import load_tokenizer
-from trl_ext.models.loading import check_probes, local_folder, save_sidecar
+from trl_ext.models.inputs import load_tokenizer, text_tokenizer
+from trl_ext.models.loading import local_folder, save_sidecar
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
 from trl_ext.scoring.batches import RUNNING
+from trl_ext.scoring.raw_scorer import RawScorer
 from trl_ext.scoring.rows import row_error
 from trl_ext.scoring.scorer import RewardScorer
 
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 RewardFunction = Callable[..., Sequence[float | None]]
 Member = str | Path | PreTrainedModel | PeftModel | RewardScorer | RewardFunction
 Scores = list[float | None]
+Base = nn.Module | str | Path
+"""The base of adapters: a model in memory, or where it is now."""
 
 
 class Source(ABC):
@@ -113,15 +117,15 @@ class ScorerSource(Source):
     def raw_scores(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> list[Scores]:
-        return [self._scorer._raw_scores(prompts, completions, columns)]
+        return [self._scorer.raw.scores(prompts, completions, columns)]
 
     def save(self, number: int, folder: Path) -> None:
-        if self._scorer._folder is not None:
-            copy_model(self._scorer._folder, folder)
+        if self._scorer.folder is not None:
+            copy_model(self._scorer.folder, folder)
             return
         model = self._scorer.model
         model.save_pretrained(folder)
-        self._scorer._encoder.tokenizer.save_pretrained(folder)
+        self._scorer.processing_class.save_pretrained(folder)
         sidecar = get_sidecar(model)
         if sidecar is not None:
             save_sidecar(model, sidecar, folder)
@@ -134,13 +138,14 @@ class StackedSource(Source):
 
     Args:
         folders (`list[Path]`): the adapters.
+        base_model (`str` or `Path`, *optional*): where the base is now, if it moved.
         scorer_kwargs (`dict`): arguments of their scorer.
 
     Raises:
         `ValueError`: they cannot be stacked.
     """
 
-    def __init__(self, folders: list[Path], scorer_kwargs: dict[str, Any]):
+    def __init__(self, folders: list[Path], base_model: str | Path | None, scorer_kwargs: dict[str, Any]):
         kwargs = dict(scorer_kwargs)
         sidecars = [read_sidecar(folder) for folder in folders]
         scalar = all(one.kind == "scalar" or (one.kind == "outcome" and one.num_labels == 1) for one in sidecars)
@@ -150,32 +155,28 @@ class StackedSource(Source):
         if any(one != settings[0] for one in settings) or len(set(map(_tokenizer_files, folders))) > 1:
             raise ValueError("The members were trained on different token ids of a text.")
         device = torch.device(kwargs.pop("device", None) or PartialState().device)
-        model = StackedRewardModel.from_folders(folders, device_map={"": device})
+        model = StackedRewardModel.from_folders(folders, base_model=base_model, device_map={"": device})
         for number, (folder, sidecar) in enumerate(zip(folders, sidecars, strict=True)):
             model.use_rows(alone=number)
             try:
                 check_probes(model, sidecar, folder, allow_base_mismatch=False)
             finally:
                 model.use_rows()
-        kwargs["processing_class"] = kwargs.get("processing_class") or load_tokenizer(str(folders[0]))
-        self._scorer = RewardScorer(model, **kwargs)
+        tokenizer = text_tokenizer(kwargs.pop("processing_class", None) or load_tokenizer(str(folders[0])))
+        self._raw = RawScorer(model, tokenizer, **kwargs)
         self._folders, self.models = folders, [model]
         self.names = [folder.name for folder in folders]
         self.normalizers = [sidecar.normalizer for sidecar in sidecars]
 
     @property
     def num_truncated(self) -> int:
-        return len(self._folders) * self._scorer.num_truncated
+        return len(self._folders) * self._raw.num_truncated
 
     def raw_scores(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> list[Scores]:
-        def read(row: int, encoded: Any, scores: list[float] | None) -> Scores:
-            return [None] * len(self._folders) if scores is None else scores
-
-        rows = self._scorer._map(
-            prompts, completions, columns, self._scorer._encoder, self._scorer._runner.scores, read
-        )
+        nothing = [None] * len(self._folders)
+        rows = [nothing if scores is None else scores for scores in self._raw.scores(prompts, completions, columns)]
         return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in self._folders]
 
     def save(self, number: int, folder: Path) -> None:
@@ -188,37 +189,39 @@ class SharedBaseSource(Source):
 
     Args:
         folders (`list[Path]`): the adapters.
-        base_model (`nn.Module`, *optional*): a model in memory whose backbone is the base.
+        base_model (`nn.Module`, `str` or `Path`, *optional*): a model in memory whose backbone is the base, or where
+            the base is now, if it moved.
         scorer_kwargs (`dict`): arguments of their scorers.
     """
 
-    def __init__(self, folders: list[Path], base_model: nn.Module | None, scorer_kwargs: dict[str, Any]):
+    def __init__(self, folders: list[Path], base_model: Base | None, scorer_kwargs: dict[str, Any]):
         kwargs = dict(scorer_kwargs)
         device = torch.device(kwargs.pop("device", None) or PartialState().device)
-        load_kwargs = {} if base_model is not None else {"device_map": {"": device}}
+        given = kwargs.pop("processing_class", None)
+        in_memory = isinstance(base_model, nn.Module)
+        load_kwargs = {} if in_memory else {"device_map": {"": device}}
         self._model, self._adapters = load_adapters(folders, base_model, **load_kwargs)
         self.models = [self._model]
         self._folders, self._sidecars = folders, [read_sidecar(folder) for folder in folders]
-        self._scorers = []
+        self._raw: list[RawScorer] = []
         for number, folder in enumerate(folders):
             with self._member(number):
-                tokenizer = kwargs.get("processing_class") or load_tokenizer(str(folder))
-                arguments = kwargs | {"processing_class": tokenizer, "name": folder.name}
-                self._scorers.append(RewardScorer(self._model, **arguments))
+                tokenizer = text_tokenizer(given or load_tokenizer(str(folder)))
+                self._raw.append(RawScorer(self._model, tokenizer, **(kwargs | {"name": folder.name})))
         self.names = [folder.name for folder in folders]
-        self.normalizers = [scorer.normalizer for scorer in self._scorers]
+        self.normalizers = [sidecar.normalizer for sidecar in self._sidecars]
 
     @property
     def num_truncated(self) -> int:
-        return sum(scorer.num_truncated for scorer in self._scorers)
+        return sum(raw.num_truncated for raw in self._raw)
 
     def raw_scores(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> list[Scores]:
         scores = []
-        for number, scorer in enumerate(self._scorers):
+        for number, raw in enumerate(self._raw):
             with RUNNING, self._member(number):
-                scores.append(scorer._raw_scores(prompts, completions, columns))
+                scores.append(raw.scores(prompts, completions, columns))
         return scores
 
     def save(self, number: int, folder: Path) -> None:
@@ -229,22 +232,35 @@ class SharedBaseSource(Source):
 
 
 def make_sources(
-    members: Sequence[Member], base_model: nn.Module | None, scorer_kwargs: dict[str, Any]
+    members: Sequence[Member], base_model: Base | None, scorer_kwargs: dict[str, Any]
 ) -> list[tuple[Source, list[int]]]:
     """
     Sources, each with the places of its members among all.
 
-    Adapters that were trained on one base are put on one base. Raises `TypeError` for what is no member, `ValueError`
-    if `base_model` is given and no member is an adapter.
+    Adapters that were trained on one base are put on one base, except those by which PEFT changes it.
+
+    Args:
+        members (`Sequence`): see [`~trl_ext.RewardEnsemble`].
+        base_model (`nn.Module`, `str` or `Path`, *optional*): as there.
+        scorer_kwargs (`dict`): arguments of their scorers.
+
+    Raises:
+        `TypeError`: something that is no member.
+        `ValueError`: `base_model` is given and no member is an adapter, or a member would change a model in memory.
     """
     sources: list[tuple[Source, list[int]]] = []
     shared: dict[str, list[tuple[int, Path]]] = {}
+    in_memory = isinstance(base_model, nn.Module)
+    where = None if in_memory else base_model
     for place, member in enumerate(members):
         if isinstance(member, (str, Path)):
             folder = Path(local_folder(member, None))
             key = base_key(folder)
-            if key is None:
-                scorer = RewardScorer(folder, **(scorer_kwargs | {"name": folder.name}))
+            if key is not None and in_memory:
+                check_leaves_base(folder)
+            if key is None or (not in_memory and changes_of(folder)):
+                own = None if key is None else where  # a full model has no base
+                scorer = RewardScorer(folder, **(scorer_kwargs | {"name": folder.name, "base_model": own}))
                 sources.append((ScorerSource(scorer), [place]))
             else:
                 shared.setdefault(key, []).append((place, folder))
@@ -260,23 +276,25 @@ def make_sources(
                 f"Member {place} is a {type(member).__name__}; needed: a reward model's path, a `PreTrainedModel` or "
                 "`PeftModel`, a `RewardScorer`, or a function (prompts, completions, **columns) -> list of rewards."
             )
-    if base_model is not None and not shared:
+    if in_memory and not shared:
         raise ValueError("`base_model` was given, but no member is an adapter with a reward_model.json to put on it.")
     for group in shared.values():
         places, folders = [place for place, _ in group], [folder for _, folder in group]
-        if len(folders) == 1 and base_model is None:
-            scorer = RewardScorer(folders[0], **(scorer_kwargs | {"name": folders[0].name}))
+        if len(folders) == 1 and not in_memory:
+            scorer = RewardScorer(folders[0], **(scorer_kwargs | {"name": folders[0].name, "base_model": where}))
             sources.append((ScorerSource(scorer), places))
         else:
             sources.append((_shared_source(folders, base_model, scorer_kwargs), places))
     return sources
 
 
-def _shared_source(folders: list[Path], base_model: nn.Module | None, scorer_kwargs: dict[str, Any]) -> Source:
+def _shared_source(folders: list[Path], base_model: Base | None, scorer_kwargs: dict[str, Any]) -> Source:
     """Adapters on one base, stacked if that can be."""
-    if base_model is None:
+    if not isinstance(base_model, nn.Module):
         try:
-            return StackedSource(folders, scorer_kwargs)
+            return StackedSource(folders, base_model, scorer_kwargs)
+        except BaseMismatchError:
+            raise
         except ValueError as error:
             logger.info(f"The members score one after the other, not in one pass. {error}")
     return SharedBaseSource(folders, base_model, scorer_kwargs)
@@ -295,7 +313,8 @@ def function_name(function: Callable) -> str:
         return function_name(function.func)
     if inspect.isroutine(function):
         return function.__name__
-    return function.__dict__.get("__name__", type(function).__name__)
+    # an object that can be called has a `__name__` only if somebody gave it one
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def check_finite(scores: Scores, name: str) -> None:

@@ -19,6 +19,11 @@ class SharedRows(NamedTuple):
     own: list[Sequence[int]]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row of this group."""
+        return len(self.prefix) + max(map(len, self.own))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the flat row that this group needs."""
         return len(self.prefix) + sum(map(len, self.own))
@@ -60,7 +65,7 @@ def pack(
     (`flat=False`, groups of one row) every row costs as much as the longest. A single row always gets a batch.
     """
     parts = [part for group in groups for part in _split(group, max_tokens, max_rows)]
-    parts.sort(key=lambda part: len(part.prefix) + max(map(len, part.own)), reverse=True)
+    parts.sort(key=lambda part: part.longest, reverse=True)
     batches: list[list[SharedRows]] = []
     for part in parts:
         if batches and _fits([*batches[-1], part], max_tokens, max_rows, flat):

@@ -1,41 +1,31 @@
 """`RewardScorer`: a reward model as a TRL reward function, `(prompts, completions, **columns) -> list[float | None]`.
 
-Knows what a user may ask of a model. `rows` makes token ids, `batches` runs them, `token_views` reads the outputs of
-token-level models; building, loading and the head are `trl_ext.models`. Knows nothing of training or files of rows.
+It finds the model and its tokenizer, asks a `RawScorer` for scores, and normalises them. It knows nothing of training
+or of files of rows.
 """
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_ext.data.offsets import completion_text
 from trl_ext.data.segmentation import CharSpan
-from trl_ext.data.tokenization import Completion, Prompt, TokenizationSettings
-from trl_ext.data.validation import DataError
-from trl_ext.models.heads import unwrap
-from trl_ext.models.inputs import load_tokenizer, max_positions, text_tokenizer
+from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.models.inputs import load_tokenizer, text_tokenizer
 from trl_ext.models.loading import load_reward_model
-from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar, vocab_size
-from trl_ext.scoring.batches import BatchRunner
+from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar
 from trl_ext.scoring.normalizer import mean_and_std
-from trl_ext.scoring.rows import RowEncoder, row_error
-from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, TokenViews, Value, refuse
+from trl_ext.scoring.raw_scorer import RawScorer, check_lengths, check_limits
+from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse
 
 
 logger = logging.getLogger(__name__)
-
-# Tokens of a batch with batch_size="auto": our choice. It is halved when a batch does not fit in memory.
-TOKEN_BUDGET = 16_384
-# Rows whose token ids are held at a time. They are sorted by length within such a chunk.
-CHUNK_ROWS = 4096
 
 
 class RewardScorer:
@@ -93,10 +83,15 @@ class RewardScorer:
             the tokens. `"auto"` does so if the model passes a numerical check; `True` raises if it does not.
         name (`str`, *optional*):
             Its name in messages and in the metrics of `GRPOTrainer` and `RLOOTrainer` (`rewards/<name>/mean`).
-            Defaults to `"RewardScorer"`, as TRL names a callable object by its class; give each of several scorers
-            its own.
+            Defaults to `"RewardScorer"`, as TRL names a callable object by its class. Give each of several scorers
+            another name.
+        base_model (`str` or `Path`, *optional*):
+            Where the base of an adapter is now, if it moved. It must hold the same weights, which is checked.
 
     Attributes:
+        model (`PreTrainedModel` or `PeftModel`): the reward model.
+        folder (`Path` or `None`): the local folder that it was loaded from.
+        raw ([`~trl_ext.scoring.raw_scorer.RawScorer`]): gives scores before they are normalised.
         processing_class (`PreTrainedTokenizerBase`): the tokenizer.
         choices (`dict`): `max_length`, `aggregation` and `segmenter` as they were given.
         normalizer (`dict` or `None`): the `{"mean", "std"}` that scores are normalised by.
@@ -118,7 +113,7 @@ class RewardScorer:
     def __init__(
         self,
         model_or_path: str | Path | PreTrainedModel | PeftModel,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         batch_size: int | Literal["auto"] = "auto",
         max_length: int | None = None,
         aggregation: Aggregation | None = None,
@@ -126,72 +121,32 @@ class RewardScorer:
         shared_prefix: bool | Literal["auto"] = "auto",
         name: str | None = None,
         segmenter: Segmenter | None = None,
+        base_model: str | Path | None = None,
     ):
-        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size={batch_size!r}; needed: 'auto' or a number of rows >= 1.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length}; needed: a number of tokens >= 1, or None for no limit.")
         self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
-        self._folder: Path | None = None
-        if isinstance(model_or_path, (str, Path)):
-            source = str(model_or_path)
-            self._folder = Path(source) if Path(source).is_dir() else None
-            model = load_reward_model(source, device_map={"": torch.device(device or PartialState().device)})
-        elif isinstance(model_or_path, (PreTrainedModel, PeftModel)):
-            model = model_or_path if device is None else model_or_path.to(device)
-            source = None if isinstance(model, PeftModel) else model.config._name_or_path
-        else:
-            raise TypeError(
-                f"model_or_path is a {type(model_or_path).__name__}; needed: a path, a Hub id, a `PreTrainedModel` or "
-                "a `PeftModel`. Of a wrapped model (DDP) pass `accelerator.unwrap_model(model)`."
-            )
-        sidecar = get_sidecar(model)
-        labels = unwrap(model).config.num_labels
-        expected = 1 if sidecar is None else sidecar.num_labels
-        if labels != expected:
-            what = "one score a text" if sidecar is None else f"the {expected} that its reward_model.json describes"
-            raise ValueError(f"The model has {labels} labels; needed: {what}.")
-        self._kind = "scalar" if sidecar is None else sidecar.kind
-        if self._kind == "scalar" and (aggregation is not None or segmenter is not None):
-            raise ValueError("A scalar model has nothing to aggregate: leave `aggregation` and `segmenter` out.")
-        if self._kind == "outcome" and segmenter is not None:
-            raise ValueError("An outcome model is read at each token and not by segment: leave `segmenter` out.")
-        self._views = None if self._kind == "scalar" else TokenViews(sidecar, aggregation, segmenter)
-        self._gives_scalars = self._views is None or self._views.is_scalar  # the last token's output is all
-        if sidecar is None:
-            tokenization = TokenizationSettings.without_sidecar()
-            logger.warning(
-                f"{self.__name__}: the model has no reward_model.json, so it is not known how it was trained to see "
-                "text. Chats get its chat template; plain text gets the tokenizer's own special tokens and no EOS."
-            )
-        else:
-            tokenization = TokenizationSettings.from_dict(sidecar.token_policy)
-
-        self.model = model
-        self.normalizer = None if sidecar is None else sidecar.normalizer
-        self.num_truncated = 0
-        self.processing_class = text_tokenizer(processing_class or load_tokenizer(source))
+        check_limits(batch_size, max_length)  # before a model is loaded
+        source = _open(model_or_path, device, base_model)
+        self.model = source.model
+        self.folder = source.folder
+        self.processing_class = text_tokenizer(processing_class or load_tokenizer(source.tokenizer))
         self.choices = {"max_length": max_length, "aggregation": aggregation, "segmenter": segmenter}
-        positions = max_positions(unwrap(model))
-        self._encoder = RowEncoder(
-            tokenizer=self.processing_class,
-            tokenization=tokenization,
-            vocab_size=vocab_size(model),
-            max_positions=positions,
-            max_length=max_length if max_length is None or positions is None else min(max_length, positions),
-        )
-        pad = self._encoder.tokenizer.pad_token_id
-        by_tokens = batch_size == "auto"
-        self._said: set[str] = set()
-        self._runner = BatchRunner(
-            model,
-            pad_id=pad if pad is not None and pad < self._encoder.vocab_size else 0,  # masked: any id will do
-            limit=TOKEN_BUDGET if by_tokens else batch_size,
-            by_tokens=by_tokens,
-            shared_prefix=shared_prefix if self._gives_scalars else False,
+        self.raw = RawScorer(
+            self.model,
+            self.processing_class,
+            batch_size=batch_size,
             max_length=max_length,
-            say=self._say_once,
+            aggregation=aggregation,
+            segmenter=segmenter,
+            shared_prefix=shared_prefix,
+            name=self.__name__,
         )
+        sidecar = get_sidecar(self.model)
+        self.normalizer = None if sidecar is None else sidecar.normalizer
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows cut to `max_length` so far."""
+        return self.raw.num_truncated
 
     def __call__(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
@@ -216,7 +171,7 @@ class RewardScorer:
             [`DataError`]: a row cannot be read or tokenized, or its score is not finite; names the row index.
             `ValueError`: `prompts`, `completions` and columns of different lengths.
         """
-        return self._normalized(self._raw_scores(prompts, completions, columns))
+        return self._normalized(self.raw.scores(prompts, completions, columns))
 
     def fit_normalizer(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
@@ -234,13 +189,13 @@ class RewardScorer:
         Raises:
             `ValueError`: fewer than two rows have a score, or all have the same.
         """
-        self.normalizer = mean_and_std(self._raw_scores(prompts, completions, columns))
-        sidecar = None if self._folder is None else read_sidecar(self._folder)
+        self.normalizer = mean_and_std(self.raw.scores(prompts, completions, columns))
+        sidecar = None if self.folder is None else read_sidecar(self.folder)
         if sidecar is None:
             logger.info(f"{self.__name__}: the normaliser is not saved: no local reward_model.json to hold it.")
         else:
             sidecar.normalizer = dict(self.normalizer)
-            sidecar.save(self._folder)
+            sidecar.save(self.folder)
             set_sidecar(self.model, sidecar)
         return dict(self.normalizer)
 
@@ -257,9 +212,11 @@ class RewardScorer:
         Raises:
             `ValueError`: the model is a scalar one.
         """
-        refuse("score_tokens", self._kind, self.__name__)
+        refuse("score_tokens", self.raw.kind, self.__name__)
         cuts = [Cut(completion, []) for completion in completions]
-        return self._read(prompts, cuts, columns, lambda located, outputs, spans: self._views.tokens(located, outputs))
+        return self.raw.read(
+            prompts, cuts, columns, lambda located, outputs, spans: self.raw.views.tokens(located, outputs)
+        )
 
     def token_texts(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
@@ -268,15 +225,8 @@ class RewardScorer:
         The piece of the completion behind each output of `score_tokens`, empty for what closes it. Joined they are the
         completion (up to `max_length`). Arguments and errors as there; the model is not run.
         """
-        refuse("score_tokens", self._kind, self.__name__)
-        given = {"prompts": prompts, "completions": completions}
-        given |= {name: columns.get(name) for name in ("tools", "chat_template_kwargs")}
-        self._check_lengths(len(completions), given)
-        rows = [[v if v is None else v[row] for v in given.values()] for row in range(len(completions))]
-        return [
-            self._encoder.locate(number, *row).texts(completion_text(row[1]) if row[1] else "")
-            for number, row in enumerate(rows)
-        ]
+        refuse("score_tokens", self.raw.kind, self.__name__)
+        return self.raw.token_texts(prompts, completions, columns)
 
     def score_steps(
         self,
@@ -303,10 +253,10 @@ class RewardScorer:
         Raises:
             `ValueError`: the model is no process reward model.
         """
-        refuse("score_steps", self._kind, self.__name__)
-        self._views.check_neutral(neutral)
-        cuts = [self._views.join_steps(own) for own in steps]
-        return self._read(prompts, cuts, columns, partial(self._views.steps, neutral=neutral))
+        refuse("score_steps", self.raw.kind, self.__name__)
+        self.raw.views.check_neutral(neutral)
+        cuts = [self.raw.views.join_steps(own) for own in steps]
+        return self.raw.read(prompts, cuts, columns, partial(self.raw.views.steps, neutral=neutral))
 
     def score_segments(
         self,
@@ -329,11 +279,11 @@ class RewardScorer:
         Raises:
             `ValueError`: the model is no segment reward model, or a span is empty or not inside its completion.
         """
-        refuse("score_segments", self._kind, self.__name__)
-        self._check_lengths(len(completions), {"spans": spans})
+        refuse("score_segments", self.raw.kind, self.__name__)
+        check_lengths(len(completions), {"spans": spans})
         cuts = [Cut(*pair) for pair in zip(completions, spans, strict=True)]
-        self._views.check_spans(cuts)
-        return self._read(prompts, cuts, columns, self._views.segments)
+        self.raw.views.check_spans(cuts)
+        return self.raw.read(prompts, cuts, columns, self.raw.views.segments)
 
     def combine(self, scores: Sequence[Sequence[Value | None]]) -> list[float | None]:
         """
@@ -344,38 +294,8 @@ class RewardScorer:
         Raises:
             `ValueError`: the model is no process or segment reward model.
         """
-        refuse("combine", self._kind, self.__name__)
-        return self._normalized([self._views.combine(own) for own in scores])
-
-    def _read(
-        self, prompts: Sequence[Prompt] | None, cuts: list[Cut], columns: dict[str, Any], view: Callable
-    ) -> list[Any]:
-        """What `view` makes of the outputs of each row; of a row without a token, of no outputs."""
-
-        def read(row: int, located: Any, outputs: torch.Tensor | None) -> Any:
-            if outputs is None:
-                return view(located, torch.empty(0, unwrap(self.model).config.num_labels), cuts[row].spans)
-            if not outputs.isfinite().all():
-                raise _not_finite(row, "an output that is not finite")
-            return view(located, outputs, cuts[row].spans)
-
-        completions = [cut.completion for cut in cuts]
-        return self._map(prompts, completions, columns, self._encoder.locate, self._runner.token_outputs, read)
-
-    # ---------------------------------------------------------------------------------------------------------- rows
-    def _raw_scores(
-        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
-    ) -> list[float | None]:
-        if not self._gives_scalars:
-            cuts = [self._views.cut(completion) for completion in completions]
-            return self._read(prompts, cuts, columns, self._views.scalar)
-
-        def read(row: int, encoded: Any, score: float | None) -> float | None:
-            if score is not None and not math.isfinite(score):
-                raise _not_finite(row, f"the score {score}")
-            return score
-
-        return self._map(prompts, completions, columns, self._encoder, self._runner.scores, read)
+        refuse("combine", self.raw.kind, self.__name__)
+        return self._normalized([self.raw.views.combine(own) for own in scores])
 
     def _normalized(self, scores: list[float | None]) -> list[float | None]:
         if self.normalizer is None:
@@ -383,50 +303,34 @@ class RewardScorer:
         mean, std = self.normalizer["mean"], self.normalizer["std"]
         return [None if score is None else (score - mean) / std for score in scores]
 
-    def _map(
-        self,
-        prompts: Sequence[Prompt] | None,
-        completions: Sequence[Completion],
-        columns: dict[str, Any],
-        make: Callable,
-        run: Callable,
-        read: Callable,
-    ) -> list[Any]:
-        """`read` of each row, of what `run` gives for the token ids that `make` made of it."""
-        size = len(completions)
-        given = {"prompts": prompts, "completions": completions}
-        given |= {name: columns.get(name) for name in ("tools", "chat_template_kwargs")}
-        self._check_lengths(size, given)
-        results: list[Any] = []
-        truncated = 0
-        with self._runner.mode():
-            for start in range(0, size, CHUNK_ROWS):
-                rows = range(start, min(start + CHUNK_ROWS, size))
-                made = [make(row, *(v if v is None else v[row] for v in given.values())) for row in rows]
-                truncated += sum(item.truncated for item in made)
-                found = run(None if prompts is None else prompts[rows.start : rows.stop], [item.ids for item in made])
-                results += [read(*item) for item in zip(rows, made, found, strict=True)]
-        self.num_truncated += truncated
-        if truncated:
-            self._say_once(
-                f"{truncated} of {size} rows were longer than max_length={self._encoder.max_length} tokens and were "
-                "cut, the prompt from the left first. `num_truncated` goes on counting.",
-                "truncated",
-            )
-        return results
 
-    def _check_lengths(self, size: int, given: dict[str, Any]) -> None:
-        for name, values in given.items():
-            single = isinstance(values, (str, dict))
-            if single or (values is not None and len(values) != size):
-                found = f"a {type(values).__name__}" if single else f"{len(values)} values"
-                raise ValueError(f"`{name}` is {found}; needed: a list with a value for each of {size} completions.")
+class _Source(NamedTuple):
+    """A reward model, the folder that it was loaded from, and where its tokenizer is; `None` where there is none."""
 
-    def _say_once(self, message: str, topic: str) -> None:
-        if topic not in self._said:
-            self._said.add(topic)
-            logger.warning(f"{self.__name__}: {message}")
+    model: PreTrainedModel | PeftModel
+    folder: Path | None
+    tokenizer: str | None
 
 
-def _not_finite(row: int, found: str) -> DataError:
-    return row_error(row, found, "a finite score", "Check the weights, and whether the dtype overflows on this row.")
+def _open(
+    model_or_path: str | Path | PreTrainedModel | PeftModel,
+    device: str | torch.device | None,
+    base_model: str | Path | None,
+) -> _Source:
+    """The reward model behind the first argument of a scorer. Raises `TypeError` for something else."""
+    if isinstance(model_or_path, (str, Path)):
+        path = str(model_or_path)
+        where = {"": torch.device(device or PartialState().device)}
+        model = load_reward_model(path, base_model=base_model, device_map=where)
+        return _Source(model, Path(path) if Path(path).is_dir() else None, path)
+    if not isinstance(model_or_path, (PreTrainedModel, PeftModel)):
+        raise TypeError(
+            f"model_or_path is a {type(model_or_path).__name__}; needed: a path, a Hub id, a `PreTrainedModel` or "
+            "a `PeftModel`. Of a wrapped model (DDP) pass `accelerator.unwrap_model(model)`."
+        )
+    if base_model is not None:
+        raise ValueError(
+            "`base_model` says where the base of a saved adapter is, and this model is in memory already."
+        )
+    model = model_or_path if device is None else model_or_path.to(device)
+    return _Source(model, None, None if isinstance(model, PeftModel) else model.config._name_or_path)

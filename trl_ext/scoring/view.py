@@ -1,17 +1,83 @@
-"""A scored completion to look at: each token, step or segment on a colour from red to green, as HTML or as text.
+"""A scored completion to look at: each token, step or segment on a colour from red to green, as a page or as text.
 
-Knows texts and numbers between them. Knows nothing of models; what is shown comes from `RewardScorer.score_steps`,
-`.score_segments` or `.score_tokens`, and for the last from `.token_texts`. A PNG is made by `picture.to_png`.
+It knows texts and numbers. It knows nothing of models: what it shows comes from `RewardScorer.score_steps`,
+`.score_segments` or `.score_tokens`, and the pieces of tokens from `.token_texts`.
 """
 
 import html
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Literal, NamedTuple
 
 
-_STYLE = "font-family: sans-serif; line-height: 1.8; white-space: pre-wrap; max-width: 60em"
+Kind = Literal["probability", "log_odds", "score"]
+
 _RED, _MIDDLE, _GREEN = (244, 143, 137), (255, 244, 200), (142, 206, 141)
+# Pieces up to which their scores are written behind them, unless the caller decides: our choice.
+_MOST_NUMBERS = 60
+_NAMES = {"probability": "probability", "log_odds": "log-odds", "score": "score"}
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #ffffff; --faint: #666666; --line: #d0d0d0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #16181d; --faint: #a0a0a0; --line: #3a3d45; }
+}
+body { margin: 2rem auto; padding: 0 1rem; max-width: 60em; background: var(--paper); color: var(--ink);
+  font: 1rem/1.9 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; line-height: 1.3; margin: 0 0 .8rem; }
+.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .7rem; font-size: .85rem; line-height: 1.4;
+  color: var(--faint); border-bottom: 1px solid var(--line); padding-bottom: .8rem; margin-bottom: 1rem; }
+.bar { width: 14rem; max-width: 60vw; height: .9rem; border-radius: .2rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { color: var(--faint); }
+.piece { color: #1c1c1c; border-radius: .2rem; padding: .1em 0; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone; }
+.numbers .piece::after { content: attr(data-score); font-size: .7em; font-variant-numeric: tabular-nums;
+  vertical-align: .35em; padding: 0 .35em; color: #444444; }
+"""
+
+
+class Scale(NamedTuple):
+    """What a page's colours stand for: the scores that are all red and all green, and what a score is."""
+
+    low: float
+    high: float
+    kind: Kind
+
+
+def choose_scale(
+    scores: Sequence[float | None], kind: Kind | None = None, low: float | None = None, high: float | None = None
+) -> Scale:
+    """
+    The scale of some scores: 0 to 1 for probabilities, else symmetric around 0 up to the largest of them.
+
+    Args:
+        scores (sequence of `float` or `None`): the scores.
+        kind (`str`, *optional*): `"probability"`, `"log_odds"` or `"score"`. By default scores that are all from 0
+            to 1 are probabilities, and others are scores.
+        low, high (`float`, *optional*): ends that the caller sets.
+
+    Example:
+
+    ```python
+    >>> choose_scale([0.2, 0.9])
+    Scale(low=0.0, high=1.0, kind='probability')
+    >>> choose_scale([-2.4, 0.9], "log_odds")
+    Scale(low=-3.0, high=3.0, kind='log_odds')
+    ```
+    """
+    found = [score for score in scores if score is not None and math.isfinite(score)]
+    if kind is None:
+        kind = "probability" if all(0 <= score <= 1 for score in found) else "score"
+    if kind not in _NAMES:
+        raise ValueError(f"kind={kind!r} is not known. Needed: {', '.join(map(repr, _NAMES))}.")
+    largest = max((abs(score) for score in found), default=1.0)
+    end = float(math.ceil(largest)) if largest > 1 else 1.0
+    start = 0.0 if kind == "probability" else -end
+    return Scale(
+        start if low is None else low, (1.0 if kind == "probability" else end) if high is None else high, kind
+    )
 
 
 def to_html(
@@ -19,25 +85,34 @@ def to_html(
     scores: Sequence[float | None],
     *,
     prompt: str = "",
-    low: float = 0.0,
-    high: float = 1.0,
+    kind: Kind | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    numbers: bool | None = None,
     title: str = "Scored completion",
 ) -> str:
     """
-    A page of its own, without scripts or anything from a network.
+    A page of its own, in light and dark, without scripts or anything from a network.
+
+    It shows a title, a colour bar with the ends of the scale, and the text. The score of a piece is written behind it
+    and shows when the pointer rests on it; it is not part of the text, so that what is copied is the completion.
 
     Args:
         pieces (sequence of `str`): what the completion is made of, in order: tokens, steps or segments.
         scores (sequence of `float` or `None`): one for each piece; `None` leaves it without a colour.
         prompt (`str`, *optional*): shown in grey in front.
-        low, high (`float`, *optional*, default to `0.0` and `1.0`): scores that are all red and all green.
+        kind (`str`, *optional*): what a score is: `"probability"` (scale 0 to 1), `"log_odds"` or `"score"` (scale
+            symmetric around 0). By default scores that are all from 0 to 1 are probabilities, and others are scores.
+        low, high (`float`, *optional*): scores that are all red and all green, in place of the scale's ends.
+        numbers (`bool`, *optional*): write the scores behind the pieces. Defaults to doing so for up to 60 pieces.
         title (`str`, *optional*): title of the page.
 
     Returns:
-        `str`: HTML; the score of a piece shows when the pointer rests on it.
+        `str`: HTML.
 
     Raises:
-        `ValueError`: not one score a piece, a score that is no number or NaN, or `low` not below `high`.
+        `ValueError`: not one score a piece, a score that is no number or NaN, an unknown kind, or `low` not below
+            `high`.
 
     Example:
 
@@ -46,18 +121,29 @@ def to_html(
     Path("steps.html").write_text(to_html([step + "\\n" for step in steps], scores, prompt=prompt), encoding="utf-8")
     ```
     """
-    places = shares(pieces, scores, low, high)
+    check_scores(pieces, scores)
+    scale = choose_scale(scores, kind, low, high)
+    places = shares(pieces, scores, scale.low, scale.high)
     spans = []
     for piece, score, share in zip(pieces, scores, places, strict=True):
         text = html.escape(piece)
         if share is None:
             spans.append(text)
-        else:
-            spans.append(f'<span style="background: rgb{colour(share)}" title="{score:.4g}">{text}</span>')
-    front = f'<span style="color: #666">{html.escape(prompt)}</span>' if prompt else ""
+            continue
+        # what ends a line stays behind the number
+        body = text.rstrip("\n")
+        spans.append(
+            f'<span class="piece" style="background: rgb{colour(share)}" title="{score:.4g}" '
+            f'data-score="{score:.2f}">{body}</span>{text[len(body) :]}'
+        )
+    shown = len(pieces) <= _MOST_NUMBERS if numbers is None else numbers
+    front = f'<span class="prompt">{html.escape(prompt)}</span>' if prompt else ""
     return (
-        f'<!DOCTYPE html>\n<html><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>\n'
-        f'<body><div style="{_STYLE}">{front}{"".join(spans)}</div></body></html>\n'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{_legend(scale, bool(prompt), None in scores)}\n"
+        f'<div class="text{" numbers" if shown else ""}">{front}{"".join(spans)}</div></body></html>\n'
     )
 
 
@@ -70,7 +156,7 @@ def to_text(pieces: Sequence[str], scores: Sequence[float | None]) -> str:
     '3 + 4 = 7[0.98]\\\\n7 * 2 = 15[0.03]\\\\n'
     ```
     """
-    shares(pieces, scores, 0.0, 1.0)
+    check_scores(pieces, scores)
     parts = []
     for piece, score in zip(pieces, scores, strict=True):
         text = piece.rstrip()
@@ -78,12 +164,10 @@ def to_text(pieces: Sequence[str], scores: Sequence[float | None]) -> str:
     return "".join(parts)
 
 
-def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, high: float) -> list[float | None]:
-    """Where each score lies between `low` and `high`, 0 to 1. Raises `ValueError` as `to_html`."""
+def check_scores(pieces: Sequence[str], scores: Sequence[float | None]) -> None:
+    """Raise `ValueError` unless there is one number or `None` for each piece."""
     if len(pieces) != len(scores):
         raise ValueError(f"Found {len(pieces)} pieces and {len(scores)} scores; needed: one score for each piece.")
-    if not low < high:
-        raise ValueError(f"low={low} is not below high={high}.")
     for number, score in enumerate(scores):
         if score is not None and not isinstance(score, Real):
             raise ValueError(
@@ -92,6 +176,13 @@ def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, hi
             )
         if score is not None and math.isnan(score):
             raise ValueError(f"The score of piece {number} is NaN; needed: a number, or None for no score.")
+
+
+def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, high: float) -> list[float | None]:
+    """Where each score lies between `low` and `high`, 0 to 1. Raises `ValueError` as `to_html`."""
+    check_scores(pieces, scores)
+    if not low < high:
+        raise ValueError(f"low={low} is not below high={high}.")
     return [None if score is None else (min(max(score, low), high) - low) / (high - low) for score in scores]
 
 
@@ -100,3 +191,17 @@ def colour(share: float) -> tuple[int, int, int]:
     start, end, part = (_RED, _MIDDLE, 2 * share) if share < 0.5 else (_MIDDLE, _GREEN, 2 * share - 1)
     red, green, blue = (round(a + part * (b - a)) for a, b in zip(start, end, strict=True))
     return red, green, blue
+
+
+def _legend(scale: Scale, has_prompt: bool, has_gaps: bool) -> str:
+    """The colour bar with the ends of the scale, and what is not on it."""
+    stops = ", ".join("#{:02x}{:02x}{:02x}".format(*stop) for stop in (_RED, _MIDDLE, _GREEN))
+    parts = [
+        f"<span>{_NAMES[scale.kind]}</span><span>{scale.low:g}</span>",
+        f'<span class="bar" role="img" aria-label="red is low, green is high" '
+        f'style="background: linear-gradient(90deg, {stops})"></span>',
+        f"<span>{scale.high:g}</span>",
+    ]
+    parts += ["<span>no colour: no score</span>"] if has_gaps else []
+    parts += ['<span class="prompt">grey: the prompt</span>'] if has_prompt else []
+    return f'<div class="legend">{"".join(parts)}</div>'

@@ -16,12 +16,11 @@ from trl_ext.models.ensemble.stacked_lora import StackedLoRA
 from trl_ext.models.ensemble.stacked_model import (
     MEMBER,
     StackedRewardModel,
-    flat_member_scores,
     member_scores,
     member_token_logits,
 )
 from trl_ext.models.heads import HeadError, candidate_scores
-from trl_ext.models.shared_prefix import current_attention, select_attention, supports_shared_prefix
+from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, supports_shared_prefix
 
 
 M = 3
@@ -104,7 +103,7 @@ def test_families(family, share, tmp_path):
     groups = [([7, 8, 9], [[10, 11], [12]]), ([], [[4, 5, 6]]), ([20] * 5, [[21], [22, 23], [24]])]
     with torch.no_grad():
         plain = current_attention(model)
-        flat = flat_member_scores(model, build_layout(groups))
+        flat = flat_scores(model, build_layout(groups))[:, 0].view(M, -1)
         select_attention(model, plain)
         rows = [torch.tensor([prompt + own]) for prompt, candidates in groups for own in candidates]
         padded = torch.cat([member_scores(model, row, torch.ones_like(row)) for row in rows], dim=1)

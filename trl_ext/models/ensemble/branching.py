@@ -1,7 +1,8 @@
 """Where one batch becomes the batch of all ensemble members: at the first layer in which they differ.
 
-Below it (the *trunk*) the members are identical and frozen, so that it runs once, without a gradient, whatever
-gradient checkpointing does. Knows layers, their arguments and flat rows. Knows nothing of adapters, heads or scores.
+Below that layer (the *trunk*) the members are identical and frozen. The trunk runs once and without a gradient,
+whatever gradient checkpointing does. This module knows layers, their arguments and flat rows. It knows nothing of
+adapters, heads or scores.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ class FanOut:
         members (`int`): M.
 
     Attributes:
-        times (`int`): how often a batch is repeated; 1 where its rows are the members' own already.
+        times (`int`): how often a batch is repeated; 1 where each row belongs to one member already.
     """
 
     def __init__(self, layers: nn.ModuleList | None, first: int, members: int):
@@ -40,7 +41,7 @@ class FanOut:
                 layer.register_forward_pre_hook(self._within_branches, with_kwargs=True)
 
     def begin(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs as it shall get them; call before every pass."""
+        """The inputs to call the model with. Call this before every pass."""
         self._repeated.clear()
         for layer in self._trunk:
             layer.gradient_checkpointing = False  # it has nothing to recompute
@@ -51,7 +52,7 @@ class FanOut:
         return {name: self._repeat(value, rows, layout) for name, value in inputs.items()}
 
     def end(self) -> None:
-        """Forget what was repeated, where no backward pass will ask for it again."""
+        """Forget the repeated tensors; call this where no backward pass follows."""
         self._repeated.clear()
 
     @staticmethod

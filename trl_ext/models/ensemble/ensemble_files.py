@@ -1,6 +1,6 @@
 """`reward_ensemble.json`: which folders are the members of an ensemble, and how their scores become one.
 
-An ensemble folder holds one ordinary reward model folder per member, each of which loads alone, and this file:
+An ensemble folder holds this file and a folder for each member, which is an ordinary reward model that loads alone:
 
 ```
 ensemble/
@@ -10,7 +10,7 @@ ensemble/
   ...
 ```
 
-Knows the file's fields. Knows nothing of models, of scoring, or of what a reducer computes.
+This module knows the fields of the file. It knows nothing of models, scoring, or what a reducer computes.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class EnsembleFile:
         reduce_kwargs (`dict`): its arguments.
         weights (`list[float]`, *optional*): one per member, for reducers that take weights.
         normalize (`bool`): whether members are normalised before they are reduced.
-        normalizers (`list[dict | None]`, *optional*): a member's `{"mean": float, "std": float}`, or `None` for that
-            in its own `reward_model.json`, if it has one. `None` for all is the same as a list of `None`.
+        normalizers (`list[dict | None]`, *optional*): `{"mean": float, "std": float}` of each member, or `None` to use
+            the one in the member's `reward_model.json`, if it has one. `None` for all is the same as a list of `None`.
         branch_layer (`int`, *optional*): first layer in which members differ. Information: members load without it.
         schema_version (`int`): version of this file.
 
@@ -73,8 +73,8 @@ class EnsembleFile:
             raise EnsembleFileError(f"members={self.members!r} names a folder twice; {wanted}.")
         if not isinstance(self.reduce, str):
             raise EnsembleFileError(
-                f"reduce={self.reduce!r} cannot be written; needed: the name of a reducer. Publish a function of your "
-                "own as a plugin (entry-point group `trl_ext.reducers`) and name it."
+                f"reduce={self.reduce!r} cannot be written; needed: the name of a reducer. Publish your function as "
+                "a plugin (entry-point group `trl_ext.reducers`) and name it."
             )
         if not isinstance(self.reduce_kwargs, dict):
             raise EnsembleFileError(f"reduce_kwargs={self.reduce_kwargs!r}; needed: the reducer's arguments by name.")

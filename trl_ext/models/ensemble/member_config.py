@@ -1,6 +1,6 @@
 """LoRA configs of ensemble members: what can be stacked, on which layers, and whether two adapters go together.
 
-Knows PEFT configs, as objects and as files, and the names of a model's modules. Knows nothing of weights.
+It knows PEFT configs, as objects and as files, and the names of a model's modules. It knows nothing of weights.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""Several saved adapters on one base: the base is in memory once, also in 4 bits, and also if a policy trains on it.
+"""Several saved adapters on one base, which is in memory once: also in 4 bits, and also while a policy trains on it.
 
-Knows PEFT adapters, sidecars and bases. Knows nothing of text or of how scores are combined.
+It knows PEFT adapters, sidecars and bases. It knows nothing of text or of how scores are combined.
 """
 
 import copy
@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
+from trl_ext.models.adapters import changes_to_base
+from trl_ext.models.bases import BaseMismatchError, check_probes, check_same_base, plain_name
 from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.heads import make_head_exact, unwrap
-from trl_ext.models.loading import (
-    BaseMismatchError,
-    check_head_in_files,
-    check_probes,
-    check_same_base,
-    load_reward_model,
-)
+from trl_ext.models.loading import check_head_in_files, load_reward_model
 from trl_ext.models.sidecar import Sidecar, SidecarError, read_sidecar, set_sidecar
 
 
@@ -33,7 +29,7 @@ def base_key(folder: str | Path) -> str | None:
     """
     What two saved adapters must have in common to share a base; `None` for a full model or one without a sidecar.
 
-    Id, revision, quantization, dtype and vocabulary of the base, and the shape of the head.
+    It covers the id, revision, quantization, dtype and vocabulary of the base, and the shape of the head.
     """
     sidecar = read_sidecar(folder)
     if sidecar is None or not sidecar.is_adapter:
@@ -43,8 +39,23 @@ def base_key(folder: str | Path) -> str | None:
     return json.dumps([*key, sidecar.head_class, sidecar.num_labels, sorted(sidecar.head_modules)], sort_keys=True)
 
 
+def changes_of(folder: str | Path) -> list[str]:
+    """The settings by which loading a saved adapter changes the model it is put on, as `name=value`."""
+    return changes_to_base(PeftConfig.from_pretrained(str(folder)))
+
+
+def check_leaves_base(folder: str | Path) -> None:
+    """Raise `ValueError` for a saved adapter that would change a model in memory that it is put on."""
+    changes = changes_of(folder)
+    if changes:
+        raise ValueError(
+            f"The adapter in {folder} sets {', '.join(changes)}, by which PEFT changes the weights of the model that "
+            "it is put on. Leave `base_model` out, so that the adapter gets a base of its own, or train it without."
+        )
+
+
 def load_adapters(
-    folders: Sequence[str | Path], base_model: nn.Module | None = None, **load_kwargs: Any
+    folders: Sequence[str | Path], base_model: nn.Module | str | Path | None = None, **load_kwargs: Any
 ) -> tuple[PeftModel, list[str]]:
     """
     Load adapters with their heads onto one base.
@@ -52,11 +63,12 @@ def load_adapters(
     Args:
         folders (sequence of `str` or `Path`):
             Local folders of adapters with the same [`base_key`].
-        base_model (`PreTrainedModel` or `PeftModel`, *optional*):
+        base_model (`PreTrainedModel`, `PeftModel`, `str` or `Path`, *optional*):
             A model in memory whose backbone is the base, e.g. a policy that is trained (a language model, with an
-            adapter of its own or not yet). The adapters are put beside those that it has. What it computes, what of it
-            is trainable and its mode stay as they are. Its base has to be frozen. By default the base is loaded.
-        **load_kwargs: for [`load_reward_model`], if `base_model` is not given.
+            adapter of its own or not yet). The adapters are put beside those that it has. Its weights, what of it is
+            trainable and its mode stay as they are, which is checked. Its base has to be frozen. A path says where the
+            base is now, if it moved. By default the base is loaded from its recorded place.
+        **load_kwargs: for [`load_reward_model`], unless `base_model` is in memory.
 
     Returns:
         `tuple[PeftModel, list[str]]`: a model whose adapters are frozen, and the name of the adapter of each folder.
@@ -66,7 +78,7 @@ def load_adapters(
         [`BaseMismatchError`]: the model in memory is not what the adapters were trained on, by what it says of itself
             or by the scores of the probes.
         [`SidecarError`]: a folder is not an adapter with a sidecar, or they do not share a base.
-        `ValueError`: the base of the model in memory is trainable.
+        `ValueError`: the base of the model in memory is trainable, or an adapter would change its weights.
     """
     keys = {base_key(folder) for folder in folders}
     if len(keys) != 1 or None in keys:
@@ -76,20 +88,25 @@ def load_adapters(
         )
     sidecars = [read_sidecar(folder) for folder in folders]
     names = [f"member-{number}" for number in range(len(folders))]
-    if base_model is None:
+    if not isinstance(base_model, nn.Module):
         names[0] = "default"  # PEFT's name for the adapter that a model is loaded with
-        model = load_reward_model(folders[0], **load_kwargs)
-        _add_members(model, folders, names, sidecars)
+        model = load_reward_model(folders[0], base_model=base_model, **load_kwargs)
+        _add_members(model, folders, names, sidecars, None if base_model is None else str(base_model))
         return model, names
+    for folder in folders:
+        check_leaves_base(folder)
     check_same_base(base_model, sidecars[0], folders[0])
     keep_4bit_exact_on_cpu(base_model)
     owner = unwrap(base_model)
     _check_frozen(owner)
     names = [_free_name(name, owner) for name in names]
+    before = _checksums(owner)
     with _unchanged(owner):
         model = _reward_model_around(owner, sidecars[0])
         model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+        _check_weights(owner, before)
         _add_members(model, folders, names, sidecars)
+    _check_weights(owner, before)
     return model, names
 
 
@@ -98,7 +115,7 @@ def use_adapter(model: PeftModel, name: str, sidecar: Sidecar | None = None) -> 
     """
     Make one adapter the active one, with its sidecar, and put everything back afterwards.
 
-    A policy that trains on the same base does not notice, so long as none of its forward passes is under way.
+    A policy that trains on the same base does not notice, as long as none of its forward passes is running.
     """
     with _unchanged(model):
         model.set_adapter(name)
@@ -108,7 +125,11 @@ def use_adapter(model: PeftModel, name: str, sidecar: Sidecar | None = None) -> 
 
 
 def _add_members(
-    model: PeftModel, folders: Sequence[str | Path], names: list[str], sidecars: Sequence[Sidecar]
+    model: PeftModel,
+    folders: Sequence[str | Path],
+    names: list[str],
+    sidecars: Sequence[Sidecar],
+    moved_to: str | None = None,
 ) -> None:
     """Load all adapters but the first, which is there, and check heads and scores of all."""
     head = sidecars[0].head_modules
@@ -119,7 +140,7 @@ def _add_members(
     for name, folder, sidecar in zip(names, folders, sidecars, strict=True):
         with use_adapter(model, name, sidecar):
             check_head_in_files(model, head, folder)
-            check_probes(model, sidecar, folder, allow_base_mismatch=False)
+            check_probes(model, sidecar, folder, allow_base_mismatch=False, moved_to=moved_to)
 
 
 def _reward_model_around(owner: PreTrainedModel, sidecar: Sidecar) -> PreTrainedModel:
@@ -159,6 +180,29 @@ def _check_frozen(model: nn.Module) -> None:
             f"{len(loose)} weights of the base are trainable (`{loose[0]}` ...), and training them would change the "
             "rewards. Put the policy's own adapter on it first (`get_peft_model`, which freezes the base), or call "
             "`requires_grad_(False)`."
+        )
+
+
+def _checksums(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Two sums over the bits of each weight and buffer that is in use, by its name without PEFT's wrappers."""
+    sums = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or not tensor.numel():
+            continue
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        bits = bits.view(torch.int32) if len(bits) % 4 == 0 else bits
+        sums[plain_name(name)] = (int(bits.sum(dtype=torch.int64)), int(bits[::3].sum(dtype=torch.int64)))
+    return sums
+
+
+def _check_weights(model: nn.Module, before: dict[str, tuple[int, int]]) -> None:
+    """Raise [`BaseMismatchError`] if a weight of the model in memory is no longer what it was."""
+    now = _checksums(model)
+    changed = [name for name, sums in before.items() if now.get(name) != sums]
+    if changed:
+        raise BaseMismatchError(
+            f"Loading the adapters changed {len(changed)} weights of the model in memory (`{changed[0]}` ...). "
+            "Load it again, and leave `base_model` out: the adapters then get a base of their own."
         )
 
 

@@ -1,9 +1,8 @@
 """Layers that hold one LoRA adapter, or one head, for each of M ensemble members and apply them all by batched matmul.
 
-Rows come *member-major*: all rows of member 0, then all of member 1, and so on. The base layer under the adapters is
-one for all members and sees all rows at once. Knows tensors and linear layers. Knows nothing of PEFT files, of where a
-batch is fanned out to members, or of training; see `stacked_model.py` for those, and for scoring with all members:
-`StackedRewardModel.from_folders(folders)` and `member_scores(model, input_ids, attention_mask)`.
+Rows come *member-major*: all rows of member 0, then all of member 1, and so on. The members share the base layer under
+the adapters, which sees all rows at once. These layers know tensors and linear layers. PEFT files, repeating a batch
+for the members, and scoring with all of them are in `stacked_model.py`.
 
 Letters: `M` members, `N` rows in all (of any leading shape), `d` inputs, `o` outputs, `r` rank.
 """
@@ -16,15 +15,15 @@ from torch import nn
 
 class MemberRows:
     """
-    Which rows of a batch are whose; one object for all stacked layers of a model.
+    Which member each row of a batch belongs to. All stacked layers of a model share one object.
 
     Args:
         members (`int`): M.
 
     Attributes:
-        shares (`list[int]`, *optional*): rows of each member in the batch that runs now, in any unit (rows, sequences,
-            tokens); `None` if all have equally many.
-        alone (`int`, *optional*): all rows are this member's.
+        shares (`list[int]`, *optional*): how many rows of the batch that runs now belong to each member, in any unit
+            (rows, sequences, tokens); `None` if all have equally many.
+        alone (`int`, *optional*): all rows belong to this member.
     """
 
     def __init__(self, members: int):
@@ -34,7 +33,7 @@ class MemberRows:
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def use(self, shares: list[int] | None = None, alone: int | None = None) -> None:
-        """Say whose the rows of the next batch are."""
+        """Say which members the rows of the next batch belong to."""
         self.shares = None if shares is None or len(set(shares)) == 1 else shares
         self.alone = alone
         self._places.clear()
@@ -82,7 +81,7 @@ class StackedLoRA(nn.Module):
         lora_A (`torch.Tensor` of shape `(M, r, d)`), lora_B (`torch.Tensor` of shape `(M, o, r)`): the adapters.
         scaling (`float`): s, e.g. alpha / r.
         dropout (`float`): probability with which an input of the adapters is dropped in training.
-        rows ([`MemberRows`]): whose rows are whose.
+        rows ([`MemberRows`]): which member each row belongs to.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class StackedLinear(nn.Module):
 
     Args:
         weight (`torch.Tensor` of shape `(M, o, d)`), bias (`torch.Tensor` of shape `(M, o)`, *optional*): fp32.
-        rows ([`MemberRows`]): whose rows are whose.
+        rows ([`MemberRows`]): which member each row belongs to.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: MemberRows):

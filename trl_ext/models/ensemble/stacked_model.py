@@ -1,15 +1,15 @@
-"""One base model with the adapters and heads of M ensemble members, run for all of them in one pass.
+"""One base model with the adapters and heads of M ensemble members, which runs for all of them in one pass.
 
-Knows PEFT configs and adapter files, and where a batch is fanned out to the members. Knows nothing of data, losses or
-training. To score with saved members:
+It knows PEFT configs, adapter files, and where a batch is repeated for the members. It knows nothing of data, losses
+or training. To score with saved members:
 
 ```python
 model = StackedRewardModel.from_folders(["ensemble/member-0", "ensemble/member-1"])
 scores = member_scores(model, input_ids, attention_mask)  # (M, N)
 ```
 
-Each member is an ordinary PEFT adapter on disk and stacked tensors in memory; the conversion copies numbers and
-changes none.
+A member is an ordinary PEFT adapter on disk, and a slice of stacked tensors in memory. The conversion copies numbers
+and changes none.
 """
 
 import copy
@@ -27,14 +27,12 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from trl_ext.data.prefix_layout import PrefixLayout
 from trl_ext.models.building import is_quantized
 from trl_ext.models.ensemble.branching import FanOut, find_layers
 from trl_ext.models.ensemble.member_config import check_stackable, complete_config, config_differences
 from trl_ext.models.ensemble.stacked_lora import MemberRows, StackedLinear, StackedLoRA
 from trl_ext.models.heads import HeadError, run_with_head_output, token_logits_at_last
 from trl_ext.models.loading import load_reward_model
-from trl_ext.models.shared_prefix import flat_scores
 from trl_ext.models.sidecar import get_sidecar, set_sidecar
 
 
@@ -149,7 +147,7 @@ class StackedRewardModel(PeftModel):
         return self.fan_out.first
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's output; its head has run on the rows of all members, which its hooks and `member_scores` see."""
+        """The base's output. Its head runs on the rows of all members; hooks on it and `member_scores` see them."""
         if args:
             raise TypeError("A stacked model takes its inputs by name: model(input_ids=..., attention_mask=...).")
         try:
@@ -160,19 +158,15 @@ class StackedRewardModel(PeftModel):
 
     def use_rows(self, shares: list[int] | None = None, alone: int | None = None) -> None:
         """
-        Say whose the rows of the next passes are.
+        Say which members the rows of the next passes belong to.
 
         Args:
-            shares (`list[int]`, *optional*): the rows are each member's own, member after member, so many of each: the
-                sequences of a padded batch or the tokens of a flat row. `None`: every row is for all members.
-            alone (`int`, *optional*): every row is this member's only.
+            shares (`list[int]`, *optional*): each member has its rows, in the order of the members; these are their
+                numbers (sequences of a padded batch, tokens of a flat row). `None`: every row is for all members.
+            alone (`int`, *optional*): every row is for this member only.
         """
         self.rows.use(shares, alone)
         self.fan_out.times = self.members if shares is None and alone is None else 1
-
-    def member_parameters(self) -> list[nn.Parameter]:
-        """Everything that differs from member to member, (M, ...) each."""
-        return [p for m in self.modules() if isinstance(m, _STACKED) for p in m.parameters(recurse=False)]
 
     # ------------------------------------------------------------------------------------------------------- files
     def member_state(self, member: int) -> dict[str, torch.Tensor]:
@@ -295,9 +289,6 @@ class StackedRewardModel(PeftModel):
         return head
 
 
-_STACKED = (StackedLoRA, StackedLinear)
-
-
 def member_scores(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, call: Callable | None = None
 ) -> torch.Tensor:
@@ -308,11 +299,6 @@ def member_scores(
         `torch.Tensor` of shape `(M, N)`, fp32.
     """
     return token_logits_at_last(model, input_ids, attention_mask, call)[:, 0].view(-1, len(input_ids))
-
-
-def flat_member_scores(model: nn.Module, layout: PrefixLayout, call: Callable | None = None) -> torch.Tensor:
-    """As [`member_scores`] for a flat row: `(M, S)`, the sequences' groups in order."""
-    return flat_scores(model, layout, call)[:, 0].view(-1, len(layout.last))
 
 
 def member_token_logits(

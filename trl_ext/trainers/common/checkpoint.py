@@ -17,10 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_ext.data.tokenization import TokenizationSettings
+from trl_ext.models.bases import describe_base
 from trl_ext.models.ensemble.ensemble_files import ENSEMBLE_NAME, EnsembleFile, write_ensemble
 from trl_ext.models.ensemble.stacked_model import MEMBER
-from trl_ext.models.loading import describe_base, save_sidecar
-from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar, vocab_size
+from trl_ext.models.loading import save_sidecar
+from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class SidecarWriter:
             _set_aside_stale_adapter(folder)
         probes = None
         if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # sharded: cannot be run on one process
-            ids = make_probes(vocab_size(trainer.model))
+            ids = make_probes(trainer.model)
             probes = {"input_ids": ids, "scores": probe_scores(trainer.model, ids)}
         sidecar = self._describe(trainer, probes)
         self._warn_of_pad(sidecar)
@@ -137,7 +138,7 @@ class EnsembleWriter(SidecarWriter):
             return
         model = trainer.model
         model.use_rows()
-        ids = make_probes(vocab_size(model))
+        ids = make_probes(model)
         scores = torch.tensor(probe_scores(model, ids)).view(len(ids), model.members, -1)  # (probes, M, C)
         names = [MEMBER.format(member) for member in range(model.members)]
         for member, name in enumerate(names):

@@ -14,12 +14,20 @@ import trl
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import find_adapter_config_file
 
 from trl_ext.models.adapters import add_adapter, check_adapter_config
+from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.building import build_reward_model, is_quantized, keep_4bit_exact_on_cpu
 from trl_ext.models.heads import HeadClass, head_modules, make_head_exact
-from trl_ext.models.inputs import text_tokenizer, use_known_pad_token
-from trl_ext.models.loading import load_reward_model
+from trl_ext.models.inputs import freeze_date, text_tokenizer, use_known_pad_token
+from trl_ext.models.loading import (
+    how_to_merge,
+    is_language_adapter,
+    load_reward_model,
+    local_folder,
+    merge_language_adapter,
+)
 from trl_ext.models.sidecar import get_sidecar, vocab_size
 
 
@@ -61,7 +69,10 @@ def set_up_model(
     zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     check_sharding(uses_fsdp(args), zero_stage, quantization_config or init_kwargs.get("quantization_config"))
     init_kwargs.pop("num_labels", None)  # the trainer knows: a reward is one number, token rewards may be more
-    source = model if isinstance(model, str) else model.config._name_or_path
+    is_instance = not isinstance(model, str)
+    source = model.config._name_or_path if is_instance else model
+    if not is_instance and peft_config is not None and _is_language_adapter(model):
+        raise ValueError(how_to_merge(model))
     if isinstance(model, str):
         model, names = _load(model, args, init_kwargs, quantization_config, num_labels, head)
     else:
@@ -72,6 +83,8 @@ def set_up_model(
         # a PeftModel holds a config for each adapter
         for config in getattr(model, "peft_config", {}).values():
             check_adapter_config(config, initialised=True)
+        if isinstance(model, PeftModel) or peft_config is not None:
+            check_base_is_saved(model)
         names = head_modules(model)
         make_head_exact(model, names)
         keep_4bit_exact_on_cpu(model)
@@ -96,6 +109,7 @@ def set_up_model(
         )
     _check_special_tokens(processing_class, args, vocab_size(model))
     use_known_pad_token(processing_class, vocab_size(model))
+    freeze_date(processing_class)
     if peft_config is not None:
         model = _adapt(model, args, names, peft_config, added_tokens)
     return TrainableModel(model, processing_class, names)
@@ -184,11 +198,25 @@ def _load(
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
     init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if not Path(path, "adapter_config.json").is_file():
+    if _is_language_adapter(path):
+        return merge_language_adapter(path, num_labels=num_labels, head=head, **init_kwargs)
+    if not _is_adapter(path):
         return build_reward_model(path, num_labels=num_labels, head=head, **init_kwargs)
     model = load_reward_model(path, is_trainable=True, **init_kwargs)
     sidecar = get_sidecar(model)
     return model, head_modules(model) if sidecar is None else sidecar.head_modules
+
+
+def _is_adapter(path: str) -> bool:
+    """Whether a folder or Hub repository holds an adapter."""
+    if Path(path).is_dir():
+        return Path(path, "adapter_config.json").is_file()
+    return not Path(path).is_absolute() and find_adapter_config_file(path) is not None
+
+
+def _is_language_adapter(path: str) -> bool:
+    """Whether it holds the adapter of a language model, e.g. of SFT."""
+    return _is_adapter(path) and is_language_adapter(local_folder(path, None))
 
 
 def _adapt(

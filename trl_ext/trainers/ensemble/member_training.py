@@ -27,9 +27,11 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.ensemble.member_config import branch_at
 from trl_ext.models.ensemble.stacked_lora import clip_by_member
 from trl_ext.models.ensemble.stacked_model import MEMBER, StackedRewardModel
+from trl_ext.models.loading import how_to_merge, is_language_adapter
 from trl_ext.trainers.common.checkpoint import EnsembleWriter
 from trl_ext.trainers.common.setup import TrainableModel, is_template_file, set_up_model, uses_fsdp
 from trl_ext.trainers.ensemble.config import EnsembleFields
@@ -90,12 +92,16 @@ class MemberTraining:
     ) -> TrainableModel:
         check_adapter(peft_config)
         if isinstance(model, PeftModel) or (isinstance(model, str) and Path(model, "adapter_config.json").is_file()):
+            if isinstance(model, str) and is_language_adapter(model):
+                raise ValueError(how_to_merge(model))
             raise ValueError("The model has an adapter already. Merge it first (`merge_reward_model`).")
         if args.chat_template_path is not None and not is_template_file(args.chat_template_path):
             raise ValueError(
                 f"chat_template_path={args.chat_template_path!r} may add tokens, whose embeddings members would have "
                 "to train each. Give a Jinja file."
             )
+        if not isinstance(model, str):
+            check_base_is_saved(model)
         base, tokenizer, head = set_up_model(model, args, processing_class, quantization_config, None, **head_kwargs)
         if args.branch_at is not None:
             peft_config = branch_at(base, peft_config, args.branch_at)

@@ -142,7 +142,9 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             if name in exact:
                 parameter.data = exact.pop(name).to(parameter.device)
         training = {"loss_type": self._objective.name, "loss_kwargs": self._objective.loss_kwargs}
-        self._writer = self._writer_class(self, head, self._tokenization, training=training)
+        self._writer = self._writer_class(
+            self, head, self._tokenization, loss_type=self._objective.name, training=training
+        )
         if data_collator is None:
             self._flat_rows = use_flat_rows(self)
             pad_token_id, multiple = self.processing_class.pad_token_id, args.pad_to_multiple_of

@@ -1,0 +1,263 @@
+"""`RawScorer`: what one reward model says of rows of text, in their order and as the model gives it.
+
+It checks rows, makes their token ids (`rows`), runs the model (`batches`) and reads the outputs of token-level models
+(`token_views`). It knows nothing of normalisers, of names in metrics, or of how a model is loaded.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_ext.data.offsets import Located, completion_text
+from trl_ext.data.tokenization import Completion, Prompt, TokenizationSettings
+from trl_ext.data.validation import DataError
+from trl_ext.models.heads import unwrap
+from trl_ext.models.inputs import InputLimits, writes_a_date
+from trl_ext.models.sidecar import get_sidecar
+from trl_ext.scoring.batches import BatchRunner
+from trl_ext.scoring.rows import RowEncoder, row_error
+from trl_ext.scoring.token_views import Aggregation, Cut, Segmenter, TokenViews
+
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a batch with batch_size="auto": our choice. It is halved when a batch does not fit in memory.
+TOKEN_BUDGET = 16_384
+# Rows whose token ids are held at a time. They are sorted by length within such a chunk.
+CHUNK_ROWS = 4096
+
+
+class RawScorer:
+    """
+    Scores rows with one reward model, without normalising.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the reward model, with its sidecar if it has one.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        batch_size, max_length, aggregation, segmenter, shared_prefix: see [`~trl_ext.RewardScorer`].
+        name (`str`, *optional*, defaults to `"RewardScorer"`): for messages.
+
+    Attributes:
+        kind (`str`): `"scalar"`, `"outcome"`, `"process"` or `"segment"`.
+        views ([`TokenViews`] or `None`): reads the outputs of a token-level model.
+        encoder ([`RowEncoder`]): makes token ids.
+        runner ([`BatchRunner`]): runs the model.
+        num_truncated (`int`): rows cut to `max_length` so far.
+
+    Raises:
+        `ValueError`: the model has several outputs of which it is not known what they are, or an argument does not
+            fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        max_length: int | None = None,
+        aggregation: Aggregation | None = None,
+        segmenter: Segmenter | None = None,
+        shared_prefix: bool | Literal["auto"] = "auto",
+        name: str = "RewardScorer",
+    ):
+        check_limits(batch_size, max_length)
+        sidecar = get_sidecar(model)
+        _check_labels(unwrap(model).config.num_labels, None if sidecar is None else sidecar.num_labels)
+        self.name = name
+        self.kind = "scalar" if sidecar is None else sidecar.kind
+        _check_choices(self.kind, aggregation, segmenter)
+        self.views = None if self.kind == "scalar" else TokenViews(sidecar, aggregation, segmenter)
+        self.num_truncated = 0
+        self._said: set[str] = set()
+        if sidecar is None:
+            tokenization = TokenizationSettings.without_sidecar()
+            self._say_once(
+                "the model has no reward_model.json, so it is not known how it was trained to see text. Chats get its "
+                "chat template; plain text gets the tokenizer's own special tokens and no EOS.",
+                "sidecar",
+            )
+        else:
+            tokenization = TokenizationSettings.from_dict(sidecar.token_policy)
+        if writes_a_date(tokenizer):
+            self._say_once(
+                "the chat template writes today's date into each chat, so that scores of chats differ from day to "
+                "day. Trainers of trl_ext freeze the date in the template that they save.",
+                "date",
+            )
+
+        self._model = model
+        self._num_labels = unwrap(model).config.num_labels
+        # the output at the last token is all that is asked for
+        self._gives_scalars = self.views is None or self.views.is_scalar
+        limits = InputLimits.of(model)
+        positions = limits.max_positions
+        self.encoder = RowEncoder(
+            tokenizer=tokenizer,
+            tokenization=tokenization,
+            vocab_size=limits.vocab_size,
+            max_positions=positions,
+            max_length=max_length if max_length is None or positions is None else min(max_length, positions),
+        )
+        pad = tokenizer.pad_token_id
+        by_tokens = batch_size == "auto"
+        self.runner = BatchRunner(
+            model,
+            pad_id=pad if pad is not None and pad < limits.vocab_size else 0,  # masked: any id will do
+            limit=TOKEN_BUDGET if by_tokens else batch_size,
+            by_tokens=by_tokens,
+            shared_prefix=shared_prefix if self._gives_scalars else False,
+            max_length=max_length,
+            say=self._say_once,
+        )
+
+    def scores(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[Any]:
+        """
+        A score a row, `None` where there is nothing to score; of a stacked model a list of its members' scores.
+
+        Raises:
+            [`DataError`]: a row cannot be read or tokenized, or its score is not finite.
+            `ValueError`: `prompts`, `completions` and columns of different lengths.
+        """
+        if not self._gives_scalars:
+            return self.read(
+                prompts, [self.views.cut(item) for item in as_list(completions)], columns, self.views.scalar
+            )
+
+        def check(row: int, encoded: Any, score: float | list[float] | None) -> Any:
+            # the members of a stacked model are checked by their ensemble, which knows their names
+            if isinstance(score, float) and not math.isfinite(score):
+                raise _not_finite(row, f"the score {score}")
+            return score
+
+        return self._map(prompts, completions, columns, self.encoder, self.runner.scores, check)
+
+    def read(
+        self, prompts: Sequence[Prompt] | None, cuts: list[Cut], columns: dict[str, Any], view: Callable
+    ) -> list[Any]:
+        """What `view` makes of the outputs of each row of a token-level model; of a row without a token, of none."""
+
+        def read(row: int, located: Located, outputs: torch.Tensor | None) -> Any:
+            if outputs is None:
+                return view(located, torch.empty(0, self._num_labels), cuts[row].spans)
+            if not outputs.isfinite().all():
+                raise _not_finite(row, "an output that is not finite")
+            return view(located, outputs, cuts[row].spans)
+
+        completions = [cut.completion for cut in cuts]
+        return self._map(prompts, completions, columns, self.encoder.locate, self.runner.token_outputs, read)
+
+    def token_texts(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[list[str]]:
+        """The piece of each completion behind each output of its tokens; the model is not run."""
+        given = self._given(prompts, completions, columns)
+        rows = [[v if v is None else v[row] for v in given.values()] for row in range(len(given["completions"]))]
+        return [
+            self.encoder.locate(number, *row).texts(completion_text(row[1]) if row[1] else "")
+            for number, row in enumerate(rows)
+        ]
+
+    def _map(
+        self,
+        prompts: Sequence[Prompt] | None,
+        completions: Sequence[Completion],
+        columns: dict[str, Any],
+        make: Callable,
+        run: Callable,
+        read: Callable,
+    ) -> list[Any]:
+        """`read` of each row, of what `run` gives for the token ids that `make` made of it."""
+        given = self._given(prompts, completions, columns)
+        prompts, size = given["prompts"], len(given["completions"])
+        results: list[Any] = []
+        truncated = 0
+        with self.runner.mode():
+            for start in range(0, size, CHUNK_ROWS):
+                rows = range(start, min(start + CHUNK_ROWS, size))
+                made = [make(row, *(v if v is None else v[row] for v in given.values())) for row in rows]
+                truncated += sum(item.truncated for item in made)
+                found = run(None if prompts is None else prompts[rows.start : rows.stop], [item.ids for item in made])
+                results += [read(*item) for item in zip(rows, made, found, strict=True)]
+        self.num_truncated += truncated
+        if truncated:
+            self._say_once(
+                f"{truncated} of {size} rows were longer than max_length={self.encoder.max_length} tokens and were "
+                "cut, the prompt from the left first. `num_truncated` goes on counting.",
+                "truncated",
+            )
+        return results
+
+    def _given(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> dict[str, list[Any] | None]:
+        """What token ids depend on, by name and as lists of one length."""
+        given = {"prompts": prompts, "completions": completions}
+        given |= {name: columns.get(name) for name in ("tools", "chat_template_kwargs")}
+        check_lengths(len(completions), given)
+        return {name: None if values is None else as_list(values) for name, values in given.items()}
+
+    def _say_once(self, message: str, topic: str) -> None:
+        if topic not in self._said:
+            self._said.add(topic)
+            logger.warning(f"{self.name}: {message}")
+
+
+def as_list(values: Sequence[Any]) -> list[Any]:
+    """
+    Values in their order, by place: a list, tuple, array, column of a data set, or a pandas Series with any index.
+
+    ```python
+    >>> as_list(pandas.Series(["a", "b"], index=[1, 0]))
+    ['a', 'b']
+    ```
+    """
+    return values if isinstance(values, list) else list(values)
+
+
+def by_place(values: Any) -> Any:
+    """A column whose values are read by place: a pandas Series would be read by its index. Others stay as they are."""
+    return list(values) if hasattr(values, "iloc") else values
+
+
+def check_lengths(size: int, given: dict[str, Any]) -> None:
+    """Raise `ValueError` unless everything that is given has a value for each of `size` rows."""
+    for name, values in given.items():
+        single = isinstance(values, (str, dict))
+        if single or (values is not None and len(values) != size):
+            found = f"a {type(values).__name__}" if single else f"{len(values)} values"
+            raise ValueError(f"`{name}` is {found}; needed: a list with a value for each of {size} completions.")
+
+
+def check_limits(batch_size: int | str, max_length: int | None) -> None:
+    """Raise `ValueError` unless both are positive."""
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size!r}; needed: 'auto' or a number of rows >= 1.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length={max_length}; needed: a number of tokens >= 1, or None for no limit.")
+
+
+def _check_labels(found: int, described: int | None) -> None:
+    """Raise `ValueError` unless the head has as many outputs as the sidecar says, or one without a sidecar."""
+    if found != (described or 1):
+        what = "one score a text" if described is None else f"the {described} that its reward_model.json describes"
+        raise ValueError(f"The model has {found} labels; needed: {what}.")
+
+
+def _check_choices(kind: str, aggregation: Aggregation | None, segmenter: Segmenter | None) -> None:
+    """Raise `ValueError` for choices that a kind of model has no use for."""
+    if kind == "scalar" and (aggregation is not None or segmenter is not None):
+        raise ValueError("A scalar model has nothing to aggregate: leave `aggregation` and `segmenter` out.")
+    if kind == "outcome" and segmenter is not None:
+        raise ValueError("An outcome model is read at each token and not by segment: leave `segmenter` out.")
+
+
+def _not_finite(row: int, found: str) -> DataError:
+    return row_error(row, found, "a finite score", "Check the weights, and whether the dtype overflows on this row.")
