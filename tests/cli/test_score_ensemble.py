@@ -64,6 +64,25 @@ def test_member_scores_and_disagreement(ensemble, source, tmp_path):
     assert run(ensemble, source, tmp_path / "out.jsonl") == 1
 
 
+def test_another_reducer_and_its_options(ensemble, source, tmp_path, capsys):
+    flags = ["--reduce", "mean_minus_std", "--reduce_kwargs", '{"coefficient": 2.0}']
+    assert run(ensemble, source, tmp_path / "out.jsonl", *flags, "--member_scores", "true") == 0
+    one = read(tmp_path / "out.jsonl")[0]
+    members = one["score_members"]
+    assert one["score"] == pytest.approx(statistics.mean(members) - 2 * statistics.pstdev(members), abs=1e-5)
+    assert run(ensemble, source, tmp_path / "out.jsonl", "--member_scores", "true") == 1
+    assert "reduce='mean_minus_std', now None" in capsys.readouterr().err
+    for flags, message in (
+        (["--reduce", "meen"], "Did you mean 'mean'"),
+        (["--reduce", "mean", "--reduce_kwargs", '{"x": 1}'], "x"),
+    ):
+        assert run(ensemble, source, tmp_path / "new.jsonl", *flags) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new.jsonl").exists()
+    assert run(ensemble / "member-0", source, tmp_path / "new.jsonl", "--reduce", "min") == 1
+    assert "Leave --reduce out" in capsys.readouterr().err
+
+
 def test_another_member_is_another_model(ensemble, source, tmp_path, capsys):
     assert run(ensemble, source, tmp_path / "out.jsonl") == 0
     file = ensemble / "reward_ensemble.json"

@@ -134,6 +134,8 @@ def output_file(args: ScoreArguments) -> RowFile:
         "model_sha256": fingerprint(Path(local_folder(args.model, None)), args.base_model),
         "max_length": args.max_length,
         "aggregation": args.aggregation,
+        "reduce": args.reduce,
+        "reduce_kwargs": args.reduce_kwargs,
         "member_scores": args.member_scores,
         "prompt_column": args.prompt_column,
         "completion_column": args.completion_column,
@@ -147,16 +149,26 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
     """Load the model, or the members of an ensemble."""
     from trl_ext import RewardScorer
     from trl_ext.scoring.ensemble import load_scorer
+    from trl_ext.scoring.reducers import reducers, takes_weights
 
     options = {
         name: getattr(args, name) for name in ("batch_size", "max_length", "aggregation", "device", "base_model")
     }
     scorer = load_scorer(args.model, **options)
-    if args.member_scores and isinstance(scorer, RewardScorer):
-        raise ScoreError(
-            f"{args.model} has no reward_ensemble.json, so it is one model. Leave --member_scores out, or give the "
-            "folder of an ensemble."
-        )
+    if not isinstance(scorer, RewardScorer):
+        if args.reduce is not None:
+            weights = scorer.weights if takes_weights(reducers.get(args.reduce)) else None
+            try:
+                scorer.set_reducer(args.reduce, weights, **args.reduce_kwargs or {})
+            except TypeError as error:
+                raise ScoreError(f"--reduce {args.reduce} does not take --reduce_kwargs: {error}.") from error
+        return scorer
+    for flag in ("member_scores", "reduce"):
+        if getattr(args, flag):
+            raise ScoreError(
+                f"{args.model} has no reward_ensemble.json, so it is one model. Leave --{flag} out, or give the "
+                "folder of an ensemble."
+            )
     return scorer
 
 

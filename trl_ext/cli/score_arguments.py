@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, field
 
+from trl_ext.cli._generation import json_object
+
 
 @dataclass
 class ScoreArguments:
@@ -24,6 +26,16 @@ class ScoreArguments:
             "help": "how a token-level model gives one number a completion: min, prod, last, mean, sum ...; or, of a "
             """segment model, weights of the categories as JSON: '{"factuality": 0.5, "relevance": 0.3}'"""
         },
+    )
+    reduce: str | None = field(
+        default=None,
+        metadata={
+            "help": "how the members of an ensemble become one score: mean, min, median, mean_minus_std, or a plugin; "
+            "by default as the ensemble was saved"
+        },
+    )
+    reduce_kwargs: dict | str | None = field(
+        default=None, metadata={"help": """options of the reducer, as JSON: '{"coefficient": 0.5}'"""}
     )
     member_scores: bool = field(
         default=False,
@@ -52,6 +64,9 @@ class ScoreArguments:
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
             self.batch_size = int(self.batch_size)
+        self.reduce_kwargs = json_object("reduce_kwargs", self.reduce_kwargs)
+        if self.reduce_kwargs and self.reduce is None:
+            raise ValueError("--reduce_kwargs are the options of a reducer: name it with --reduce.")
         if isinstance(self.aggregation, str) and self.aggregation.lstrip().startswith("{"):
             try:
                 self.aggregation = json.loads(self.aggregation)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,53 @@ def chat_length(completions, **columns):
 def test_texts_that_look_like_dates_stay_texts(tiny, tmp_path):
     rows = [row | {"answer": "2020-01-01"} for row in ROWS]
     assert set(rejection_sample(tiny, length, rows, tmp_path, **OPTIONS)["answer"]) == {"2020-01-01"}
+
+
+def test_a_reward_function_gets_every_column_and_the_rows_keep_those_that_no_trainer_reads(tiny, tmp_path):
+    names = ["label", "labels", "text", "messages", "chosen", "score", "margin", "answer"]
+    rows = [row | {name: f"{name} {at}" for name in names} for at, row in enumerate(ROWS)]
+
+    def reads(prompts, completions, label, labels, text, messages, chosen, score, margin, answer, **columns):
+        given = zip(label, labels, text, messages, chosen, score, margin, answer, strict=True)
+        assert all(len({value.split()[1] for value in values}) == 1 for values in given)
+        return [float(value.split()[1]) for value in label]
+
+    best = rejection_sample(tiny, reads, rows, tmp_path, **OPTIONS)
+    assert best["score"] == [float(at) for at in range(7)] and best["answer"] == [row["answer"] for row in rows]
+    assert not {"label", "labels", "text", "messages", "chosen", "margin"} & set(best.column_names)
+
+
+def test_what_a_reward_function_reads_belongs_to_its_scores(tiny, tmp_path, caplog):
+    words, connection = {"wanted": ["a"]}, threading.Lock()
+
+    def wanted(completions, **columns):
+        calls.append(len(completions))
+        with connection:
+            return [float(any(word in text for word in words["wanted"])) for text in completions]
+
+    calls: list[int] = []
+    sample(tiny, tmp_path, wanted)
+    sample(tiny, tmp_path, wanted)
+    assert len(calls) == 4
+    assert "The stored scores of wanted are used again. It reads connection (_thread.lock)" in caplog.text
+    words["wanted"].append("e")
+    sample(tiny, tmp_path, wanted)
+    assert len(calls) == 8
+
+
+def test_a_wrong_selection_fails_before_anything_is_generated(tiny, tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'top_per_prompt'"):
+        sample(tiny, tmp_path, selection="top_per_promt")
+    with pytest.raises(ValueError, match="'top_k_overall' cannot be called: missing a required argument: 'k'"):
+        sample(tiny, tmp_path, selection="top_k_overall")
+    assert not list(tmp_path.iterdir())
+
+
+def test_own_process_is_still_taken_and_names_its_successor(tiny, tmp_path, caplog):
+    sample(tiny, tmp_path, own_process=False)
+    assert "own_process=False is deprecated: say isolate='never'" in caplog.text
+    with pytest.raises(ValueError, match="isolate='sometimes' is not known"):
+        sample(tiny, tmp_path, isolate="sometimes")
 
 
 def test_weights_and_none_as_in_grpo(tiny, tmp_path):

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from tests.trainers.helpers import run_offline_wandb
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
+from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
+from trl_ext.pipelines.rejection_sampling import round_training
 from trl_ext.pipelines.rejection_sampling import trainer as rejection_sampling_trainer
 from trl_ext.pipelines.rejection_sampling.diagnostics import log_rounds
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
@@ -261,6 +263,49 @@ def test_a_tokenizer_that_was_only_looked_at_changes_no_store(base, tmp_path):
     assert run.processing_class is not None
     stores.append(run._sampler(0, ROWS, tmp_path, 0)._generate.store.folder)
     assert stores[0] == stores[1]
+
+
+def test_a_bf16_checkpoint_is_trained_in_float32_and_generates_in_bf16(base, tmp_path, monkeypatch):
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    tiny_tokenizer().save_pretrained(half)
+    seen = {"trains": [], "generates": []}
+    of_policy = round_training.load_policy
+
+    def load(*args):
+        model = of_policy(*args)
+        seen["trains"].append(model.dtype)
+        return model
+
+    run_generator = TransformersGenerator.generate
+
+    def generate(self, *args, **kwargs):
+        seen["generates"].append(self.model.dtype)
+        return run_generator(self, *args, **kwargs)
+
+    monkeypatch.setattr(round_training, "load_policy", load)
+    monkeypatch.setattr(TransformersGenerator, "generate", generate)
+    run = trainer(half, tmp_path / "out", num_rounds=2, max_steps=2, num_generations=2, learning_rate=2e-5)
+    run.train()
+    assert set(seen["trains"]) == {torch.float32} and set(seen["generates"]) == {torch.bfloat16}
+    before = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).state_dict()
+    moved = [(before[name] != tensor).float().mean() for name, tensor in run.model.state_dict().items()]
+    assert torch.stack(moved).mean() > 0.5  # most steps of 2e-5 are too small for bf16
+
+
+@pytest.mark.parametrize("kind", [trl.SFTConfig, trl.RewardConfig])
+def test_another_trainers_arguments_are_refused_when_the_trainer_is_made(base, tmp_path, kind):
+    args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=f"args is a {kind.__name__}. Needed: a RejectionSamplingConfig"):
+        trainer_class(base, share_of_vowels, args, train_dataset=Dataset.from_list(ROWS))
+
+
+def test_a_column_that_is_missing_is_said_when_the_trainer_is_made(base, tmp_path):
+    def graded(prompts, completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match="needs the argument 'answer', and the data has no such column"):
+        trainer(base, tmp_path, graded, eval_dataset=None)
 
 
 @pytest.mark.parametrize("masked", [False, True])

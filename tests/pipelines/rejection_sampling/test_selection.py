@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, text_hash
-from trl_ext.pipelines.rejection_sampling.selection import select, selectors
+from trl_ext.pipelines.rejection_sampling.selection import check_selection, select, selectors
 
 
 # The worked example of the chapter on rejection sampling in Nathan Lambert's RLHF book (https://rlhfbook.com).
@@ -118,21 +118,49 @@ def test_against_loops(seed):
     assert [named(data, group) for group in ranked.groups] == [[(p, s) for _, s in g] for p, g in spread.items()]
     assert ranked.counts["selected"] == len(spread)
 
-    def share(group):
-        return sum(score >= 4 for score, _ in group) / len(group)
+    def share(p):  # of all samples with a score, duplicates too
+        every = [score for score in scores[p] if score == score]
+        return sum(score >= 4 for score in every) / len(every)
 
-    mixed = {p: group for p, group in groups.items() if 0 < share(group) < 1}
+    mixed = {p: group for p, group in groups.items() if 0 < share(p) < 1}
     budget = of("budget_by_difficulty", min_score=4)
     assert named(data, budget.rows) == [(p, s) for p, g in mixed.items() for score, s in g if score >= 4]
-    assert budget.counts["all_right"] == sum(share(group) == 1 for group in groups.values())
-    assert budget.counts["all_wrong"] == sum(share(group) == 0 for group in groups.values())
+    assert budget.counts["all_right"] == sum(share(p) == 1 for p in groups)
+    assert budget.counts["all_wrong"] == sum(share(p) == 0 for p in groups)
     turns = sorted(
-        (place, share(group), p, s)
-        for p, group in mixed.items()
-        for place, (score, s) in enumerate(group)
-        if score >= 4
+        (place, share(p), p, s) for p, group in mixed.items() for place, (score, s) in enumerate(group) if score >= 4
     )
     assert set(rows("budget_by_difficulty", min_score=4, k=7)) == {(p, s) for *_, p, s in turns[:7]}
+
+
+def test_difficulty_is_how_often_the_policy_is_right_and_copies_count():
+    # seven of eight are right, six of them the same text: without copies two of three, which looked harder than 4 of 7
+    easy, even = [1.0] * 7 + [0.0], [1.0] * 4 + [0.0] * 3
+    texts = [["a"] * 6 + ["b", "c"], list("abcdefg")]
+    data = scored([easy, even], texts)
+    chosen = select(data, "budget_by_difficulty", k=1)
+    assert named(data, chosen.rows) == [(1, 0)]
+    assert chosen.counts["duplicates"] == 5 and chosen.counts["candidates"] == 10
+    assert named(data, select(data, "budget_by_difficulty").rows) == [(0, 0), (0, 6), (1, 0), (1, 1), (1, 2), (1, 3)]
+    control = select(data, "random_per_prompt", like="budget_by_difficulty", n=1)
+    assert sorted(set(data.prompt[control.rows].tolist())) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("selection", "kwargs", "message"),
+    [
+        ("top_per_promt", {}, "Did you mean 'top_per_prompt'"),
+        ("top_per_prompt", {"m": 2}, "cannot be called"),
+        ("top_per_prompt", {"n": 0}, "n=0 selects nothing"),
+        ("random_per_prompt", {"like": "treshold", "min_score": 1.0}, "Did you mean 'threshold'"),
+        ("ranked_groups", {}, "gives groups"),
+    ],
+)
+def test_a_selection_is_checked_before_there_are_samples(selection, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        check_selection(selection, kwargs, ("rows",))
+    check_selection("best_worst_pairs", {"min_margin": 1.0})
+    check_selection(lambda scored, only: scored.rows[only], {"only": 3}, ("rows",))
 
 
 def test_order_of_the_samples_does_not_matter():

@@ -174,6 +174,22 @@ def test_repeated_rows_are_used_once_and_counted(tmp_path, caplog):
     assert "1 of 3 rows repeat an earlier one" in caplog.text
 
 
+def test_prompts_that_repeat_with_other_columns_are_taken_and_the_columns_named(tmp_path, caplog):
+    rows = [{"prompt": "a", "answer": 1, "id": 1}, {"prompt": "a", "answer": 1, "id": 2}, {"prompt": "b", "id": 3}]
+    made = write_prompts([*rows, rows[1]], tmp_path, 8)
+    (shard,) = (found for _, found in made.shards([0]))
+    assert [row["columns"] for row in shard] == [{"answer": 1, "id": 1}, {"answer": 1, "id": 2}, {"id": 3}]
+    assert len({row["prompt_id"] for row in shard}) == 3 and shard[0]["prompt_id"] == prompt_id("a")
+    assert "1 rows repeat the prompt of an earlier one with other values in ['id']" in caplog.text
+    assert "remove these columns" in caplog.text and "1 of 4 rows repeat an earlier one" in caplog.text
+
+
+def test_tools_may_be_json_as_in_training(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    one, other = (write_prompts([{"prompt": "a", "tools": t}], tmp_path, 1) for t in (tools, json.dumps(tools)))
+    assert one == other
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -183,7 +199,7 @@ def test_repeated_rows_are_used_once_and_counted(tmp_path, caplog):
         ([{"text": "a"}], r"found the columns \['text'\]; needed a column 'prompt'"),
         ([{"prompt": 3}], "row 0, column 'prompt': found int 3"),
         ([{"prompt": [{"content": "x"}]}], "a 'role'"),
-        ([{"prompt": "a", "k": 1}, {"prompt": "a", "k": 2}], "row 1, column 'prompt': found the prompt of row 0"),
+        ([{"prompt": "a", "tools": "[{"}], "row 0, column 'tools'.*JSON"),
         ([{"prompt": "a", "when": {1, 2}}], r"row 0, column 'when'.*remove_columns\('when'\)"),
     ],
 )

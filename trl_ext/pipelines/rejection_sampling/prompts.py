@@ -1,6 +1,6 @@
 """The prompts of a run: read from a data set once, checked, and kept in a file that every stage reads in shards.
 
-Knows rows of data. Knows nothing of models or scores.
+This module knows rows of data. It does not know models or scores.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trl_ext.data.validation import DataError
+from trl_ext.data.schema import template_arguments
+from trl_ext.data.validation import DataError, RowChecks
 from trl_ext.pipelines.generation.records import prompt_id, prompt_of
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.store import StoreError, count_lines, read_lines, write_lines
@@ -20,10 +21,12 @@ from trl_ext.pipelines.stages.store import StoreError, count_lines, read_lines, 
 
 logger = logging.getLogger(__name__)
 
-# Columns that stand for what a run makes, or that trainers would take for their data: left out of its rows.
-RESERVED = {"prompt", "prompt_id", "sample_index", "score", "scores", "finish_reason"}
-RESERVED |= {"completion", "completions", "completion_ids", "chosen", "rejected", "ratings", "messages", "text"}
-RESERVED |= {"chosen_rating", "rejected_rating", "score_margin", "margin", "label", "labels"}
+# Columns that no reward function gets: TRL's GRPOTrainer passes what the policy wrote under these names.
+NOT_PASSED = {"prompt", "prompts", "completion", "completions", "completion_ids"}
+# Columns that reward functions get and that the selected rows do not have: a run adds them itself, or a trainer would
+# take them for its data.
+NOT_KEPT = {"prompt_id", "sample_index", "score", "scores", "finish_reason", "chosen", "rejected", "ratings"}
+NOT_KEPT |= {"chosen_rating", "rejected_rating", "score_margin", "margin", "label", "labels", "messages", "text"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class PromptFile:
         path (`Path`): JSON lines of `prompt_id`, `row` in the data set, `prompt`, `columns`.
         count (`int`): prompts.
         shard_size (`int`): prompts of a shard; the last one may have fewer.
-        ids_key (`str`): hash of the prompts' identities in their order.
+        ids_key (`str`): hash of the prompts' ids in their order.
         content_key (`str`): hash of prompts and columns.
     """
 
@@ -64,22 +67,26 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     """
     Check the rows of a data set and keep their prompts, unless the same are there already.
 
-    A row has a `prompt`, a text or messages, and any columns that reward functions want. Rows that are there twice
-    are used once, and counted.
+    A row has a `prompt`, a text or messages, and any columns that reward functions want. Equal rows are used once.
+    Rows with the same prompt and other columns (an answer, a source) each get completions of their own. A warning
+    counts both.
 
     Raises:
-        [`DataError`]: there is no row; a row has no usable prompt; two rows have one prompt and different columns.
+        [`DataError`]: there is no row; a row has no usable prompt, or a value that JSON cannot hold.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}; needed: a number of prompts >= 1.")
     ids, content = hashlib.sha256(), hashlib.sha256()
-    seen: dict[str, tuple[int, bytes]] = {}
-    repeated, left_out = 0, set()
-    records = []
+    seen: set[str] = set()
+    first: dict[str, int] = {}  # place in the records of the first row with a prompt
+    repeated, again, differing, not_kept = 0, 0, set(), set()
+    records: list[dict[str, Any]] = []
     for row, item in enumerate(dataset):
         prompt = prompt_of(item, row)
-        columns = {name: value for name, value in item.items() if name not in RESERVED}
-        left_out |= {name for name in item if name in RESERVED} - {"prompt"}
+        columns = {name: value for name, value in item.items() if name not in NOT_PASSED}
+        if isinstance(columns.get("tools"), str):  # JSON, as TRL's trainers take it
+            columns["tools"] = template_arguments(item, RowChecks(row, "prompt"))[0]
+        not_kept |= NOT_KEPT & columns.keys()
         try:
             digest = hashlib.sha256(canonical(columns)).digest()
         except (TypeError, ValueError) as error:
@@ -92,19 +99,18 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
                 column=name,
             ) from error
         name = prompt_id(prompt, columns)
-        if name in seen:
-            first, other = seen[name]
-            if digest != other:
-                raise DataError(
-                    f"the prompt of row {first} with other columns",
-                    "each prompt once",
-                    "Keep one of the rows, or make the prompts different.",
-                    row=row,
-                    column="prompt",
-                )
+        content_id = f"{name} {digest.hex()}"
+        if content_id in seen:
             repeated += 1
             continue
-        seen[name] = (row, digest)
+        seen.add(content_id)
+        if name in first:
+            again += 1
+            other = records[first[name]]["columns"]
+            differing |= {key for key in {*columns, *other} if columns.get(key) != other.get(key)}
+            name = hashlib.sha256(content_id.encode()).hexdigest()[:16]
+        else:
+            first[name] = len(records)
         ids.update(name.encode())
         content.update(name.encode() + digest)
         records.append({"prompt_id": name, "row": row, "prompt": prompt, "columns": columns})
@@ -112,8 +118,17 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
         raise DataError("no row", "at least one prompt", "Give another data set or split.")
     if repeated:
         logger.warning(f"{repeated} of {repeated + len(records)} rows repeat an earlier one and are left out.")
-    if left_out:
-        logger.warning(f"The columns {sorted(left_out)} stand for what sampling makes and are left out.")
+    if again:
+        logger.warning(
+            f"{again} rows repeat the prompt of an earlier one with other values in {sorted(differing)}. Each gets "
+            "completions and scores of its own. To generate once for each prompt, remove these columns: equal rows "
+            "are used once."
+        )
+    if not_kept:
+        logger.info(
+            f"Reward functions get the columns {sorted(not_kept)}; the selected rows do not have them, because "
+            "trainers would take them for their data."
+        )
     path = folder / f"{content.hexdigest()[:16]}.jsonl"
     if not path.is_file() or not _is_whole(path, len(records)):
         write_lines(path, records)

@@ -12,7 +12,7 @@ import numpy as np
 
 from trl_ext.pipelines.generation.records import Sample, text_of, with_completion
 from trl_ext.pipelines.rejection_sampling.generate_and_score import sample_of
-from trl_ext.pipelines.rejection_sampling.prompts import PromptFile
+from trl_ext.pipelines.rejection_sampling.prompts import NOT_KEPT, PromptFile
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, text_hash
 from trl_ext.pipelines.reward_functions import weighted_total, weighted_totals
 from trl_ext.pipelines.stages.store import ShardStore, StoreError
@@ -153,4 +153,5 @@ def _row(kind: str, members: list[Sample]) -> dict[str, Any]:
     else:
         row |= {"completion": best.completion, "score": best.score, "scores": best.scores}
         row |= {"sample_index": best.sample_index, "finish_reason": best.finish_reason}
-    return row | {"prompt_id": best.prompt_id} | best.columns
+    kept = {name: value for name, value in best.columns.items() if name not in NOT_KEPT}
+    return row | {"prompt_id": best.prompt_id} | kept

@@ -178,6 +178,12 @@ class RejectionSampler:
                 "reward": identity,
             }
             store = ShardStore(self.output_dir / "scores" / name, manifest, self._prompts.sizes)
+            if "unseen" in identity and len(store.missing()) < len(store.sizes):
+                read = ", ".join(f"{variable} ({kind})" for variable, kind in identity["unseen"].items())
+                logger.warning(
+                    f"The stored scores of {name} are used again. It reads {read}, whose content cannot be compared: "
+                    f"if that changed, delete {store.folder}."
+                )
             stages.append(ScoreStage(self._prompts, self._generate.store, store, spec, name))
         return stages
 

@@ -27,10 +27,11 @@ def select(
     """
     Select samples.
 
-    Samples without a score are left out, if asked for those that were cut off at the length limit, and then exact
+    Samples without a score are left out, then on request those that were cut off at the length limit, and then exact
     duplicates within a prompt (the one with the lowest sample index stays). The selector gets the rest sorted by
-    prompt, then best first, then by sample index. The random controls get the duplicates too, and leave them out
-    themselves for the selector that they match: they draw from what the policy wrote, as often as it wrote it.
+    prompt, then best first, then by sample index. Some selectors also get the duplicates: the random controls, which
+    draw each text as often as the policy generates it, and `budget_by_difficulty`, which measures how often the policy
+    is right.
 
     Args:
         scored ([`Scored`]):
@@ -60,7 +61,8 @@ def select(
     ([1, 3], 1)
     ```
     """
-    function = check_selection(selection, kwargs)
+    function = selectors.get(selection)
+    _check_options(function, selection, kwargs)
     order = np.lexsort((scored.sample, scored.prompt))
     twice = np.flatnonzero((np.diff(scored.prompt[order]) == 0) & (np.diff(scored.sample[order]) == 0))
     if len(twice):
@@ -76,7 +78,7 @@ def select(
     kept = rows[scored.finished[rows]] if drop_truncated else rows
     counts["truncated_dropped"] = len(rows) - len(kept)
     counts["duplicates"] = 0
-    if function not in _CONTROLS:  # after what was cut: a text that is whole may have been cut elsewhere
+    if function not in _SEE_DUPLICATES:  # after what was cut: a text that is whole may have been cut elsewhere
         distinct = _first_of_each_text(scored.prompt[kept], scored.text_hash[kept])
         counts["duplicates"] = len(kept) - len(distinct)
         kept = kept[distinct]
@@ -165,9 +167,6 @@ def random_k_overall(scored: Scored, like: str | Callable = "top_k_overall", see
     """
     wanted = len(_matched(like, scored, kwargs))
     return Selection(np.sort(np.argsort(_uniform(scored, seed), kind="stable")[:wanted]))
-
-
-_CONTROLS = (random_per_prompt, random_k_overall)
 
 
 @selectors.register("best_worst_pairs")
@@ -274,9 +273,10 @@ def budget_by_difficulty(
     Right samples of the prompts that are neither solved nor hopeless.
 
     A sample is right if its score is at least `min_score`. Prompts whose samples are all right or all wrong are
-    dropped (`all_right`, `all_wrong` count them). Of the others the right samples are taken; if they are more than
-    `k`, first the best of each prompt, then the second best, and so on, within each turn the hardest prompts (with the
-    smallest share of right samples) first.
+    dropped (`all_right`, `all_wrong` count them). The right samples of the others are taken, exact duplicates once. If
+    they are more than `k`, the best of each prompt come first, then the second best, and so on; within each turn the
+    hardest prompts come first. A prompt is hard if a small share of its samples is right, duplicates included: the
+    share estimates how often the policy is right.
 
     Args:
         min_score (`float`, *optional*, defaults to `1.0`): The lowest score of a right sample.
@@ -290,8 +290,11 @@ def budget_by_difficulty(
     right = scored.score >= min_score
     share = np.bincount(group[right], minlength=len(sizes)) / np.maximum(sizes, 1)
     counts = {"all_right": int((share == 1).sum()), "all_wrong": int((share == 0).sum())}
-    rank = _rank(scored)
-    kept = right & (share < 1)[group]
+    distinct = _distinct(scored)
+    counts |= {"duplicates": int((~distinct).sum()), "candidates": int(distinct.sum())}
+    before = np.cumsum(distinct) - distinct  # distinct samples before a row, in all
+    rank = before - before[np.cumsum(sizes) - sizes][group] if len(sizes) else before  # and in its prompt
+    kept = distinct & right & (share < 1)[group]
     if n is not None:
         kept &= rank < n
     rows = np.flatnonzero(kept)
@@ -300,11 +303,37 @@ def budget_by_difficulty(
     return Selection(rows, counts=counts)
 
 
-def check_selection(selection: str | Callable, kwargs: dict[str, Any] | None = None) -> Callable:
-    """The selector of a name; raises `ValueError` if it is not known or does not have an option of `kwargs`."""
-    function = selectors.get(selection)
-    _check_options(function, selection, kwargs or {})
-    return function
+_SEE_DUPLICATES = (random_per_prompt, random_k_overall, budget_by_difficulty)
+
+
+def check_selection(
+    selection: str | Callable, kwargs: dict[str, Any] | None = None, kinds: tuple[str, ...] = ()
+) -> None:
+    """
+    Check before anything is generated that a selector exists, has these options, and gives what is needed.
+
+    Args:
+        selection (`str` or `Callable`): a selector.
+        kwargs (`dict`, *optional*): its options.
+        kinds (`tuple[str, ...]`, *optional*): what it may give: `"rows"`, `"pairs"`, `"groups"`. Anything by default.
+
+    Raises:
+        ValueError: an unknown name (with the nearest), an option that the selector does not have or cannot take, or
+            another kind of result.
+    """
+    function, kwargs = selectors.get(selection), kwargs or {}
+    _check_options(function, selection, kwargs)
+    if "like" in kwargs:
+        selectors.get(kwargs["like"])
+    if not function.__module__.startswith("trl_ext."):
+        return  # a plugin may want other samples than these
+    tried = Scored([0, 0, 1, 1], [0, 1, 0, 1], [0.0, 1.0, 0.0, 1.0], [0, 1, 2, 3], [1] * 4, [True] * 4)
+    found = select(tried, selection, **kwargs)
+    if kinds and found.kind not in kinds:
+        raise ValueError(
+            f"selection={selection!r} gives {found.kind}, which are not for supervised fine-tuning. Use a selector of "
+            "samples here, and rejection_sample(...) for pairs and groups."
+        )
 
 
 def _check_options(function: Callable, selection: str | Callable, kwargs: dict[str, Any]) -> None:
@@ -322,15 +351,22 @@ def _check_positive(name: str, value: int) -> None:
 
 
 def _matched(like: str | Callable, scored: Scored, kwargs: dict[str, Any]) -> np.ndarray:
-    """The rows that a selector takes of what [`select`] would show it: no copies."""
+    """The rows that a selector takes, of the samples that [`select`] would show it."""
     function = selectors.get(like)
     _check_options(function, like, kwargs)
-    order = np.lexsort((scored.sample, scored.prompt))
-    distinct = np.sort(order[_first_of_each_text(scored.prompt[order], scored.text_hash[order])])
-    matched = function(scored.take(distinct), **kwargs)
+    shown = np.arange(len(scored)) if function in _SEE_DUPLICATES else np.flatnonzero(_distinct(scored))
+    matched = function(scored.take(shown), **kwargs)
     if matched.kind != "rows":
         raise ValueError(f"A random control matches a selector of samples; {like!r} selects {matched.kind}.")
-    return distinct[matched.rows]
+    return shown[matched.rows]
+
+
+def _distinct(scored: Scored) -> np.ndarray:
+    """Which rows are the first of their text in a prompt, by sample index."""
+    order = np.lexsort((scored.sample, scored.prompt))
+    first = np.zeros(len(scored), dtype=bool)
+    first[order[_first_of_each_text(scored.prompt[order], scored.text_hash[order])]] = True
+    return first
 
 
 def _none() -> np.ndarray:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from trl_ext.models.fingerprint import model_identity
+from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
@@ -38,7 +41,7 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     plot_rounds,
     round_metrics,
 )
-from trl_ext.pipelines.rejection_sampling.prompts import RESERVED
+from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED
 from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
@@ -123,6 +126,11 @@ class RejectionSamplingTrainer:
             args = RejectionSamplingConfig(output_dir="rejection_sampling_output")
         elif isinstance(args, trl.GRPOConfig):
             args = RejectionSamplingConfig.from_grpo(args)
+        elif not isinstance(args, RejectionSamplingConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}. Needed: a RejectionSamplingConfig, which has all arguments of "
+                "trl.SFTConfig and those of the rounds, or a trl.GRPOConfig."
+            )
         given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         for name, value in given.items():
             if value is not None:
@@ -138,13 +146,15 @@ class RejectionSamplingTrainer:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         if isinstance(model, PeftModel) and peft_config is not None:
             raise ValueError("Found a PeftModel and a peft_config; give one of them.")
+        check_selection(args.selection, args.selection_kwargs, ("rows",))
         without_missing_wandb(args)
         self.args = args
         self.history: list[dict[str, Any]] = []
         self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
         self._verifier = verifier
-        check_selection(args.selection, args.selection_kwargs)
-        check_rewards([*self._rewards, *([] if verifier is None else [verifier])])
+        check_rewards(self._rewards, _columns(train_dataset))
+        if eval_dataset is not None:
+            check_rewards([*self._rewards, *([] if verifier is None else [verifier])], _columns(eval_dataset))
         weights_by_name(self._rewards, args.reward_weights)  # their number is checked here
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
@@ -281,7 +291,7 @@ class RejectionSamplingTrainer:
             rows,
             args,
             self.processing_class,
-            self._init_kwargs if fresh else self._without_revision(),
+            self._trains_with(fresh),
             self._peft_config if fresh else None,
             self._callbacks,
         )
@@ -312,7 +322,7 @@ class RejectionSamplingTrainer:
             # only the policy before training may lack a tokenizer of its own
             processing_class=self._given_tokenizer if number == 0 and not self._in_memory else None,
             generation_batch_size=args.generation_batch_size,
-            model_init_kwargs=self._init_kwargs if number == 0 else self._without_revision(),
+            model_init_kwargs=self._init_kwargs if number == 0 else self._generates_with(),
             server=server if on_server else None,
             **{item.name: getattr(args, item.name) for item in fields(GRPOSamplingFields)},
         )
@@ -361,6 +371,24 @@ class RejectionSamplingTrainer:
             return self._rounds.policy(number)
         return self._rounds.folder / "initial" if self._in_memory else self._given
 
+    def _trains_with(self, fresh: bool) -> dict[str, Any]:
+        """How a policy is loaded to be trained: in float32, as in `trl.SFTTrainer`, if the user names no dtype."""
+        default = {} if self._in_memory else {"dtype": "float32"}  # a model in memory keeps its dtype, as in TRL
+        return default | (self._init_kwargs if fresh else self._without_revision())
+
+    def _generates_with(self) -> dict[str, Any]:
+        """How the policy of a round is loaded to generate: in the dtype of the checkpoint that round 1 starts from."""
+        return ({} if self._dtype is None else {"dtype": self._dtype}) | self._without_revision()
+
+    @cached_property
+    def _dtype(self) -> str | None:
+        """The dtype of the full checkpoint that training starts from; `None` for an adapter or a model in memory."""
+        folder = None if self._in_memory else Path(local_folder(self._given, self._init_kwargs.get("revision")))
+        if folder is None or (folder / "adapter_config.json").is_file():
+            return None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=self.args.trust_remote_code)
+        return plain(config.dtype)
+
     def _without_revision(self) -> dict[str, Any]:
         return {name: value for name, value in self._init_kwargs.items() if name != "revision"}
 
@@ -392,9 +420,14 @@ class RejectionSamplingTrainer:
         return settings
 
 
+def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
+    """The columns that reward functions get, by the first row."""
+    return set(next(iter(dataset), {})) - NOT_PASSED
+
+
 def _digest(dataset: Iterable[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
     for row in dataset:
-        seen = {name: value for name, value in row.items() if name == "prompt" or name not in RESERVED}
+        seen = {name: value for name, value in row.items() if name == "prompt" or name not in NOT_PASSED}
         digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
