@@ -1,6 +1,6 @@
-"""`trl-ext rejection-sample`: generate completions, score them, keep the best; interrupted and resumed at any moment.
+"""`trl-ext rejection-sample`: generate completions, score them, and keep the best. A rerun resumes at any moment.
 
-It knows arguments. The stages are those of [`~trl_ext.rejection_sample`]; `--stage` runs one of them alone. Standard
+It maps flags to the arguments of [`~trl_ext.rejection_sample`]; `--stage` runs one of its stages alone. Standard
 output gets a report as JSON, with the path of the selected rows.
 """
 

@@ -1,13 +1,13 @@
 """`trl-ext score`: score the rows of a JSONL file with a reward model, in order, in a stream, resumable.
 
-It knows files of rows and where it stopped. The scores are those of [`~trl_ext.RewardScorer`], and of
-[`~trl_ext.RewardEnsemble`] for the folder of an ensemble.
+This file reads rows and writes them with their scores; [`~trl_ext.RewardScorer`], or [`~trl_ext.RewardEnsemble`] for
+the folder of an ensemble, scores them.
 
 A row has `prompt` (optional) and one of: `completion`, and gets `score`; `completions` (a list), and gets `scores`;
 `chosen` and `rejected`, and gets `chosen_score` and `rejected_score`; or, for a process model, steps (`completions`
-with `labels`, or the column that `--steps_column` names), and gets `step_scores`, and in `score` what the aggregation
-makes of them. Every other column is kept. An ensemble writes on request `<column>_members` and
-`<column>_disagreement` beside each of these.
+with `labels`, or the column that `--steps_column` names), and gets `step_scores`, and in `score` their aggregate.
+Every other column is kept. With `--member_scores` an ensemble also writes `<column>_members` and
+`<column>_disagreement`.
 """
 
 import json

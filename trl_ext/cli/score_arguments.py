@@ -1,4 +1,4 @@
-"""The arguments of `trl-ext score`, checked. Knows nothing of what is done with them."""
+"""The arguments of `trl-ext score` and their checks."""
 
 import json
 from dataclasses import dataclass, field

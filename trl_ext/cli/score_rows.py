@@ -1,6 +1,6 @@
-"""What `trl-ext score` scores in a row, and the columns that the scores go to.
+"""Rows of `trl-ext score`: what is scored in a row, and the columns that the scores go to.
 
-Knows rows and scorers. Knows nothing of files, nor of where a run stopped.
+This module knows rows and scorers. It does not know files, nor where a run stopped.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What a round of sampling and selecting says about itself: numbers, a file of them, a plot, and a warning.
+"""Diagnostics of a round of sampling and selecting: metrics, a plot, and a warning of reward hacking.
 
-Knows samples and arrays of them. Knows nothing of models or trainers. Matplotlib is needed for the plot only.
+This module knows samples and arrays of them. It does not know models or trainers. Only the plot needs matplotlib.
 """
 
 import logging
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 def round_metrics(scored: Scored, selection: Selection) -> dict[str, float]:
     """
-    What was sampled and what was selected of it.
+    Metrics of the samples of a round and of the selected ones.
 
     Args:
         scored ([`Scored`]):
-            All samples of the round, as they went into [`select`].
+            All samples of the round, as [`select`] got them.
         selection ([`Selection`]):
-            What came out.
+            The selection that it returned.
 
     Returns:
         `dict[str, float]`: the names and meanings are those of the table in the README; those that the data do not
@@ -67,13 +67,13 @@ def evaluation_metrics(
     groups: Iterable[Sequence[Sample]], weights: Mapping[str, float], verifier: str | None
 ) -> dict[str, float]:
     """
-    How good the samples of a policy are.
+    Mean reward, verifier score and length of a policy's samples.
 
     Args:
         groups (iterable of `Sequence[Sample]`):
             The scored samples of each prompt.
         weights (`Mapping[str, float]`):
-            The reward functions by name, and what they weigh.
+            The weight of each reward function, by name.
         verifier (`str`, *optional*):
             The name of the verifier.
 
@@ -102,14 +102,14 @@ def evaluation_metrics(
 
 def hacking_warning(history: Sequence[Mapping[str, float]], width: float = 2.0) -> str | None:
     """
-    Does the reward rise while what it stands for does not?
+    A warning if the reward rises while the verifier, which checks what the reward stands for, does not.
 
     Args:
         history (`Sequence[Mapping[str, float]]`):
             The metrics of each round, the policy before training first.
         width (`float`, *optional*, defaults to `2.0`):
-            How many standard errors of the difference count as a rise. (The rounds share their prompts, so these are
-            larger than they need be, and the watch is slow rather than nervous.)
+            How many standard errors of the difference count as a rise. The rounds share their prompts, which these
+            errors ignore, so the warning comes late rather than too often.
 
     Returns:
         `str` or `None`: a sentence with the numbers if the last `eval_reward` is above the first by more than `width`

@@ -61,7 +61,7 @@ _LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 @dataclass
 class GenerateStage:
-    """Completions of all prompts, a line of JSON a prompt: `prompt_id` and `samples`."""
+    """Generates the completions of all prompts: a line of JSON for each prompt, with `prompt_id` and `samples`."""
 
     name: ClassVar[str] = "generate"
     prompts: PromptFile
@@ -80,11 +80,11 @@ class GenerateStage:
         return isinstance(self.model, (str, Path)) and self.processing_class is None
 
     def run(self, shards: list[int], progress: Callable[[int], Any]) -> None:
-        """Make these shards. Prompts of each are taken from the file as they are needed."""
+        """Make these shards. The prompts of each are read when they are needed."""
         generator = make_generator(
             self.model, self.backend, self.sampling, processing_class=self.processing_class, **self.backend_kwargs
         )
-        # A server is given the next shard while the last answers of one come in.
+        # A server gets the next shard while the last answers of the one before come in.
         at_once = 1 if self.backend == "transformers" else 2
         pending: set[Future[int]] = set()
         with ThreadPoolExecutor(at_once) as pool:
@@ -103,7 +103,7 @@ class GenerateStage:
                 raise
 
     def _make(self, generator: Generator, shard: int, rows: list[dict[str, Any]]) -> int:
-        # In this process a shard has one seed, and is the unit of resuming; a server's requests have their own.
+        # In this process a shard has one seed, so it is the unit of resuming; each request to a server has its own.
         seed = self.seed if self.backend != "transformers" else _shard_seed(self.seed, rows)
         try:
             found = generator.generate(
@@ -125,8 +125,8 @@ class GenerateStage:
 @dataclass
 class ScoreStage:
     """
-    The scores of one reward function, a line of JSON a prompt: `prompt_id`, `scores`, and what selecting needs to know
-    beside them, so that it reads no texts: `text_hash`, `length`, `finished`.
+    Scores all completions with one reward function: a line of JSON for each prompt, with `prompt_id` and `scores`.
+    Selecting reads no texts, so the line also holds what it needs of them: `text_hash`, `length`, `finished`.
     """
 
     name: ClassVar[str] = "score"
@@ -182,7 +182,7 @@ def sample_of(row: dict[str, Any], index: int, stored: dict[str, Any]) -> Sample
 
 
 def length_of(sample: Sample) -> int:
-    """Tokens of a completion; words, of a server that does not give tokens."""
+    """Tokens of a completion, or its words where a server does not return tokens."""
     return len(sample.token_ids) if sample.token_ids is not None else len(text_of(sample.completion).split())
 
 

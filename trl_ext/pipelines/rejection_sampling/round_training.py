@@ -1,7 +1,7 @@
-"""The supervised fine-tuning of one round: which rows, and from a policy on disk to another policy on disk.
+"""The supervised fine-tuning of one round: it picks the rows and turns a policy on disk into another policy on disk.
 
-`trl.SFTTrainer` does it, unsubclassed, with an optimizer of its own each time; killed, it goes on from its last
-checkpoint. Nothing of it stays in memory. Knows nothing of sampling, scores or evaluation.
+A plain `trl.SFTTrainer` trains, with a new optimizer each time. After a kill it resumes from its last checkpoint, and
+nothing stays in memory afterwards. This module does not know sampling, scores or evaluation.
 """
 
 import copy
@@ -26,7 +26,7 @@ from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
 
 def rows_to_learn_from(rounds: Rounds, number: int, rows: Dataset, accumulate: bool) -> Dataset:
-    """The rows that a round selected, which are kept, and if asked for those of the rounds before; equal ones once."""
+    """The rows that a round selected, which are stored; with `accumulate` those of earlier rounds too, each once."""
     folder = rounds.of(number)
     with PartialState().main_process_first():
         if PartialState().is_main_process and not (folder / "rows.jsonl").is_file():
@@ -59,16 +59,17 @@ def fine_tune(
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
     """
-    Train the policy of a round, unless that is done, and put it in its place.
+    Train the policy of a round and put it in its place, unless that is done.
 
     Args:
-        rounds ([`~trl_ext.pipelines.rejection_sampling.rounds.Rounds`]), number (`int`): where it goes.
+        rounds ([`~trl_ext.pipelines.rejection_sampling.rounds.Rounds`]), number (`int`): the rounds and the number of
+        this one.
         source (`str` or `Path`): the policy to start from, full or adapter.
-        rows (`Dataset`): what the trainer needs, `prompt` and `completion`.
-        args (`trl.SFTConfig`): of the run; seed, run name and folder of the round are made from its own.
-        processing_class (`PreTrainedTokenizerBase`): of the policy.
+        rows (`Dataset`): rows with `prompt` and `completion`.
+        args (`trl.SFTConfig`): the run's arguments; the round's seed, run name and folder are derived from them.
+        processing_class (`PreTrainedTokenizerBase`): the policy's tokenizer.
         model_init_kwargs (`dict`): for `from_pretrained`.
-        peft_config (`PeftConfig`, *optional*): of a new adapter.
+        peft_config (`PeftConfig`, *optional*): config of a new adapter.
         callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
     """
     folder = rounds.of(number)

@@ -1,14 +1,14 @@
-"""The rounds of a run on disk: what is done, the policies that are still needed, and whether a rerun is the same run.
+"""The rounds of a run on disk: which are done, which policies are still needed, and whether a rerun is the same run.
 
     rounds/settings.json     what every round depends on
     rounds/initial/          a model that was given in memory
     rounds/0/round.json      the policy before training, evaluated
     rounds/1/samples/        completions, scores and selections
     rounds/1/sft/            checkpoints of the fine-tuning, while it runs
-    rounds/1/policy/         what came out
+    rounds/1/policy/         the trained policy
     rounds/1/round.json      its metrics; written last
 
-Knows folders and numbers. Knows nothing of models, trainers or samples.
+This module knows folders and numbers. It does not know models, trainers or samples.
 """
 
 import json
@@ -25,14 +25,14 @@ class Rounds:
     The folder of a run's rounds.
 
     Args:
-        folder (`Path`): where they are or will be.
+        folder (`Path`): the folder, which need not exist yet.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def clear(self) -> None:
-        """Forget all rounds."""
+        """Delete all rounds."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(self, settings: dict[str, Any]) -> None:
@@ -71,12 +71,12 @@ class Rounds:
         return self.of(number) / "policy"
 
     def finish_training(self, number: int, output: dict[str, Any]) -> None:
-        """Move the policy to its place, and keep what its training gave."""
+        """Move the trained policy to its place and store the output of its training."""
         write_json(self.of(number) / "training.json", output)
         os.replace(self.of(number) / "policy.partial", self.policy(number))
 
     def trained(self, number: int) -> dict[str, Any]:
-        """What `finish_training` kept."""
+        """The output that [`~Rounds.finish_training`] stored."""
         return json.loads((self.of(number) / "training.json").read_text(encoding="utf-8"))
 
     def keep(self, numbers: set[int]) -> None:
@@ -86,7 +86,7 @@ class Rounds:
                 shutil.rmtree(path)
 
     def last_checkpoint(self, number: int) -> str | None:
-        """The newest whole checkpoint of a round's fine-tuning; the state is the last thing that a checkpoint gets."""
+        """The newest complete checkpoint of a round's fine-tuning: one with a trainer state, which is written last."""
         found = []
         for path in (self.of(number) / "sft").glob("checkpoint-*"):
             try:
@@ -98,7 +98,7 @@ class Rounds:
 
 
 def best_round(history: list[dict[str, Any]]) -> int:
-    """The round whose policy is kept: the best by the verifier, else by reward, else the last; of equals the first."""
+    """The round whose policy is kept: the best by verifier, else by reward, else the last. Ties go to the first."""
     for name in ("eval_verifier", "eval_reward"):
         rated = [row for row in history if row["round"] > 0 and name in row]
         if rated:

@@ -1,7 +1,7 @@
-"""The stored samples of a run: as arrays for selecting, as `Sample`s, and those that were selected as rows.
+"""The stored samples of a run: as arrays for selecting, as `Sample`s, and the selected ones as rows.
 
-Reads shard by shard: of all samples only numbers are held, and texts are parsed only of prompts that something was
-selected of. It knows stores; how a selection is made is in `selection`.
+It reads shard by shard. Only numbers of all samples are held in memory; texts are parsed only for prompts of which a
+sample was selected. This module knows stores; `selection` makes the selection.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ class Table:
     All samples of a run as arrays.
 
     Args:
-        scored ([`~trl_ext.pipelines.rejection_sampling.scored.Scored`]): with the weighted totals.
-        scores (`np.ndarray` of shape `(M, N)`): of each reward function; NaN where it could not score.
+        scored ([`~trl_ext.pipelines.rejection_sampling.scored.Scored`]): the samples with their weighted totals.
+        scores (`np.ndarray` of shape `(M, N)`): scores of each reward function; NaN where it could not score.
     """
 
     scored: Scored
@@ -40,8 +40,8 @@ class StoredSamples:
     Args:
         prompts ([`~trl_ext.pipelines.rejection_sampling.prompts.PromptFile`]): the run's prompts.
         rollouts ([`~trl_ext.pipelines.stages.store.ShardStore`]): their completions.
-        scores (`dict[str, ShardStore]`): those of each reward function.
-        weights (`dict[str, float]`): what each function weighs.
+        scores (`dict[str, ShardStore]`): the scores of each reward function.
+        weights (`dict[str, float]`): the weight of each function.
         num_generations (`int`): completions of each prompt.
     """
 

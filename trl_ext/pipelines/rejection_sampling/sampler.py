@@ -1,7 +1,7 @@
-"""Rejection sampling: generate N completions a prompt, score them, keep the best; stopped and resumed at any moment.
+"""Rejection sampling: generate N completions for each prompt, score them, keep the best. A rerun resumes a run.
 
-Knows the order of the stages and what their results depend on. `stages` makes completions and scores, `sample_table`
-reads them as arrays, `selection` decides on these, `store` keeps files.
+This module knows the order of the stages and what their results depend on. `generate_and_score` makes completions and
+scores, `sample_table` reads them as arrays, `selection` selects, and `pipelines.stages` keeps the files.
 """
 
 import logging
@@ -47,13 +47,13 @@ FORMAT = 1  # of all files; another number gets stores of its own
 @dataclass
 class Selected:
     """
-    What one selection of a run gave.
+    The result of a selection.
 
     Args:
         dataset (`Dataset`): the selected rows, see [`rejection_sample`].
         scored ([`~trl_ext.pipelines.rejection_sampling.scored.Scored`]): all samples as arrays.
         selection ([`~trl_ext.pipelines.rejection_sampling.scored.Selection`]): which of them are in the data set.
-        report (`dict`): counts and where things lie, as in `report.json` beside the rows.
+        report (`dict`): counts, metrics and folders, as in `report.json` beside the rows.
         path (`Path`): the JSON lines of the rows.
     """
 
@@ -65,7 +65,7 @@ class Selected:
 
 
 def check_request(num_generations: int, backend: str, sampling: Sampling) -> None:
-    """Raise `ValueError` for completions that cannot be had."""
+    """Raise `ValueError` for settings with which nothing can be generated."""
     if num_generations < 1:
         raise ValueError(f"num_generations={num_generations}; needed: a number of completions >= 1.")
     if backend not in BACKENDS:
@@ -78,7 +78,7 @@ def check_request(num_generations: int, backend: str, sampling: Sampling) -> Non
 
 class RejectionSampler:
     """
-    The stages of rejection sampling, one by one; [`rejection_sample`] runs them all, and explains the arguments.
+    The stages of rejection sampling, one by one. [`rejection_sample`] runs them all and explains the arguments.
 
     ```python
     >>> sampler = RejectionSampler("Qwen/Qwen3-0.6B", "outputs/rankings", prompts, "outputs/samples")
@@ -116,7 +116,7 @@ class RejectionSampler:
         self.sampling = Sampling.of(**sampling)
         check_request(num_generations, backend, self.sampling)
         if Workers.here().count > 1:
-            PartialState()  # here, where all processes come by; a scorer asks for it later, where not all may
+            PartialState()  # all processes must make it together; a scorer needs it later, where not all may come
         self.output_dir = Path(output_dir)
         self.num_generations = num_generations
         self._isolate = isolate
@@ -188,11 +188,11 @@ class RejectionSampler:
         return stages
 
     def generate(self) -> None:
-        """Generate what is missing."""
+        """Generate the completions that are missing."""
         run_stage(self._generate, self._isolate)
 
     def score(self) -> None:
-        """Score what is missing. Raises [`~trl_ext.pipelines.stages.store.StoreError`] if completions are missing."""
+        """Add the missing scores. Raises [`~trl_ext.pipelines.stages.store.StoreError`] if completions are missing."""
         self._need(self._generate.store, "generate")
         for stage in self._score:
             run_stage(stage, self._isolate)
@@ -210,7 +210,7 @@ class RejectionSampler:
 
     # ------------------------------------------------------------------------------------------------------ selecting
     def scored(self) -> Scored:
-        """All samples as arrays, from the files of scores alone."""
+        """All samples as arrays. It reads the scores alone, no texts."""
         return self._stored().table().scored
 
     def samples(self) -> Iterator[list[Sample]]:
@@ -284,10 +284,10 @@ def rejection_sample(
     """
     Generate `num_generations` completions of each prompt, score them, and keep the best.
 
-    Everything is kept in `output_dir` in shards, each of which is there whole or not at all. Kill it at any moment and
-    run the same again: it goes on, nothing is missing and nothing is there twice. With the backend `"transformers"`
-    the selection is then that of a run that was never interrupted. Completions are shared by all scorers and
-    selections: another reward function only scores, another selection only selects.
+    `output_dir` keeps everything in shards, each of which is complete or missing. Kill the run at any moment and run
+    the same again: it continues, nothing is missing and nothing is there twice. With the backend `"transformers"` the
+    selection is then that of an uninterrupted run. All reward functions and selections share the completions: another
+    reward function only scores, another selection only selects.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
@@ -295,10 +295,13 @@ def rejection_sample(
             the name by which the server knows it.
         reward_funcs (`str`, `Path`, model, `Callable`, or list of these):
             TRL reward functions: a reward model by its path or in memory, a [`~trl_ext.RewardScorer`], a function, one
-            of `trl.rewards` by name, or the dotted path of a function. `None` from one of them is unscorable, and
-            counted; a sample for which all give `None` is never selected.
+            of `trl.rewards` by name, or a function by name (`package.module.function` or `file.py:function`). A
+            function returns `None` for what it cannot score, which is counted; a sample for which all return `None` is
+            never selected.
         dataset (`Dataset` or `IterableDataset`):
-            Rows with a `prompt`, text or messages; the other columns go to the reward functions.
+            Rows with a `prompt`, text or messages. The other columns go to the reward functions, and into the selected
+            rows, except those that a trainer would take for its data (`label`, `text`, `chosen` ...). Rows with one
+            prompt and different columns each get completions of their own.
         output_dir (`str` or `Path`):
             Where everything is kept.
         num_generations (`int`, *optional*, defaults to `8`):

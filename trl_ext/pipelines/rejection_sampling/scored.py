@@ -1,6 +1,6 @@
-"""Scored samples as arrays, a few bytes each, and what is selected of them as row numbers.
+"""Scored samples as arrays, a few bytes for each sample, and selections of them as row numbers.
 
-It knows prompts, samples and scores by number, and nothing of texts, models or files.
+This module knows prompts, samples and scores by number. It does not know texts, models or files.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class Scored:
         score (`np.ndarray` of `float64`, shape `(N,)`):
             Higher is better; NaN where it could not be scored.
         text_hash (`np.ndarray` of `uint64`, shape `(N,)`):
-            [`text_hash`] of the completion. Equal within a prompt means: the same text.
+            [`text_hash`] of the completion. Equal hashes within a prompt mean the same text.
         length (`np.ndarray` of `int64`, shape `(N,)`):
             Tokens of the completion.
         finished (`np.ndarray` of `bool`, shape `(N,)`):
@@ -56,19 +56,19 @@ class Scored:
 @dataclass(slots=True)
 class Selection:
     """
-    What was selected, as row numbers of the [`Scored`] that went in.
+    A selection, as row numbers of the [`Scored`] that it was made from.
 
     Args:
         rows (`np.ndarray` of `int64`):
-            The selected samples; of pairs the chosen ones; of groups all members, group after group, best first.
+            The selected samples; for pairs the chosen ones; for groups all members, group after group, best first.
         rejected (`np.ndarray` of `int64`, *optional*):
-            Of pairs: the other half, of the same length.
+            For pairs: the rejected samples, as many as `rows`.
         margin (`np.ndarray` of `float64`, *optional*):
-            Of pairs: score of the chosen minus score of the rejected one, above 0.
+            For pairs: score of the chosen minus score of the rejected sample, above 0.
         starts (`np.ndarray` of `int64`, *optional*):
-            Of groups: where in `rows` each of them starts.
+            For groups: where each of them starts in `rows`.
         counts (`dict[str, int]`):
-            What became of the samples: see [`~trl_ext.pipelines.rejection_sampling.selection.select`].
+            How many samples were used or left out; see [`~trl_ext.pipelines.rejection_sampling.selection.select`].
     """
 
     rows: np.ndarray

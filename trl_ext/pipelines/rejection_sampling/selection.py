@@ -1,7 +1,7 @@
-"""Which of the scored samples are kept: to fine-tune on, as preference pairs, or as ranked groups.
+"""Selectors: which scored samples are kept, to fine-tune on, as preference pairs, or as ranked groups.
 
-Everything works on the arrays of `scored`. [`select`] is the entry: it leaves out what no selector should see, once
-for all of them, and hands the rest, sorted, to a selector of the registry.
+[`select`] leaves out the samples that no selector should see and hands the rest, sorted, to a selector of the
+registry. All of it works on the arrays of `scored`.
 
 Ties are decided the same way each time: among equal scores of a prompt the lowest sample index comes first, and among
 prompts the one that comes first in the data set.
@@ -109,7 +109,7 @@ def top_per_prompt(scored: Scored, n: int = 1) -> Selection:
 @selectors.register("top_k_overall")
 def top_k_overall(scored: Scored, k: int) -> Selection:
     """
-    The `k` best samples of all prompts together, best first: easy prompts may give several, hard ones none.
+    The `k` best samples of all prompts together, best first. Easy prompts may give several, hard ones none.
 
     Args:
         k (`int`): Samples in all.
@@ -125,7 +125,7 @@ def threshold(scored: Scored, min_score: float, n: int | None = None) -> Selecti
 
     Args:
         min_score (`float`): The lowest score to keep.
-        n (`int`, *optional*): At most so many of a prompt, the best. All by default.
+        n (`int`, *optional*): At most this many of a prompt, the best. All by default.
     """
     good = scored.score >= min_score
     if n is not None:
@@ -137,10 +137,11 @@ def threshold(scored: Scored, min_score: float, n: int | None = None) -> Selecti
 @selectors.register("random_per_prompt")
 def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", seed: int = 0, **kwargs) -> Selection:
     """
-    The control of a selector: of each prompt as many samples as that one selects, drawn without looking at scores.
+    The random control of a selector: as many samples of each prompt as it selects, drawn without looking at scores.
 
-    All samples are as likely, copies too, so that a text is drawn as often as the policy writes it. (Were copies left
-    out, what the policy is surest of would be drawn too seldom, and training on the control would do harm.)
+    All samples are equally likely, duplicates included, so that a text is drawn as often as the policy generates it.
+    Without duplicates, the texts that the policy is surest of would be drawn too seldom, and training on the control
+    would do harm.
 
     Args:
         like (`str` or `Callable`, *optional*, defaults to `"top_per_prompt"`): The selector to match.
@@ -157,8 +158,8 @@ def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", s
 @selectors.register("random_k_overall")
 def random_k_overall(scored: Scored, like: str | Callable = "top_k_overall", seed: int = 0, **kwargs) -> Selection:
     """
-    The control of a selector: as many samples in all as that one selects, drawn without looking at scores, copies as
-    likely as any.
+    The random control of a selector: as many samples in all as it selects, drawn without looking at scores.
+    Duplicates are as likely as any sample.
 
     Args:
         like (`str` or `Callable`, *optional*, defaults to `"top_k_overall"`): The selector to match.
@@ -280,8 +281,8 @@ def budget_by_difficulty(
 
     Args:
         min_score (`float`, *optional*, defaults to `1.0`): The lowest score of a right sample.
-        n (`int`, *optional*): At most so many of a prompt. All by default.
-        k (`int`, *optional*): At most so many in all. All by default.
+        n (`int`, *optional*): At most this many of a prompt. All by default.
+        k (`int`, *optional*): At most this many in all. All by default.
     """
     for name, value in (("n", n), ("k", k)):
         if value is not None:

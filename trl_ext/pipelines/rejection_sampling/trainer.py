@@ -1,7 +1,7 @@
 """Expert iteration with the arguments of `trl.GRPOTrainer`: sample, score, select, fine-tune, repeat.
 
-Every round is on disk when it is done, and so are its samples and checkpoints before that: the same script run again
-goes on where it was stopped. Between stages nothing stays in memory; each loads the policy that the one before saved.
+Every finished round is on disk, and so are the samples and checkpoints of an unfinished one: the same script run again
+continues where it stopped. Nothing stays in memory between stages; each loads the policy that the one before saved.
 """
 
 import hashlib
@@ -76,15 +76,17 @@ class RejectionSamplingTrainer:
 
     Args:
         model, reward_funcs, processing_class, reward_processing_classes, callbacks, quantization_config, peft_config:
-            As in `trl.GRPOTrainer`. A model that is given in memory is saved first and is not changed itself: the
-            trained one is `trainer.model`. Reward functions may also be reward models of this package, by path.
+            As in `trl.GRPOTrainer`. A model in memory is saved first and stays as it is; the trained policy is
+            `trainer.model`. A model by path is trained in float32, as by `trl.SFTTrainer`, unless
+            `args.model_init_kwargs` sets another `dtype`, and generates in the dtype of its checkpoint. Reward
+            functions may also be reward models of this package, by path.
         args ([`RejectionSamplingConfig`] or `trl.GRPOConfig`, *optional*):
-            The configuration. Of GRPO's, what has a meaning here is taken over.
+            The configuration. From a `GRPOConfig`, the arguments that mean something here are used.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
             Rows with a `prompt`; the reward functions get the other columns.
         verifier (reward function, *optional*):
-            What the reward stands for, such as a check of the answer. It is never selected by: it rates rounds on
-            `eval_dataset`, and a warning is given if the reward rises and it does not.
+            What the reward stands for, such as a check of the answer. It never decides what is selected: it rates
+            rounds on `eval_dataset`, and a warning says if the reward rises and the verifier's score does not.
 
     Attributes:
         history (`list[dict]`): the metrics of each round, round 0 being the policy before training.
@@ -179,14 +181,15 @@ class RejectionSamplingTrainer:
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
-                `False` forgets the rounds in `output_dir`. By default, and with `True`, they are gone on with.
+                `False` deletes the rounds in `output_dir`. By default, and with `True`, they are continued.
 
         Returns:
-            `TrainOutput`: the optimizer steps of the rounds that this call finished, also those that were made before
-            it went on; the last round's loss, and its metrics.
+            `TrainOutput`: the optimizer steps of the rounds that this call finished, including steps before an
+            interruption; the last round's loss and its metrics.
 
         Raises:
-            ValueError: the rounds in `output_dir` were made with other settings, or a selection kept nothing.
+            [`~trl_ext.pipelines.stages.cache_key.StaleError`]: the rounds in `output_dir` were made with other
+            settings. ValueError: a selection kept nothing.
         """
         if isinstance(resume_from_checkpoint, (str, Path)):
             raise ValueError(
@@ -208,7 +211,7 @@ class RejectionSamplingTrainer:
         return TrainOutput(steps, self.history[-1]["train_loss"], dict(self.history[-1]))
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the kept policy on `eval_dataset`; what is there is used again."""
+        """Evaluate the kept policy on `eval_dataset`. Stored results are used again."""
         if self._eval_dataset is None:
             raise ValueError("There is no eval_dataset to evaluate on.")
         if not self.history:
@@ -222,7 +225,7 @@ class RejectionSamplingTrainer:
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
-        """The kept policy, loaded when it is asked for."""
+        """The kept policy. It is loaded on first use."""
         if self._in_memory and self.best_round == 0:
             return self._given
         if self._model is None:
@@ -247,7 +250,7 @@ class RejectionSamplingTrainer:
             shutil.copytree(self._rounds.policy(self.best_round), target, dirs_exist_ok=True)
 
     def _begin(self, start_over: bool = False) -> None:
-        """Take up what is in `output_dir`, if it was made with the same settings."""
+        """Continue the rounds in `output_dir`, if they were made with the same settings."""
         state = PartialState()
         with state.main_process_first():
             if state.is_main_process and start_over:
@@ -339,7 +342,7 @@ class RejectionSamplingTrainer:
         return evaluation_metrics(sampler.samples(), weights, self._names[-1] if self._verifier is not None else None)
 
     def _finish(self, metrics: dict[str, Any]) -> None:
-        """Record a round, report it, and delete the policies that are no longer needed."""
+        """Record and report a round, and delete the policies that are no longer needed."""
         self.history.append(metrics)
         warning = hacking_warning(self.history)
         if self._verifier is not None:
@@ -351,7 +354,7 @@ class RejectionSamplingTrainer:
         write_json(Path(self.args.output_dir) / "rounds.json", self.history)
         plot = Path(self.args.output_dir) / "rounds.png"
         drawn = plot_rounds(self.history, plot)
-        self._rounds.record(metrics)  # what is not done before this is never done
+        self._rounds.record(metrics)  # last: a rerun repeats nothing of a recorded round
         self._rounds.keep({metrics["round"], best_round(self.history)})
         if "wandb" in self.args.report_to:
             log_rounds(self.history[:2] if metrics["round"] == 1 else [metrics], plot if drawn else None)

@@ -1,8 +1,8 @@
-"""A file of rows as a data set with the values that the file holds.
+"""A file of rows as a data set, with exactly the values that the file holds.
 
-`Dataset.from_json` takes texts that look like dates for dates, and fails where a column holds nothing in the first ten
-megabytes and something later. Here texts stay texts, and a column gets its type from all rows. Rows are read in
-chunks, so that the file may be larger than memory. Knows lines of JSON and Arrow types.
+`Dataset.from_json` reads texts that look like dates as dates, and fails if a column is empty in the first ten
+megabytes and not later. Here texts stay texts, and a column gets its type from all rows. Rows are read in chunks, so
+the file may be larger than memory. This module knows lines of JSON and Arrow types.
 """
 
 import json
@@ -23,8 +23,8 @@ def dataset_of_rows(path: Path) -> Dataset:
     """
     The rows of a file of JSON lines.
 
-    A column whose values no Arrow type holds as they are (objects with different keys, numbers beside texts) is one of
-    [`~datasets.Json`], which gives them back as they were. The data set lies in a file beside that of the rows.
+    Some columns fit no Arrow type (objects with different keys, numbers beside texts). They become
+    [`~datasets.Json`], which returns the values as they were. The data set lies in a file beside that of the rows.
     """
     types: dict[str, pa.DataType | None] = {}
     for rows in _chunks(path):
