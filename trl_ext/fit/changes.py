@@ -1,6 +1,6 @@
-"""Which single change of a training config would make it fit, or faster: each is estimated, none is taken on faith.
+"""The single changes of a training config that could make it fit, or run faster, and which one to advise.
 
-Knows the arguments of a command and what a change of one does to a run. Estimates nothing itself.
+It knows the arguments of a command and what a change of one does to a run. It estimates nothing itself.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Architectures of a few public models by their Hub id, so that memory can be measured and estimated without the Hub.
 
-The numbers are the fields of each model's published `config.json`. Knows transformers' configs; downloads nothing.
+The numbers are the fields of each model's published `config.json`. It knows transformers' configs and downloads
+nothing.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """How many bytes of tensors are alive while code runs, and their peak, on any device and for fake tensors too.
 
-Knows tensors and their storages. What a kernel allocates for itself and what an allocator rounds up is not seen.
+It knows tensors and their storages. It does not see what a kernel allocates for itself, and what an allocator rounds
+up.
 """
 
 import weakref

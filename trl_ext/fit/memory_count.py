@@ -1,7 +1,7 @@
 """Counting what runs on tensors that have a shape, a dtype and no numbers: bytes that are alive, and operations.
 
-Every tensor that an operation makes is counted until it is freed ([`LiveBytes`]). 4-bit layers are stand-ins of the
-same size that make the same tensors. Knows models, optimizers and bytes, and not what is trained or generated.
+[`LiveBytes`] counts every tensor that an operation makes, until it is freed. Stand-ins of the same size replace 4-bit
+layers and make the same tensors. This module knows models, optimizers and bytes. It does not know what is trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence
