@@ -4,10 +4,10 @@
     python examples/study_weak_to_strong.py cascade                # after weak_to_strong.py has run in this folder
     python examples/study_weak_to_strong.py selection
 
-`pairs` needs the data of README ('On real data'). `cascade` defers the pairs of which the weak judge of
-`weak_to_strong.py` is least sure to its ceiling. `selection` makes 30 % of the solutions that a model is to learn from
-wrong, keeps the share that a model pretrained on other problems finds most likely, and trains on what is kept; as
-control, on as many rows drawn at random. Add `--smoke` for a few rows and steps.
+`pairs` needs the data of README ('On real data'). `cascade` takes the weak judge of `weak_to_strong.py` and defers the
+pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps the
+share that a model pretrained on other problems finds most likely, and trains on it; the control trains on the same
+number of rows drawn at random. Add `--smoke` for a few rows and steps.
 """
 
 import argparse
@@ -73,18 +73,18 @@ def real_pairs(args: argparse.Namespace) -> None:
     )
     report = weak_to_strong(config, training, Dataset.from_list(rows[:100] if args.smoke else rows))
     print(report.markdown())
-    print("peak GiB of a leg:", {name: round(value, 2) for name, value in report.peak_memory_gib.items()})
+    print("peak GiB of a run:", {name: round(value, 2) for name, value in report.peak_memory_gib.items()})
 
 
 def cascade_curve(folder: Path) -> None:
     """Performance of weak and ceiling together, by the share of pairs that are deferred; the mean over the seeds."""
     table = Results("deferred to the ceiling")
-    legs = sorted(folder.glob("weak-0-seed-*"))
-    if not legs:
-        raise SystemExit(f"{folder} has no legs. Run `python examples/weak_to_strong.py` in this folder first.")
-    for leg in legs:
-        weak = read_judgements(leg, "test")
-        strong = read_judgements(folder / leg.name.replace("weak-0", "ceiling-0"), "test")
+    runs = sorted(folder.glob("weak-0-seed-*"))
+    if not runs:
+        raise SystemExit(f"{folder} has no runs. Run `python examples/weak_to_strong.py` in this folder first.")
+    for run in runs:
+        weak = read_judgements(run, "test")
+        strong = read_judgements(folder / run.name.replace("weak-0", "ceiling-0"), "test")
         sure = [max(one.output, 1 - one.output) for one in weak]
         curve = cascade(sure, [one.right for one in weak], [one.right for one in strong])
         for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
@@ -94,7 +94,7 @@ def cascade_curve(folder: Path) -> None:
 
 
 def selection_curve(smoke: bool) -> None:
-    """What is left of the wrong rows, and exact match after training on what was kept."""
+    """The share of wrong rows among those that are kept, and exact match after training on them."""
     table, scratch = Results("kept"), tempfile.mkdtemp()
     judge = pretrained(f"{scratch}/writer", 5 if smoke else 150, solution_rows(4000, "policy"))
     held_out = solution_rows(40 if smoke else 400, "held_out")
@@ -118,7 +118,7 @@ def selection_curve(smoke: bool) -> None:
 
 
 def exact_match(rows: Dataset, held_out: Dataset, seed: int, smoke: bool) -> float:
-    """Train a new model on rows, and let it solve others."""
+    """Train a new model on rows, and let it solve held-out problems."""
     with tempfile.TemporaryDirectory() as folder:
         training = COMMON | {"learning_rate": 2e-3, "seed": seed}
         args = WeakToStrongConfig(
@@ -141,13 +141,13 @@ def exact_match(rows: Dataset, held_out: Dataset, seed: int, smoke: bool) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=("pairs", "cascade", "selection"))
-    parser.add_argument("--strong", help="of pairs: the folder of a larger model, e.g. MiniLM")
+    parser.add_argument("--strong", help="for pairs: the folder of a larger model, e.g. MiniLM")
     parser.add_argument("--loss", default="xent", choices=("xent", "logconf"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--weak_steps", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--output_dir", help="of pairs: keeps the legs; of cascade: where they lie")
+    parser.add_argument("--output_dir", help="for pairs: where runs are kept; for cascade: where they are read")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.study == "pairs":

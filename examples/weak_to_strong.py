@@ -3,10 +3,10 @@
     python examples/weak_to_strong.py            # offline; preferences and generation, three seeds, CPU
     python examples/weak_to_strong.py --smoke    # the same in seconds, too short to learn
 
-The task is sorting digits, with right and wrong solutions made in code. The weak model is small and starts from
-nothing. The strong one was pretrained on other problems, so that it has met what it is to be taught, as in Burns et
-al. (https://huggingface.co/papers/2312.09390): texts with verdicts before it learns to judge, solutions before it
-learns to write. To use your own data, give `weak_to_strong` a data set with the columns of the task, and paths or Hub
+The task is sorting digits, with right and wrong solutions made in code. The weak supervisor is small and starts from
+nothing. The strong student was pretrained on other problems, so that it has seen the task before, as in Burns et al.
+(https://huggingface.co/papers/2312.09390): texts with verdicts before it learns to judge, solutions before it learns
+to generate them. To use your own data, give `weak_to_strong` a data set with the columns of the task, and paths or Hub
 ids of two models.
 """
 
@@ -78,7 +78,7 @@ def verdict_rows(number: int, split: str) -> Dataset:
 
 
 def pretrained(folder: str, steps: int, rows: Dataset) -> str:
-    """A strong language model that knows texts of the kind, about other problems."""
+    """A strong language model that has seen such texts about other problems."""
     base = tiny_reward_base(f"{folder}/untrained", hidden_size=96, num_layers=2)
     args = WeakToStrongConfig(f"{folder}/pretraining", max_steps=steps, kd_weight=0.0, save_strategy="no", **COMMON)
     trainer = WeakToStrongTrainer(base, args=args, train_dataset=rows)
@@ -116,7 +116,7 @@ def main() -> None:
             student_loss=loss,
             seeds=seeds,
             weak_share=0.2,
-            # until its texts end: others are not learnt from
+            # long enough to learn to end its texts: the student skips texts that were cut
             weak_training={"max_steps": 150 if smoke else 600, "learning_rate": 2e-3},
             max_completion_length=24,
         )

@@ -72,8 +72,8 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
     arms = report["stages"]["rejection"]["arms"]
     assert list(arms) == ["random", "verifier", "orm", "reward"] and {arm["rows"] for arm in arms.values()} == {32}
     assert arms["random"]["right"] <= arms["verifier"]["right"]
-    legs = report["stages"]["weak_to_strong"]
-    assert legs["test_rows"] == 12 and all(0 <= legs[name] <= 1 for name in ("weak", "student", "ceiling"))
+    models = report["stages"]["weak_to_strong"]
+    assert models["test_rows"] == 12 and all(0 <= models[name] <= 1 for name in ("weak", "student", "ceiling"))
     printed = capsys.readouterr().out
     assert "no verdict" in printed and "performance gap recovered" in printed
     for line in (

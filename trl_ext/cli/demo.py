@@ -1,6 +1,6 @@
-"""`trl-ext demo`: a tiny policy, verified samples, reward models of three kinds, what they are good for; all offline.
+"""`trl-ext demo`: a tiny policy, verified samples, reward models of three kinds and what they are good for; offline.
 
-It knows arguments, output folders and exit statuses. What is done is in `trl_ext.demo`.
+It knows arguments, output folders and exit statuses. `trl_ext.demo` does the work.
 """
 
 import argparse
@@ -25,7 +25,8 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
         "report.json, a plot (if matplotlib is installed) and offline runs of Weights & Biases.",
         epilog="Exit status: 0 if every reward model beat the random pick by more than the sampling error (1.96 "
         "standard errors of the paired difference) and scored the same after a reload, and the policy learnt more "
-        "from what the verifier chose than from a random choice, else 1. A smoke run gives no verdict.",
+        "from the verifier's choice than from a random choice; otherwise 1, or 130 after an interrupt. A smoke run "
+        "gives no verdict.",
     )
     parser.add_argument(
         "--output_dir", help="default: outputs/demo_seed<N>, for a smoke run outputs/demo_smoke_seed<N>"
@@ -43,7 +44,7 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
     return parser
 
 
-# For libraries that this process loads: nothing is looked up or sent.
+# For the libraries that this process loads, so that they look nothing up and send nothing.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -54,7 +55,7 @@ OFFLINE = {
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that are set inside, and as before outside."""
+    """Sets environment variables, and puts them back at the end."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -68,7 +69,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _prepare() -> None:
-    """In each process of stages: one thread, and no progress bars or advice of the libraries below."""
+    """Prepares each process that runs stages: one thread, and no progress bars or advice from libraries."""
     import warnings
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel to be downloaded
@@ -79,7 +80,7 @@ def _prepare() -> None:
     hf_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     hf_logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)  # those that TRL's and PEFT's calls of transformers give
+    warnings.simplefilter("ignore", FutureWarning)  # from TRL's and PEFT's calls of transformers
     torch.set_num_threads(1)  # for so small a model; two took ten times as long on two cores with other work to do
 
 

@@ -34,7 +34,7 @@ class ConfidenceLoss:
     The published implementation takes `t` from the micro-batch, so that at micro-batch 1 every row gets one class, and
     its `alpha` jumps from `warmup * alpha` to `alpha` at the end of the warm-up. Here `t` comes from the predictions
     and labels of earlier optimizer steps and is frozen within a step, so that it does not matter how a step is cut
-    into micro-batches; and the ramp is continuous. `reference=True` gives the published behaviour, jump included.
+    into micro-batches. The ramp is continuous. `reference=True` gives the published behaviour, with its jump.
 
     The callback of `trl_ext.trainers` calls [`~ConfidenceLoss.end_step`] after each optimizer step, and stores
     [`~ConfidenceLoss.state_dict`] with each checkpoint.
@@ -46,8 +46,8 @@ class ConfidenceLoss:
         warmup (`float`, *optional*, defaults to `0.1`):
             Share of training over which alpha rises from 0.
         window (`int`, *optional*, defaults to `512`):
-            Examples of earlier steps, at least, that the threshold is taken from (whole steps; fewer at the start).
-            Ours.
+            The threshold comes from at least so many examples of earlier steps (whole steps; fewer at the start). The
+            default is ours.
         reference (`bool`, *optional*, defaults to `False`):
             The published batch quantile and jump.
         symmetric (`bool`, *optional*, defaults to `False`):
@@ -156,9 +156,10 @@ class LogConfRanking:
     """
     [`ConfidenceLoss`] of pairs, with the signature of the ranking losses.
 
-    The logit is the better minus the worse candidate's score and the label is `target`, the probability that the
-    better one wins (1 without one). A pair has no orientation, so the classes are balanced by nature and the threshold
-    is 0, except with `reference=True`. Given to [`RewardTrainer`] as `loss_type`, it is told where training stands.
+    The logit is the better minus the worse candidate's score. The label is `target`, the probability that the better
+    one wins (1 without `target`). A pair has no orientation, so the classes are balanced and the threshold is 0,
+    except with `reference=True`. Pass it to [`RewardTrainer`] as `loss_type`; the trainer tells it where training
+    stands.
 
     Args:
         **kwargs: those of [`ConfidenceLoss`], except `symmetric`.
@@ -193,8 +194,8 @@ class LogConfRanking:
 @token_losses.declare(outputs="log_odds", labels="probability")
 class LogConfToken:
     """
-    [`ConfidenceLoss`] of labelled tokens, with the signature of the token losses, for heads of 1 or 2 outputs. Given
-    to a token-level trainer as `loss_type`, it is told where training stands.
+    [`ConfidenceLoss`] of labelled tokens, with the signature of the token losses, for heads of 1 or 2 outputs. Pass it
+    to a token-level trainer as `loss_type`; the trainer tells it where training stands.
 
     Args:
         **kwargs: those of [`ConfidenceLoss`].
@@ -238,7 +239,7 @@ def distillation(
             the weak teacher's; -inf where the teacher never gives a token.
         labels (`torch.Tensor` of shape `(n,)`): the token that follows.
         mask (`torch.BoolTensor` of shape `(n,)`): True where the token is trained on.
-        weight (`float`): lambda, at least 0. With 0 the teacher is not looked at.
+        weight (`float`): lambda, at least 0. With 0 the teacher's logits are not read.
 
     Returns:
         two `torch.Tensor` of shape `(n,)`, fp32, 0 where the mask is False: cross-entropy, and lambda times the

@@ -1,4 +1,4 @@
-"""Arguments of [`WeakToStrongTrainer`]: everything of `trl.SFTConfig`, and the weight of the weak teacher."""
+"""Arguments of [`WeakToStrongTrainer`]: all of `trl.SFTConfig`, and the weight of the weak teacher."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -44,5 +44,5 @@ class WeakToStrongConfig(trl.SFTConfig):
         if self.loss_type != "nll":
             raise ValueError(f"loss_type={self.loss_type!r} does not go with a teacher. Needed: 'nll'.")
         for name in ("use_liger_kernel", "label_smoothing_factor"):
-            if self.__dict__[name]:
+            if getattr(self, name):
                 raise ValueError(f"{name} does not go with a teacher: the loss needs the student's own logits.")

@@ -1,6 +1,6 @@
 """`WeakToStrongTrainer`: `trl.SFTTrainer` whose loss also keeps the student near a weak teacher's distribution.
 
-Knows a student, a teacher and the loss of `trl_ext.losses.distillation`. Data and everything else is TRL's.
+It knows a student, a teacher and the loss of `trl_ext.losses.distillation`. TRL prepares the data and does the rest.
 """
 
 import logging
@@ -17,7 +17,7 @@ from trl_ext.trainers.weak_to_strong.config import WeakToStrongConfig
 
 logger = logging.getLogger(__name__)
 
-# Tensors of a batch that a forward pass is given: those of padded rows, and those of packed ones.
+# Tensors of a batch that a forward pass gets, for padded and for packed rows.
 FORWARD_INPUTS = (
     "input_ids",
     "attention_mask",
@@ -33,23 +33,23 @@ class WeakToStrongTrainer(trl.SFTTrainer):
     r"""
     Supervised fine-tuning with a weak teacher: cross-entropy to the data plus lambda KL(weak || strong).
 
-    It is equation 10.13 of *Foundations of Large Language Models* by T. Xiao and J. Zhu. The data are whatever the
-    student shall imitate: outputs of the weak model (then with `kd_weight=0` it is equation 10.10), or labels.
+    See *Foundations of Large Language Models* by T. Xiao and J. Zhu, equation 10.13. The data are what the student
+    imitates: the weak model's outputs, or labels. On the weak model's outputs `kd_weight=0` gives equation 10.10.
 
     All arguments of `trl.SFTTrainer` keep their meaning, and:
 
     Args:
         teacher_model (`str` or `PreTrainedModel`):
-            The weak model, with the student's vocabulary: both distributions are over the same tokens. It is put in
-            eval mode, gets no gradient and is not saved. May be left out where `args.kd_weight` is 0.
+            The weak model. It needs the student's vocabulary, because both distributions are over the same tokens. It
+            is in eval mode, gets no gradient and is not saved. You may leave it out where `args.kd_weight` is 0.
         args ([`WeakToStrongConfig`], *optional*).
 
     Logged beside TRL's metrics: `ce_loss` and `kd_loss` (already weighted by lambda), both per trained token, and
     `kd_weight`.
 
     Raises:
-        ValueError: a teacher with another vocabulary, no teacher, or a model that TRL trains in a way that gives the
-            loss no logits (a mixture of experts with an auxiliary loss, sequence parallelism).
+        ValueError: a teacher with another vocabulary, no teacher, or a mixture of experts whose auxiliary loss this
+            trainer would lose.
     """
 
     _tag_names = ["trl", "sft", "weak-to-strong"]
@@ -72,7 +72,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError(
-                "The model adds a router loss of its own, which this trainer would lose. Load it with "
+                "The model adds a router loss, which this trainer would lose. Load the model with "
                 "output_router_logits=False."
             )
         self._teacher: PreTrainedModel | None = None
@@ -86,13 +86,14 @@ class WeakToStrongTrainer(trl.SFTTrainer):
             init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
             teacher = AutoModelForCausalLM.from_pretrained(source, **init_kwargs)
         try:
-            own_tokenizer = AutoTokenizer.from_pretrained(source)
+            teacher_tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError):
             logger.warning(
-                f"No tokenizer was found at {source!r}: the teacher is taken to have the student's vocabulary."
+                f"No tokenizer was found at {source!r}, so the vocabularies were not compared. The teacher must have "
+                "the student's vocabulary."
             )
         else:
-            check_same_vocabulary(tokenizer, own_tokenizer, source)
+            check_same_vocabulary(tokenizer, teacher_tokenizer, source)
         for role, model in (("student", self.accelerator.unwrap_model(self.model)), ("teacher", teacher)):
             size = model.config.get_text_config().vocab_size
             if size < len(tokenizer):
@@ -122,7 +123,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         else:
             with torch.no_grad():
                 teacher_logits = self._teacher(**given, use_cache=False).logits[:, :-1][mask]  # (n, V')
-            # vocabularies padded to different sizes: the tokens that both know
+            # the heads of one family may be padded to different sizes: compare the tokens that both know
             known = min(logits.shape[-1], teacher_logits.shape[-1])
             logits, teacher_logits = logits[:, :known], teacher_logits[:, :known]
         real = torch.ones_like(wanted, dtype=torch.bool)
@@ -148,7 +149,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         weight: float,
         inputs: dict[str, torch.Tensor],
     ) -> None:
-        """TRL's metrics of a batch, and the two parts of the loss."""
+        """Adds TRL's metrics of a batch, and the two parts of the loss."""
         mode = "train" if self.model.training else "eval"
         entropy = entropy_sum(logits)
         right = (logits.argmax(-1) == wanted).sum()
@@ -173,7 +174,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
 def check_same_vocabulary(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str = "the teacher"
 ) -> None:
-    """Raise `ValueError` unless every token of one has the same id in the other (tokens added by TRL aside)."""
+    """Raise `ValueError` unless every token has the same id in both, except for tokens that TRL added."""
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     wrong = [token for token, index in theirs.items() if ours.get(token) != index]
     extra = [token for token in ours if token not in theirs and token not in tokenizer.get_added_vocab()]
