@@ -34,6 +34,7 @@ API = {
         "PRMEnsembleTrainer PRMEnsembleConfig SegmentEnsembleTrainer SegmentEnsembleConfig",
     ),
     "scoring": ("Scoring and checkpoints", "RewardScorer load_reward_model merge_reward_model"),
+    "evaluation": ("Evaluation", "evaluate_reward_model EvaluationReport EvaluationCallback"),
     "sampling": (
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
@@ -69,7 +70,8 @@ def result_table(name: str) -> str:
             "",
             *lines,
             "",
-            f"<small>{result['note']} From {commands}. Machine: {result['machine']}. Recorded on {result['date']}.</small>",
+            f"<small>{result['note']} From {commands}. Machine: {result['machine']}. Recorded on {result['date']}.",
+            "</small>",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""What README.md and the pages in docs/ claim about files, names and commands is true, and nothing public is left out."""
+"""What README.md and the pages in docs/ claim about files, names and commands is true; nothing public is missing."""
 
 import dataclasses
 import importlib.util

@@ -1,8 +1,8 @@
 """Every Python and shell block in README.md and docs/ runs, offline, with a tiny model in place of the named ones.
 
-The blocks of a page run in order and share their names. A page that uses `outputs/<name>` which another page makes finds
-it: that page runs first. A block that cannot run has `<!-- not run: the reason -->` in the line above it; the flags and
-files that it names are checked all the same.
+The blocks of a page run in order and share their names. A page that uses `outputs/<name>` which another page makes
+finds it: that page runs first. A block that cannot run has `<!-- not run: the reason -->` in the line above it; the
+commands and files that it names are checked all the same.
 """
 
 import ast

@@ -20,7 +20,7 @@ _MARKS = {"good": "ok", "look": "look", "bad": "bad"}
 @dataclass
 class EvaluationReport(Findings):
     """
-    What an evaluation found; see [`Findings`](~trl_ext.evaluation.findings.Findings) for its fields.
+    What an evaluation found; see [`~trl_ext.evaluation.findings.Findings`] for its fields.
 
     `metrics`, `intervals` and `flags` are the three that programs read; everything is in `evaluation.json` too.
     """
