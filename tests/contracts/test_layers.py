@@ -20,6 +20,7 @@ ORDER = (
     ("losses", "metrics"),
     ("data",),
     ("models",),
+    ("serving",),
     ("trainers", "scoring"),
     ("evaluation", "pipelines"),
     ("bench", "demo"),

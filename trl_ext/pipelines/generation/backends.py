@@ -10,13 +10,22 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
-from trl_ext.pipelines.generation.generator import Generator
+from trl_ext.pipelines.generation.generator import GenerationError, Generator
 from trl_ext.pipelines.generation.openai_backend import OpenAIGenerator
 from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
-from trl_ext.pipelines.generation.server_pool import ServerPool
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
 from trl_ext.pipelines.generation.vllm_backend import VLLMGenerator
 from trl_ext.pipelines.stages.values import plain
+from trl_ext.serving.server_pool import Advice, ServerPool
+
+
+_ADVICE = Advice(
+    address="Start it, or correct server_base_url; give a slow start more time with server_timeout.",
+    slow="For a slow server raise server_timeout or lower max_concurrency.",
+    refused="Correct the argument or the prompt that it names; leave arguments that it does not know at their "
+    "defaults.",
+    again="Run the same again: finished shards are kept.",
+)
 
 
 def make_generator(
@@ -67,7 +76,9 @@ def make_generator(
             f"backend={backend!r} cannot take a {type(model).__name__}: a server holds its own weights. Give the "
             "folder or id that it serves."
         )
-    servers = ServerPool(server_base_url, server_timeout, max_concurrency, max_retries, api_key_variable)
+    servers = ServerPool(
+        server_base_url, server_timeout, max_concurrency, max_retries, api_key_variable, GenerationError, _ADVICE
+    )
     if backend == "openai":
         return OpenAIGenerator(servers, str(model), sampling)
     init = model_init_kwargs or {}

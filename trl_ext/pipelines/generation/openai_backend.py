@@ -13,13 +13,14 @@ from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.generator import Columns, cut_at_stop, sample_seed
 from trl_ext.pipelines.generation.records import Completion, ends_with_begun_answer, prompt_id
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
-from trl_ext.pipelines.generation.server_pool import ServerPool
 from trl_ext.pipelines.generation.vllm_backend import (
     arguments_that_vllm_fills_in,
     check_generation_kwargs,
     known_arguments,
     served_model,
 )
+from trl_ext.serving.served_models import cards_of
+from trl_ext.serving.server_pool import ServerPool
 
 
 class OpenAIGenerator:
@@ -39,7 +40,7 @@ class OpenAIGenerator:
     server may refuse them.
 
     Args:
-        servers ([`~trl_ext.pipelines.generation.server_pool.ServerPool`]): one server, or several with one model.
+        servers ([`~trl_ext.serving.server_pool.ServerPool`]): one server, or several with one model.
         model (`str`): the name by which they know it.
         sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how to sample.
 
@@ -57,8 +58,7 @@ class OpenAIGenerator:
         self._is_vllm, known = False, None
         if not self._is_transformers:
             for url, answer in servers.describe("/v1/models").items():
-                cards = answer.get("data") if isinstance(answer, dict) else None
-                if any(isinstance(card, dict) and card.get("owned_by") == "vllm" for card in cards or ()):
+                if any(card.get("owned_by") == "vllm" for card in cards_of(answer)):
                     self._is_vllm, (self._model, _) = True, served_model(url, answer, model)
         if self._is_vllm:
             known = known_arguments(servers, ("CompletionRequest", "ChatCompletionRequest"))

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder, sample_seed
 from trl_ext.pipelines.generation.records import Completion, prompt_id
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
-from trl_ext.pipelines.generation.server_pool import ServerPool
 from trl_ext.pipelines.user_functions import did_you_mean
+from trl_ext.serving.served_models import cards_of, find_card, longest_text, names_of
+from trl_ext.serving.server_pool import ServerPool
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class VLLMGenerator:
     One request a prompt, with a seed of its own.
 
     Args:
-        servers ([`~trl_ext.pipelines.generation.server_pool.ServerPool`]): `vllm serve MODEL`, one or several.
+        servers ([`~trl_ext.serving.server_pool.ServerPool`]): `vllm serve MODEL`, one or several.
         model (`str` or `Path`): the folder or id that they serve.
         sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how to sample.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
@@ -151,31 +152,24 @@ def served_model(url: str, answer: Any, model: str) -> tuple[str, int | None]:
     Raises:
         [`GenerationError`]: it does not serve the model.
     """
-    cards = [card for card in (answer or {}).get("data") or [] if isinstance(card, dict) and card.get("id")]
+    cards = cards_of(answer)
     if not cards:
         raise GenerationError(
             f"The server at {url} does not say which models it serves (/v1/models). Needed: `vllm serve {model}`."
         )
-    fitting = [card for card in cards if _serves(card, model)]
-    if not fitting and len(cards) == 1:
+    card = find_card(cards, model)
+    if card is None and len(cards) == 1:
+        card = cards[0]
         logger.warning(
-            f"The server at {url} serves {cards[0]['id']}, and the model is given as {model}: they must be the same "
+            f"The server at {url} serves {card['id']}, and the model is given as {model}: they must be the same "
             "weights with the same tokenizer."
         )
-        fitting = cards
-    if not fitting:
+    if card is None:
         raise GenerationError(
-            f"The server at {url} serves {', '.join(card['id'] for card in cards)}, and not {model}. Start it with "
-            f"`vllm serve {model}`, or correct server_base_url."
+            f"The server at {url} serves {names_of(cards)}, and not {model}. Start it with `vllm serve {model}`, or "
+            "correct server_base_url."
         )
-    limits = [card["max_model_len"] for card in (*fitting, *cards) if card.get("max_model_len")]
-    return fitting[0]["id"], limits[0] if limits else None
-
-
-def _serves(card: dict[str, Any], model: str) -> bool:
-    """Whether a model of a server has this name, or is in this folder."""
-    given = (model, str(Path(model).resolve()), Path(model).name)
-    return card["id"] in given or str(card.get("root") or "").rstrip("/") in given[:2]
+    return card["id"], longest_text(card, cards)
 
 
 def known_arguments(servers: ServerPool, schemas: Iterable[str]) -> set[str] | None:

@@ -20,8 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from trl_ext.pipelines.generation.generator import GenerationError
-
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +27,28 @@ T = TypeVar("T")
 
 REPEATED = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # HTTP statuses that may pass
 LONGEST_PAUSE = 60.0
+
+
+class ServerError(RuntimeError):
+    """A server cannot be used; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """
+    What a user can do about a failure, in the words of the caller's arguments.
+
+    Args:
+        address (`str`): when no server answers.
+        slow (`str`): when answers come too late.
+        refused (`str`): when a server refuses a request.
+        again (`str`): after a failure: what is kept.
+    """
+
+    address: str = "Start it, or correct the URL."
+    slow: str = "Give a slow server fewer requests at a time."
+    refused: str = "Its log has the reason."
+    again: str = "Call again when it is back."
 
 
 @dataclass
@@ -49,9 +69,12 @@ class ServerPool:
         max_concurrency (`int`, *optional*, defaults to `64`): requests at a time, over all servers.
         max_retries (`int`, *optional*, defaults to `6`): how often a request is repeated.
         api_key_variable (`str`, *optional*): name of the environment variable that holds the servers' key.
+        error (`type`, *optional*, defaults to [`ServerError`]): class of the errors that are raised.
+        advice ([`Advice`], *optional*): what their messages tell the user to do.
 
     Raises:
-        [`GenerationError`]: the variable is not set.
+        `error`: the variable is not set.
+        ValueError: no URL.
     """
 
     def __init__(
@@ -61,22 +84,25 @@ class ServerPool:
         max_concurrency: int = 64,
         max_retries: int = 6,
         api_key_variable: str | None = None,
+        error: type[Exception] = ServerError,
+        advice: Advice | None = None,
     ):
         urls = re.split(r"[,\s]+", base_url.strip()) if isinstance(base_url, str) else list(base_url)
         self._servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls if url]
         if not self._servers:
             raise ValueError(f"server_base_url={base_url!r}; needed: at least one URL, e.g. http://localhost:8000.")
+        self._error, self._advice = error, advice or Advice()
         self._timeout = timeout
         self._max_retries = max_retries
         self._threads = ThreadPoolExecutor(max_concurrency)
         self._lock = threading.Lock()
         self._turn = 0
         self._stopped = threading.Event()
-        self._failure: GenerationError | None = None  # the one that stopped the pool
+        self._failure: Exception | None = None  # the one that stopped the pool
         self._headers = {"Content-Type": "application/json"}
         if api_key_variable is not None:
             if api_key_variable not in os.environ:
-                raise GenerationError(f"The environment variable {api_key_variable} (api_key_variable) is not set.")
+                raise error(f"The environment variable {api_key_variable} (api_key_variable) is not set.")
             self._headers["Authorization"] = f"Bearer {os.environ[api_key_variable]}"
 
     def __str__(self) -> str:
@@ -91,7 +117,7 @@ class ServerPool:
         Waits until at least one server answers. The others may start later, or not at all.
 
         Raises:
-            [`GenerationError`]: no server answers within the time.
+            `error`: no server answers within the time.
         """
         deadline = time.monotonic() + self._timeout
         while True:
@@ -107,11 +133,15 @@ class ServerPool:
                 return found
             if time.monotonic() > deadline:
                 urls, error = ", ".join(problems), next(iter(problems.values()))
-                raise GenerationError(
-                    f"No server answers at {urls} ({error}), for {self._timeout:g} s (server_timeout). Start it, or "
-                    "correct server_base_url."
+                raise self._error(
+                    f"No server answers at {urls} ({error}), for {self._timeout:g} s. {self._advice.address}"
                 ) from error
             time.sleep(min(1.0, self._timeout / 4))
+
+    def reset(self) -> None:
+        """Send requests again after a failure that stopped them."""
+        self._failure = None
+        self._stopped.clear()
 
     def map(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run jobs, which call [`ask`], in parallel. The first failure cancels those that have not begun."""
@@ -134,7 +164,7 @@ class ServerPool:
                 `ValueError`, `KeyError`, `IndexError` or `TypeError`, the request is repeated.
 
         Raises:
-            [`GenerationError`]: a server refuses the request, or all attempts fail. Every further call then fails.
+            `error`: a server refuses the request, or all attempts fail. Every further call then fails.
         """
         pause = 0.5
         for attempt in range(self._max_retries + 1):
@@ -149,24 +179,24 @@ class ServerPool:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {_detail(error)}"
                 if error.code not in REPEATED:
-                    raise self._stop(_refused(server.url, path, problem, body)) from error
+                    raise self._stop(self._refused(server.url, path, problem, body)) from error
                 wait = error.headers.get("Retry-After")
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
                 problem, gone = f"{type(error).__name__}: {error}", not isinstance(error, TimeoutError)
             except (ValueError, KeyError, IndexError, TypeError) as error:
-                problem = f"an answer that is no completion ({type(error).__name__}: {error})"
+                problem = f"an unreadable answer ({type(error).__name__}: {error})"
             others = self._rest(server, problem)
             if attempt < self._max_retries and not others:
                 logger.info(f"{server.url}{path}: {problem}; attempt {attempt + 2} follows.")
                 asked = float(wait) if wait is not None and wait.replace(".", "", 1).isdigit() else 0.0
                 self._stopped.wait(min(LONGEST_PAUSE, max(asked, pause * (0.5 + random.random()))))
                 pause *= 2
-        hint = "For a slow server raise server_timeout or lower max_concurrency."
+        hint = self._advice.slow
         if gone:
             hint = "It no longer answers: it was ended, or its engine died. Start it again with the same model."
         raise self._stop(
-            f"{self} failed {self._max_retries + 1} times, last with {problem}. {hint} Its log has the reason. Run "
-            "the same again: finished shards are kept."
+            f"{self} failed {self._max_retries + 1} times, last with {problem}. {hint} Its log has the reason. "
+            f"{self._advice.again}"
         )
 
     def _next(self) -> _Server:
@@ -190,12 +220,21 @@ class ServerPool:
             logger.warning(f"The server at {server.url} failed with {problem}; its requests go to the others.")
         return others
 
-    def _stop(self, message: str) -> GenerationError:
+    def _stop(self, message: str) -> Exception:
         """End all requests with this error, unless another one did so before."""
         with self._lock:
-            self._failure = self._failure or GenerationError(message)
+            self._failure = self._failure or self._error(message)
         self._stopped.set()
         return self._failure
+
+    def _refused(self, url: str, path: str, problem: str, body: dict[str, Any]) -> str:
+        fix = self._advice.refused
+        if "chat_template" in body and re.search("chat.?template", problem, re.IGNORECASE):
+            fix = (
+                "It accepts no chat_template in requests: start vLLM with --trust-request-chat-template, or use "
+                "backend='vllm', which applies the template here."
+            )
+        return f"The server at {url} refused a request to {path.removeprefix('/v1')} with {problem}. {fix}"
 
     def _get(self, url: str) -> Any:
         request = urllib.request.Request(url, headers=self._headers)
@@ -209,16 +248,6 @@ class ServerPool:
         request = urllib.request.Request(url, json.dumps(body).encode(), self._headers)
         with urllib.request.urlopen(request, timeout=self._timeout) as answer:
             return json.load(answer)
-
-
-def _refused(url: str, path: str, problem: str, body: dict[str, Any]) -> str:
-    fix = "Correct the argument or the prompt that it names; leave arguments that it does not know at their defaults."
-    if "chat_template" in body and re.search("chat.?template", problem, re.IGNORECASE):
-        fix = (
-            "It accepts no chat_template in requests: start vLLM with --trust-request-chat-template, or use "
-            "backend='vllm', which applies the template here."
-        )
-    return f"The server at {url} refused a request to {path.removeprefix('/v1')} with {problem}. {fix}"
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
