@@ -119,7 +119,7 @@ def test_cache_is_read_and_keyed_by_every_argument(tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the cache was not read")
 
-    monkeypatch.setattr(spans, "encode_with_offsets", never)
+    monkeypatch.setattr(spans, "encode_batch_with_offsets", never)
     check_mixed(*prepare(load(), "stepwise", max_length=60))
     for change in (
         dict(max_length=61),

@@ -1,12 +1,15 @@
 """A data set of rows -> the same data set with token ids and ratings of each row's candidates, and a report.
 
-Knows `datasets`, and writes *new* columns only: `datasets` casts a column that is rewritten to its old type. What a
-row means is in `schema`. Knows nothing of padding, models or losses.
+Writes *new* columns only: `datasets` casts a column that is rewritten to its old type. `schema` says what a row means.
+Does not know padding, models or losses.
 
 Columns written: `candidate_ids` (K lists of token ids), `candidate_ratings` (K floats, higher is better), `row_index`
 (position in the data set it came from), and where the rows have them `group_margin` and `group_target`.
 """
 
+from collections.abc import Mapping
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,13 +18,13 @@ from datasets import Dataset, IterableDataset, List, Value
 from trl_ext.data.mapping import COUNTS, map_rows, open_rows
 from trl_ext.data.report import COUNTED, DataReport
 from trl_ext.data.schema import DECISIVE, Group, Schema, check_row, find_schema
-from trl_ext.data.tokenization import TokenizationSettings, Tokenizer, encode_candidates
-from trl_ext.data.validation import RowChecks
+from trl_ext.data.tokenization import Encoded, TextRow, TokenizationSettings, Tokenizer, encode_batch
+from trl_ext.data.validation import RowChecks, named_by_row
 
 
 # Part of the cache key of `datasets`, which sees the arguments of our functions but not their code: raise it whenever
 # the meaning of a written column changes.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
 PAIR_COLUMNS = ("chosen_ids", "rejected_ids")
 """The columns of TRL's prepared pairs."""
@@ -57,8 +60,9 @@ def prepare_groups(
     set that has been prepared already is returned as it is.
 
     Candidates longer than `max_length` tokens are left out; a group needs two others to survive, so a pair is dropped
-    whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates are kept. All of it is counted,
-    and shown once.
+    whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates are kept. So are rows whose
+    completions the chat template leaves out, wholly or in part, unless all rows are so. All of it is counted, and
+    shown once.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
@@ -69,19 +73,24 @@ def prepare_groups(
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
         min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
         loss_needs_ratings (`bool`, *optional*, defaults to `False`): refuse `ranks`, whose distances mean nothing.
+<<<<<<< ours
         use_pair_ratings (`bool`, *optional*, defaults to `True`): read `chosen_rating` and `rejected_rating`; else
             they are metadata, and the chosen one is simply better.
         pair_columns (`bool`, *optional*, defaults to `False`): write the token ids of pairs as `chosen_ids` and
             `rejected_ids` too, as TRL's trainer does.
         vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
         max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
+=======
+        vocab_size (`int`, *optional*): number of ids that the model knows; a row with an id that is not below it is
+            refused.
+>>>>>>> theirs
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
 
     Raises:
-        `DataError`: a malformed row or column, or too few surviving rows. For a stream it is raised when the row is
-        read.
+        `DataError`: a malformed row or column, too few surviving rows, or a chat template that leaves out text of
+            every row. For a stream it is raised when the row is read.
     """
     report = DataReport(
         name=dataset_name,
@@ -105,13 +114,19 @@ def prepare_groups(
         "pair_columns": pair_columns,
         "cache_version": _CACHE_VERSION,
     }
+<<<<<<< ours
     features = _new_features(schema, pair_columns)
     return map_rows(dataset, prepare_row, arguments, features, report, min_survival, num_proc), report
+=======
+    unseen = partial(_unseen_text, tokenizer=tokenizer, tokenization=tokenization, schema=schema)
+    features = _new_features(schema)
+    return map_rows(dataset, prepare_rows, arguments, features, report, min_survival, num_proc, unseen), report
+>>>>>>> theirs
 
 
-def prepare_row(
-    row: dict[str, Any],
-    index: int,
+def prepare_rows(
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
     tokenizer: Tokenizer,
     tokenization: TokenizationSettings,
     schema: Schema,
@@ -120,6 +135,7 @@ def prepare_row(
     vocab_size: int | None,
     pair_columns: bool,
     cache_version: int,
+<<<<<<< ours
 ) -> dict[str, Any]:
     """The new columns of one row, with its counts; `candidate_ids` is empty where the group does not survive."""
     checks = RowChecks(index, dataset_name, vocab_size)
@@ -167,6 +183,61 @@ def _encode(
     for candidate in ids:
         checks.known_ids(candidate, column, tokenizer)
     return ids
+=======
+) -> dict[str, list[Any]]:
+    """The new columns of some rows, with their counts; `candidate_ids` is empty where a group does not survive."""
+    columns = {name: batch[name] for name in schema.columns if name in batch}
+    checks = [RowChecks(index, dataset_name, vocab_size) for index in indices]
+    rows = [{name: values[number] for name, values in columns.items()} for number in range(len(indices))]
+    groups = [check_row(row, schema, row_checks) for row, row_checks in zip(rows, checks, strict=True)]
+    if schema.tokenized:
+        encoded = [[Encoded(ids, truncated=False) for ids in group.completions] for group in groups]
+    else:
+        encoded = named_by_row(
+            lambda texts: encode_batch(tokenizer, texts, tokenization),
+            [_texts(group) for group in groups],
+            checks,
+            schema.candidates[0],
+            schema.kind,
+        )
+    new: dict[str, list[Any]] = {name: [] for name in (*_new_features(schema), COUNTS)}
+    for row, group, candidates, row_checks in zip(rows, groups, encoded, checks, strict=True):
+        ids = [row_checks.known_ids(candidate.ids, schema.candidates[0]) for candidate in candidates]
+        fits = [max_length is None or len(candidate) <= max_length for candidate in ids]
+        survives = sum(fits) >= 2
+        kept = [candidate for candidate, fit in zip(ids, fits, strict=True) if fit and survives]
+        ratings = [rating for rating, fit in zip(group.ratings, fits, strict=True) if fit and survives]
+        has_prompt = schema.tokenized or "prompt" not in row or bool(row["prompt"])
+        counts = {
+            "over_long_rows": not survives,
+            "over_long_candidates": survives and len(fits) - sum(fits),
+            # as the collator rounds them
+            "tied": survives and np.float32(min(ratings)) == np.float32(max(ratings)),
+            "identical": survives and any(one == other for one, other in combinations(kept, 2)),
+            "no_prompt": survives and not has_prompt,
+            "unseen": any(candidate.unseen is not None for candidate in candidates),
+        }
+        new["candidate_ids"].append(kept)
+        new["candidate_ratings"].append(ratings)
+        new["row_index"].append(row_checks.row)
+        if schema.margin:
+            new["group_margin"].append(group.margin)
+        if schema.target:
+            new["group_target"].append(group.target)
+        new[COUNTS].append([int(counts[reason]) for reason in COUNTED])
+    return new
+
+
+def _texts(group: Group) -> list[TextRow]:
+    return [TextRow(group.prompt, one, group.tools, group.chat_template_kwargs) for one in group.completions]
+
+
+def _unseen_text(row: dict[str, Any], tokenizer: Tokenizer, tokenization: TokenizationSettings, schema: Schema) -> str:
+    """The first text of a row's completions that the chat template leaves out."""
+    group = check_row(row, schema, RowChecks(0, ""))
+    encoded = encode_batch(tokenizer, _texts(group), tokenization)
+    return next((one.unseen for one in encoded if one.unseen is not None), "")
+>>>>>>> theirs
 
 
 def _new_features(schema: Schema, pair_columns: bool) -> dict[str, Any]:

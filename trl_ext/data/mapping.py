@@ -1,13 +1,14 @@
-"""What `formats` and `spans` share: map a function over the rows of a data set, count, and drop rows by their counts.
+"""Map a function over the rows of a data set in batches, count, and drop rows by their counts.
 
-Knows `datasets` and the counts that travel with each row. Does not know what a row is.
+`formats` and `spans` share it. Knows `datasets` and the counts that travel with each row. Does not know what a row is.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from trl_ext.data.report import DROPPING, DataReport
 from trl_ext.data.validation import DataError
@@ -16,15 +17,66 @@ from trl_ext.data.validation import DataError
 Rows = Dataset | IterableDataset
 # Column that a mapped function adds: one count for each reason of the report. It is gone in the result.
 COUNTS = "row_counts"
+# Rows that are tokenized in one call, and rows whose counts are read at a time.
+_BATCH_ROWS = 1000
+_COUNTED_ROWS = 65_536
+
+
+def plain_rows(dataset: Rows) -> Rows:
+    """The rows as their user sees them, as plain Python values.
+
+    A transform (`with_transform`, `set_transform`) is applied to all rows once, and `datasets` caches the result; the
+    columns are those that it returns. A format that only changes types (torch, numpy) is taken off.
+
+    Raises:
+        `DataError`: the transform fails, or returns values that no column can hold.
+    """
+    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset) > 0
+    if not transformed:
+        return dataset.with_format(None)
+    try:
+        types = {name: _type_of(values) for name, values in dataset[:_BATCH_ROWS].items()}
+        dataset = dataset.map(
+            _same_batch,
+            batched=True,
+            batch_size=_BATCH_ROWS,
+            remove_columns=dataset.column_names,
+            features=Features(types),
+            desc="Applying the transform",
+        )
+    except Exception as error:
+        raise DataError(
+            f"a transform (set_transform, with_transform) that cannot be applied to all rows: {error}",
+            "a transform that returns the same columns for every row, each of one type",
+            "Correct the transform, or apply it yourself with dataset.map.",
+        ) from error
+    return dataset.with_format(None)
+
+
+def _type_of(values: Sequence[Any]) -> Any:
+    """The type of a column. Dictionaries are kept as JSON, since columns of structs give each row the keys of all."""
+    if _holds_dictionaries(values):
+        return Json()
+    return Features.from_arrow_schema(pa.schema([("values", pa.array(values).type)]))["values"]
+
+
+def _holds_dictionaries(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_dictionaries, value))
+    return isinstance(value, dict)
+
+
+def _same_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 def open_rows(
     dataset: Rows, report: DataReport, written: set[str], decisive: Sequence[str] = ()
 ) -> tuple[Rows, list[str], dict[str, Any]] | None:
-    """The data set without a format, its columns and its first row; `None` if it has the columns `written` already.
+    """The data set as `plain_rows`, its columns and its first row; `None` if it has the columns `written` already.
 
-    Rows of a stream whose columns are not known need not have the same ones. Later rows get null for what they lack of
-    the first row's.
+    The rows of a stream with unknown columns may have different ones. Later rows get null for each of the first row's
+    columns that they lack.
 
     Args:
         written (`set[str]`): the columns by which a prepared data set is known.
@@ -35,7 +87,7 @@ def open_rows(
     """
     if dataset.column_names is not None and written.issubset(dataset.column_names):
         return _already_prepared(dataset, report)
-    dataset = dataset.with_format(None)
+    dataset = plain_rows(dataset)
     first = next(iter(dataset), None)
     if first is None:
         raise DataError("no rows", "at least one row", "Check the path and the filters.", dataset=report.name)
@@ -72,43 +124,67 @@ def _already_prepared(dataset: Rows, report: DataReport) -> None:
 
 def map_rows(
     dataset: Rows,
-    prepare_row: Callable[..., dict[str, Any]],
+    prepare_rows: Callable[..., dict[str, list[Any]]],
     arguments: dict[str, Any],
     features: dict[str, Any],
     report: DataReport,
     min_survival: float,
     num_proc: int | None,
+    unseen_text: Callable[[dict[str, Any]], str] | None = None,
 ) -> Rows:
-    """Add the columns that ``prepare_row(row, index, **arguments)`` returns, and drop rows as their counts say.
+    """Add the columns that ``prepare_rows(batch, indices, **arguments)`` returns, and drop rows as their counts say.
 
     The counts travel with the rows, so that they are right with worker processes and when the cache is read. A stream
-    is mapped lazily, and its rows are counted as they pass.
+    is mapped lazily, row by row, and its rows are counted as they pass.
 
     Args:
-        prepare_row (`Callable`): returns the new columns, `row_index` and `COUNTS` among them.
+        prepare_rows (`Callable`): returns the new columns, `row_index` and `COUNTS` among them.
         features (`dict`): types of the new columns, without `COUNTS`.
         report (`DataReport`): is filled and, for a `Dataset`, shown.
+        unseen_text (`Callable`, *optional*): returns the text that the model does not see of a row that is counted as
+            `unseen`; the report shows the first one.
     """
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.map(prepare_row, with_indices=True, fn_kwargs=arguments)
+        one_row = {"prepare_rows": prepare_rows, "arguments": arguments}
+        dataset = dataset.map(_prepare_one, with_indices=True, fn_kwargs=one_row)
         return dataset.filter(_counter(report, min_survival)).remove_columns(COUNTS)
+    rows = dataset
     dataset = dataset.map(
-        prepare_row,
+        prepare_rows,
         with_indices=True,
+        batched=True,
+        batch_size=_BATCH_ROWS,
         fn_kwargs=arguments,
         features=Features({**dataset.features, **features, COUNTS: List(Value("int32"))}),
         num_proc=num_proc,
         desc=f"Tokenizing {report.name} dataset",
     )
-    counts = np.stack(dataset.with_format("numpy", columns=[COUNTS])[:][COUNTS])  # (rows, reasons)
-    dropping = [column for column, reason in enumerate(report.reasons) if reason in DROPPING]
-    survives = (counts[:, dropping] == 0).all(axis=1)
-    report.add(counts.sum(axis=0).tolist(), rows=len(counts), kept=int(survives.sum()))
+    reasons = list(report.reasons)
+    dropping = [column for column, reason in enumerate(reasons) if reason in DROPPING]
+    survives, unseen = [], []
+    for batch in dataset.select_columns([COUNTS]).with_format("arrow").iter(batch_size=_COUNTED_ROWS):
+        counts = batch[COUNTS].combine_chunks().flatten().to_numpy().reshape(-1, len(reasons))  # (rows, reasons)
+        survives.append((counts[:, dropping] == 0).all(axis=1))
+        if "unseen" in reasons:
+            unseen += (report.rows + np.flatnonzero(counts[:, reasons.index("unseen")])[:1]).tolist()
+        report.add(counts.sum(axis=0).tolist(), rows=len(counts), kept=int(survives[-1].sum()))
+    if unseen and unseen_text is not None:
+        report.first_unseen = (unseen[0], unseen_text(rows[unseen[0]]))
+    report.check_seen()
     report.check_survival(min_survival)
     report.show()
-    if not survives.all():
-        dataset = dataset.select(np.flatnonzero(survives))
+    kept = np.flatnonzero(np.concatenate(survives))
+    if len(kept) < len(dataset):
+        dataset = dataset.select(kept)
     return dataset.remove_columns(COUNTS)
+
+
+def _prepare_one(
+    row: dict[str, Any], index: int, prepare_rows: Callable[..., dict[str, list[Any]]], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """The new columns of a single row."""
+    new = prepare_rows({name: [value] for name, value in row.items()}, [index], **arguments)
+    return {name: values[0] for name, values in new.items()}
 
 
 def _counter(report: DataReport, min_survival: float) -> Callable[[dict[str, Any]], bool]:

@@ -1,22 +1,30 @@
 """Which characters of a completion each token holds, for the ids that `tokenization.encode` makes of the row.
 
 Characters are those of Python strings (code points; neither bytes nor UTF-16 units), counted from the start of the
-completion. Knows tokenizers and chat templates. Knows nothing of labels or data sets.
+completion. Knows tokenizers and chat templates. Does not know labels or data sets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from trl_ext.data.tokenization import (
+from trl_ext.data.chat_templates import (
     Completion,
     Message,
     Prompt,
-    TokenizationSettings,
     Tokenizer,
     as_messages,
-    is_chat,
+    content_text,
+    conversation,
+    encode_chats,
+    render,
+)
+from trl_ext.data.tokenization import (
+    TextRow,
+    TokenizationSettings,
+    by_options,
     plain_text,
     positions_that_fit,
 )
@@ -42,6 +50,8 @@ class Located:
             it; T if there is none.
         truncated (`bool`): whether anything was cut to fit `max_length`.
         stripped (`bool`): whether the chat template took white space from an end of the completion.
+        unseen (`str`, *optional*): always `None`, since a completion that the template rewrites has no offsets; see
+            `tokenization.Encoded`.
     """
 
     ids: list[int]
@@ -50,6 +60,7 @@ class Located:
     completion_start: int
     truncated: bool
     stripped: bool
+    unseen: str | None = None
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Positions of the tokens that hold any of the characters from `start` up to, not including, `end`.
@@ -85,11 +96,12 @@ def completion_text(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     content = as_messages(completion)[-1].get("content")
-    if not isinstance(content, str):
+    text = content_text(content)
+    if text is None:
         raise TypeError(
             f"labels at characters need a text as the content of the last message, found {type(content).__name__}"
         )
-    return content
+    return text
 
 
 def encode_with_offsets(
@@ -98,19 +110,14 @@ def encode_with_offsets(
     completion: Completion,
     tokenization: TokenizationSettings,
     *,
-    tools: list[Any] | None = None,
+    tools: list[Any] | str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     max_length: int | None = None,
 ) -> Located:
     """Token ids of `prompt` + `completion`, as `tokenization.encode` makes them, with the characters of each token.
 
-    The whole text is tokenized once. In a chat the completion is found in the rendered text by rendering it a second
-    time with a mark in its place, never by searching for its words; white space that the template takes from its ends
-    is allowed for. `max_length` cuts as in `encode`, and offsets are those of the whole completion all the same.
-
-    Raises:
-        `TypeError`: a text prompt with a chat completion, or a last message without text.
-        `ValueError`: the chat template changes the completion beyond its ends, or the tokenizer gives no offsets.
+    `max_length` cuts as in `encode`, and offsets are those of the whole completion all the same. See
+    `encode_batch_with_offsets`.
 
     Example:
 
@@ -122,35 +129,64 @@ def encode_with_offsets(
     array([4, 5])
     ```
     """
+    row = TextRow(prompt, completion, tools, chat_template_kwargs)
+    located = encode_batch_with_offsets(tokenizer, [row], tokenization)[0]
+    if max_length is None or len(located.ids) <= max_length:
+        return located
+    kept = positions_that_fit(tokenizer, row, located.ids, tokenization, max_length)
+    return Located(
+        ids=[located.ids[position] for position in kept],
+        starts=located.starts[kept],
+        ends=located.ends[kept],
+        completion_start=sum(position < located.completion_start for position in kept),
+        truncated=True,
+        stripped=located.stripped,
+    )
+
+
+def encode_batch_with_offsets(
+    tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: TokenizationSettings
+) -> list[Located]:
+    """Token ids of any number of rows, as `tokenization.encode_batch` makes them, with the characters of each token.
+
+    The whole text is tokenized once. In a chat the completion is found in the rendered text by rendering it a second
+    time with a mark in its place, never by searching for its words; white space that the template takes from its ends
+    is allowed for.
+
+    Raises:
+        `TypeError`: a text prompt with a chat completion, or a last message without text.
+        `ValueError`: the chat template changes the completion beyond its ends, or the tokenizer gives no offsets.
+    """
     if not tokenizer.is_fast:
         raise ValueError(
             f"labels at characters need a fast tokenizer, which knows the characters of a token; "
             f"{type(tokenizer).__name__} is none. Load the tokenizer of the model with AutoTokenizer"
         )
-    text = completion_text(completion)
-    arguments = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-    if is_chat(prompt) or not isinstance(completion, str):
-        if isinstance(prompt, str) and prompt:
-            raise TypeError("the prompt is text and the completion is chat messages; give both as one kind")
-        messages = [*(prompt or []), *as_messages(completion)]
-        options = {"tools": tools, **(chat_template_kwargs or {})}
-        start, first, last = _find(tokenizer, messages, text, options)
-        encoding = tokenizer.apply_chat_template(
-            [messages],
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **options,
-        )
-    else:
-        start, first, last = len(prompt or ""), 0, len(text)
-        encoding = tokenizer(
-            text=[plain_text(tokenizer, prompt, completion, tokenization)],
-            add_special_tokens=tokenization.adds_special_tokens,
-            return_offsets_mapping=True,
-        )
-    ids = encoding["input_ids"][0]
-    offsets = np.array(encoding["offset_mapping"][0], dtype=np.int64).reshape(-1, 2) - start
+    found: list[Located | None] = [None] * len(rows)
+    for numbers, options in by_options(rows):
+        texts = [completion_text(rows[n].completion) for n in numbers]
+        if options is None:
+            places = [(len(rows[n].prompt or ""), 0, len(text)) for n, text in zip(numbers, texts, strict=True)]
+            encoding = tokenizer(
+                text=[plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers],
+                add_special_tokens=tokenization.adds_special_tokens,
+                return_offsets_mapping=True,
+            )
+        else:
+            chats = [conversation(tokenizer, rows[n].prompt, rows[n].completion, options) for n in numbers]
+            encoding, rendered = encode_chats(tokenizer, chats, options, return_offsets_mapping=True)
+            marked = render(tokenizer, [_with_last(chat, _MARK) for chat in chats], options)
+            places = [_find(tokenizer, options, *one) for one in zip(chats, rendered, marked, texts, strict=True)]
+        parts = (encoding["input_ids"], encoding["offset_mapping"], texts, places)
+        for number, *one in zip(numbers, *parts, strict=True):
+            found[number] = _located(*one)
+    return found
+
+
+def _located(ids: list[int], mapping: list[tuple[int, int]], text: str, place: tuple[int, int, int]) -> Located:
+    """The tokens of a row from the characters of the rendered text that each has, and the completion's place in it."""
+    start, first, last = place
+    offsets = np.array(mapping, dtype=np.int64).reshape(-1, 2) - start
     # From the rendered text to the completion: only text[first:last] was rendered, at 0 to last - first.
     length, lost = last - first, len(text) - last
     starts = offsets[:, 0] + np.where(offsets[:, 0] >= 0, first, 0) + np.where(offsets[:, 0] >= length, lost, 0)
@@ -158,25 +194,25 @@ def encode_with_offsets(
     # Special tokens that the tokenizer adds by itself have empty offsets at 0: those behind the completion end it.
     inside = np.flatnonzero((offsets[:, 1] > 0) & (offsets[:, 1] > offsets[:, 0]))
     completion_start = int(inside[0]) if len(inside) else len(ids)
-
-    truncated = max_length is not None and len(ids) > max_length
-    if truncated:
-        kept = positions_that_fit(tokenizer, prompt, completion, ids, tokenization, max_length, **arguments)
-        completion_start = sum(position < completion_start for position in kept)
-        ids, starts, ends = [ids[position] for position in kept], starts[kept], ends[kept]
     stripped = (first, last) != (0, len(text))
-    return Located(ids, starts, ends, completion_start, truncated, stripped)
+    return Located(ids, starts, ends, completion_start, truncated=False, stripped=stripped)
 
 
-def _find(tokenizer: Tokenizer, messages: list[Message], text: str, options: dict[str, Any]) -> tuple[int, int, int]:
-    """Where the last message's `text` is in the rendered chat: (start, first, last), text[first:last] being there."""
+def _with_last(chat: list[Message], content: str) -> list[Message]:
+    """The chat with another text in its last message."""
+    return [*chat[:-1], {**chat[-1], "content": content}]
 
-    def render(content: str) -> str:
-        chat = [*messages[:-1], {**messages[-1], "content": content}]
-        return tokenizer.apply_chat_template([chat], tokenize=False, **options)[0]
 
-    rendered = render(text)
-    before, mark, behind = render(_MARK).partition(_MARK)
+def _find(
+    tokenizer: Tokenizer, options: dict[str, Any], chat: list[Message], rendered: str, marked: str, text: str
+) -> tuple[int, int, int]:
+    """Where the last message's `text` is in the rendered chat: (start, first, last), text[first:last] being there.
+
+    Args:
+        rendered (`str`): the chat as it is.
+        marked (`str`): the chat with a mark in place of the text.
+    """
+    before, mark, behind = marked.partition(_MARK)
     if mark and rendered.startswith(before) and rendered.endswith(behind):
         body = rendered[len(before) : len(rendered) - len(behind)]
         lead = len(text) - len(text.lstrip())
@@ -184,7 +220,8 @@ def _find(tokenizer: Tokenizer, messages: list[Message], text: str, options: dic
             if text.startswith(body, first) and not text[first + len(body) :].strip():
                 return len(before), first, first + len(body)
     # The template looks into the text (a thinking part, say) but may leave it as it is: mark its end alone.
-    before, mark, behind = render(text + _MARK).partition(_MARK)
+    at_its_end = render(tokenizer, [_with_last(chat, text + _MARK)], options)[0]
+    before, mark, behind = at_its_end.partition(_MARK)
     if mark and before.endswith(text) and rendered.endswith(behind):
         body = rendered[: len(rendered) - len(behind)]
         start = len(before) - len(text)

@@ -1,13 +1,13 @@
 """What happened to the rows of a data set: counts by reason, said once in one line.
 
-Knows only numbers per row; how a row comes to them is the business of `trl_ext.data.formats` and `trl_ext.data.spans`.
+Knows only numbers per row. `trl_ext.data.formats` and `trl_ext.data.spans` count them.
 """
 
 import logging
 import os
 from dataclasses import dataclass, field
 
-from trl_ext.data.validation import DataError
+from trl_ext.data.validation import DataError, shown
 
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ COUNTED = {
     "tied": "fully tied (no gradient)",
     "identical": "with candidates of identical tokens",
     "no_prompt": "with an empty prompt",
+    "unseen": "with completions whose text the chat template leaves out, wholly or in part",
 }
 # What is counted of a row with labelled spans, in the order of the list that `spans` stores with it.
 COUNTED_OF_SPANS = {
@@ -65,6 +66,7 @@ class DataReport:
         kept (`int`): rows that are used.
         counts (`dict[str, int]`): how often each reason occurred.
         reasons (`dict[str, str]`): what is counted, and how it is said; `COUNTED` or `COUNTED_OF_SPANS`.
+        first_unseen (`tuple[int, str]`, *optional*): the first row counted as `unseen`, and the text that is left out.
     """
 
     name: str = "train"
@@ -75,6 +77,7 @@ class DataReport:
     kept: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=lambda: COUNTED, repr=False)
+    first_unseen: tuple[int, str] | None = field(default=None, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
     _last_row: int = field(default=-1, repr=False)
 
@@ -109,6 +112,7 @@ class DataReport:
                 self._said.add(reason)
                 self._warn(f"{self.name} data, row {row} is the first row counted as {reason}: {self._phrase(reason)}")
         if self.rows >= STREAM_ROWS_BEFORE_JUDGING:
+            self.check_seen()
             self.check_survival(min_survival)
 
     def check_survival(self, min_survival: float) -> None:
@@ -118,6 +122,19 @@ class DataReport:
                 found=self.summary().removeprefix(f"{self.name} data: "),  # the error begins with it
                 needed=f"at least {min_survival:.0%} of the rows, and at least one row",
                 fix="Raise max_length, shorten or label the rows, or lower min_survival if the loss is intended.",
+                dataset=self.name,
+            )
+
+    def check_seen(self) -> None:
+        """Raise `DataError` if the chat template leaves out text of every row."""
+        if self.rows and self.counts.get("unseen") == self.rows:
+            row, text = self.first_unseen or (None, "")
+            example = f", here {shown(text)}" if text else ""
+            raise DataError(
+                found=f"text of a completion that the chat template leaves out in every row{example}",
+                needed="a chat template that renders the completions as they are",
+                fix="Give another chat template (chat_template_path), or take out of the messages what it leaves out.",
+                row=row,
                 dataset=self.name,
             )
 
@@ -141,6 +158,9 @@ class DataReport:
         """
         parts = [f"{self.name} data: {self.kept} of {self.rows} rows kept{' so far' if self.streaming else ''}"]
         parts += [f"{count} {self._phrase(reason)}" for reason, count in self.counts.items() if count]
+        if self.first_unseen is not None:
+            row, text = self.first_unseen
+            parts.append(f"the first text that is left out, in row {row}: {shown(text)}")
         return "; ".join(parts)
 
     def as_metrics(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.data.chat_templates import Completion, Prompt
 from trl_ext.data.validation import DataError, Kind, RowChecks, shown
 
 
@@ -47,6 +47,12 @@ class Schema:
         """Whether the rows are preference rows (two columns, the better candidate first)."""
         return len(self.candidates) == 2
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that `check_row` reads, where a data set has them."""
+        named = [*self.candidates, *self.ratings, self.ranks, self.margin, self.target]
+        return [name for name in named if name] + ["prompt", "tools", "chat_template_kwargs"]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -58,7 +64,7 @@ class Group:
     margin: float | None
     target: float | None
     kind: Kind | None
-    tools: list[Any] | None
+    tools: list[Any] | str | None
     chat_template_kwargs: dict[str, Any] | None
 
 
@@ -207,12 +213,12 @@ def _ratings(row: dict[str, Any], schema: Schema, checks: RowChecks, length: int
     return ratings
 
 
-def template_arguments(row: dict[str, Any], checks: RowChecks) -> tuple[list[Any] | None, dict[str, Any] | None]:
+def template_arguments(row: dict[str, Any], checks: RowChecks) -> tuple[list[Any] | str | None, dict[str, Any] | None]:
     """`tools` (a list, or JSON of one, as in TRL) and `chat_template_kwargs` of a row."""
     tools, template = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            json.loads(tools)
         except json.JSONDecodeError as error:
             raise checks.error("tools", shown(tools), "a list of tools or JSON of one", str(error)) from error
     if template is not None and not isinstance(template, dict):

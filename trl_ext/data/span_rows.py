@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from trl_ext.data.chat_templates import Completion, Prompt
 from trl_ext.data.offsets import completion_text
 from trl_ext.data.schema import template_arguments
 from trl_ext.data.span_labels import LabelPlacement, Span, mask_after_first_error
-from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.data.validation import DataError, Kind, RowChecks, shown
 
 
@@ -26,6 +26,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "stepwise": ("completions", "labels"),
     "segment": ("completion", "segments"),
 }
+# Columns that a chat template reads beside the messages.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Columns that `spans` writes; `row_counts` only for a moment.
 WRITTEN = (
     "span_input_ids",
@@ -75,7 +77,7 @@ class SpanRow:
     completion: Completion
     spans: list[Span]
     kind: Kind
-    tools: list[Any] | None
+    tools: list[Any] | str | None
     chat_template_kwargs: dict[str, Any] | None
     steps: list[str]
     counts: dict[str, int]

@@ -10,14 +10,14 @@ Columns written: `span_input_ids` (token ids), then one entry per labelled token
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from datasets import Dataset, IterableDataset, List, Value
 
 from trl_ext.data.mapping import COUNTS, map_rows, open_rows
-from trl_ext.data.offsets import Located, encode_with_offsets
+from trl_ext.data.offsets import Located, encode_batch_with_offsets
 from trl_ext.data.report import COUNTED_OF_SPANS, DataReport
 from trl_ext.data.span_labels import (
     LabelPlacement,
@@ -28,6 +28,7 @@ from trl_ext.data.span_labels import (
 )
 from trl_ext.data.span_rows import (
     COLUMNS,
+    TEMPLATE_COLUMNS,
     SpanFormat,
     SpanKind,
     SpanRow,
@@ -35,8 +36,8 @@ from trl_ext.data.span_rows import (
     check_span_row,
     find_categories,
 )
-from trl_ext.data.tokenization import TokenizationSettings, Tokenizer, closing_tokens
-from trl_ext.data.validation import Kind, RowChecks
+from trl_ext.data.tokenization import TextRow, TokenizationSettings, Tokenizer, closing_tokens
+from trl_ext.data.validation import Kind, RowChecks, named_by_row
 
 
 __all__ = [
@@ -44,12 +45,12 @@ __all__ = [
     "find_categories",
     "mask_after_first_error",
     "prefix_score_differences",
-    "prepare_span_row",
+    "prepare_span_rows",
     "prepare_spans",
 ]
 
 # Part of the cache key of `datasets`; see `formats`.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _FEATURES = {
     "span_input_ids": List(Value("int32")),
     "label_positions": List(Value("int32")),
@@ -79,7 +80,10 @@ def prepare_spans(
     train_on_last_step_only: bool = False,
     mask_after_first_error: bool = False,
     vocab_size: int | None = None,
+<<<<<<< ours
     max_positions: int | None = None,
+=======
+>>>>>>> theirs
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Validate and tokenize the rows of a data set, and label their tokens.
 
@@ -125,8 +129,13 @@ def prepare_spans(
         train_on_last_step_only (`bool`, *optional*, defaults to `False`): keep the label of the last step only.
         mask_after_first_error (`bool`, *optional*, defaults to `False`): mask the labels of the steps after the first
             wrong one, for annotations that stop there.
+<<<<<<< ours
         vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
         max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
+=======
+        vocab_size (`int`, *optional*): number of ids that the model knows; a row with an id that is not below it is
+            refused.
+>>>>>>> theirs
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
@@ -170,12 +179,12 @@ def prepare_spans(
         "vocab_size": vocab_size,
         "cache_version": _CACHE_VERSION,
     }
-    return map_rows(dataset, prepare_span_row, arguments, _FEATURES, report, min_survival, num_proc), report
+    return map_rows(dataset, prepare_span_rows, arguments, _FEATURES, report, min_survival, num_proc), report
 
 
-def prepare_span_row(
-    row: dict[str, Any],
-    index: int,
+def prepare_span_rows(
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
     tokenizer: Tokenizer,
     tokenization: TokenizationSettings,
     layout: SpanFormat,
@@ -185,6 +194,7 @@ def prepare_span_row(
     dataset_name: str,
     vocab_size: int | None,
     cache_version: int,
+<<<<<<< ours
 ) -> dict[str, Any]:
     """The new columns of one row, with its counts."""
     checks = RowChecks(index, dataset_name, vocab_size)
@@ -234,6 +244,64 @@ def prepare_span_row(
         "row_index": index,
         COUNTS: [counts[reason] for reason in COUNTED_OF_SPANS],
     }
+=======
+) -> dict[str, list[Any]]:
+    """The new columns of some rows, with their counts."""
+    text, label = COLUMNS[layout.kind]
+    columns = {name: batch[name] for name in ("prompt", text, label, *TEMPLATE_COLUMNS) if name in batch}
+    checks = [RowChecks(index, dataset_name, vocab_size) for index in indices]
+    rows = [
+        check_span_row({name: values[number] for name, values in columns.items()}, layout, row_checks, only_kind)
+        for number, row_checks in enumerate(checks)
+    ]
+    encoded = named_by_row(
+        lambda texts: encode_batch_with_offsets(tokenizer, texts, tokenization),
+        [[TextRow(row.prompt, row.completion, row.tools, row.chat_template_kwargs)] for row in rows],
+        checks,
+        text,
+        only_kind,
+    )
+    unlike: list[bool] = [False] * len(rows)
+    if layout.kind == "stepwise" and only_kind == "text":
+        unlike = _unlike_pieces(tokenizer, rows, layout.step_separator)
+    closing = 0 if max_completion_length is None or only_kind == "chat" else closing_tokens(tokenizer, tokenization)
+
+    new: dict[str, list[Any]] = {name: [] for name in (*_FEATURES, COUNTS)}
+    for row, (located,), row_checks, unlike_pieces in zip(rows, encoded, checks, unlike, strict=True):
+        ids, stop = located.ids, len(located.ids)
+        if max_completion_length is not None:
+            stop = min(stop, located.completion_start + max_completion_length)
+            if stop < len(ids) - closing:  # what the tokenizer itself closes a text with stays
+                ids = ids[:stop] + ids[len(ids) - closing :]
+        cut = len(ids) < len(located.ids)
+        if ids:
+            row_checks.known_ids(ids, text)
+
+        whole = layout.kind == "outcome"
+        if whole:
+            labels = _whole_completion(located, row, layout, len(ids))
+        else:
+            labels = place_labels(located, row.spans, layout.label_placement)
+        visible = stop - (layout.label_placement == "before")  # that label stands in front of its span
+        inside = [number for number, place in enumerate(labels.positions) if whole or not cut or place < visible]
+        counts = Counter({**row.counts, **labels.counts})
+        counts["stripped"] = int(located.stripped)
+        counts["cut_rows"] = int(cut)
+        counts["cut_labels"] = len(labels.positions) - len(inside)
+        counts["unlike_pieces"] = int(unlike_pieces)
+        counts["unlabelled_rows"] = int(not inside and not counts["no_segments"])
+        if max_length is not None and len(ids) > max_length:
+            counts = Counter(over_long_rows=1)
+
+        new["span_input_ids"].append(ids)
+        for name in ("positions", "values", "categories", "steps"):
+            values = getattr(labels, name)
+            new[f"label_{name}"].append([values[number] for number in inside])
+        new["completion_start"].append(located.completion_start)
+        new["row_index"].append(row_checks.row)
+        new[COUNTS].append([counts[reason] for reason in COUNTED_OF_SPANS])
+    return new
+>>>>>>> theirs
 
 
 def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length: int) -> TokenLabels:
@@ -245,10 +313,15 @@ def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length
     return TokenLabels(positions, [span.value for span in row.spans] * count, [0] * count, [0] * count, {})
 
 
-def _unlike_pieces(tokenizer: Tokenizer, row: SpanRow, separator: str) -> bool:
-    """Whether the text has other tokens than its pieces one by one; special tokens aside."""
-    text = (row.prompt or "") + row.completion
-    whole, prompt, sep, *steps = tokenizer(
-        text=[text, row.prompt or "", separator, *row.steps], add_special_tokens=False
-    )["input_ids"]
-    return whole != [*prompt, *chain.from_iterable([*step, *sep] for step in steps)]
+def _unlike_pieces(tokenizer: Tokenizer, rows: Sequence[SpanRow], separator: str) -> list[bool]:
+    """Whether each text has other tokens than its pieces one by one; special tokens aside."""
+    texts = [separator]
+    for row in rows:
+        texts += [(row.prompt or "") + row.completion, row.prompt or "", *row.steps]
+    sep, *ids = tokenizer(text=texts, add_special_tokens=False)["input_ids"]
+    unlike, place = [], 0
+    for row in rows:
+        whole, prompt, *steps = ids[place : place + 2 + len(row.steps)]
+        place += 2 + len(row.steps)
+        unlike.append(whole != [*prompt, *chain.from_iterable([*step, *sep] for step in steps)])
+    return unlike

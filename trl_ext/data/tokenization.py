@@ -1,32 +1,24 @@
-"""Text or chat messages -> token ids: the one function that training, scoring and GRPO share, so that they agree.
+"""Text or chat messages -> token ids: the functions that training, scoring and GRPO share, so that they agree.
 
-Knows tokenizers and chat templates, and reproduces the ids of TRL's own `RewardTrainer`. Knows nothing of data sets,
-ratings, padding or models.
+Knows tokenizers, and reproduces the ids of TRL's own `RewardTrainer`; `chat_templates` renders messages. Does not know
+data sets, ratings, padding or models.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-
-Message = dict[str, Any]
-Prompt = str | Sequence[Message] | None
-Completion = str | Message | Sequence[Message]
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    eos_token: str | None
-    eos_token_id: int | None
-    sep_token_id: int | None
-    bos_token_id: int | None
-    cls_token_id: int | None
-    is_fast: bool
-
-    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
-
-    def apply_chat_template(self, conversation: list[list[Message]], **kwargs: Any) -> Any: ...
+from trl_ext.data.chat_templates import (
+    Completion,
+    Prompt,
+    Tokenizer,
+    conversation,
+    encode_chats,
+    is_chat,
+    template_options,
+    unseen_text,
+)
 
 
 @dataclass(frozen=True)
@@ -83,12 +75,41 @@ class TokenizationSettings:
         return cls(**values)
 
 
+class TextRow(NamedTuple):
+    """One prompt with one completion, and what the chat template reads beside them.
+
+    Args:
+        prompt (`str`, list of messages or `None`): `None` when the completion already contains it.
+        completion (`str`, list of messages, or a single message): after a chat prompt a string is one assistant
+            message.
+        tools (`list` or `str`, *optional*): for the chat template; a string is JSON of the list.
+        chat_template_kwargs (`dict`, *optional*): for the chat template; `tools` in it wins, as in TRL.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    tools: list[Any] | str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def chat(self) -> bool:
+        """Whether the row goes through the chat template."""
+        return is_chat(self.prompt) or not isinstance(self.completion, str)
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one prompt with one completion, and whether anything of it was cut away."""
+    """Token ids of one prompt with one completion.
+
+    Args:
+        ids (`list[int]`): the token ids.
+        truncated (`bool`): whether anything was cut away to fit a limit.
+        unseen (`str`, *optional*): text of the completion that the chat template left out, wholly or in part.
+    """
 
     ids: list[int]
     truncated: bool
+    unseen: str | None = None
 
 
 def encode(
@@ -97,11 +118,11 @@ def encode(
     completion: Completion,
     tokenization: TokenizationSettings,
     *,
-    tools: list[Any] | None = None,
+    tools: list[Any] | str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     max_length: int | None = None,
 ) -> Encoded:
-    """Token ids of `prompt` + `completion`; see `encode_candidates`, of which this is the case of one candidate.
+    """Token ids of `prompt` + `completion`; `encode_batch` says how they are made.
 
     With `max_length` a longer sequence is cut, and this is the one place that decides how. The opening token (BOS or
     [CLS]) stays. The *prompt* is cut from the left, so that the completion stays whole. If the completion alone is too
@@ -111,40 +132,30 @@ def encode(
 
     Raises:
         `TypeError`: a text prompt with a chat completion, which have no common reading.
-        `ValueError`: `max_length` leaves no room for a single token of the completion.
+        `ValueError`: `max_length` leaves no room for a single token of the completion, or a message has content that
+            is no text.
     """
-    arguments = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-    ids = encode_candidates(tokenizer, prompt, [completion], tokenization, **arguments)[0]
-    if max_length is None or len(ids) <= max_length:
-        return Encoded(ids, truncated=False)
-
-    kept = positions_that_fit(tokenizer, prompt, completion, ids, tokenization, max_length, **arguments)
-    return Encoded([ids[position] for position in kept], truncated=True)
+    row = TextRow(prompt, completion, tools, chat_template_kwargs)
+    encoded = encode_batch(tokenizer, [row], tokenization)[0]
+    if max_length is None or len(encoded.ids) <= max_length:
+        return encoded
+    kept = positions_that_fit(tokenizer, row, encoded.ids, tokenization, max_length)
+    return Encoded([encoded.ids[position] for position in kept], truncated=True, unseen=encoded.unseen)
 
 
 def positions_that_fit(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    completion: Completion,
-    ids: list[int],
-    tokenization: TokenizationSettings,
-    max_length: int,
-    *,
-    tools: list[Any] | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
+    tokenizer: Tokenizer, row: TextRow, ids: list[int], tokenization: TokenizationSettings, max_length: int
 ) -> list[int]:
     """Which positions of `ids`, which are too many, are kept: the rules of `encode`."""
-    chat = is_chat(prompt) or not isinstance(completion, str)
     opening = int(ids[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None})
-    closing = 0 if chat else closing_tokens(tokenizer, tokenization)
+    closing = 0 if row.chat else closing_tokens(tokenizer, tokenization)
     room = max_length - opening - closing
     if room < 1:
         raise ValueError(
             f"max_length={max_length} leaves no room for the completion beside {opening + closing} special tokens; "
             "give a larger max_length"
         )
-    arguments = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-    start = max(opening, _prompt_length(tokenizer, prompt, ids, tokenization, chat, arguments))
+    start = max(opening, _prompt_length(tokenizer, row, ids, tokenization))
     stop = len(ids) - closing
     kept = range(stop - room, stop) if stop - start <= room else range(start, start + room)
     return [*range(opening), *kept, *range(stop, len(ids))]
@@ -156,27 +167,10 @@ def encode_candidates(
     completions: Sequence[Completion],
     tokenization: TokenizationSettings,
     *,
-    tools: list[Any] | None = None,
+    tools: list[Any] | str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Token ids of `prompt` + each of `completions`, all of one kind: the same ids as TRL's `RewardTrainer` makes.
-
-    Text: prompt and completion are joined as strings and tokenized in one piece (a token may span the boundary), after
-    the EOS string has been appended where the settings say so. Chat: the messages of both are joined and go through
-    the tokenizer's chat template, and nothing is appended. After a chat prompt a completion may also be a string or a
-    single message: a string becomes one assistant message.
-
-    Args:
-        prompt (`str`, list of messages or `None`): `None` when the completions already contain it.
-        completions (sequence of `str`, lists of messages, or single messages): the K candidates.
-        tools (`list`, *optional*): for the chat template.
-        chat_template_kwargs (`dict`, *optional*): for the chat template; `tools` in it wins, as in TRL.
-
-    Returns:
-        K lists of token ids. An empty list of completions gives an empty list.
-
-    Raises:
-        `TypeError`: a text prompt with a chat completion.
+    """Token ids of `prompt` + each of `completions`; `encode_batch` says how they are made.
 
     Example:
 
@@ -185,21 +179,47 @@ def encode_candidates(
     [[17, 1343, 362, 796, 604, 50256], [17, 1343, 362, 796, 642, 50256]]
     ```
     """
-    if not completions:
-        return []
-    if is_chat(prompt) or not isinstance(completions[0], str):
-        if isinstance(prompt, str) and prompt:
-            raise TypeError(
-                "the prompt is text and the completion is chat messages; give both as text, or the prompt as "
-                "[{'role': 'user', 'content': ...}]"
-            )
-        opening = list(prompt or [])
-        chats = [opening + as_messages(completion) for completion in completions]
-        options = {"tools": tools, **(chat_template_kwargs or {})}
-        return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **options)["input_ids"]
+    rows = [TextRow(prompt, completion, tools, chat_template_kwargs) for completion in completions]
+    return [encoded.ids for encoded in encode_batch(tokenizer, rows, tokenization)]
 
-    texts = [plain_text(tokenizer, prompt, completion, tokenization) for completion in completions]
-    return tokenizer(text=texts, add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
+
+def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: TokenizationSettings) -> list[Encoded]:
+    """Token ids of any number of rows, text and chats: the same ids as TRL's `RewardTrainer` makes.
+
+    Text: prompt and completion are joined as strings and tokenized in one piece (a token may span the boundary), after
+    the EOS string has been appended where the settings say so. Chat: the messages of both are joined and go through
+    the tokenizer's chat template, and nothing is appended. The ids of a row do not depend on the other rows.
+
+    Raises:
+        `TypeError`: a text prompt with a chat completion.
+        `ValueError`: a message has content that is no text.
+    """
+    encoded: list[Encoded] = [Encoded([], truncated=False)] * len(rows)
+    for numbers, options in by_options(rows):
+        if options is None:
+            texts = [plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers]
+            ids = tokenizer(text=texts, add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
+            unseen = [None] * len(numbers)
+        else:
+            chats = [conversation(tokenizer, rows[n].prompt, rows[n].completion, options) for n in numbers]
+            encoding, texts = encode_chats(tokenizer, chats, options)
+            ids = encoding["input_ids"]
+            unseen = [unseen_text(text, rows[n].completion) for text, n in zip(texts, numbers, strict=True)]
+        for number, row_ids, text in zip(numbers, ids, unseen, strict=True):
+            encoded[number] = Encoded(row_ids, truncated=False, unseen=text)
+    return encoded
+
+
+def by_options(rows: Sequence[TextRow]) -> list[tuple[list[int], dict[str, Any] | None]]:
+    """Row numbers that can be tokenized in one call, with the arguments of the chat template; `None` for text."""
+    groups: dict[str | None, tuple[list[int], dict[str, Any] | None]] = {}
+    for number, row in enumerate(rows):
+        options = key = None
+        if row.chat:
+            options = template_options(row.tools, row.chat_template_kwargs)
+            key = json.dumps(options, default=repr)  # tools may be functions
+        groups.setdefault(key, ([], options))[0].append(number)
+    return list(groups.values())
 
 
 def plain_text(tokenizer: Tokenizer, prompt: str | None, completion: str, tokenization: TokenizationSettings) -> str:
@@ -207,26 +227,6 @@ def plain_text(tokenizer: Tokenizer, prompt: str | None, completion: str, tokeni
     if tokenization.append_eos and not completion.endswith(tokenizer.eos_token):
         completion = completion + tokenizer.eos_token
     return (prompt or "") + completion
-
-
-def is_chat(prompt: Prompt) -> bool:
-    """Whether a prompt is a (non-empty) list of messages."""
-    return isinstance(prompt, (list, tuple)) and len(prompt) > 0
-
-
-def as_messages(completion: Completion) -> list[Message]:
-    """A completion as a list of messages: a string is one assistant message.
-
-    ```python
-    >>> as_messages("Blue.")
-    [{'role': 'assistant', 'content': 'Blue.'}]
-    ```
-    """
-    if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
-    if isinstance(completion, dict):
-        return [completion]
-    return list(completion)
 
 
 def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
@@ -265,23 +265,16 @@ def closing_tokens(tokenizer: Tokenizer, tokenization: TokenizationSettings) -> 
     return count
 
 
-def _prompt_length(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    ids: list[int],
-    tokenization: TokenizationSettings,
-    chat: bool,
-    arguments: dict[str, Any],
-) -> int:
+def _prompt_length(tokenizer: Tokenizer, row: TextRow, ids: list[int], tokenization: TokenizationSettings) -> int:
     """Number of leading tokens of `ids` that the prompt alone gives too (not one that crosses the boundary)."""
-    if not prompt:
+    if not row.prompt:
         return 0
-    if chat:
-        options = {"tools": arguments["tools"], **(arguments["chat_template_kwargs"] or {})}
-        options["add_generation_prompt"] = True
-        alone = tokenizer.apply_chat_template([list(prompt)], tokenize=True, return_dict=True, **options)["input_ids"]
+    if row.chat:
+        options = {**template_options(row.tools, row.chat_template_kwargs), "add_generation_prompt": True}
+        prompt = conversation(tokenizer, row.prompt, [], options)
+        alone = encode_chats(tokenizer, [prompt], options)[0]["input_ids"]
     else:
-        alone = tokenizer(text=[prompt], add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
+        alone = tokenizer(text=[row.prompt], add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
     length = 0
     for token, other in zip(alone[0], ids, strict=False):
         if token != other:

@@ -1,17 +1,17 @@
 """Checks of single values of a row, each with an error that says row, column, what was found, what to do.
 
-Knows what a text, a message, a rating, a margin may look like. Knows nothing of tokens or of data sets.
+Knows what a text, a message, a rating, a margin may look like. Does not know tokens or data sets.
 """
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.data.chat_templates import Completion, Prompt, content_text
 
 
 Kind = Literal["text", "chat"]
@@ -147,10 +147,28 @@ class RowChecks:
             or not all(isinstance(item, int) and item >= 0 for item in value)
         ):
             raise self.error(column, shown(value), "a non-empty list of token ids", "Tokenize the row again.")
+<<<<<<< ours
         if self.vocab_size is not None and max(value) >= self.vocab_size:
             found, needed, _ = unknown_token(max(value), self.vocab_size)
             raise self.error(column, found, needed, "Tokenize the rows with the tokenizer of this model.")
         return list(value)
+=======
+        return self.known_ids(list(value), column)
+
+    def known_ids(self, ids: list[int], column: str) -> list[int]:
+        """The token ids as they are: at least one, and all of them known to the model."""
+        if not ids:
+            raise self.error(column, "a completion without any token", "at least one token", "Remove the row.")
+        if self.vocab_size is not None and max(ids) >= self.vocab_size:
+            raise self.error(
+                column,
+                f"the token id {max(ids)}",
+                f"ids below {self.vocab_size}, the size of the model's vocabulary",
+                "Tokenize the rows with the tokenizer of this model; for tokens that you added, call "
+                "model.resize_token_embeddings(len(tokenizer)).",
+            )
+        return ids
+>>>>>>> theirs
 
     def known_ids(self, ids: Sequence[int], column: str, tokenizer: Any) -> None:
         """Raise [`DataError`] if the tokenizer made a token id that the model has no embedding for."""
@@ -192,7 +210,7 @@ class RowChecks:
             raise self._empty(column, "an empty list")
         self._messages(messages, column)
         last = messages[-1]
-        if not last.get("content") and not last.get("tool_calls"):
+        if not content_text(last.get("content")) and not last.get("tool_calls"):
             raise self._empty(column, f"an empty {last['role']} message")
         return "chat"
 
@@ -218,6 +236,13 @@ class RowChecks:
             if message.get("content") is None and not message.get("tool_calls"):
                 raise self.error(
                     column, f"the message {shown(message)}", "a 'content' (or 'tool_calls') in it", "Add the content."
+                )
+            if message.get("content") is not None and content_text(message["content"]) is None:
+                raise self.error(
+                    column,
+                    f"a message with the content {shown(message['content'])}",
+                    "a string, or a list of parts {'type': 'text', 'text': ...}",
+                    "Remove parts that are no text (images, audio): the model does not see them.",
                 )
 
     def one_kind(
@@ -250,3 +275,34 @@ class RowChecks:
             return "chat", None
         chat = kinds[0] == "chat" or (prompt is not None and not isinstance(prompt, str))
         return ("chat" if chat else "text"), prompt
+
+
+def named_by_row(
+    function: Callable[[list[Any]], list[Any]],
+    groups: Sequence[list[Any]],
+    checks: Sequence[RowChecks],
+    column: str,
+    kind: Kind | None,
+) -> list[list[Any]]:
+    """What `function`, which tokenizes a list of items, makes of the items of each row, all rows in one call.
+
+    If it fails, it is called again row by row, so that the error names the row.
+
+    Args:
+        groups (sequence of lists): the items of each row.
+        checks (sequence of [`RowChecks`]): of each row.
+        column (`str`): the column to name.
+        kind (`str`, *optional*): "text" or "chat".
+
+    Raises:
+        [`DataError`]: the tokenizer or the chat template refuses a row.
+    """
+    try:
+        made = function([item for group in groups for item in group])
+    except Exception:
+        made = []
+        for group, row_checks in zip(groups, checks, strict=True):
+            with row_checks.tokenizing(column, kind):
+                made += function(group)
+    in_order = iter(made)
+    return [[next(in_order) for _ in group] for group in groups]

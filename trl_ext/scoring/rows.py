@@ -4,7 +4,6 @@ Checks as training does and makes ids by the same function, `trl_ext.data.tokeni
 beyond how many ids and positions they have.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trl_ext.data.chat_templates import content_text
 from trl_ext.data.offsets import Located, encode_with_offsets
 from trl_ext.data.tokenization import Completion, Encoded, Prompt, TokenizationSettings, encode
 from trl_ext.data.validation import DataError, RowChecks, unknown_token
@@ -74,7 +74,7 @@ class RowEncoder:
                 prompt,
                 completion,
                 self.tokenization,
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                tools=tools,
                 chat_template_kwargs=template,
                 max_length=self.max_length,
             )
@@ -114,5 +114,5 @@ def _is_empty(completion: Completion) -> bool:
     if isinstance(completion, (list, tuple)) and completion and isinstance(completion[-1], dict):
         completion = completion[-1]
     if isinstance(completion, dict):
-        return not completion.get("content") and not completion.get("tool_calls")
+        return not content_text(completion.get("content")) and not completion.get("tool_calls")
     return isinstance(completion, (str, list, tuple)) and not completion

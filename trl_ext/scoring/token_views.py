@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from trl_ext.data import segmentation
+from trl_ext.data.chat_templates import Completion, as_messages
 from trl_ext.data.offsets import Located, completion_text
 from trl_ext.data.segmentation import CharSpan, segmenters
-from trl_ext.data.tokenization import Completion, as_messages
 from trl_ext.losses.properties import OUTPUT_MEANINGS
 from trl_ext.models.sidecar import Sidecar
 from trl_ext.scoring.aggregation import aggregators, weighted_categories

@@ -1,0 +1,201 @@
+"""Messages -> what a tokenizer's chat template makes of them, the same in training and in scoring.
+
+Knows messages, tools and chat templates. Does not know rows, labels or data sets, and makes no decision about plain
+text.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+Message = dict[str, Any]
+Prompt = str | Sequence[Message] | None
+Completion = str | Message | Sequence[Message]
+
+# Arguments of `apply_chat_template` that change the token ids and not the text. With one of them the text alone does
+# not determine the ids.
+_ENCODING_OPTIONS = {
+    "max_length",
+    "padding",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+# Private characters that stand for a text part while a template is tried.
+_PARTS = ("\ue0f4\ue0f5", "\ue0f5\ue0f4")
+# Chat template -> whether it reads content that is a list of parts.
+_reads_parts: dict[str, bool] = {}
+
+
+class Tokenizer(Protocol):
+    """The parts of a transformers tokenizer that this package uses."""
+
+    eos_token: str | None
+    eos_token_id: int | None
+    sep_token_id: int | None
+    bos_token_id: int | None
+    cls_token_id: int | None
+    is_fast: bool
+
+    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: list[list[Message]], **kwargs: Any) -> Any: ...
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a (non-empty) list of messages."""
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0
+
+
+def as_messages(completion: Completion) -> list[Message]:
+    """A completion as a list of messages: a string is one assistant message.
+
+    ```python
+    >>> as_messages("Blue.")
+    [{'role': 'assistant', 'content': 'Blue.'}]
+    ```
+    """
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    if isinstance(completion, dict):
+        return [completion]
+    return list(completion)
+
+
+def content_text(content: Any) -> str | None:
+    """The text of a message's content: a string as it is, a list of text parts joined without anything in between.
+
+    `None` where the content is neither: nothing at all, or a list with a part that is no text.
+
+    ```python
+    >>> content_text([{"type": "text", "text": "2 + 2 "}, {"type": "text", "text": "= 4"}])
+    '2 + 2 = 4'
+    ```
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        return None
+    texts = [_part_text(part) for part in content]
+    return None if None in texts else "".join(texts)
+
+
+def _part_text(part: Any) -> str | None:
+    if isinstance(part, dict):
+        part = part.get("text") if part.get("type", "text") == "text" else None
+    return part if isinstance(part, str) else None
+
+
+def without_nulls(value: Any) -> Any:
+    """The same messages or tools without the keys whose value is null, at any depth.
+
+    A column of structs gives every row the keys of all rows, with null for those that a row does not have. Training
+    would read keys that the user never wrote, and scoring would not. transformers drops such keys of a message itself,
+    but not inside it.
+
+    ```python
+    >>> without_nulls({"name": "weather", "arguments": {"city": "Rome", "day": None}})
+    {'name': 'weather', 'arguments': {'city': 'Rome'}}
+    ```
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def template_options(tools: list[Any] | str | None, chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments for the chat template. `tools` in `chat_template_kwargs` wins, as in TRL.
+
+    Tools that are given as JSON are read, and keep their nulls: there the user wrote them.
+    """
+    options = {"tools": tools, **without_nulls(chat_template_kwargs or {})}
+    tools = options["tools"]
+    options["tools"] = json.loads(tools) if isinstance(tools, str) else without_nulls(tools)
+    return options
+
+
+def conversation(
+    tokenizer: Tokenizer, prompt: Prompt, completion: Completion, options: dict[str, Any]
+) -> list[Message]:
+    """The messages of prompt and completion, as the chat template can read them.
+
+    Keys with null are left out. Content that is a list of text parts becomes one string, unless the template reads
+    such lists.
+
+    Raises:
+        `TypeError`: a text prompt with a chat completion.
+        `ValueError`: a part of the content is no text.
+    """
+    if isinstance(prompt, str) and prompt:
+        raise TypeError(
+            "the prompt is text and the completion is chat messages; give both as text, or the prompt as "
+            "[{'role': 'user', 'content': ...}]"
+        )
+    messages = [without_nulls(message) for message in [*(prompt or []), *as_messages(completion)]]
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            text = content_text(content)
+            if text is None:
+                raise ValueError("content with a part that is no text; a reward model here reads text only")
+            if not _template_reads_parts(tokenizer, options):
+                message["content"] = text
+    return messages
+
+
+def _template_reads_parts(tokenizer: Tokenizer, options: dict[str, Any]) -> bool:
+    """Whether the template takes the texts out of a list of parts; tried once for each template."""
+    template = str(options.get("chat_template") or getattr(tokenizer, "chat_template", None))
+    if template not in _reads_parts:
+        content = [{"type": "text", "text": part} for part in _PARTS]
+        try:
+            rendered = render(tokenizer, [[{"role": "user", "content": content}]], options)[0]
+        except Exception:  # a template that cannot read parts may fail in any way
+            rendered = ""
+        found = all(part in rendered for part in _PARTS)
+        # a template that prints any value shows the parts as Python or JSON objects
+        _reads_parts[template] = found and not re.search(rf"""text['"]\s*:\s*['"]{_PARTS[0]}""", rendered)
+    return _reads_parts[template]
+
+
+def render(tokenizer: Tokenizer, chats: list[list[Message]], options: dict[str, Any]) -> list[str]:
+    """The text of each chat."""
+    options = {name: value for name, value in options.items() if name not in _ENCODING_OPTIONS}
+    return tokenizer.apply_chat_template(chats, tokenize=False, **options)
+
+
+def encode_chats(
+    tokenizer: Tokenizer, chats: list[list[Message]], options: dict[str, Any], **kwargs: Any
+) -> tuple[Any, list[str]]:
+    """What the tokenizer returns for chats (`input_ids` ...), and their texts.
+
+    Args:
+        options (`dict`): for the chat template.
+        kwargs: for the tokenizer.
+    """
+    texts = render(tokenizer, chats, options)
+    if _ENCODING_OPTIONS.isdisjoint(options) and getattr(tokenizer, "chat_template", None):
+        return tokenizer(text=texts, add_special_tokens=False, **kwargs), texts
+    # A tokenizer without a Jinja template (mistral-common) does not encode control tokens that stand in a text.
+    arguments = {"tokenizer_kwargs": kwargs} if kwargs else {}
+    encoded = tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **arguments, **options)
+    return encoded, texts
+
+
+def unseen_text(rendered: str, completion: Completion) -> str | None:
+    """The first content of a completion's messages that the rendered chat does not hold; `None` where it holds all.
+
+    White space does not count: templates trim it, and some move a thinking part to a line of its own.
+    """
+    for message in as_messages(completion):
+        text = content_text(message.get("content"))
+        if text and text.strip() not in rendered and "".join(text.split()) not in "".join(rendered.split()):
+            return text
+    return None
