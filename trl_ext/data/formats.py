@@ -73,17 +73,12 @@ def prepare_groups(
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
         min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
         loss_needs_ratings (`bool`, *optional*, defaults to `False`): refuse `ranks`, whose distances mean nothing.
-<<<<<<< ours
         use_pair_ratings (`bool`, *optional*, defaults to `True`): read `chosen_rating` and `rejected_rating`; else
             they are metadata, and the chosen one is simply better.
         pair_columns (`bool`, *optional*, defaults to `False`): write the token ids of pairs as `chosen_ids` and
             `rejected_ids` too, as TRL's trainer does.
         vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
         max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
-=======
-        vocab_size (`int`, *optional*): number of ids that the model knows; a row with an id that is not below it is
-            refused.
->>>>>>> theirs
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
@@ -114,14 +109,9 @@ def prepare_groups(
         "pair_columns": pair_columns,
         "cache_version": _CACHE_VERSION,
     }
-<<<<<<< ours
-    features = _new_features(schema, pair_columns)
-    return map_rows(dataset, prepare_row, arguments, features, report, min_survival, num_proc), report
-=======
     unseen = partial(_unseen_text, tokenizer=tokenizer, tokenization=tokenization, schema=schema)
-    features = _new_features(schema)
+    features = _new_features(schema, pair_columns)
     return map_rows(dataset, prepare_rows, arguments, features, report, min_survival, num_proc, unseen), report
->>>>>>> theirs
 
 
 def prepare_rows(
@@ -135,55 +125,6 @@ def prepare_rows(
     vocab_size: int | None,
     pair_columns: bool,
     cache_version: int,
-<<<<<<< ours
-) -> dict[str, Any]:
-    """The new columns of one row, with its counts; `candidate_ids` is empty where the group does not survive."""
-    checks = RowChecks(index, dataset_name, vocab_size)
-    group = check_row(row, schema, checks)
-    ids = group.completions if schema.tokenized else _encode(group, tokenizer, tokenization, schema, checks)
-    fits = [max_length is None or len(candidate) <= max_length for candidate in ids]
-    survives = sum(fits) >= 2
-    kept = [candidate for candidate, fit in zip(ids, fits, strict=True) if fit and survives]
-    ratings = [rating for rating, fit in zip(group.ratings, fits, strict=True) if fit and survives]
-    has_prompt = schema.tokenized or "prompt" not in row or bool(row["prompt"])
-    counts = {
-        "over_long_rows": not survives,
-        "over_long_candidates": survives and len(fits) - sum(fits),
-        "tied": survives and len(set(np.float32(ratings))) == 1,  # as the collator rounds them
-        "identical": survives and len({tuple(candidate) for candidate in kept}) < len(kept),
-        "no_prompt": survives and not has_prompt,
-    }
-    new: dict[str, Any] = {"candidate_ids": kept, "candidate_ratings": ratings, "row_index": index}
-    if pair_columns:
-        new |= zip(PAIR_COLUMNS, kept or ([], []), strict=True)
-    if group.margin is not None:
-        new["group_margin"] = group.margin
-    if group.target is not None:
-        new["group_target"] = group.target
-    new[COUNTS] = [int(counts[reason]) for reason in COUNTED]
-    return new
-
-
-def _encode(
-    group: Group, tokenizer: Tokenizer, tokenization: TokenizationSettings, schema: Schema, checks: RowChecks
-) -> list[list[int]]:
-    """Token ids of a group; what tokenizer or chat template object to becomes a `DataError` at this row."""
-    column = schema.candidates[0]
-    with checks.tokenizing(column, group.kind):
-        ids = encode_candidates(
-            tokenizer,
-            group.prompt,
-            group.completions,
-            tokenization,
-            tools=group.tools,
-            chat_template_kwargs=group.chat_template_kwargs,
-        )
-    if not all(ids):
-        raise checks.error(column, "a completion without any token", "at least one token", "Remove the row.")
-    for candidate in ids:
-        checks.known_ids(candidate, column, tokenizer)
-    return ids
-=======
 ) -> dict[str, list[Any]]:
     """The new columns of some rows, with their counts; `candidate_ids` is empty where a group does not survive."""
     columns = {name: batch[name] for name in schema.columns if name in batch}
@@ -200,9 +141,11 @@ def _encode(
             schema.candidates[0],
             schema.kind,
         )
-    new: dict[str, list[Any]] = {name: [] for name in (*_new_features(schema), COUNTS)}
+    new: dict[str, list[Any]] = {name: [] for name in (*_new_features(schema, pair_columns), COUNTS)}
     for row, group, candidates, row_checks in zip(rows, groups, encoded, checks, strict=True):
-        ids = [row_checks.known_ids(candidate.ids, schema.candidates[0]) for candidate in candidates]
+        ids = [candidate.ids for candidate in candidates]
+        if not schema.tokenized:
+            _check_ids(ids, row_checks, schema.candidates[0], tokenizer)
         fits = [max_length is None or len(candidate) <= max_length for candidate in ids]
         survives = sum(fits) >= 2
         kept = [candidate for candidate, fit in zip(ids, fits, strict=True) if fit and survives]
@@ -220,12 +163,23 @@ def _encode(
         new["candidate_ids"].append(kept)
         new["candidate_ratings"].append(ratings)
         new["row_index"].append(row_checks.row)
+        if pair_columns:
+            for column, candidate in zip(PAIR_COLUMNS, kept or ([], []), strict=True):
+                new[column].append(candidate)
         if schema.margin:
             new["group_margin"].append(group.margin)
         if schema.target:
             new["group_target"].append(group.target)
         new[COUNTS].append([int(counts[reason]) for reason in COUNTED])
     return new
+
+
+def _check_ids(ids: list[list[int]], checks: RowChecks, column: str, tokenizer: Tokenizer) -> None:
+    """Raise `DataError` for a candidate without a token, or with one that the model does not know."""
+    for candidate in ids:
+        if not candidate:
+            raise checks.error(column, "a completion without any token", "at least one token", "Remove the row.")
+        checks.known_ids(candidate, column, tokenizer)
 
 
 def _texts(group: Group) -> list[TextRow]:
@@ -237,7 +191,6 @@ def _unseen_text(row: dict[str, Any], tokenizer: Tokenizer, tokenization: Tokeni
     group = check_row(row, schema, RowChecks(0, ""))
     encoded = encode_batch(tokenizer, _texts(group), tokenization)
     return next((one.unseen for one in encoded if one.unseen is not None), "")
->>>>>>> theirs
 
 
 def _new_features(schema: Schema, pair_columns: bool) -> dict[str, Any]:

@@ -80,10 +80,7 @@ def prepare_spans(
     train_on_last_step_only: bool = False,
     mask_after_first_error: bool = False,
     vocab_size: int | None = None,
-<<<<<<< ours
     max_positions: int | None = None,
-=======
->>>>>>> theirs
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Validate and tokenize the rows of a data set, and label their tokens.
 
@@ -129,13 +126,8 @@ def prepare_spans(
         train_on_last_step_only (`bool`, *optional*, defaults to `False`): keep the label of the last step only.
         mask_after_first_error (`bool`, *optional*, defaults to `False`): mask the labels of the steps after the first
             wrong one, for annotations that stop there.
-<<<<<<< ours
         vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
         max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
-=======
-        vocab_size (`int`, *optional*): number of ids that the model knows; a row with an id that is not below it is
-            refused.
->>>>>>> theirs
 
     Returns:
         The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
@@ -194,57 +186,6 @@ def prepare_span_rows(
     dataset_name: str,
     vocab_size: int | None,
     cache_version: int,
-<<<<<<< ours
-) -> dict[str, Any]:
-    """The new columns of one row, with its counts."""
-    checks = RowChecks(index, dataset_name, vocab_size)
-    span_row = check_span_row(row, layout, checks, only_kind)
-    with checks.tokenizing(COLUMNS[layout.kind][0], span_row.kind):
-        located = encode_with_offsets(
-            tokenizer,
-            span_row.prompt,
-            span_row.completion,
-            tokenization,
-            tools=span_row.tools,
-            chat_template_kwargs=span_row.chat_template_kwargs,
-        )
-    checks.known_ids(located.ids, COLUMNS[layout.kind][0], tokenizer)
-    ids, stop = located.ids, len(located.ids)
-    if max_completion_length is not None:
-        closing = 0 if span_row.kind == "chat" else closing_tokens(tokenizer, tokenization)
-        stop = min(stop, located.completion_start + max_completion_length)
-        if stop < len(ids) - closing:  # what the tokenizer itself closes a text with stays
-            ids = ids[:stop] + ids[len(ids) - closing :]
-    cut = len(ids) < len(located.ids)
-
-    whole = layout.kind == "outcome"
-    if whole:
-        labels = _whole_completion(located, span_row, layout, len(ids))
-    else:
-        labels = place_labels(located, span_row.spans, layout.label_placement)
-    visible = stop - (layout.label_placement == "before")  # that label stands in front of its span
-    inside = [number for number, position in enumerate(labels.positions) if whole or not cut or position < visible]
-    counts = Counter({**span_row.counts, **labels.counts})
-    counts["stripped"] = int(located.stripped)
-    counts["cut_rows"] = int(cut)
-    counts["cut_labels"] = len(labels.positions) - len(inside)
-    if layout.kind == "stepwise" and span_row.kind == "text":
-        counts["unlike_pieces"] = int(_unlike_pieces(tokenizer, span_row, layout.step_separator))
-    counts["unlabelled_rows"] = int(not inside and not counts["no_segments"])
-    if max_length is not None and len(ids) > max_length:
-        counts = Counter(over_long_rows=1)
-
-    return {
-        "span_input_ids": ids,
-        "label_positions": [labels.positions[number] for number in inside],
-        "label_values": [labels.values[number] for number in inside],
-        "label_categories": [labels.categories[number] for number in inside],
-        "label_steps": [labels.steps[number] for number in inside],
-        "completion_start": located.completion_start,
-        "row_index": index,
-        COUNTS: [counts[reason] for reason in COUNTED_OF_SPANS],
-    }
-=======
 ) -> dict[str, list[Any]]:
     """The new columns of some rows, with their counts."""
     text, label = COLUMNS[layout.kind]
@@ -268,14 +209,13 @@ def prepare_span_rows(
 
     new: dict[str, list[Any]] = {name: [] for name in (*_FEATURES, COUNTS)}
     for row, (located,), row_checks, unlike_pieces in zip(rows, encoded, checks, unlike, strict=True):
+        row_checks.known_ids(located.ids, text, tokenizer)
         ids, stop = located.ids, len(located.ids)
         if max_completion_length is not None:
             stop = min(stop, located.completion_start + max_completion_length)
             if stop < len(ids) - closing:  # what the tokenizer itself closes a text with stays
                 ids = ids[:stop] + ids[len(ids) - closing :]
         cut = len(ids) < len(located.ids)
-        if ids:
-            row_checks.known_ids(ids, text)
 
         whole = layout.kind == "outcome"
         if whole:
@@ -301,7 +241,6 @@ def prepare_span_rows(
         new["row_index"].append(row_checks.row)
         new[COUNTS].append([counts[reason] for reason in COUNTED_OF_SPANS])
     return new
->>>>>>> theirs
 
 
 def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length: int) -> TokenLabels:

@@ -147,28 +147,10 @@ class RowChecks:
             or not all(isinstance(item, int) and item >= 0 for item in value)
         ):
             raise self.error(column, shown(value), "a non-empty list of token ids", "Tokenize the row again.")
-<<<<<<< ours
         if self.vocab_size is not None and max(value) >= self.vocab_size:
             found, needed, _ = unknown_token(max(value), self.vocab_size)
             raise self.error(column, found, needed, "Tokenize the rows with the tokenizer of this model.")
         return list(value)
-=======
-        return self.known_ids(list(value), column)
-
-    def known_ids(self, ids: list[int], column: str) -> list[int]:
-        """The token ids as they are: at least one, and all of them known to the model."""
-        if not ids:
-            raise self.error(column, "a completion without any token", "at least one token", "Remove the row.")
-        if self.vocab_size is not None and max(ids) >= self.vocab_size:
-            raise self.error(
-                column,
-                f"the token id {max(ids)}",
-                f"ids below {self.vocab_size}, the size of the model's vocabulary",
-                "Tokenize the rows with the tokenizer of this model; for tokens that you added, call "
-                "model.resize_token_embeddings(len(tokenizer)).",
-            )
-        return ids
->>>>>>> theirs
 
     def known_ids(self, ids: Sequence[int], column: str, tokenizer: Any) -> None:
         """Raise [`DataError`] if the tokenizer made a token id that the model has no embedding for."""
