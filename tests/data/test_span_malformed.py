@@ -60,11 +60,11 @@ BAD_ROWS = {
         "completion",
         "a text as the content of the last message",
     ),
-    "parts for text": (
+    "a picture for text": (
         "chat",
-        outcome(prompt=USER, completion=[{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]),
+        outcome(prompt=USER, completion=[{"role": "assistant", "content": [{"type": "image", "url": "b.png"}]}]),
         "completion",
-        "found list",
+        "a message with the content list",
     ),
     "string for steps": ("stepwise", steps(completions="bc"), "completions", "a list of steps"),
     "no steps": ("stepwise", steps(completions=[], labels=[]), "completions", "a list of steps"),
@@ -120,7 +120,7 @@ BAD_ROWS = {
 ARROW_CANNOT_HOLD = {  # mixed types in a column exist in a stream only
     "list for string", "text label", "label above 1", "NaN label", "non-dict message",
     "chat row among text rows", "no text at the end",
-    "parts for text", "string for steps", "message as step", "bool for three classes", "text for three classes",
+    "a picture for text", "string for steps", "message as step", "bool for three classes", "text for three classes",
     "segments that are no list", "segment that is no dictionary", "text offset", "text label of a segment",
     "neither label nor score",  # becomes a null label
 }  # fmt: skip

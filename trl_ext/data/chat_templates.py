@@ -135,7 +135,7 @@ def conversation(
     """
     if isinstance(prompt, str) and prompt:
         raise TypeError(
-            "the prompt is text and the completion is chat messages; give both as text, or the prompt as "
+            "the prompt is text and the completion is chat messages; give both as one kind: as text, or the prompt as "
             "[{'role': 'user', 'content': ...}]"
         )
     messages = [without_nulls(message) for message in [*(prompt or []), *as_messages(completion)]]
