@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from trl_ext.data.report import DROPPING, DataReport
@@ -57,7 +56,7 @@ def _type_of(values: Sequence[Any]) -> Any:
     """The type of a column. Dictionaries are kept as JSON, since columns of structs give each row the keys of all."""
     if _holds_dictionaries(values):
         return Json()
-    return Features.from_arrow_schema(pa.schema([("values", pa.array(values).type)]))["values"]
+    return Dataset.from_dict({"values": list(values)}).features["values"]
 
 
 def _holds_dictionaries(value: Any) -> bool:
