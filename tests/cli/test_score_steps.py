@@ -8,7 +8,7 @@ import pytest
 from tests.scoring.conftest import save_reward_model
 from tests.scoring.ensemble_helpers import save_members
 from tests.tiny import save_tiny_model
-from tests.trainers.token_helpers import outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import RewardEnsemble, RewardScorer
 from trl_ext.cli import main as cli
 from trl_ext.cli import score

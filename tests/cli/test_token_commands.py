@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import save_tiny_model
-from tests.trainers.token_helpers import outcome_rows, segment_rows, step_rows
+from tests.trainers.table import outcome_rows, segment_rows, step_rows
 from trl_ext import RewardScorer
 from trl_ext.cli import main as cli
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
-from tests.trainers.token_helpers import outcome_rows, segment_rows, step_rows
+from tests.trainers.table import outcome_rows, segment_rows, step_rows
 
 
 ROOT = Path(__file__).resolve().parents[2]

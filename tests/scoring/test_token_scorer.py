@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.scoring.test_scorer import seen_ids
 from tests.tiny import save_tiny_model
-from tests.trainers.token_helpers import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import RewardScorer, merge_reward_model
 from trl_ext.cli import main as cli
 from trl_ext.data.spans import prepare_spans

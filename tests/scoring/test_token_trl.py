@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from tests.models.helpers import nf4
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import lora
-from tests.trainers.token_helpers import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import RewardScorer, load_reward_model
 from trl_ext.data.segmentation import steps as steps_of
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from tests.tiny import ranked_rows
 from tests.trainers.helpers import config, history, leave_together, lora, trainer_for
-from tests.trainers.token_helpers import step_rows
+from tests.trainers.table import step_rows
 from trl_ext import PRMEnsembleConfig, PRMEnsembleTrainer, RewardEnsembleConfig, RewardEnsembleTrainer
 
 

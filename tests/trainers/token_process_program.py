@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from tests.trainers.helpers import history, leave_together, lora
 from tests.trainers.process_program import without_time
-from tests.trainers.token_helpers import KINDS, token_trainer
+from tests.trainers.table import KINDS, token_trainer
 
 
 def main(base: Path, folder: Path) -> dict:

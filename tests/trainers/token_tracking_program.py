@@ -8,7 +8,7 @@ from pathlib import Path
 import wandb
 
 from tests.tiny import save_tiny_model
-from tests.trainers.token_helpers import KINDS, token_trainer
+from tests.trainers.table import KINDS, token_trainer
 
 
 def main(folder: Path) -> dict:

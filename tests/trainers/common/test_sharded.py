@@ -17,7 +17,7 @@ from trl_ext.models.heads import candidate_scores
 from trl_ext.trainers.common.setup import check_sharding, uses_fsdp
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ZERO = ("zero2", "zero3")
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.tiny import save_tiny_model
-from tests.trainers.token_helpers import KINDS, token_trainer
+from tests.trainers.table import KINDS, token_trainer
 
 
 class Held(TrainerCallback):

@@ -5,7 +5,7 @@ import pytest
 from tests.models.helpers import max_change, scores_of
 from tests.trainers import token_process_program
 from tests.trainers.helpers import run_in_two_processes, torchrun
-from tests.trainers.token_helpers import KINDS
+from tests.trainers.table import KINDS
 from trl_ext import load_reward_model
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trainers.helpers import history, largest_difference, lora, weights
-from tests.trainers.token_helpers import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
 
 
 RUNS = {

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, f1_score, r2_score, roc_auc_score
 
 from tests.trainers.helpers import history
-from tests.trainers.token_helpers import logits_of, segment_rows, token_trainer
+from tests.trainers.table import logits_of, segment_rows, token_trainer
 
 
 def outputs_by_category(trainer, outputs=1):

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from tests.tiny import pair_rows, ranked_rows
 from tests.trainers.helpers import config, history, trainer_for
-from tests.trainers.token_helpers import outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
 
 

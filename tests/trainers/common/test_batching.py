@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tests.tiny import ranked_rows, save_tiny_model
 from tests.trainers.helpers import StopAt, config, history, largest_difference, trainer_for, weights
-from tests.trainers.token_helpers import outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext.trainers.common.batching import FixedBatches
 
 

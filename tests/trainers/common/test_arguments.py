@@ -8,7 +8,7 @@ import trl
 
 from tests.tiny import pair_rows
 from tests.trainers.helpers import config, lora, trainer_for
-from tests.trainers.token_helpers import KINDS, token_trainer
+from tests.trainers.table import KINDS, token_trainer
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_EFFECT
 

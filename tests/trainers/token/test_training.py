@@ -16,7 +16,7 @@ from transformers import (
 from tests.models.helpers import tiny_base
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import config, history, lora
-from tests.trainers.token_helpers import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import ORMTrainer, PRMConfig, RewardConfig
 from trl_ext.data.validation import DataError
 from trl_ext.models.heads import Float32Linear, HeadError

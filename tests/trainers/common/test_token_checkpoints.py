@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 from tests.trainers.helpers import StopAt, head_of, history, largest_difference, lora, weights
-from tests.trainers.token_helpers import KINDS, segment_rows, token_trainer
+from tests.trainers.table import KINDS, segment_rows, token_trainer
 from trl_ext import load_reward_model
 
 

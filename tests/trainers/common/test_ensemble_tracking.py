@@ -7,8 +7,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.tiny import ranked_rows
+from tests.trainers.common.test_tracking import points_of, records_of
 from tests.trainers.helpers import config, run_offline_wandb, trainer_for
-from tests.trainers.test_tracking import points_of, records_of
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
 
 
@@ -24,7 +24,7 @@ def evaluate(base: str, folder: str) -> None:
 
 
 def test_disagreement_is_logged_as_histogram_and_by_decile_and_the_config_as_given(base, tmp_path):
-    program = "from tests.trainers.test_ensemble_tracking import evaluate; evaluate({!r}, {!r})"
+    program = "from tests.trainers.common.test_ensemble_tracking import evaluate; evaluate({!r}, {!r})"
     run_offline_wandb(tmp_path, "-c", program.format(str(base), str(tmp_path)))
     (files,) = (tmp_path / "wandb").glob("offline-run-*/files")
     (point,) = [point for point in points_of(files) if "disagreement_histogram" in str(sorted(point))]

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PrinterCallback
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import config, history
-from tests.trainers.token_helpers import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import (
     ORMConfig,
     ORMEnsembleConfig,

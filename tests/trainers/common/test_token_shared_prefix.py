@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification, BitsAndBytesConfig, Tr
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history, largest_difference, lora, weights
-from tests.trainers.token_helpers import KINDS, token_trainer
+from tests.trainers.table import KINDS, token_trainer
 from trl_ext import load_reward_model
 from trl_ext.models.sidecar import read_sidecar
 from trl_ext.trainers.common import head_training

@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history
-from tests.trainers.token_helpers import logits_of, step_rows, token_trainer
+from tests.trainers.table import logits_of, step_rows, token_trainer
 from trl_ext import PRMConfig, PRMTrainer
 from trl_ext.trainers.token.evaluation import StepEvaluator
 from trl_ext.trainers.token.objective import TokenObjective

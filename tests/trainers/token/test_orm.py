@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import lora
-from tests.trainers.token_helpers import logits_of, outcome_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, token_trainer
 from trl_ext import merge_reward_model
 
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from tests.tiny import pair_rows, ranked_rows
 from tests.trainers.helpers import config, history, trainer_for
-from tests.trainers.token_helpers import outcome_rows, step_rows, token_trainer
+from tests.trainers.table import outcome_rows, step_rows, token_trainer
 from trl_ext.data.validation import DataError
 from trl_ext.trainers.ranking.objective import RankingObjective
 from trl_ext.trainers.token.objective import TokenObjective

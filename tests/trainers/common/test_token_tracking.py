@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainers.common.test_tracking import finished, points_of
 from tests.trainers.helpers import run_offline_wandb
-from tests.trainers.test_tracking import finished, points_of
-from tests.trainers.token_helpers import KINDS
+from tests.trainers.table import KINDS
 
 
 @pytest.fixture(scope="module")

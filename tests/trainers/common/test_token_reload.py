@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from tests.models.helpers import fresh_scores, int8, max_change, nf4, scores_of, sequences, table
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import head_of, largest_difference, lora
-from tests.trainers.token_helpers import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
 from trl_ext import load_reward_model, merge_reward_model
 from trl_ext.models.heads import HeadError, head_parameters
 from trl_ext.models.sidecar import SidecarError, get_sidecar, read_sidecar
