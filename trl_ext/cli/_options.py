@@ -17,7 +17,7 @@ import trl_ext
 
 
 if TYPE_CHECKING:
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 PACKAGE = Path(trl_ext.__file__).parent
 ENSEMBLE = "trainers/ensemble/config.py"
@@ -81,7 +81,7 @@ class HelpFormatter(argparse.HelpFormatter):
 # ------------------------------------------------------------------------------------------------------------- parsers
 def command_parser(types: Any, prog: str | None, description: str | None = None) -> "Parser":
     """The parser of a command over its dataclasses; the first paragraph of `description` heads the help."""
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
     text = description.split("\n\n")[0] if description else None
     parser = Parser(types, prog=prog, allow_abbrev=False, description=text, formatter_class=HelpFormatter)

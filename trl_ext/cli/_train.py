@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from trl import DatasetMixtureConfig, ModelConfig, RewardConfig, ScriptArguments
 
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 
 def train_parser(config_class: "type[RewardConfig]", prog: str | None) -> "Parser":
     """The parser over `ScriptArguments`, our `config_class`, `ModelConfig` and `DatasetMixtureConfig`."""
-    from trl_ext.trainers.common.arguments import types_of
+    from trl_ext.trainers.common.command_line import types_of
 
     return command_parser(types_of(config_class), prog)
 
@@ -43,7 +43,7 @@ def train(
         FileNotFoundError: if there is no checkpoint to resume from.
     """
     from trl_ext.cli._logs import show_logs
-    from trl_ext.trainers.common.arguments import build_trainer, check_resume
+    from trl_ext.trainers.common.command_line import build_trainer, check_resume
 
     if model_args.model_name_or_path is None:
         raise ValueError("No model was named. Give `--model_name_or_path` a Hub id or a folder.")

@@ -26,7 +26,7 @@ from trl_ext.pipelines.stages.row_file import RowFile
 
 if TYPE_CHECKING:
     from trl_ext.pipelines.best_of_n import Best
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 
 CHUNK_ROWS = 64  # rows that are completed at a time with a seed of their own, and what an interruption costs

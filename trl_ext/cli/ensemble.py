@@ -13,7 +13,7 @@ from trl_ext.cli._train import train_main, train_parser
 
 
 if TYPE_CHECKING:
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 
 KINDS = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}

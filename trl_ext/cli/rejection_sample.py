@@ -21,7 +21,7 @@ from trl_ext.cli._options import command_parser, parse
 
 
 if TYPE_CHECKING:
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ from trl_ext.pipelines.stages.row_file import RowFile, line_of
 
 if TYPE_CHECKING:
     from trl_ext import RewardEnsemble, RewardScorer
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 
 CHUNK_ROWS = 256  # rows that are scored and written at a time, and so the most that an interruption costs

@@ -11,7 +11,7 @@ from trl_ext.cli._train import train_main, train_parser
 
 
 if TYPE_CHECKING:
-    from trl_ext.trainers.common.arguments import Parser
+    from trl_ext.trainers.common.command_line import Parser
 
 
 def make_parser(prog: str | None = "trl-ext segment") -> "Parser":

@@ -35,7 +35,7 @@ def parse(command: str, args: argparse.Namespace) -> Parsed:
     import torch
 
     from trl_ext import trainers
-    from trl_ext.trainers.common.arguments import Parser, types_of
+    from trl_ext.trainers.common.command_line import Parser, types_of
 
     config_class = getattr(trainers, TRAINERS[command].replace("Trainer", "Config"))
     flags = [] if torch.cuda.is_available() else ["--use_cpu"]

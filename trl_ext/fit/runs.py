@@ -64,7 +64,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Some steps of a command's trainer of reward models."""
     from trl_ext import trainers
-    from trl_ext.trainers.common.arguments import build_trainer
+    from trl_ext.trainers.common.command_line import build_trainer
 
     parsed = _for_a_run(parsed, model, args)
     training = parsed.training

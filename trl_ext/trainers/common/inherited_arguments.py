@@ -1,7 +1,7 @@
-"""Arguments of `TrainingArguments` and `trl.RewardConfig` that have no effect on the training of a reward head.
+"""Arguments inherited from `TrainingArguments` and `trl.RewardConfig` that do not affect a reward model's training.
 
-It knows names and values of arguments. Those that would change the result, and cannot, raise an error where they are
-read; those that merely change nothing are warned about here.
+It knows names and values of arguments. This module warns about arguments that change nothing. An argument that cannot
+be honoured raises an error in the code that reads it.
 """
 
 import logging
@@ -17,11 +17,11 @@ WITHOUT_EFFECT = {
     "average_tokens_across_devices": "the loss is always the mean over the rows of all processes",
     "logging_nan_inf_filter": "training stops at a loss that is NaN or infinite",
 }
-"""Argument to the reason why no value of it changes anything."""
+"""Name of an argument, and the reason why it has no effect."""
 
 
 def warn_of_arguments_without_effect(args: TrainingArguments) -> None:
-    """Say once, when a trainer is made, which arguments differ from their defaults and change nothing."""
+    """Warn about arguments that differ from their defaults and have no effect. Called once for each trainer."""
     reasons = dict(WITHOUT_EFFECT)
     if args.max_tokens_per_batch is not None:
         reasons["per_device_train_batch_size"] = "max_tokens_per_batch decides the size of a batch"

@@ -1,6 +1,7 @@
-"""The arguments of a trainer: from flags and a YAML file to TRL's dataclasses, and from those to the trainer.
+"""The command line of the commands that train: flags and a YAML file become TRL's dataclasses, and those a trainer.
 
-It knows dataclasses, flags, YAML and the names of the trainers. It loads no data and trains nothing.
+It knows dataclasses, flags, YAML and the names of the trainers. It loads no data and trains nothing. The arguments
+that have no effect on a reward model are listed in `inherited_arguments.py`.
 """
 
 import difflib
@@ -26,15 +27,19 @@ from trl import (
 
 
 class ArgumentsError(ValueError):
-    """What was given on the command line or in a config file cannot be used; the message says what to do."""
+    """A value on the command line or in a config file cannot be used. The message says what to do."""
 
 
 class Parser(TrlParser):
     """
-    TRL's parser, with four differences: a mistake raises [`ArgumentsError`] with one line and the nearest name,
-    `--config=FILE` works beside `--config FILE`, an unquoted `no` in YAML (which is false there) means `"no"` for
-    arguments that have this choice, such as `eval_strategy`, and dataclasses may share a name: it sets the field of
-    the first, and the others keep their defaults.
+    TRL's parser with four differences:
+
+    - A mistake raises [`ArgumentsError`] with one line and the nearest known name.
+    - `--config=FILE` works as well as `--config FILE`.
+    - YAML reads an unquoted `no` as false. For arguments that have the choice `"no"`, such as `eval_strategy`, the
+      parser takes it as `"no"`.
+    - Several dataclasses may have a field of the same name. The argument sets the field of the first one; the others
+      keep their defaults.
     """
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
@@ -47,7 +52,7 @@ class Parser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None) -> tuple[Any, ...]:
         """
-        The dataclasses, from flags and the file behind `--config`; a flag wins over the file.
+        The dataclasses, from the flags and from the file that `--config` names. A flag wins over the file.
 
         Raises:
             [`ArgumentsError`]: an unknown name, or a value that cannot be used.
@@ -58,17 +63,17 @@ class Parser(TrlParser):
 
     def parse_values(self, values: dict[str, Any], flags: Sequence[str] = (), source: str = "") -> tuple[Any, ...]:
         """
-        The dataclasses, from the values of a config, which flags override.
+        The dataclasses, from the values of a config file and from flags. A flag wins over a value of the file.
 
         Args:
-            values (`dict`): argument to value. `env` holds environment variables, which are set.
+            values (`dict`): the value of each argument. `env` is a mapping of environment variables that are set.
             flags (`Sequence[str]`): a command line.
-            source (`str`): where the values are from, for errors.
+            source (`str`): the file that the values come from, for error messages.
         """
         values = dict(values)
         environment = values.pop("env", None) or {}
         if not isinstance(environment, dict):
-            raise ArgumentsError(f"{source}: env is {environment!r}; needed: names and values of variables.")
+            raise ArgumentsError(f"{source}: env is {environment!r}. Needed: a mapping of variables to values.")
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         known = {action.dest: action for action in self._actions if action.dest != "help"}
         for name, value in values.items():
@@ -88,7 +93,7 @@ class Parser(TrlParser):
 
 @contextmanager
 def _the_first_owns_a_name(types: Iterable[type]) -> Iterator[None]:
-    """Inside, the parser does not see a field whose name an earlier dataclass has."""
+    """Hide a field from the parser while an earlier dataclass has a field of the same name."""
     owners: dict[str, Any] = {}
     hidden = []
     for field in (field for kind in types for field in fields(kind) if field.init):
@@ -103,13 +108,13 @@ def _the_first_owns_a_name(types: Iterable[type]) -> Iterator[None]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A sentence with the nearest of some names, or nothing."""
+    """A sentence that suggests the nearest of the names, or an empty string."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def config_path(args: Iterable[str] | None) -> tuple[str | None, list[str]]:
-    """The file that `--config` names, and the other arguments. `None` stands for those of the process."""
+    """The file that `--config` names, and the other arguments. With `None` it reads the arguments of the process."""
     rest = list(sys.argv[1:] if args is None else args)
     for place, arg in enumerate(rest):
         name, equals, value = arg.partition("=")
@@ -117,7 +122,7 @@ def config_path(args: Iterable[str] | None) -> tuple[str | None, list[str]]:
             return value, rest[:place] + rest[place + 1 :]
         if arg == "--config":
             if place + 1 == len(rest):
-                raise ArgumentsError("--config names no file.")
+                raise ArgumentsError("--config names no file. Give the path of a YAML file after it.")
             return rest[place + 1], rest[:place] + rest[place + 2 :]
     return None, rest
 
@@ -132,7 +137,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def check_choices(parsed: Iterable[Any]) -> None:
-    """Raise [`ArgumentsError`] for a value that is none of those named: argparse checks flags, and no config file."""
+    """Raise [`ArgumentsError`] for a value outside its choices. (argparse checks flags only, not a config file.)"""
     for arguments in parsed:
         for name, hint in get_type_hints(type(arguments)).items():
             hints = (hint, *get_args(hint))  # `Literal[...]` itself, or in a union with None
@@ -143,7 +148,7 @@ def check_choices(parsed: Iterable[Any]) -> None:
 
 
 def types_of(config_class: type[RewardConfig]) -> tuple[type, ...]:
-    """The dataclasses of a command that trains, in the order in which they are parsed."""
+    """The dataclasses of a command that trains, in the order in which the parser reads them."""
     return ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig
 
 
@@ -154,7 +159,7 @@ def build_trainer(
     train_dataset: Any,
     eval_dataset: Any = None,
 ) -> Trainer:
-    """The trainer with the model, quantization and adapter that its arguments name."""
+    """Make the trainer, with the model, quantization and adapter that its arguments name."""
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -171,7 +176,7 @@ def build_trainer(
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except ValueError as error:  # of transformers or PEFT too: here it is about what was given
+    except ValueError as error:  # transformers and PEFT raise it too; here it is always about the user's arguments
         raise ValueError(str(error)) from error
 
 
@@ -180,10 +185,10 @@ def check_resume(resume: str | bool | None, output_dir: Path) -> None:
     if isinstance(resume, str) and not Path(resume).is_dir():
         raise FileNotFoundError(
             f"resume_from_checkpoint={resume!r} is not a folder (seen from {Path.cwd()}). Needed: a checkpoint-<step> "
-            "that a run saved, or in a config file true for the last one in output_dir."
+            "folder that a run saved. In a config file, true takes the last one in output_dir."
         )
     if resume is True and not any(output_dir.glob("checkpoint-*")):
         raise FileNotFoundError(
-            f"resume_from_checkpoint=True, and {output_dir} has no checkpoint-<step>. Leave it out to start from the "
-            "beginning."
+            f"resume_from_checkpoint=True, but {output_dir} has no checkpoint-<step> folder. Leave "
+            "resume_from_checkpoint out to start from the beginning."
         )
