@@ -1,7 +1,7 @@
-"""Registries: where a string in a config selects a pure callable, built in or from an installed plugin.
+"""Registries: a string in a config selects a pure callable, built in or from an installed plugin.
 
 A registry knows names, callables, entry points, and the properties that a callable declares (for example, that a loss
-compares two candidates). It does not know what the callables compute. It imports nothing but the standard library: a
+compares two candidates). It does not know what the callables compute. The module imports only the standard library. A
 plugin is imported when you ask for its name, never before.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable)
 
 PROPERTIES = "trl_ext_properties"
-"""Attribute in which a callable keeps the properties that it declares, as a dictionary."""
+"""Attribute of a callable that holds its declared properties, as a dictionary."""
 
 _REGISTRIES: list["Registry"] = []
 
@@ -30,16 +30,16 @@ class Registry:
     Names of one kind of callable.
 
     Built-ins register with a decorator. A third-party package adds names through an entry-point group in its
-    `pyproject.toml`, without being imported until one of its names is used.
+    `pyproject.toml`. The package is imported when one of its names is used.
 
     Args:
         kind (`str`):
-            What is registered, in words for messages, e.g. `"ranking loss"`.
+            What is registered, e.g. `"ranking loss"`. Messages use it.
         group (`str`):
             Entry-point group that plugins use, e.g. `"trl_ext.ranking_losses"`.
         properties (`type`, *optional*):
-            A dataclass with the properties that a callable of this kind can declare. Its defaults are the strict
-            reading: they hold for a callable that declares nothing.
+            A dataclass with the properties that a callable of this kind can declare. Its defaults are the strictest
+            values. They hold for every property that a callable does not declare.
 
     Example:
 
@@ -71,10 +71,10 @@ class Registry:
 
     def register(self, name: str, **properties: Any) -> Callable[[F], F]:
         """
-        Decorator that adds a callable under `name`, with the properties that it declares, and returns the callable.
+        Decorator that registers a callable under `name` and declares its properties. It returns the callable.
 
         Raises:
-            ValueError: if the name is taken, or this kind of callable has no such property.
+            ValueError: if the name is taken, or if this kind of callable has no such property.
         """
         if name in self._callables:
             raise ValueError(
@@ -90,8 +90,9 @@ class Registry:
 
     def declare(self, **properties: Any) -> Callable[[F], F]:
         """
-        Decorator that notes the properties of a callable and returns it: for the target of a plugin's entry point, and
-        for a callable that you pass in place of a name.
+        Decorator that declares the properties of a callable without registering it. It returns the callable.
+
+        Use it for the target of a plugin's entry point, and for a callable that you pass in place of a name.
 
         Raises:
             ValueError: if this kind of callable has no such property.
@@ -114,9 +115,10 @@ class Registry:
 
     def properties_of(self, name: str | Callable) -> Any:
         """
-        What the callable declares, as the registry's dataclass; what it does not declare has the strict default.
+        The declared properties of a callable, as an instance of the registry's dataclass.
 
-        A `functools.partial` has the properties of the callable inside.
+        A property that the callable does not declare has its strict default. A `functools.partial` has the properties
+        of the callable that it wraps.
 
         Raises:
             As [`Registry.get`], and `ValueError` if it declares a property that this kind of callable does not have.
@@ -124,7 +126,7 @@ class Registry:
         function = self.get(name)
         while isinstance(function, partial):
             function = function.func
-        # most callables, those of plugins too, declare nothing and have no such attribute
+        # a callable that declares nothing has no such attribute
         return self._read(getattr(function, PROPERTIES, None) or {}, f"{function!r}")
 
     def _read(self, properties: dict[str, Any], where: str) -> Any:
@@ -139,16 +141,16 @@ class Registry:
 
     def get(self, name: str | Callable) -> Callable:
         """
-        The callable of that name; a callable is returned as it is.
+        The callable with this name. If you pass a callable, it is returned unchanged.
 
         Args:
             name (`str` or `Callable`):
                 A registered name, the name of an entry point in the registry's group, or a callable.
 
         Raises:
-            ValueError: if nothing has this name (the message lists the known names and the nearest one), or more than
-                one distribution claims it.
-            ImportError: if the plugin behind the name fails to import; the message names its distribution.
+            ValueError: if nothing has this name (the message lists the known names and the nearest one), or if more
+                than one distribution claims it.
+            ImportError: if the plugin with this name fails to import. The message names its distribution.
             TypeError: if `name` is neither a string nor a callable, or the plugin's object is not callable.
         """
         if callable(name):
@@ -177,7 +179,8 @@ class Registry:
 
         Returns:
             `list[tuple[str, str]]`: `(name, origin)`. The origin of a registered callable is the module that defines
-            it, that of a plugin is its distribution, version and target. A name that is claimed twice is listed twice.
+            it. The origin of a plugin is its distribution, version and target. A name that two distributions claim
+            appears twice.
         """
         names = [(name, self._origin(name)) for name in self._callables]
         names += [(plugin.name, f"{_distribution(plugin)} ({plugin.value})") for plugin in self._plugins()]
@@ -216,5 +219,5 @@ class Registry:
 
 
 def all_registries() -> list[Registry]:
-    """Every registry made so far, in the order in which their modules were imported."""
+    """Every registry that exists so far, in the order in which their modules were imported."""
     return list(_REGISTRIES)

@@ -1,6 +1,6 @@
 """The one list of private TRL and Transformers names that we rely on, and the versions we support.
 
-A private name may change in any release, so each stands here with its place of use, and a contract test holds every
+A private name may change in any release. The list says where we use each of them, and a contract test checks every
 entry against the installed version. This module knows names and versions; it imports neither trl nor transformers.
 """
 
@@ -11,20 +11,20 @@ from packaging.specifiers import SpecifierSet
 
 
 SUPPORTED = {"trl": ">=1.16,<2", "transformers": ">=5.19,<6", "peft": ">=0.18,<1"}
-"""Distribution to the version range we support. The same ranges stand in `pyproject.toml`."""
+"""The supported version range of each distribution. `pyproject.toml` has the same ranges."""
 
 
 @dataclass(frozen=True)
 class UpstreamName:
-    """A name that upstream does not promise to keep.
+    """A private name of an upstream library.
 
     Args:
         owner (`str`): `module:Class` that defines or inherits the name.
         name (`str`): the attribute.
-        kind (`str`): `"method"` (looked up on the class, `parameters` are checked), `"class"` (a class attribute) or
-            `"instance"` (set by the owner's `__init__`).
-        used_in (`str`): our module that relies on it.
-        why (`str`): what we rely on it for.
+        kind (`str`): `"method"` (found on the class; the test checks its `parameters`), `"class"` (a class attribute)
+            or `"instance"` (set by the owner's `__init__`).
+        used_in (`str`): our module that uses it.
+        why (`str`): what we use it for.
         parameters (`tuple[str, ...]`): for a method, the parameters after `self` that we rely on, in order.
     """
 
@@ -50,7 +50,7 @@ PRIVATE_NAMES = (
         "_prepare_dataset",
         "method",
         _OURS,
-        "rows become groups here; TRL calls it before Trainer.__init__ and again in evaluate(), so ours is idempotent",
+        "turns rows into groups; TRL calls it before Trainer.__init__ and again in evaluate(), so ours is idempotent",
         ("dataset", "processing_class", "args", "dataset_name"),
     ),
     UpstreamName(
@@ -150,22 +150,22 @@ PRIVATE_NAMES = (
 
 
 def check_upstream() -> None:
-    """Refuse to run on versions we do not support.
+    """Raise an error for versions that we do not support.
 
     Raises:
-        ImportError: if `trl`, `transformers` or `peft` is missing or outside its supported range; the message names
-            the version found, the range, and what to install.
+        ImportError: if `trl`, `transformers` or `peft` is missing or outside its supported range. The message names
+            the installed version, the range, and the command that installs the right one.
     """
     for distribution, supported in SUPPORTED.items():
         try:
             version = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             raise ImportError(
-                f"trl_ext needs {distribution}{supported}, and it is not installed. "
+                f"trl_ext needs {distribution}{supported}, but it is not installed. "
                 f"Run: pip install '{distribution}{supported}'"
             ) from None
         if not SpecifierSet(supported).contains(version, prereleases=True):
             raise ImportError(
-                f"trl_ext supports {distribution}{supported}, and {distribution} {version} is installed. "
+                f"trl_ext supports {distribution}{supported}, but {distribution} {version} is installed. "
                 f"Run: pip install '{distribution}{supported}'"
             )

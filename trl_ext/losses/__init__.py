@@ -1,18 +1,18 @@
-"""Losses: pure functions of tensors. They know no model, tokenizer, config or dataset, and reduce no batch.
+"""Losses: pure functions of tensors. They know no model, tokenizer, config or data set, and do not reduce the batch.
 
-The letters of every shape comment in this folder:
+Shape comments in this folder use these letters:
 
 | letter | counts |
 |---|---|
 | `B` | groups (prompts) or sequences in the batch |
 | `K` | candidates of a group, padded to the widest group |
-| `N` | tied blocks, across the groups of the batch |
+| `N` | tied blocks in all groups of the batch |
 | `T` | tokens of a sequence, padded to the longest |
 | `G` | categories of a token head |
 | `C` | outputs of a category: classes, or 1 |
 
-A mask is bool and `True` means real; for token losses, that a label is given. Scores of any float type are taken; the
-computation and the result are fp32 (fp64 where the scores are fp64).
+A mask is bool. `True` means a real candidate, and in token losses a position with a label. Scores may have any float
+type. The losses compute and return fp32 (fp64 if the scores are fp64).
 """
 
 from trl_ext.losses.properties import RankingLossProperties, TokenLossProperties

@@ -1,9 +1,9 @@
 r"""Losses for learning from a weaker model's labels or distributions.
 
 [`ConfidenceLoss`] is the auxiliary confidence loss for binary labels. [`LogConfRanking`] and [`LogConfToken`] give it
-the signatures of the ranking and the token losses, so that a trainer takes it as its `loss_type`. Plain cross-entropy
-on soft labels (`xent`) needs no loss of its own: it is [`bradley_terry`] with a `target`, and [`bce`] with labels
-between 0 and 1. [`distillation`] is for generation. The losses do not know models, trainers, processes or text.
+the signatures of the ranking and the token losses, so that a trainer accepts it as `loss_type`. Plain cross-entropy on
+soft labels (`xent`) is not in this module: it is [`bradley_terry`] with a `target`, or [`bce`] with labels between 0
+and 1. [`distillation`] is for generation. The losses do not know models, trainers, processes or text.
 """
 
 import math
@@ -31,31 +31,31 @@ class ConfidenceLoss:
     appendix A.4: `alpha` rises over the first part of training, and the threshold `t` gives the student as large a
     share of positives as the weak labels have.
 
-    The published implementation takes `t` from the micro-batch, so that at micro-batch 1 every row gets one class, and
-    its `alpha` jumps from `warmup * alpha` to `alpha` at the end of the warm-up. Here `t` comes from the predictions
-    and labels of earlier optimizer steps and is frozen within a step, so that it does not matter how a step is cut
-    into micro-batches. The ramp is continuous. `reference=True` gives the published behaviour, with its jump.
+    The published implementation takes `t` from the micro-batch. With micro-batches of one row, every row then gets the
+    same class. Its `alpha` jumps from `warmup * alpha` to `alpha` at the end of the warm-up. Here `t` comes from the
+    predictions and labels of earlier optimizer steps and does not change within a step, so the size of the
+    micro-batches does not matter. The ramp is continuous. `reference=True` gives the published behaviour.
 
     The callback of `trl_ext.trainers` calls [`~ConfidenceLoss.end_step`] after each optimizer step, and stores
     [`~ConfidenceLoss.state_dict`] with each checkpoint.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.5`):
-            Final weight of the student's own predictions, in [0, 1]. The default is that of the published code; the
+            Final weight of the student's own predictions, in [0, 1]. The default comes from the published code; the
             paper uses 0.75 for its largest students.
         warmup (`float`, *optional*, defaults to `0.1`):
             Share of training over which alpha rises from 0.
         window (`int`, *optional*, defaults to `512`):
-            The threshold comes from at least so many examples of earlier steps (whole steps; fewer at the start). The
-            default is ours.
+            The threshold comes from at least this many examples of earlier steps (whole steps; fewer at the start).
+            The default is ours.
         reference (`bool`, *optional*, defaults to `False`):
-            The published batch quantile and jump.
+            Use the quantile of the micro-batch and the jump of `alpha`, as published.
         symmetric (`bool`, *optional*, defaults to `False`):
-            The two classes are interchangeable, as the two sides of a pair are: half of all predictions are positive
-            and the threshold is 0. `reference` overrides it.
+            The two classes are interchangeable, like the two sides of a pair. Half of all predictions are then
+            positive, and the threshold is 0. `reference` overrides it.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: if a value is out of its range.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ConfidenceLoss:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all steps, as at the start of training."""
+        """Forget all earlier steps, as at the start of training."""
         self.progress = 0.0
         self.threshold: float | None = 0.0 if self.symmetric else None
         self._step: list[torch.Tensor] = []
@@ -83,7 +83,7 @@ class ConfidenceLoss:
 
     @property
     def weight(self) -> float:
-        """The weight of the student's own predictions now: 0 at the start, and while there is no threshold."""
+        """The current weight of the student's own predictions. It is 0 at the start and without a threshold."""
         if self.reference:
             return self.alpha * (1.0 if self.progress > self.warmup else self.progress)
         if self.threshold is None:
@@ -113,26 +113,26 @@ class ConfidenceLoss:
         return -q * F.logsigmoid(z) - (1 - q) * F.logsigmoid(-z)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loss remembers of earlier steps, as JSON values: part of a trainer's checkpoint."""
+        """What the loss remembers of earlier steps, as JSON values. A trainer's checkpoint stores it."""
         return {"threshold": self.threshold, "earlier": [step.tolist() for step in self._earlier]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what [`~ConfidenceLoss.state_dict`] gave."""
+        """Restore what [`~ConfidenceLoss.state_dict`] returned."""
         self.threshold = state["threshold"]
         self._earlier = deque(torch.tensor(step) for step in state["earlier"])
 
     def step_values(self) -> torch.Tensor:
-        """What this process saw in the current step, `(n, 2)`: logits and labels."""
+        """Logits and labels that this process saw in the current step, `(n, 2)`."""
         return torch.cat(self._step) if self._step else torch.zeros(0, 2)
 
     def end_step(self, progress: float, values: torch.Tensor | None = None) -> None:
         """
-        Close an optimizer step: from now on the threshold includes it.
+        End an optimizer step. The threshold of the next step includes its values.
 
         Args:
             progress (`float`): share of training that is done, in [0, 1].
             values (`torch.Tensor` of shape `(n, 2)`, *optional*):
-                [`~ConfidenceLoss.step_values`] of all processes. Defaults to those of this one.
+                [`~ConfidenceLoss.step_values`] of all processes. Defaults to the values of this process.
         """
         values = self.step_values() if values is None else values
         self.progress, self._step = progress, []
@@ -146,7 +146,7 @@ class ConfidenceLoss:
 
 
 def _balanced_threshold(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The logit above which as large a share of the predictions lies as the labels' mean."""
+    """The logit for which the share of predictions above it equals the mean of the labels."""
     share = 1.0 - labels.double().mean()
     return torch.quantile(logits.double(), share.clamp(0.0, 1.0)).to(logits.dtype)
 
@@ -154,15 +154,16 @@ def _balanced_threshold(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 @ranking_losses.declare(uses_distances=False, max_candidates=2, takes_target=True)
 class LogConfRanking:
     """
-    [`ConfidenceLoss`] of pairs, with the signature of the ranking losses.
+    [`ConfidenceLoss`] for pairs, with the signature of the ranking losses.
 
-    The logit is the better minus the worse candidate's score. The label is `target`, the probability that the better
-    one wins (1 without `target`). A pair has no orientation, so the classes are balanced and the threshold is 0,
-    except with `reference=True`. Pass it to [`RewardTrainer`] as `loss_type`; the trainer tells it where training
-    stands.
+    The logit is the score of the better candidate minus the score of the worse one. The label is `target`, the
+    probability that the better candidate wins (1 without `target`). The two sides of a pair are interchangeable, so
+    the classes are balanced and the threshold is 0, except with `reference=True`.
+
+    Pass an instance to [`RewardTrainer`] as `loss_type`. The trainer tells the loss how far training is.
 
     Args:
-        **kwargs: those of [`ConfidenceLoss`], except `symmetric`.
+        **kwargs: the arguments of [`ConfidenceLoss`], except `symmetric`.
     """
 
     def __init__(self, **kwargs):
@@ -194,11 +195,12 @@ class LogConfRanking:
 @token_losses.declare(outputs="log_odds", labels="probability")
 class LogConfToken:
     """
-    [`ConfidenceLoss`] of labelled tokens, with the signature of the token losses, for heads of 1 or 2 outputs. Pass it
-    to a token-level trainer as `loss_type`; the trainer tells it where training stands.
+    [`ConfidenceLoss`] for labelled tokens, with the signature of the token losses, for heads with 1 or 2 outputs.
+
+    Pass an instance to a token-level trainer as `loss_type`. The trainer tells the loss how far training is.
 
     Args:
-        **kwargs: those of [`ConfidenceLoss`].
+        **kwargs: the arguments of [`ConfidenceLoss`].
     """
 
     def __init__(self, **kwargs):
@@ -230,23 +232,23 @@ def distillation(
     L = \sum_t -\log \mathrm{Pr}_s(y_t) + \lambda \, \mathrm{KL}(\mathrm{Pr}_w(\cdot) \,\|\, \mathrm{Pr}_s(\cdot))
     $$
 
-    *Foundations of Large Language Models* by T. Xiao and J. Zhu, equation 10.13, which maximises the log likelihood
-    minus lambda times the divergence: this is its negative.
+    See *Foundations of Large Language Models* by T. Xiao and J. Zhu, equation 10.13. The book maximises the log
+    likelihood minus lambda times the divergence; this loss is the negative of that.
 
     Args:
-        logits (`torch.Tensor` of shape `(n, V)`): the student's, of the token that follows each position.
+        logits (`torch.Tensor` of shape `(n, V)`): logits of the student for the token after each position.
         teacher_logits (`torch.Tensor` of shape `(n, V)`):
-            the weak teacher's; -inf where the teacher never gives a token.
-        labels (`torch.Tensor` of shape `(n,)`): the token that follows.
+            Logits of the weak teacher; -inf for a token that the teacher never produces.
+        labels (`torch.Tensor` of shape `(n,)`): the token after each position.
         mask (`torch.BoolTensor` of shape `(n,)`): True where the token is trained on.
         weight (`float`): lambda, at least 0. With 0 the teacher's logits are not read.
 
     Returns:
-        two `torch.Tensor` of shape `(n,)`, fp32, 0 where the mask is False: cross-entropy, and lambda times the
+        Two `torch.Tensor` of shape `(n,)`, fp32, 0 where the mask is False: the cross-entropy, and lambda times the
         divergence. Their sum is the loss.
 
     Raises:
-        ValueError: shapes that differ, or a negative weight.
+        ValueError: if the shapes differ, or the weight is negative.
     """
     if logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -268,8 +270,9 @@ def distillation(
 
 def entropy_sum(logits: torch.Tensor) -> torch.Tensor:
     """
-    The sum of the entropies, in nats, of the distributions that logits (n, V) stand for: a scalar in fp32. A logit may
-    be -inf.
+    The sum of the entropies, in nats, of n distributions that are given by their logits (n, V).
+
+    The result is a scalar in fp32. A logit may be -inf.
 
     Example:
 
@@ -283,7 +286,7 @@ def scheduled_weight(
     weight: float, progress: float, schedule: Literal["constant", "linear", "cosine"] = "constant"
 ) -> float:
     """
-    Lambda at a point of training: constant, or falling from `weight` to 0 linearly or along half a cosine.
+    Lambda at a point of training: constant, or decreasing from `weight` to 0, linearly or along half a cosine.
 
     Example:
 

@@ -1,6 +1,6 @@
-"""What a loss declares about itself, so that a trainer knows which data and which heads it can use.
+"""The properties that a loss declares: they tell a trainer which data and which heads the loss can use.
 
-A loss that declares nothing is read strictly: it gets the defaults below. Nothing here computes anything.
+A loss that declares nothing gets the strict defaults below. This module computes nothing.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from typing import Literal
 @dataclass(frozen=True)
 class RankingLossProperties:
     """
-    What a ranking loss declares about itself. Defaults are the strict reading, which holds for an undeclared loss.
+    The declared properties of a ranking loss. The defaults are strict and hold for a loss that declares nothing.
 
     Args:
         uses_distances (`bool` or `str`, *optional*, defaults to `True`):
-            The size of the ratings counts, so that `ranks` cannot be used. A string names the keyword argument of the
-            loss that switches this on.
+            The loss uses the size of the ratings, not only their order, so it cannot use `ranks`. A string names the
+            keyword argument of the loss that switches this on.
         max_candidates (`int`, *optional*, defaults to `2`):
-            The most candidates that a group may have; `None` for any number.
+            The largest number of candidates in a group. `None` means any number.
         takes_margin (`bool`, *optional*, defaults to `False`):
             The loss uses `margin`.
         takes_target (`bool`, *optional*, defaults to `False`):
@@ -33,16 +33,17 @@ class RankingLossProperties:
 @dataclass(frozen=True)
 class TokenLossProperties:
     """
-    What a token loss declares about itself. Defaults are the strict reading, which holds for an undeclared loss.
+    The declared properties of a token loss. The defaults are strict and hold for a loss that declares nothing.
 
     Args:
         outputs (`str`, *optional*, defaults to `"unknown"`):
-            What an output is. `"log_odds"`: of *right*, or a logit for each class, so that probabilities can be read
-            from it; `"label"`: an estimate of the label; `"sign"`: above 0 is right; `"unknown"`: only that more is
-            better.
+            What an output means. `"log_odds"`: the log-odds of *right*, or one logit for each class, so that
+            probabilities can be read from it. `"label"`: an estimate of the label. `"sign"`: a value above 0 means
+            right. `"unknown"`: only that a higher value is better.
         labels (`str`, *optional*, defaults to `"any"`):
-            Labels that the loss can use, which are checked before training. `"probability"`: in [0, 1], and with three
-            outputs -1, 0 or 1; `"sign"`: +1 and -1, or 1 and 0; `"any"`: no check, the loss itself refuses.
+            The labels that the loss can use. The trainer checks them before training. `"probability"`: in [0, 1], or
+            with three outputs -1, 0 or 1. `"sign"`: +1 and -1, or 1 and 0. `"any"`: the trainer checks nothing, and
+            the loss itself raises an error.
     """
 
     outputs: Literal["log_odds", "label", "sign", "unknown"] = "unknown"
@@ -54,4 +55,4 @@ OUTPUT_MEANINGS = {
     "label": "estimate of the label, higher is better",
     "sign": "above 0 is right, higher is better",
 }
-"""What an output is, in the words that a checkpoint keeps (`label_meaning`), for a head of one output."""
+"""What the output of a head with one output means. A checkpoint keeps these words as `label_meaning`."""

@@ -1,16 +1,16 @@
 """Ranking losses: from the scores and ratings of the candidates of a prompt to one loss per prompt.
 
 Every loss has the signature ``loss(scores, ratings, mask, *, margin=None, target=None, **loss_kwargs)`` and returns a
-tensor `(B,)`; none reduces over the batch. A higher rating is better, candidates come in any order, padding is
-whatever the mask calls false. Ratings decide the order and nothing else, except in [`listnet`], [`pointwise`] and
-where a margin is taken from their gap.
+tensor `(B,)`. No loss reduces over the batch. A higher rating is better. Candidates may come in any order. The mask is
+False for padding. The losses use only the order of the ratings, except [`listnet`], [`pointwise`] and margins that are
+taken from the gap of two ratings.
 
-What holds for all of them: a group with fewer than two real candidates, or with all ratings equal, has a loss of
-exactly 0 and, where its scores are finite, a zero gradient. What lies under the mask changes nothing, NaN included.
-In a group with an order, a NaN among the scores, or a rating that is not finite, makes the loss of that group NaN, so
-that whoever checks the losses can name it.
+All losses follow these rules. A group with fewer than two real candidates, or with equal ratings only, has a loss of
+exactly 0, and a zero gradient if its scores are finite. Masked values change nothing, not even NaN. In a group whose
+ratings differ, a NaN score or a rating that is not finite makes the loss of that group NaN, so that a check of the
+losses can name the group.
 
-It does not know where scores come from, and nothing of tokens, batches of a trainer, or configs.
+This module does not know where scores come from. It knows nothing of tokens, trainers or configs.
 """
 
 import math
@@ -29,7 +29,7 @@ ranking_losses = Registry("ranking loss", "trl_ext.ranking_losses", RankingLossP
 def _prepare(
     scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the shapes; scores and ratings as (at least) fp32, with 0 under the mask."""
+    """Check the shapes; return scores and ratings in fp32 or more, with 0 where the mask is False."""
     if scores.dim() != 2 or ratings.shape != scores.shape or mask.shape != scores.shape:
         raise ValueError(
             f"scores, ratings and mask must all have the shape (B, K), found {tuple(scores.shape)}, "
@@ -42,7 +42,7 @@ def _prepare(
 
 
 def _per_group(name: str, values: torch.Tensor, scores: torch.Tensor, shapes: list[tuple[int, ...]]) -> torch.Tensor:
-    """Check the shape of a margin or target: a wrong one would broadcast to (B, B) without an error."""
+    """Check the shape of a margin or target. A wrong shape would broadcast to (B, B) without an error."""
     if tuple(values.shape) not in shapes:
         wanted = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name} must have the shape {wanted} for {len(scores)} groups, found {tuple(values.shape)}.")
@@ -56,7 +56,7 @@ def _refuse(loss: str, **given: torch.Tensor | None) -> None:
 
 
 def _zero_if_undecided(loss: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Exactly 0 where no two real ratings differ, NaN where a real rating is not finite, else the loss itself."""
+    """Set the loss to exactly 0 if no two real ratings differ, and to NaN if a real rating is not finite."""
     highest = ratings.masked_fill(~mask, -math.inf).amax(-1)  # (B,)
     lowest = ratings.masked_fill(~mask, math.inf).amin(-1)  # (B,)
     spread = torch.where(mask.any(-1), highest - lowest, 0.0)  # (B,)
@@ -83,13 +83,13 @@ def bradley_terry(
     \Delta = s_{better} - s_{worse}
     $$
 
-    See *Rank Analysis of Incomplete Block Designs* by R. A. Bradley and M. E. Terry (https://doi.org/10.2307/2334029);
-    the margin is that of *Llama 2: Open Foundation and Fine-Tuned Chat Models* by H. Touvron et al., equation 2
+    See *Rank Analysis of Incomplete Block Designs* by R. A. Bradley and M. E. Terry (https://doi.org/10.2307/2334029).
+    The margin comes from *Llama 2: Open Foundation and Fine-Tuned Chat Models* by H. Touvron et al., equation 2
     (https://huggingface.co/papers/2307.09288).
 
     Args:
         scores (`torch.Tensor` of shape `(B, K)`):
-            Scores of the candidates. `K` may exceed 2 where no group has more than two real candidates.
+            Scores of the candidates. `K` may exceed 2 if no group has more than two real candidates.
         ratings (`torch.Tensor` of shape `(B, K)`):
             Ratings, finite, higher is better.
         mask (`torch.BoolTensor` of shape `(B, K)`):
@@ -105,7 +105,7 @@ def bradley_terry(
         `torch.Tensor` of shape `(B,)`.
 
     Raises:
-        ValueError: on a wrong shape, more than two real candidates, more than one margin, or a margin beside a target.
+        ValueError: on a wrong shape, more than two real candidates, two margins, or a margin and a target together.
 
     Example:
 
@@ -139,7 +139,7 @@ def bradley_terry(
     if target is not None:
         if margin is not None:
             raise ValueError(
-                "Found a margin and a target: whether the margin holds for the improbable outcome is not defined. "
+                "Found a margin and a target: it is not defined whether the margin holds for the improbable outcome. "
                 "Drop one of the two columns, or set `margin_from_ratings` to False."
             )
         target = _per_group("target", target, scores, [(len(scores),)])
@@ -170,16 +170,16 @@ def pairwise(
     $$
 
     See *Training language models to follow instructions with human feedback* by L. Ouyang et al., equation 1
-    (https://huggingface.co/papers/2203.02155). There every pair is decided and |P| is K choose 2; here tied pairs are
-    left out of the sum and of the count. A prompt weighs the same for every number of candidates. With two candidates
-    it is [`bradley_terry`].
+    (https://huggingface.co/papers/2203.02155). There all ratings of a prompt differ, and |P| is K choose 2. Here the
+    sum and the count leave tied pairs out. Every prompt has the same weight, whatever its number of candidates. With
+    two candidates the loss equals [`bradley_terry`].
 
     Args:
         scores, ratings, mask:
             As in [`bradley_terry`].
         margin (`torch.Tensor` of shape `(B,)` or `(B, K, K)`, *optional*):
-            Margin >= 0 of every pair of the group, or of each: `margin[b, i, j]` is that by which i, the better one,
-            shall beat j.
+            Margin >= 0. `(B,)`: one margin for all pairs of a group. `(B, K, K)`: `margin[b, i, j]` is the margin by
+            which the better candidate i should beat j.
         target (*optional*):
             Not supported.
         margin_from_ratings (`bool`, *optional*, defaults to `False`):
@@ -189,7 +189,7 @@ def pairwise(
         `torch.Tensor` of shape `(B,)`.
 
     Raises:
-        ValueError: on a wrong shape, a target, or more than one margin.
+        ValueError: on a wrong shape, a target, or two margins.
 
     Example:
 
@@ -212,7 +212,7 @@ def pairwise(
         groups, width = scores.shape
         margin = _per_group("margin", margin, scores, [(groups,), (groups, width, width)])
         delta = delta - (margin[:, None, None] if margin.dim() == 1 else margin)
-    # A pair that is not decided may hold anything: masked before the loss for the gradient, after it for the value.
+    # A tied or padded pair may hold anything. The first mask protects the gradient, the second one the value.
     losses = torch.where(decided, -F.logsigmoid(delta.masked_fill(~decided, 0.0)), 0.0)  # (B, K, K)
     loss = losses.sum((1, 2)) / decided.sum((1, 2)).clamp(min=1)  # (B,)
     return _zero_if_undecided(loss, ratings, mask)
@@ -228,26 +228,26 @@ def plackett_luce(
     target: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Negative log probability that an order drawn from the Plackett-Luce model agrees with a ranking, ties included.
+    Negative log probability that an order drawn from the Plackett-Luce model agrees with a ranking that may have ties.
 
-    Without ties, with the candidates numbered from the best to the worst,
+    For a ranking without ties, whose candidates are numbered from the best to the worst, the loss is
 
     $$
     L = -\sum_{i=1}^{K-1} \log \frac{e^{s_i}}{\sum_{j \ge i} e^{s_j}} .
     $$
 
-    A tied block leaves its inner order open: it contributes the probability that its members, in any order, come
-    before everything below them. For the block G, with Λ the sum of exp(s) over all that is below it, that probability
-    is exp(sum of s over G) · h(G) with
+    Tied candidates form a block. A block contributes the probability that its members, in any order, come before all
+    candidates below them. Let Λ be the sum of exp(s) over the candidates below the block G. The probability is
+    exp(sum of s over G) · h(G) with
 
     $$
     h(\emptyset) = 1, \qquad h(T) = \frac{1}{\Lambda + \sum_{i \in T} e^{s_i}} \sum_{i \in T} h(T \setminus \{i\}) ,
     $$
 
-    computed in log space over the subsets T of the block. The lowest block comes last whatever its order, and
-    contributes exactly 0. So two candidates give [`bradley_terry`], and a ranking whose places after the k-th are all
-    tied gives the top-k Plackett-Luce loss. Blocks of more than 12 are approximated after Efron, less log |G|! for the
-    orders that a block leaves open, and a warning says so once.
+    computed in log space over the subsets T of the block. The lowest block contributes exactly 0, because it comes
+    last in any order. With two candidates the loss equals [`bradley_terry`]. If all places after the k-th are tied, it
+    is the top-k Plackett-Luce loss. Blocks of more than 12 candidates use Efron's approximation, minus log |G|! for
+    the orders that the tie leaves open; the first such block gives a warning.
 
     See *The Analysis of Permutations* by R. L. Plackett (https://doi.org/10.2307/2346567), *Listwise approach to
     learning to rank: theory and algorithm* by F. Xia et al. (https://doi.org/10.1145/1390156.1390306) for the loss
@@ -257,7 +257,7 @@ def plackett_luce(
 
     Args:
         scores, ratings, mask:
-            As in [`bradley_terry`]. Only the order of the ratings counts; equal ratings are a tie.
+            As in [`bradley_terry`]. The loss uses only the order of the ratings; equal ratings are a tie.
         margin, target (*optional*):
             Not supported.
 
@@ -279,17 +279,17 @@ def plackett_luce(
     """
     _refuse("plackett_luce", margin=margin, target=target)
     scores, ratings, mask = _prepare(scores, ratings, mask)
-    # Relative to the best score of the group, which changes nothing but keeps the digits of large scores.
+    # Scores relative to the best one of the group: the loss is the same, and large scores keep their digits.
     highest = scores.detach().masked_fill(~mask, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)  # (B, 1)
     scores = (scores - highest).masked_fill(~mask, 0.0)
-    # From the worst to the best, padding last, so that a running sum needs no flip and never meets padding.
+    # Sort from the worst to the best, with padding last: a running sum then needs no flip and never meets padding.
     sorted_ratings, order = ratings.masked_fill(~mask, math.inf).sort(dim=-1, stable=True)  # (B, K)
     sorted_scores = scores.gather(-1, order)  # (B, K)
     real = torch.arange(scores.shape[1], device=scores.device) < mask.sum(-1, keepdim=True)  # (B, K)
     up_to = sorted_scores.logcumsumexp(-1)  # (B, K): over a candidate and all that are sorted before it
     terms = -F.logsigmoid(sorted_scores[:, 1:] - up_to[:, :-1])  # (B, K-1)
 
-    tied = real[:, 1:] & (sorted_ratings[:, 1:] == sorted_ratings[:, :-1])  # (B, K-1): with the one before
+    tied = real[:, 1:] & (sorted_ratings[:, 1:] == sorted_ratings[:, :-1])  # (B, K-1): tied with the one before
     if not tied.any():
         loss = torch.where(real[:, 1:], terms, 0.0).sum(-1)  # (B,)
     else:
@@ -309,7 +309,7 @@ def listnet(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     r"""
-    Cross entropy between the top-one probabilities that ratings and scores give.
+    Cross entropy between the top-one probabilities of the ratings and the top-one probabilities of the scores.
 
     $$
     L = -\sum_k \text{softmax}(rating / \tau)_k \, \log \text{softmax}(s)_k
@@ -321,11 +321,11 @@ def listnet(
 
     Args:
         scores, ratings, mask:
-            As in [`bradley_terry`]. The size of the ratings counts.
+            As in [`bradley_terry`]. The loss uses the size of the ratings.
         margin, target (*optional*):
             Not supported.
         temperature (`float`, *optional*, defaults to `1.0`):
-            τ > 0. A small one puts all weight on the best rated.
+            τ > 0. A small value puts all weight on the best-rated candidate.
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
@@ -345,7 +345,7 @@ def listnet(
     if not temperature > 0:
         raise ValueError(f"`listnet` needs a temperature above 0, found {temperature}.")
     scores, ratings, mask = _prepare(scores, ratings, mask)
-    lowest = torch.finfo(scores.dtype).min  # its exponential is 0; -inf would make the gradient NaN
+    lowest = torch.finfo(scores.dtype).min  # exp(lowest) is 0; -inf would make the gradient NaN
     log_model = scores.masked_fill(~mask, lowest).log_softmax(-1)  # (B, K)
     wanted = (ratings / temperature).masked_fill(~mask, lowest).softmax(-1)  # (B, K)
     loss = torch.where(mask, -wanted * log_model, 0.0).sum(-1)  # (B,)
@@ -368,12 +368,12 @@ def pointwise(
     L = \frac{1}{K} \sum_k (s_k - rating_k)^2
     $$
 
-    See *Subset Ranking Using Regression* by D. Cossock and T. Zhang (https://doi.org/10.1007/11776420_44). As
-    everywhere in this module, a group in which all ratings are equal orders nothing and gives 0.
+    See *Subset Ranking Using Regression* by D. Cossock and T. Zhang (https://doi.org/10.1007/11776420_44). As in all
+    losses of this module, a group whose ratings are all equal has the loss 0.
 
     Args:
         scores, ratings, mask:
-            As in [`bradley_terry`]. The ratings are on the scale that the scores shall have.
+            As in [`bradley_terry`]. The scores learn the scale of the ratings.
         margin, target (*optional*):
             Not supported.
 
@@ -393,7 +393,7 @@ def pointwise(
     """
     _refuse("pointwise", margin=margin, target=target)
     scores, ratings, mask = _prepare(scores, ratings, mask)
-    # Both are 0 under the mask, and so is their difference.
+    # Scores and ratings are 0 where the mask is False, so their difference is 0 too.
     loss = (scores - ratings).square().sum(-1) / mask.sum(-1).clamp(min=1)  # (B,)
     return _zero_if_undecided(loss, ratings, mask)
 
@@ -403,10 +403,9 @@ def center_rewards(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Penalty on the mean score of a group, so that scores centre on 0: (2 · mean s)², which is (s_1 + s_2)² for a pair.
 
     See *Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking* by J. Eisenstein et
-    al. (https://huggingface.co/papers/2312.09244), which has the pair; the trainer multiplies by a coefficient. It is
-    added to the loss, that is, the square is minimised. A group without a real candidate gives 0; one with a single
-    candidate, or
-    fully tied, is centred as any other.
+    al. (https://huggingface.co/papers/2312.09244), which defines it for a pair. The trainer multiplies the penalty by
+    a coefficient and adds it to the loss. A group without a real candidate gives 0. Groups with one candidate, and
+    groups whose ratings are all tied, are centred like any other.
 
     Args:
         scores (`torch.Tensor` of shape `(B, K)`):

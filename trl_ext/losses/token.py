@@ -1,16 +1,16 @@
 """Token losses: from the outputs of a token head and the labels of some positions to one sum per sequence.
 
 Every loss has the signature ``loss(logits, labels, mask, *, class_weights=None, **loss_kwargs)``. The logits are
-`(B, T, G, C)`: G categories with C outputs each (C = 1 for [`bce`], [`mse`] and [`hinge`], 2 or 3 for [`ce`]); labels
-and mask are `(B, T, G)`. Here True in the mask means *annotated*: a real token without a label is as False as padding.
-The result `(B,)` is the *sum* over the annotated positions of a sequence. What a sum is divided by depends on the
-whole accumulation window, which one batch does not know: see [`average`].
+`(B, T, G, C)`: G categories with C outputs each (C = 1 for [`bce`], [`mse`] and [`hinge`], 2 or 3 for [`ce`]). Labels
+and mask are `(B, T, G)`. In the mask, True means *annotated*; a real token without a label is False, as padding is.
+The result `(B,)` is the *sum* over the annotated positions of a sequence. The divisor of this sum depends on the whole
+accumulation window, which one batch does not know: see [`average`].
 
-What holds for all of them: a sequence without an annotated position has a loss of exactly 0 and a zero gradient. What
-lies at the other positions changes nothing, NaN included. A NaN among annotated logits makes the loss of that sequence
-NaN, so that whoever checks the losses can name it. A label out of range raises.
+All losses follow these rules. A sequence without an annotated position has a loss of exactly 0 and a zero gradient.
+Values at positions that are not annotated change nothing, not even NaN. A NaN among annotated logits makes the loss of
+that sequence NaN, so that a check of the losses can name the sequence. A label out of range raises an error.
 
-It does not know which token stands for which span or step, and nothing of tokens' text, models, or configs.
+This module does not know which token belongs to which span or step. It knows nothing of text, models or configs.
 """
 
 import math
@@ -30,7 +30,7 @@ token_losses = Registry("token loss", "trl_ext.token_losses", TokenLossPropertie
 def _prepare(
     loss: str, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, outputs: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the shapes; logits as (at least) fp32 with 0 where nothing is annotated, and labels in the same type."""
+    """Check the shapes; return logits in fp32 or more, with 0 where nothing is annotated, and labels in that dtype."""
     if logits.dim() != 4 or mask.shape != logits.shape[:3]:
         raise ValueError(
             f"`{loss}` needs logits of the shape (B, T, G, C) and a mask (B, T, G), found {tuple(logits.shape)} and "
@@ -53,7 +53,7 @@ def _prepare(
 
 
 def check_labels(loss: str, labels: torch.Tensor, wrong: torch.Tensor, wanted: str) -> None:
-    """Raise with the first label that is out of range; `wrong` (B, T, G)."""
+    """Raise `ValueError` for the first label that is out of range; `wrong` (B, T, G) is True for such labels."""
     if wrong.any():
         sequence, token, category = wrong.nonzero()[0].tolist()
         raise ValueError(
@@ -65,7 +65,7 @@ def check_labels(loss: str, labels: torch.Tensor, wrong: torch.Tensor, wanted: s
 def _class_weights(
     loss: str, weights: Sequence[float] | torch.Tensor | None, classes: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """The weights as a tensor (C,) beside `like`; ones if there are none."""
+    """The weights as a tensor (C,) with the dtype and device of `like`; ones if there are none."""
     if weights is None:
         return like.new_ones(classes)
     weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
@@ -77,7 +77,7 @@ def _class_weights(
 
 
 def _sum(terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B, T, G) -> (B,); where, not a product: what is not annotated may hold anything."""
+    """Sum (B, T, G) over annotated positions, to (B,). The other positions may hold NaN, so this is no product."""
     return torch.where(mask, terms, 0.0).sum((1, 2))
 
 
@@ -96,10 +96,10 @@ def bce(
     L = \sum_{t, g} -w_1 \, q \log \sigma(z) - w_0 \, (1 - q) \log \sigma(-z)
     $$
 
-    With the label of the whole solution on all of its tokens it trains the token-level verifier of *Training Verifiers
-    to Solve Math Word Problems* by K. Cobbe et al. (https://huggingface.co/papers/2110.14168), for which they report
-    [`mse`], and no notable difference to cross-entropy. They train a language model loss beside it, which is not part
-    of this.
+    With the label of the whole solution on all of its tokens, this loss trains the token-level verifier of *Training
+    Verifiers to Solve Math Word Problems* by K. Cobbe et al. (https://huggingface.co/papers/2110.14168). The paper
+    uses [`mse`] and reports no notable difference from cross-entropy. Its additional language model loss is not part
+    of this function.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, G, 1)`):
@@ -109,8 +109,9 @@ def bce(
         mask (`torch.BoolTensor` of shape `(B, T, G)`):
             True where a label is given.
         class_weights (sequence of two `float`, *optional*):
-            w_0 for *wrong* and w_1 for *right*, at least 0. They multiply the terms and nothing divides by them, so
-            they change the size of the loss unless they average to 1 over the labels, as N / (2 · N_class) do.
+            w_0 for *wrong* and w_1 for *right*, at least 0. They multiply the terms, and the loss is not divided by
+            their sum. So they change the size of the loss, unless they average to 1 over the labels, as
+            N / (2 · N_class) do.
 
     Returns:
         `torch.Tensor` of shape `(B,)`, sums over the annotated positions.
@@ -148,21 +149,22 @@ def ce(
     L = \sum_{t, g} \sum_c -w_c \, q_c \log \text{softmax}(z)_c
     $$
 
-    The step labels of *Let's Verify Step by Step* by H. Lightman et al. (https://huggingface.co/papers/2305.20050):
-    negative, neutral, positive. With two classes and hard labels on one token a step it is the loss of TRL's former
-    `PRMTrainer`, summed instead of averaged. Two classes are [`bce`] of z_1 - z_0.
+    Three classes are the step labels of *Let's Verify Step by Step* by H. Lightman et al.
+    (https://huggingface.co/papers/2305.20050): negative, neutral, positive. With two classes and hard labels on one
+    token of each step, this is the loss of TRL's former `PRMTrainer`, summed instead of averaged. With two classes it
+    equals [`bce`] of z_1 - z_0.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, G, C)`):
             C = 2 (wrong, right) or 3 (negative, neutral, positive) logits z.
         labels (`torch.Tensor` of shape `(B, T, G)` or `(B, T, G, C)`):
-            For C = 2 the probability of *right* in [0, 1], usually 0 or 1; for C = 3 the step label -1, 0 or 1, which
-            is class label + 1. With a last dimension C, for either: the probability q of each class, of sum 1.
+            `(B, T, G)`: for C = 2 the probability of *right* in [0, 1], usually 0 or 1; for C = 3 the step label -1, 0
+            or 1 (the class is label + 1). `(B, T, G, C)`: the probability q of each class; they sum to 1.
         mask (`torch.BoolTensor` of shape `(B, T, G)`):
             True where a label is given.
         class_weights (sequence of C `float`, *optional*):
-            w_c >= 0. As in [`bce`], nothing divides by them; `torch.nn.functional.cross_entropy` with
-            `reduction="mean"` would divide by the sum of the weights of the labels.
+            w_c >= 0. As in [`bce`], the loss is not divided by their sum. (`torch.nn.functional.cross_entropy` with
+            `reduction="mean"` does divide by the weights of the labels.)
 
     Returns:
         `torch.Tensor` of shape `(B,)`, sums over the annotated positions.
@@ -212,8 +214,8 @@ def mse(
     $$
 
     See *Natural Language Processing: Neural Networks and Large Language Models* by T. Xiao and J. Zhu
-    (https://github.com/NiuTrans/NLPBook), equation 10.70, where a minus before the square is a slip: it is the square
-    that is minimised.
+    (https://github.com/NiuTrans/NLPBook), equation 10.70. The minus sign before the square there is a slip: training
+    minimises the square.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, G, 1)`):
@@ -269,9 +271,9 @@ def hinge(
         logits (`torch.Tensor` of shape `(B, T, G, 1)`):
             Scores z.
         labels (`torch.Tensor` of shape `(B, T, G)`):
-            +1 for good and -1 for bad, or 1 and 0. A batch with both -1 and 0 raises: there 0 would be a third class,
-            which this loss does not have (mask it). A batch alone cannot tell all such data; whoever reads the data
-            should.
+            +1 for good and -1 for bad, or 1 and 0. A batch with both -1 and 0 raises an error: 0 would be a third
+            class, which this loss does not have (mask it). One batch cannot show whether a data set mixes both, so
+            check the data set too, as the trainer does.
         mask (`torch.BoolTensor` of shape `(B, T, G)`):
             True where a label is given.
         class_weights (sequence of two `float`, *optional*):
@@ -283,8 +285,7 @@ def hinge(
         `torch.Tensor` of shape `(B,)`, sums over the annotated positions.
 
     Raises:
-        ValueError: on a wrong shape, a label that is not one of these, bad class weights, or a margin that is not
-            above 0.
+        ValueError: on a wrong shape, another label, bad class weights, or a margin that is not above 0.
 
     Example:
 
@@ -310,14 +311,14 @@ def averaging_items(mask: torch.Tensor, how: Literal["token", "sequence"] = "tok
     """
     What each sequence adds to the divisor of [`average`].
 
-    A trainer sums it over all batches, and processes, of an accumulation window, and gives the sum to [`average`] as
-    `num_items`.
+    A trainer sums these numbers over all batches and processes of an accumulation window, and passes the sum to
+    [`average`] as `num_items`.
 
     Args:
         mask (`torch.BoolTensor` of shape `(B, T, G)`):
             True where a label is given.
         how (`str`, *optional*, defaults to `"token"`):
-            `"token"`: its annotated positions. `"sequence"`: 1 if it has any, else 0.
+            `"token"`: the number of annotated positions. `"sequence"`: 1 if the sequence has any, else 0.
 
     Returns:
         `torch.LongTensor` of shape `(B,)`.
@@ -335,9 +336,9 @@ def averaging_terms(
     sums: torch.Tensor, mask: torch.Tensor, how: Literal["token", "sequence"] = "token"
 ) -> torch.Tensor:
     """
-    What each sequence adds to the numerator of [`average`]: its sum by token, its mean by sequence.
+    What each sequence adds to the numerator of [`average`]: its sum for `"token"`, its mean for `"sequence"`.
 
-    Args as of [`average`]. Returns a `torch.Tensor` of shape `(B,)`.
+    The arguments are those of [`average`]. Returns a `torch.Tensor` of shape `(B,)`.
     """
     if sums.shape != mask.shape[:1]:
         raise ValueError(f"sums must have the shape ({len(mask)},), found {tuple(sums.shape)}.")
@@ -351,18 +352,18 @@ def average(
     num_items: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     r"""
-    The share of a batch in the mean loss, from the sums that a token loss returns.
+    What one batch contributes to the mean loss, from the sums that a token loss returns.
 
     $$
     L_{token} = \frac{\sum_b L_b}{\sum_b n_b}, \qquad
     L_{sequence} = \frac{1}{|\{b : n_b > 0\}|} \sum_{b : n_b > 0} \frac{L_b}{n_b}
     $$
 
-    with n_b annotated positions in sequence b, over all of its categories. By token, a completion weighs as much as it
-    has labels; by sequence, each completion with a label weighs the same. Both sums run over the whole accumulation
-    window: given its total of [`averaging_items`] as `num_items`, the shares of its batches add up to the loss of one
-    large batch, however the labels are spread. (Under DDP, which averages gradients, multiply by the number of
-    processes.)
+    where n_b is the number of annotated positions in sequence b, over all of its categories. With `"token"`, a
+    completion weighs as much as it has labels. With `"sequence"`, each completion with a label weighs the same. Both
+    sums run over the whole accumulation window. If `num_items` is the window's total of [`averaging_items`], the
+    contributions of its batches add up to the loss of one large batch, however the labels are spread. (DDP averages
+    gradients, so multiply by the number of processes.)
 
     Args:
         sums (`torch.Tensor` of shape `(B,)`):
@@ -372,7 +373,7 @@ def average(
         how (`str`, *optional*, defaults to `"token"`):
             `"token"` or `"sequence"`.
         num_items (`torch.Tensor` or `float`, *optional*):
-            Total of [`averaging_items`] over the window. Defaults to that of this batch.
+            Total of [`averaging_items`] over the window. Defaults to the total of this batch.
 
     Returns:
         `torch.Tensor` of shape `()`; 0 if nothing is annotated.
