@@ -1,6 +1,6 @@
 """Ensembles of reward models on real rankings and pairs, beside their members; branching; an ensemble of aspects.
 
-    python examples/study_ensemble.py --data topical_chat     # minutes on a CPU; README ('Ensembles') has the table
+    python examples/study_ensemble.py --data topical_chat     # minutes on a CPU; table: docs/results/real_data.md
     python examples/study_ensemble.py --data hh_harmless --folds 1
     python examples/study_ensemble.py --smoke                 # a few rows and steps
 

@@ -1,6 +1,6 @@
 """Reward models from real rankings: Plackett-Luce, pairs within a prompt, and Bradley-Terry on all pairs.
 
-    python examples/study_rankings.py                    # minutes on a CPU; README ('On real data') has the table
+    python examples/study_rankings.py                    # minutes on a CPU; docs/results/real_data.md has the table
     python examples/study_rankings.py --model PATH --folds 1
     python examples/study_rankings.py --smoke            # a few rows and steps
 

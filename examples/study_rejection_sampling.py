@@ -1,7 +1,7 @@
 """What rejection sampling gives, beside controls: rounds on the demo's task, and picks among real solutions of GSM8K.
 
     python examples/study_rejection_sampling.py rounds           # three seeds, offline
-    python examples/study_rejection_sampling.py picks            # needs the data of README's 'On real data'
+    python examples/study_rejection_sampling.py picks            # needs the data of docs/results/real_data.md
     python examples/study_rejection_sampling.py rounds --smoke   # does it run?
 
 `rounds`: a mediocre policy sorts digits. Three rounds keep samples that the exact verifier finds right; the control

@@ -1,6 +1,6 @@
 """Outcome, step and segment reward models on real annotations, beside baselines that read next to nothing.
 
-    python examples/study_token_rewards.py orm           # or prm, or segment; README ('On real data') has the tables
+    python examples/study_token_rewards.py orm           # or prm, or segment; docs/results/real_data.md has the tables
     python examples/study_token_rewards.py prm --model PATH --folds 1 --steps 20 --learning_rate 1e-4
     python examples/study_token_rewards.py prm --smoke   # a few rows and steps
 

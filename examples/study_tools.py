@@ -29,7 +29,7 @@ def data_folder(needed: Sequence[str]) -> Path:
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         sys.exit(
-            f"{folder} has no {', '.join(missing)}. Set TRL_EXT_DATA to a folder with them; README ('On real data') "
+            f"{folder} has no {', '.join(missing)}. Set TRL_EXT_DATA to a folder with them; docs/results/real_data.md "
             "says where they come from and what their columns are."
         )
     return folder

@@ -4,7 +4,7 @@
     python examples/study_weak_to_strong.py cascade                # after weak_to_strong.py has run in this folder
     python examples/study_weak_to_strong.py selection
 
-`pairs` needs the data of README ('On real data'). `cascade` takes the weak judge of `weak_to_strong.py` and defers the
+`pairs` needs data (docs/results/real_data.md). `cascade` takes the weak judge of `weak_to_strong.py` and defers the
 pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps the
 share that a model pretrained on other problems finds most likely, and trains on it; the control trains on the same
 number of rows drawn at random. Add `--smoke` for a few rows and steps.

@@ -29,8 +29,8 @@ def round_metrics(scored: Scored, selection: Selection) -> dict[str, float]:
             The selection that it returned.
 
     Returns:
-        `dict[str, float]`: the names and meanings are those of the table in the README; those that the data do not
-        define (a mean of nothing) are left out.
+        `dict[str, float]`: the names and meanings are those of the table in docs/reference/metrics.md; those
+        that the data do not define (a mean of nothing) are left out.
     """
     known = ~np.isnan(scored.score)
     taken = selection.rows if selection.rejected is None else np.concatenate([selection.rows, selection.rejected])
