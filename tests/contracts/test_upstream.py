@@ -188,5 +188,5 @@ def test_missing_distribution_is_named(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(upstream.metadata, "version", version)
-    with pytest.raises(ImportError, match="trl>=1.16,<2, and it is not installed"):
+    with pytest.raises(ImportError, match="trl>=1.16,<2, but it is not installed"):
         check_upstream()

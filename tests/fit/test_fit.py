@@ -217,7 +217,7 @@ def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
             ["shared_prefix=true", "attn_implementation=flash_attention_2"],
             "shared_prefix=True cannot be had",
         ),
-        ("reward/rankings_lora_0.6b.yaml", ["max_tokens_per_batch=0"], "max_tokens_per_batch=0 is no budget"),
+        ("reward/rankings_lora_0.6b.yaml", ["max_tokens_per_batch=0"], "max_tokens_per_batch=0 is too small"),
         ("reward/rankings_lora_0.6b.yaml", ["report_to=nope"], "nope is not supported"),
         ("prm/prm_lora_0.6b.yaml", ["loss_type=bce"], "`bce` needs 1 output(s)"),
         ("segment/segment_lora_0.6b.yaml", ["loss_type=nope"], "Unknown token loss 'nope'"),

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     module, _ = MEASURED[args.command]
     ours = logging.getLogger("trl_ext")
     level = ours.level
-    ours.setLevel(logging.ERROR)  # each of the many trainers would say that it reports nowhere
+    ours.setLevel(logging.ERROR)  # else each of the many trainers would warn that metrics are not reported
     try:
         run_case(args.command, module, args)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Trainers: TRL's, with one thing changed each. Importing this checks the versions of trl, transformers and peft."""
+"""Trainers on top of TRL's. The import of this package checks the versions of trl, transformers and peft."""
 
 from trl_ext.upstream import check_upstream
 

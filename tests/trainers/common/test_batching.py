@@ -172,8 +172,8 @@ def test_a_group_above_the_budget_is_a_batch_of_its_own_and_is_said(base, tmp_pa
     watch = Watch(trainer)
     with caplog.at_level(logging.WARNING):
         loader = trainer.get_train_dataloader()
-    (record,) = [record for record in caplog.records if "max_tokens_per_batch" in record.message]
-    assert "1 of 6 rows take more than max_tokens_per_batch=40 tokens (at most 62)" in record.message
+    (record,) = [record for record in caplog.records if "rows have more than" in record.message]
+    assert "1 of 6 rows have more than max_tokens_per_batch=40 tokens (the longest 62)" in record.message
     list(loader)
     assert [2] in watch.rows and sorted(sum(watch.rows, [])) == list(range(6))
 
@@ -206,9 +206,12 @@ def test_drop_last_and_workers(base, tmp_path):
 
 
 WRONG = [
-    ({"max_tokens_per_batch": 0}, "max_tokens_per_batch=0 is no budget"),
-    ({"max_tokens_per_batch": 99, "auto_find_batch_size": True}, "auto_find_batch_size .* Set one"),
-    ({"max_tokens_per_batch": 99, "accelerator_config": {"split_batches": True}}, "would cut batches apart"),
+    ({"max_tokens_per_batch": 0}, "max_tokens_per_batch=0 is too small"),
+    ({"max_tokens_per_batch": 99, "auto_find_batch_size": True}, "auto_find_batch_size .* Set only one"),
+    (
+        {"max_tokens_per_batch": 99, "accelerator_config": {"split_batches": True}},
+        "would split batches between processes",
+    ),
     ({"max_tokens_per_batch": 99, "train_sampling_strategy": "batch_rebalance"}, "Needed: one of random, sequential"),
     ({"group_by_prompt": True, "train_sampling_strategy": "group_by_length"}, "'group_by_length' and group_by_prompt"),
 ]

@@ -175,7 +175,7 @@ def test_a_full_model_takes_the_place_of_an_earlier_adapter(base, tmp_path, capl
     trainer_for(base, config(tmp_path), pair_rows(8), peft_config=lora()).save_model()
     full = trainer_for(base, config(tmp_path, seed=1), pair_rows(8))
     full.save_model()
-    assert "held the adapter of an earlier run" in caplog.text
+    assert "has the adapter of an earlier run" in caplog.text
     assert (tmp_path / "adapter_model.safetensors.earlier").is_file()  # nothing is lost
     assert largest_difference(head_of(full), head_parameters(load_reward_model(tmp_path), ["score"])) == 0
 

@@ -117,5 +117,5 @@ def test_a_launch_with_fsdp_is_seen_and_an_ensemble_refuses_it(base, tmp_path, m
     assert uses_fsdp(args)
     with pytest.raises(ValueError, match="FSDP and DeepSpeed cut up the stacked weights"):
         trainer_for(base, args, trainer_class=RewardEnsembleTrainer, peft_config=lora())
-    with pytest.raises(ValueError, match="every GPU would hold them all"):
+    with pytest.raises(ValueError, match="every GPU would hold all of them"):
         trainer_for(base, config(tmp_path), peft_config=lora(), quantization_config=nf4(torch.uint8))

@@ -245,9 +245,9 @@ def test_true_is_refused_where_it_cannot_be_had(base, tmp_path):
     bert = save_tiny_model(tmp_path / "bert", "bert")
     with pytest.raises(ValueError, match="shared_prefix=True cannot be had: .* no decoder"):
         trainer_for(bert, config(tmp_path, shared_prefix=True))
-    with pytest.raises(ValueError, match="does not go with .* pad_to_multiple_of"):
+    with pytest.raises(ValueError, match="does not work with .* pad_to_multiple_of"):
         trainer_for(base, config(tmp_path, shared_prefix=True, pad_to_multiple_of=8))
-    with pytest.raises(ValueError, match="does not go with .* neftune_noise_alpha"):
+    with pytest.raises(ValueError, match="does not work with .* neftune_noise_alpha"):
         trainer_for(base, config(tmp_path, shared_prefix=True, neftune_noise_alpha=5.0))
     with pytest.raises(ValueError, match="shared_prefix='yes' is not known"):
         trainer_for(base, config(tmp_path, shared_prefix="yes"))

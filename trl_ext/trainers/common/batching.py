@@ -1,6 +1,6 @@
-"""How the training batches of all trainers are made: as flat rows or not, by tokens, with prompts together.
+"""Training batches of all trainers: flat or padded rows, a limit on tokens, rows of one prompt kept together.
 
-Knows arguments, loaders and processes. Which rows make up a batch is decided in `trl_ext.data.token_batches`.
+It knows arguments, loaders and processes. `trl_ext.data.token_batches` decides which rows form a batch.
 """
 
 import logging
@@ -31,53 +31,61 @@ def set_up_batching(
     args: trl.RewardConfig, train_dataset: Dataset | IterableDataset | None, group_by_prompt: bool = False
 ) -> None:
     """
-    Have every process load its own batches, which then stay whole.
+    Let every process load its own batches, so that no batch is split between processes.
 
-    Raises `ValueError` if what `max_tokens_per_batch` and `group_by_prompt` ask for cannot be had.
+    Raises `ValueError` if other arguments are incompatible with `max_tokens_per_batch` or `group_by_prompt`.
     """
     if args.accelerator_config.dispatch_batches:
-        logger.warning("`dispatch_batches=True` would cut batches apart, so it is set to False.")
+        logger.warning("`dispatch_batches=True` would split batches between processes, so it is set to False.")
     args.accelerator_config.dispatch_batches = False
     if args.max_tokens_per_batch is None and not group_by_prompt:
         return
-    wish = "group_by_prompt" if args.max_tokens_per_batch is None else "max_tokens_per_batch"
+    name = "group_by_prompt" if args.max_tokens_per_batch is None else "max_tokens_per_batch"
     if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
-        raise ValueError(f"max_tokens_per_batch={args.max_tokens_per_batch} is no budget. Needed: 1 token or more.")
+        raise ValueError(f"max_tokens_per_batch={args.max_tokens_per_batch} is too small. Needed: 1 token or more.")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError(
-            f"{wish} needs the lengths of all rows before training, and train_dataset is a stream. Load it without "
-            f"`streaming`, or leave {wish} out and set per_device_train_batch_size."
+            f"{name} needs the lengths of all rows before training, but train_dataset is a stream. Load it without "
+            f"`streaming`, or leave {name} out and set per_device_train_batch_size."
         )
     if args.auto_find_batch_size:
-        raise ValueError(f"auto_find_batch_size looks for a number of rows, and {wish} fixes the batches. Set one.")
+        raise ValueError(
+            f"auto_find_batch_size searches for a number of rows, but {name} fixes the batches. Set only one of the "
+            "two."
+        )
     if args.accelerator_config.split_batches:
-        raise ValueError(f"`split_batches=True` would cut batches apart, which {wish} does not allow. Leave it out.")
+        raise ValueError(
+            f"`split_batches=True` would split batches between processes, which {name} does not allow. Leave it out."
+        )
     known = ("random", "sequential") if group_by_prompt else ("random", "sequential", "group_by_length")
     if args.train_sampling_strategy not in known:
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} and "
-            f"{'group_by_prompt' if group_by_prompt else wish} both decide which rows make up a batch. Needed: one of "
+            f"{'group_by_prompt' if group_by_prompt else name} both decide which rows form a batch. Needed: one of "
             f"{', '.join(known)}."
         )
 
 
 def wants_flat_rows(args: trl.RewardConfig, sharded: bool = False) -> bool:
-    """Whether the arguments leave room for flat rows; raises `ValueError` where they want them and cannot."""
-    # sharded weights cannot be run for the check, Neuron compiles once per padded shape, the noise of NEFTune goes by
-    # the length of a row, and metrics that are given inputs expect padded ones
+    """
+    Whether the arguments ask for flat rows and allow them.
+
+    Raises `ValueError` if `shared_prefix=True` meets an argument that needs padded rows.
+    """
+    # The numerical check cannot run on sharded weights. Neuron compiles once for each padded shape. NEFTune scales its
+    # noise by the length of a row. Metrics that get inputs, and Trainer's count of input tokens, expect padded rows.
     plain = sharded or args.pad_to_multiple_of is not None or args.neftune_noise_alpha is not None
-    # and Trainer's count of input tokens reads padded ones
     plain = plain or "inputs" in args.include_for_metrics or args.include_num_input_tokens_seen != "no"
     if plain and args.shared_prefix is True:
         raise ValueError(
-            "shared_prefix=True does not go with FSDP, DeepSpeed, pad_to_multiple_of, neftune_noise_alpha, "
+            "shared_prefix=True does not work with FSDP, DeepSpeed, pad_to_multiple_of, neftune_noise_alpha, "
             "include_num_input_tokens_seen or 'inputs' in include_for_metrics. Leave it at 'auto'."
         )
     return is_wanted(args.shared_prefix) and not plain
 
 
 def use_flat_rows(trainer: Trainer) -> bool:
-    """Whether batches may be flat rows, from the trainer's `shared_prefix`; see [`use_shared_prefix`]."""
+    """Whether batches may be flat rows, by the trainer's `shared_prefix` argument. See [`use_shared_prefix`]."""
     args = trainer.args
     wanted = wants_flat_rows(args, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     return wanted and use_shared_prefix(trainer.model, args.shared_prefix, args.max_length)
@@ -85,17 +93,17 @@ def use_flat_rows(trainer: Trainer) -> bool:
 
 class FixedBatches(BatchSampler):
     """
-    Batches that are made once; what changes from epoch to epoch is their order.
+    Batches that are formed once. Each epoch only changes their order.
 
-    Their number is then known from the start, and a resumed run meets the same ones. `sampler` draws the order:
-    Accelerate seeds it by the epoch and hands each process every n-th batch, as it does with plain batches.
+    Their number is known from the start, and a resumed run gets the same batches. `sampler` draws the order.
+    Accelerate seeds it by the epoch and gives each process every n-th batch, as it does with ordinary batches.
 
     Args:
-        batches (`Sequence[list[int]]`): the rows of each.
+        batches (`Sequence[list[int]]`): the row numbers of each batch.
         shuffle (`bool`): whether their order is random.
     """
 
-    batch_size = None  # tells Accelerate that sizes differ
+    batch_size = None  # tells Accelerate that the sizes of batches differ
     drop_last = False
 
     def __init__(self, batches: Sequence[list[int]], shuffle: bool):
@@ -113,13 +121,13 @@ def make_train_dataloader(
     trainer: Trainer, sizes: Sequence[RowSize], columns: Sequence[str], flat_rows: bool, group_by_prompt: bool = False
 ) -> DataLoader:
     """
-    The loader for `max_tokens_per_batch` and `group_by_prompt`.
+    The training loader for `max_tokens_per_batch` and `group_by_prompt`.
 
     Args:
-        trainer (`Trainer`): its arguments, data set, collator and accelerator are used.
-        sizes (`Sequence[RowSize]`): of the rows of its data set.
-        columns (`Sequence[str]`): what the collator needs of a row.
-        flat_rows (`bool`): whether its collator lays out flat rows.
+        trainer (`Trainer`): the loader uses its arguments, data set, collator and accelerator.
+        sizes (`Sequence[RowSize]`): the sizes of the rows of its training data.
+        columns (`Sequence[str]`): the columns that the collator reads.
+        flat_rows (`bool`): whether the collator makes flat rows.
         group_by_prompt (`bool`): whether rows of one prompt stay together.
     """
     args, strategy = trainer.args, trainer.args.train_sampling_strategy
@@ -130,7 +138,7 @@ def make_train_dataloader(
     else:
         limit, multiple = args.max_tokens_per_batch, args.pad_to_multiple_of
         batches = pack_by_tokens(sizes, order, limit, flat_rows, multiple)
-        _tell([tokens_alone(size, flat_rows, multiple) for size in sizes], batches, limit)
+        _log_sizes([tokens_alone(size, flat_rows, multiple) for size in sizes], batches, limit)
     batches = fill_processes(batches, trainer.accelerator.num_processes, args.dataloader_drop_last)
     sampler = FixedBatches(batches, shuffle=strategy != "sequential")
     return make_loader(trainer, columns, batch_sampler=sampler)
@@ -143,13 +151,13 @@ def make_loader(
     **how: Any,
 ) -> DataLoader:
     """
-    A loader of the training rows with what the trainer's arguments say of loaders.
+    A loader of the training rows, with the loader settings of the trainer's arguments.
 
     Args:
-        trainer (`Trainer`): its arguments, data set, collator and accelerator are used.
-        columns (`Sequence[str]`): what the collator needs of a row.
-        wrap_rows (`Callable`, *optional*): makes of the data set what the sampler's numbers are about.
-        how: what `DataLoader` is to be given besides: the sampler, another `collate_fn`.
+        trainer (`Trainer`): the loader uses its arguments, data set, collator and accelerator.
+        columns (`Sequence[str]`): the columns that the collator reads.
+        wrap_rows (`Callable`, *optional*): turns the data set into one that the sampler's items can index.
+        how: more arguments of `DataLoader`, such as the sampler or another `collate_fn`.
     """
     args, dataset = trainer.args, trainer.train_dataset
     if args.remove_unused_columns:
@@ -167,11 +175,11 @@ def make_loader(
     return trainer.accelerator.prepare(loader)
 
 
-def _tell(alone: Sequence[int], batches: Sequence[list[int]], max_tokens: int) -> None:
+def _log_sizes(alone: Sequence[int], batches: Sequence[list[int]], max_tokens: int) -> None:
     logger.info(f"max_tokens_per_batch={max_tokens}: {len(alone)} rows in {len(batches)} batches.")
     longer = [tokens for tokens in alone if tokens > max_tokens]
     if longer:
         logger.warning(
-            f"{len(longer)} of {len(alone)} rows take more than max_tokens_per_batch={max_tokens} tokens (at most "
-            f"{max(longer)}). Each is a batch of its own. Lower `max_length` if memory is short."
+            f"{len(longer)} of {len(alone)} rows have more than max_tokens_per_batch={max_tokens} tokens (the longest "
+            f"{max(longer)}). Each of them forms its own batch. Lower `max_length` if memory is short."
         )

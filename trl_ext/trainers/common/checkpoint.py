@@ -1,6 +1,7 @@
-"""What our trainers save beside what `Trainer` saves: `reward_model.json`, checked against the files.
+"""The files that our trainers add to a checkpoint: `reward_model.json`, and for ensembles `reward_ensemble.json`.
 
-Knows trainers, sidecars and the head. Knows nothing of losses, data or how a model was built.
+It checks that the saved weights contain the head. It knows trainers and sidecars. It knows nothing of losses, data or
+how a model was built.
 """
 
 import logging
@@ -31,7 +32,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @contextmanager
 def picklable_loss(args: trl.RewardConfig, name: str) -> Iterator[None]:
-    """Have `args.loss_type` be a word while the arguments are pickled, which not every callable can be."""
+    """Replace `args.loss_type` by its name while the arguments are pickled: not every callable can be pickled."""
     loss_type = args.loss_type
     args.loss_type = name
     try:
@@ -42,12 +43,12 @@ def picklable_loss(args: trl.RewardConfig, name: str) -> Iterator[None]:
 
 class SidecarWriter:
     """
-    Describes a trainer's model: in memory from the start, and as `reward_model.json` beside what it saves.
+    Describes a trainer's model with a [`Sidecar`]: in memory from the start, and as `reward_model.json` when it saves.
 
     Args:
-        trainer (`Trainer`): the trainer, its model and tokenizer set up.
+        trainer (`Trainer`): the trainer. Its model and tokenizer must be set up.
         head (`list[str]`): names of the head's modules.
-        tokenization ([`TokenizationSettings`]): how plain text became token ids.
+        tokenization ([`TokenizationSettings`]): how plain text becomes token ids.
         **described: fields of [`Sidecar`] that do not change while the model trains.
     """
 
@@ -56,16 +57,16 @@ class SidecarWriter:
         self._tokenization = tokenization
         self._described = described
         self._warned_of_pad = False
-        set_sidecar(trainer.model, self._describe(trainer, probes=None))  # replaces what it was loaded with
+        set_sidecar(trainer.model, self._describe(trainer, probes=None))  # replaces the sidecar that it came with
 
     def write(self, trainer: Trainer, folder: str | Path) -> None:
-        """Write it on the process that saves; raise [`HeadError`] if a head tensor is not in the folder's files."""
+        """Write the file on the process that saves. Raises [`HeadError`] if a head tensor is not in the folder."""
         if not trainer.args.should_save:
             return
         if not isinstance(trainer.model, PeftModel):
             _set_aside_stale_adapter(folder)
         probes = None
-        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # sharded: cannot be run on one process
+        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # one process cannot run a sharded model
             ids = make_probes(trainer.model)
             probes = {"input_ids": ids, "scores": probe_scores(trainer.model, ids)}
         sidecar = self._describe(trainer, probes)
@@ -76,9 +77,9 @@ class SidecarWriter:
         if sidecar.pad_is_eos and not self._warned_of_pad:
             self._warned_of_pad = True
             logger.warning(
-                "The pad token is EOS. trl_ext scores this model right, but plain transformers finds the last token "
-                "by comparing with the pad id and ignores a final EOS, so its scores can differ. "
-                f"({SIDECAR_NAME} says so too.)"
+                "The pad token is EOS. trl_ext scores this model correctly, but plain transformers finds the last "
+                "token by comparing with the pad id and ignores a final EOS, so its scores can differ. "
+                f"({SIDECAR_NAME} records this in pad_is_eos.)"
             )
 
     def _describe(self, trainer: Trainer, probes: dict[str, list] | None) -> Sidecar:
@@ -96,22 +97,24 @@ class SidecarWriter:
 
 
 def _set_aside_stale_adapter(folder: str | Path) -> None:
-    """Rename the adapter that an earlier run left beside a full model: whoever loads the folder would get it."""
+    """Rename an adapter that an earlier run left in the folder: a loader would take it instead of the full model."""
     stale = [path for name in ADAPTER_FILES if (path := Path(folder, name)).is_file()]
     for path in stale:
         path.replace(path.with_name(f"{path.name}.earlier"))
     if stale:
         names = " and ".join(path.name for path in stale)
         logger.warning(
-            f"{folder} held the adapter of an earlier run, which would be loaded in place of the full model: {names} "
-            "renamed to end in '.earlier'."
+            f"{folder} has the adapter of an earlier run, which loaders would take instead of the full model. {names} "
+            "now end in '.earlier'."
         )
 
 
 class PushCallback(TrainerCallback):
     """
-    Where Trainer copies the weights of a checkpoint to the output folder, to push that: copies what describes them
-    too, which Trainer does not know of. Without it the Hub's copy would be scored without its tokenization settings.
+    Copies our files of a checkpoint to the output folder before a push.
+
+    Before it pushes, Trainer copies the weights of a checkpoint to the output folder, but no files that it does not
+    know. Without `reward_model.json` the copy on the Hub would be scored without its tokenization settings.
     """
 
     def on_push_begin(
@@ -129,8 +132,10 @@ class PushCallback(TrainerCallback):
 
 class EnsembleWriter(SidecarWriter):
     """
-    The same for a [`StackedRewardModel`]: each member's folder gets
-    a tokenizer and a `reward_model.json` of its own, and the ensemble's its `reward_ensemble.json`.
+    [`SidecarWriter`] for a [`StackedRewardModel`].
+
+    Each member's folder gets a tokenizer and a `reward_model.json`. The folder of the ensemble gets
+    `reward_ensemble.json`.
     """
 
     def write(self, trainer: Trainer, folder: str | Path) -> None:

@@ -1,6 +1,7 @@
-"""What training any reward head adds to a `Trainer`, whatever its rows and losses.
+"""The part that all trainers of reward heads share: checks, callbacks, loaders and saving. Rows and losses differ.
 
-It adds a head that is known to train, checks of scores and gradients, one W&B run, and a sidecar beside the weights.
+It makes sure that the head trains, checks scores and gradients, opens one W&B run, and saves a sidecar with the
+weights.
 
 The contract between [`HeadTraining`] and the trainers
 ------------------------------------------------------
@@ -12,15 +13,15 @@ A trainer is `class X(HeadTraining, Trainer)`, an ensemble `class Y(MemberTraini
    returns a stacked model. `RewardTrainer` sets `_reports`, `_tokenization`, `_limits` and `_flat_rows`, because TRL's
    `__init__` calls `_prepare_dataset`, which reads them. `TokenRewardTrainer` has no TRL class above it: it makes
    `_data` (a `LabelledData`) and prepares the data sets itself. `MemberTraining` sets `_own_batches` and `_weights`.
-2. `super().__init__`. TRL's `__init__` would do a second time what `_set_up` has done, or warn that it ignores it for
-   a model instance. So the arguments that `_set_up` has used up are hidden from it: [`hidden`] sets them to None for
-   that time and puts them back after it.
+2. `super().__init__`. `_set_up` has already applied some arguments. TRL's `__init__` would apply them again, or warn
+   that it ignores them for a model instance. So [`hidden`] sets these arguments to None during that call and restores
+   them after it.
 3. After `super().__init__`, when `model` is on its device and `accelerator` exists. The trainer sets `_writer` (of the
    class `_writer_class`), `_flat_rows`, `data_collator`, and its recorders (`_recorders` and `_sample`, or
    `_training`). The last call is [`HeadTraining._watch`], which sets `_attention` and `_monitor` and adds the
    callbacks. `MemberTraining` adds `_clipping` after it.
 
-While it trains, a trainer answers `_row_sizes()`: the [`RowSize`] of each row of `train_dataset`.
+During training, `_row_sizes()` returns the [`RowSize`] of each row of `train_dataset`.
 """
 
 import logging
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def hidden(args: TrainingArguments, names: Sequence[str]) -> Iterator[None]:
-    """Set arguments to None while TRL's `__init__` runs, because `_set_up` has done what they say."""
+    """Set arguments to None while TRL's `__init__` runs, because `_set_up` has already applied them."""
     values = {name: getattr(args, name) for name in names}
     for name in names:
         setattr(args, name, None)
@@ -68,13 +69,13 @@ def hidden(args: TrainingArguments, names: Sequence[str]) -> Iterator[None]:
 
 
 class HeadTraining:
-    """What a trainer of a reward head inherits first: `class X(HeadTraining, Trainer)`. See this module."""
+    """The first base class of every trainer of a reward head: `class X(HeadTraining, Trainer)`. See the module."""
 
     loss_is_scaled_for_ga = True
     _writer_class = SidecarWriter
 
     def _set_up(self, *args: Any, **kwargs: Any) -> TrainableModel:
-        """Load what is trained, its tokenizer and its head. The arguments are those of [`set_up_model`]."""
+        """Load the model, its tokenizer and its head. The arguments are those of [`set_up_model`]."""
         trainable = set_up_model(*args, **kwargs)
         check_head_trains(trainable.model, trainable.head)
         return trainable
@@ -94,14 +95,14 @@ class HeadTraining:
 
     # -------------------------------------------------------------------------------------------------------- loaders
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's; it finds the lengths of the rows where it orders by them."""
+        """Trainer's loader. It adds a column with the lengths of the rows if the sampling strategy needs them."""
         if self.args.train_sampling_strategy in BY_LENGTH and isinstance(self.train_dataset, Dataset):
             column = self.args.length_column_name
             self.train_dataset = with_lengths(self.train_dataset, column, self._row_sizes())
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
-        """Trainer's, with the rows in their order."""
+        """Trainer's loader, with the rows in the order of the data set."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         if isinstance(rows, IterableDataset):
@@ -110,7 +111,7 @@ class HeadTraining:
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
-        """Trainer's, with the rows in their order, those of a stream from all of its shards."""
+        """Trainer's loader, with the rows in the order of the data set. Every process reads all shards of a stream."""
         stream = isinstance(test_dataset, IterableDataset)
         with rows_of_evaluation(self.args, stream):
             return super().get_test_dataloader(WholeStream(test_dataset) if stream else test_dataset)
@@ -118,11 +119,11 @@ class HeadTraining:
     # ------------------------------------------------------------------------------------------ training, evaluation
     @contextmanager
     def _forward(self) -> Iterator[None]:
-        """Wrap a forward pass, which may select the attention of flat rows, and select the usual one after it."""
+        """Wrap a forward pass. It may select the attention of flat rows; this selects the usual attention again."""
         try:
             yield
         finally:
-            if not self.model.training:  # in training the backward pass may run the layers again
+            if not self.model.training:  # in training, the backward pass may run the layers again (checkpointing)
                 select_attention(self.model, self._attention)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -133,12 +134,12 @@ class HeadTraining:
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.args.report_to and self.is_world_process_zero():
-            logger.warning("Metrics are reported nowhere (`report_to` is 'none'); set report_to='wandb' to keep them.")
+            logger.warning("Metrics are not reported (`report_to` is 'none'). Set report_to='wandb' to keep them.")
         open_run(self)
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's; it puts the model's mode back, by which `log` tells an entry of the training."""
+        """Trainer's evaluation. It restores the model's mode afterwards, because `log` reads it."""
         open_run(self)
         training = self.model.training
         try:
@@ -151,7 +152,11 @@ class HeadTraining:
         return super().predict(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model (or adapter), tokenizer and `reward_model.json`. Raises if a head tensor is not in the files."""
+        """
+        Save the model (or adapter), the tokenizer and `reward_model.json`.
+
+        Raises [`HeadError`] if a head tensor is not in the saved files.
+        """
         with picklable_loss(self.args, self._objective.name):
             super().save_model(output_dir, _internal_call)
         self._writer.write(self, output_dir or self.args.output_dir)

@@ -1,6 +1,6 @@
-"""Watching a reward model train: stop on numbers that are not finite, warn when nothing is learnt.
+"""Health checks of a training run: an error for numbers that are not finite, warnings if the model does not learn.
 
-Knows scores, losses and gradients. Knows nothing of text, rows' content or where metrics go.
+It knows scores, losses and gradients. It knows nothing of text, the content of rows, or where metrics go.
 """
 
 import math
@@ -15,20 +15,20 @@ from trl_ext.models.heads import head_parameters
 
 
 CHANCE_STEPS = 100
-"""Optimizer steps over which a mean loss within 1 % of chance is worth a warning."""
+"""The mean loss over this many optimizer steps is compared with chance. A difference below 1 % gives a warning."""
 
 LOOK_EVERY = 4
-"""Forward passes of which one is compared with chance, because that takes a second loss."""
+"""One in this many forward passes is compared with chance, because the comparison computes a second loss."""
 
 FLAT_LOOKS = 5
-"""Such looks in a row at scores that deviate by less than 1e-3 that are worth a warning."""
+"""If the scores deviate by less than 1e-3 in this many compared passes in a row, a warning is given."""
 
 STILL_STEPS = 3
-"""Optimizer steps in a row with a head gradient of 0 that are worth a warning; one can be a batch of ties."""
+"""A head gradient of 0 in this many optimizer steps in a row gives a warning. A single one may be a batch of ties."""
 
 
 class RewardTrainingWarning(UserWarning):
-    """Training runs, but the numbers say that the model does not learn."""
+    """Training runs, but its numbers show that the model does not learn."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -37,19 +37,19 @@ class NotFiniteError(FloatingPointError):
 
 def check_finite(scores: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor) -> None:
     """
-    Raise [`NotFiniteError`], naming the data set rows, if a score or loss is NaN or infinite.
+    Raise [`NotFiniteError`] if a score or loss is NaN or infinite. The message names the rows of the data set.
 
     Args:
-        scores (`torch.Tensor` of shape `(B, K)`): 0 where there is no candidate.
+        scores (`torch.Tensor` of shape `(B, K)`): scores, 0 where there is no candidate.
         losses (`torch.Tensor` of shape `(B,)`): loss of each group.
-        rows (`torch.Tensor` of shape `(B,)`): row of each group in its data set.
+        rows (`torch.Tensor` of shape `(B,)`): row number of each group in its data set.
     """
     for what, values in (("score", scores), ("loss", losses)):
         bad = ~torch.isfinite(values).reshape(len(values), -1).all(dim=1)
         if bool(bad.any()):
             raise NotFiniteError(
-                f"The {what} of data set {_named(rows[bad].tolist())} is NaN or infinite; training stops before the "
-                "weights are harmed. Usual causes: a learning rate that is too high, fp16 (use bf16), or broken base "
+                f"The {what} of data set {_named(rows[bad].tolist())} is NaN or infinite. Training stops before the "
+                "weights are damaged. Usual causes: a learning rate that is too high, fp16 (use bf16), or broken base "
                 "weights."
             )
 
@@ -59,14 +59,14 @@ def _named(rows: list[int]) -> str:
 
 
 class HealthMonitor:
-    """Follows the training's forward passes, stops on NaN, and warns once per finding."""
+    """Checks every forward pass of a training run. It raises an error for NaN and gives each warning once."""
 
     def __init__(self):
         self._passes = 0
         self._flat = 0
         self._still = 0
-        self._block = 0  # number of the block of CHANCE_STEPS steps that is being summed
-        self._sums = [0.0, 0.0]  # loss, loss of equal scores
+        self._block = 0  # number of the current block of CHANCE_STEPS steps
+        self._sums = [0.0, 0.0]  # sums over the block: the loss, and the loss of equal scores
         self._rows: list[torch.Tensor] = []
         self._warned: set[str] = set()
 
@@ -80,16 +80,16 @@ class HealthMonitor:
         chance: Callable[[], torch.Tensor],
     ) -> None:
         """
-        Check one forward pass, before its backward pass. Waits for the GPU once.
+        Check one forward pass before its backward pass. It waits for the GPU once.
 
         Args:
-            step (`int`): optimizer steps made so far.
+            step (`int`): number of optimizer steps so far.
             scores, mask (`torch.Tensor` of shape `(B, K)`): scores, 0 where there is no candidate.
             losses, rows (`torch.Tensor` of shape `(B,)`): loss of each group and its row in the data set.
             chance (`Callable`): computes the losses (B,) of the same groups if all scores were equal.
         """
         self._rows.append(rows)
-        # a sum is finite only if every term is (of terms so large that it overflows, none need be wrong: look again)
+        # a finite sum has only finite terms; a sum that is not finite may be an overflow, so look at the terms again
         if not math.isfinite((scores.sum() + losses.sum()).item()):
             check_finite(scores, losses, rows)
         self._passes += 1
@@ -125,11 +125,11 @@ class HealthMonitor:
             )
 
     def rows_of_step(self) -> list[int]:
-        """Data set rows of the forward passes since the last optimizer step."""
+        """Row numbers of all forward passes since the last optimizer step."""
         return [row for rows in self._rows for row in rows.tolist()]
 
     def end_step(self, head_moves: bool) -> None:
-        """Take note that an optimizer step follows, and whether the head has a gradient that is not 0."""
+        """Called before each optimizer step. `head_moves`: the head has a gradient that is not 0."""
         self._rows.clear()
         self._still = 0 if head_moves else self._still + 1
         if self._still >= STILL_STEPS:
@@ -147,7 +147,7 @@ class HealthMonitor:
 
 
 class GradientCallback(TrainerCallback):
-    """Stops on gradients that are not finite, before the optimizer step; notes whether the head receives one."""
+    """Raises an error before an optimizer step whose gradients are not finite, and watches the head's gradient."""
 
     def __init__(self, monitor: HealthMonitor, head: list[str]):
         self.monitor = monitor
@@ -163,8 +163,8 @@ class GradientCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         head = [p.grad for p in self._parameters if p.grad is not None]
-        # Clipping (and measuring the norm) has spread a NaN to every gradient, or set all but the infinite ones to 0:
-        # where the head's gradient is neither NaN nor 0, every other one is finite too.
+        # Clipping has run already. It spreads a NaN to every gradient, and for an infinite gradient it sets all others
+        # to 0. So if the head's gradient is neither NaN nor 0, all gradients are finite.
         if head and all(type(gradient) is torch.Tensor for gradient in head):
             size = sum(gradient.abs().sum().item() for gradient in head)
             if 0 < size < math.inf:
@@ -177,7 +177,7 @@ class GradientCallback(TrainerCallback):
         if not args.fp16 and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
             raise NotFiniteError(
                 f"A gradient of step {state.global_step + 1} (data set {_named(self.monitor.rows_of_step())}) is NaN "
-                "or infinite; training stops before the weights are harmed. Usual causes: a learning rate that is too "
-                "high, or a margin or rating of extreme size."
+                "or infinite. Training stops before the weights are damaged. Usual causes: a learning rate that is "
+                "too high, or a margin or rating of extreme size."
             )
         self.monitor.end_step(head_moves=any(bool(gradient.any()) for gradient in head))

@@ -1,6 +1,6 @@
-"""The loaders that Trainer makes, with rows that can be told apart: of a data set in order, of a stream all of them.
+"""Data loaders whose rows stay identifiable: evaluation reads rows in order, and every process reads a whole stream.
 
-It knows data sets, streams and a trainer's arguments, and nothing of what a row holds.
+It knows data sets, streams and a trainer's arguments. It does not know what a row contains.
 """
 
 import logging
@@ -18,11 +18,11 @@ from trl_ext.data.token_batches import RowSize
 logger = logging.getLogger(__name__)
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")
-"""Values of `train_sampling_strategy` for which Trainer wants a column with the length of each row."""
+"""Values of `train_sampling_strategy` for which Trainer needs a column with the length of each row."""
 
 
 def with_lengths(dataset: Dataset, column: str, sizes: Sequence[RowSize]) -> Dataset:
-    """The data set with the tokens of each row's longest sequence as a column; one that the user gave stays."""
+    """Add a column with the number of tokens of each row's longest sequence. An existing column stays as it is."""
     if column in dataset.column_names:
         return dataset
     return dataset.add_column(column, [size.longest for size in sizes])
@@ -31,13 +31,13 @@ def with_lengths(dataset: Dataset, column: str, sizes: Sequence[RowSize]) -> Dat
 @contextmanager
 def rows_of_evaluation(args: TrainingArguments, stream: bool) -> Iterator[None]:
     """
-    Have Trainer make a loader of an evaluation, whose rows come in their order and once.
+    While this is active, Trainer makes evaluation loaders that give every row once and in order.
 
-    `train_sampling_strategy` would put rows in another order than the predictions are expected in. Several workers
-    would split the shards of a stream, and each would number its rows from 0.
+    Otherwise `train_sampling_strategy` would change the order of the rows, while predictions must have the order of
+    the data set. Several workers would split the shards of a stream, and each would number its rows from 0.
     """
     strategy, workers = args.train_sampling_strategy, args.dataloader_num_workers
-    args.train_sampling_strategy = "random"  # which evaluations do not look at
+    args.train_sampling_strategy = "random"  # evaluation loaders ignore this value
     if stream:
         args.dataloader_num_workers = min(1, workers)
     try:
@@ -48,11 +48,11 @@ def rows_of_evaluation(args: TrainingArguments, stream: bool) -> Iterator[None]:
 
 class WholeStream(TorchStream):
     """
-    A stream whose shards stay together, so that `row_index` names one row.
+    A stream whose shards stay together, so that each `row_index` belongs to one row.
 
-    Accelerate gives each process shards of its own if the data set has enough of them; the processes then number their
-    rows from 0 each, and one may have more batches than another, for which the others wait forever. Of this class it
-    knows no shards: every process reads all rows and keeps its share of each batch.
+    If a stream has enough shards, Accelerate gives each process different ones. Every process then numbers its rows
+    from 0, and one process may have more batches than the others, which then wait forever. Accelerate sees no shards
+    in this class, so every process reads all rows and keeps its part of each batch.
     """
 
     def __init__(self, stream: IterableDataset):
@@ -64,19 +64,20 @@ class WholeStream(TorchStream):
 
 class StreamResumeCallback(TrainerCallback):
     """
-    Warns where a run that resumes on a stream cannot meet the batches of the uninterrupted run.
+    Warns if a run that resumes on a stream gets other batches than an uninterrupted run would get.
 
-    Trainer counts steps, and skips as many batches as they had, in one pass. Where the first pass over the stream had
-    ended before the checkpoint, that leads past the end of the stream: the run begins a pass anew.
+    To resume, Trainer skips as many batches as the finished steps had, within one pass. If the checkpoint comes from a
+    later pass over the stream, this leads past the end of the stream, and the run starts a new pass.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # `epoch` of a stream is the number of passes that ended, plus the share of `max_steps` in the current one
+        # for a stream, `epoch` is the number of finished passes plus the share of `max_steps` in the current pass
         if state.global_step > 0 and (state.epoch or 0) > 1 and not args.ignore_data_skip:
             logger.warning(
                 f"The checkpoint of step {state.global_step} was saved in pass {int(state.epoch) + 1} over a stream, "
-                f"whose length is not known. The batches from step {state.global_step + 1} on are not those of an "
-                "uninterrupted run: the stream begins anew. To resume exactly, load the data without `streaming`."
+                f"whose length is not known. From step {state.global_step + 1} on, the batches differ from those of "
+                "an uninterrupted run, because the stream starts again. To resume exactly, load the data without "
+                "`streaming`."
             )

@@ -1,7 +1,7 @@
-"""From a trainer's arguments to a model that can be trained: loaded, with an exact head, an adapter and a tokenizer.
+"""From a trainer's arguments to a model that can be trained, with an exact head, an adapter and a tokenizer.
 
-Knows what `model`, `processing_class`, `quantization_config`, `peft_config`, `chat_template_path` and the other
-arguments about them mean, as TRL's trainer does. Knows nothing of data, losses or training.
+It gives `model`, `processing_class`, `quantization_config`, `peft_config`, `chat_template_path` and related arguments
+the meaning that they have in TRL's trainer. It knows nothing of data, losses or training.
 """
 
 import copy
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainableModel(NamedTuple):
-    """What is trained: the model, its tokenizer, and the names of the head's modules."""
+    """A model that can be trained, its tokenizer, and the names of the head's modules."""
 
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
@@ -53,13 +53,14 @@ def set_up_model(
     head: HeadClass | Literal["per_token"] = "sequence",
 ) -> TrainableModel:
     """
-    Everything that `trl.RewardTrainer` does to load its model and tokenizer, with a head that survives.
+    Load model and tokenizer as `trl.RewardTrainer` does, with a head that stays exact and is trained and saved.
 
-    `num_labels` and `head` are those of [`~trl_ext.models.build_reward_model`], for a model that is given by its path.
+    For a model that is given by its path, `num_labels` and `head` are those of
+    [`~trl_ext.models.build_reward_model`].
 
     Raises:
-        TypeError: `peft_config` is not a PEFT configuration.
-        ValueError: arguments that contradict each other, or a tokenizer that cannot pad.
+        TypeError: if `peft_config` is not a PEFT configuration.
+        ValueError: if arguments contradict each other, or the tokenizer cannot pad.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -68,7 +69,7 @@ def set_up_model(
     init_kwargs = {**(args.model_init_kwargs or {})}
     zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     check_sharding(uses_fsdp(args), zero_stage, quantization_config or init_kwargs.get("quantization_config"))
-    init_kwargs.pop("num_labels", None)  # the trainer knows: a reward is one number, token rewards may be more
+    init_kwargs.pop("num_labels", None)  # the trainer decides it: 1 for a scalar reward, maybe more for token rewards
     is_instance = not isinstance(model, str)
     source = model.config._name_or_path if is_instance else model
     if not is_instance and peft_config is not None and _is_language_adapter(model):
@@ -78,7 +79,7 @@ def set_up_model(
     else:
         if init_kwargs or quantization_config is not None:
             logger.warning(
-                "The model is an instance already: `model_init_kwargs` and `quantization_config` are ignored."
+                "`model` is an instance, not a path, so `model_init_kwargs` and `quantization_config` have no effect."
             )
         # a PeftModel holds a config for each adapter
         for config in getattr(model, "peft_config", {}).values():
@@ -116,14 +117,14 @@ def set_up_model(
 
 
 def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, args: trl.RewardConfig, known: int) -> None:
-    """Raise `ValueError` if the arguments name a token that the tokenizer knows and the model does not."""
+    """Raise `ValueError` if the arguments name a token that the tokenizer has and the model has no embedding for."""
     for name, token in (("pad_token", args.pad_token), ("eos_token", args.eos_token)):
         token_id = None if token is None else tokenizer.get_vocab().get(token)
         if token_id is not None and token_id >= known:
             raise ValueError(
-                f"{name}={token!r} has the id {token_id}, and the model has embeddings for ids below {known}. Name a "
-                f"token that the model knows, or call `model.resize_token_embeddings(len(tokenizer))` and pass the "
-                "model."
+                f"{name}={token!r} has the id {token_id}, and the model has embeddings for ids below {known}. "
+                "Name a token that the model knows, or call `model.resize_token_embeddings(len(tokenizer))` and pass "
+                "the model."
             )
 
 
@@ -133,30 +134,30 @@ def uses_fsdp(args: trl.RewardConfig) -> bool:
 
 
 def check_sharding(fsdp: bool, zero_stage: int, quantization_config: BitsAndBytesConfig | None) -> None:
-    """Raise `ValueError` for a quantized base that FSDP or DeepSpeed ZeRO-3 would have to cut up and does not."""
+    """Raise `ValueError` for a quantized base that FSDP or DeepSpeed ZeRO-3 cannot shard."""
     if not isinstance(quantization_config, BitsAndBytesConfig):
         return
     if zero_stage == 3:
         raise ValueError(
-            "DeepSpeed ZeRO-3 does not cut up a quantized base. Use plain `accelerate launch` (DDP), FSDP with a "
+            "DeepSpeed ZeRO-3 cannot shard a quantized base. Use plain `accelerate launch` (DDP), FSDP with a "
             "4-bit base, or ZeRO-3 without quantization."
         )
     if fsdp and quantization_config.load_in_8bit:
-        raise ValueError("FSDP does not cut up an 8-bit base. Use load_in_4bit, or no quantization.")
+        raise ValueError("FSDP cannot shard an 8-bit base. Use load_in_4bit, or no quantization.")
     storage = quantization_config.bnb_4bit_quant_storage
     if fsdp and not storage.is_floating_point:
         raise ValueError(
-            f"FSDP cuts up floating-point weights only, and those of this 4-bit base are stored as {storage}: every "
-            "GPU would hold them all. Set bnb_4bit_quant_storage to the dtype of the base, e.g. bfloat16."
+            f"FSDP shards only floating-point weights, but this 4-bit base stores its weights as {storage}, so every "
+            "GPU would hold all of them. Set bnb_4bit_quant_storage to the dtype of the base, e.g. bfloat16."
         )
 
 
 def finish_set_up(model: nn.Module, processing_class: PreTrainedTokenizerBase, args: trl.RewardConfig) -> None:
     """
-    The rest of what `trl.RewardTrainer` does to model, tokenizer and arguments, for trainers that do not inherit it.
+    Complete the set-up of model, tokenizer and arguments as `trl.RewardTrainer` does, for trainers without that base.
 
-    EOS and pad token, no dropout, gradients for the inputs of a checkpointed adapter, reentrant checkpointing under
-    ZeRO-3. Raises `ValueError` for a token that is not in the vocabulary.
+    It sets the EOS and pad token, switches dropout off, lets the inputs of a checkpointed adapter have gradients, and
+    makes checkpointing reentrant under ZeRO-3. Raises `ValueError` for a token that is not in the vocabulary.
     """
     config = model.config.get_text_config()
     for name, token in (("eos_token", args.eos_token), ("pad_token", args.pad_token)):
@@ -178,7 +179,7 @@ def finish_set_up(model: nn.Module, processing_class: PreTrainedTokenizerBase, a
 
 
 def is_template_file(path: str) -> bool:
-    """Whether `chat_template_path` names a Jinja file (else it names a tokenizer)."""
+    """Whether `chat_template_path` names a Jinja file. Otherwise it names a tokenizer."""
     return os.path.isfile(path) and path.endswith((".jinja", ".j2"))
 
 
@@ -190,7 +191,7 @@ def _load(
     num_labels: int,
     head: HeadClass | Literal["per_token"],
 ) -> tuple[nn.Module, list[str]]:
-    """A model by its path: one of our own adapters to train further, or anything that a head can be put on."""
+    """Load a model by its path: an adapter that is trained further, or a base that gets a new head."""
     if quantization_config is not None and "quantization_config" in init_kwargs:
         raise ValueError(
             "`quantization_config` is given both to the trainer and in `model_init_kwargs`. Give it in one place."
@@ -215,25 +216,25 @@ def _is_adapter(path: str) -> bool:
 
 
 def _is_language_adapter(path: str) -> bool:
-    """Whether it holds the adapter of a language model, e.g. of SFT."""
+    """Whether a folder or Hub repository holds the adapter of a language model, e.g. from SFT."""
     return _is_adapter(path) and is_language_adapter(local_folder(path, None))
 
 
 def _adapt(
     model: nn.Module, args: trl.RewardConfig, head: list[str], peft_config: PeftConfig, added_tokens: list[int]
 ) -> PeftModel:
-    """The model with the user's adapter, in which the embeddings of added tokens are trained, as in TRL."""
+    """Add the user's adapter to the model. It also trains the embeddings of added tokens, as in TRL."""
     if isinstance(model, PeftModel):
         raise ValueError(
-            "The model has an adapter already and `peft_config` asks for another. Leave `peft_config` out to train "
-            "the one it has further, or merge it first (`merge_reward_model`)."
+            "The model has an adapter already, and `peft_config` asks for another. Leave `peft_config` out to train "
+            "the existing adapter further, or merge it first (`merge_reward_model`)."
         )
     if added_tokens:
         embeddings = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is embeddings).split(".")[-1]
         peft_config = copy.deepcopy(peft_config)
         trainable = peft_config.trainable_token_indices or {}
-        if isinstance(trainable, list):  # of the input embeddings
+        if isinstance(trainable, list):  # a plain list means the input embeddings
             trainable = {name: trainable}
         peft_config.trainable_token_indices = {**trainable, name: [*trainable.get(name, []), *added_tokens]}
     # ZeRO-3 gathers parameters of one dtype only, so there the adapter keeps the base's (as in TRL)

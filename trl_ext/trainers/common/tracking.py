@@ -1,7 +1,7 @@
-"""Weights & Biases: one run per trainer, a sample table and histograms of an evaluation, and never a crash.
+"""Weights & Biases: one run per trainer, and a sample table and histograms of each evaluation. It never crashes.
 
-Knows runs, tables and the trainer's arguments. Knows nothing of models or losses. Nothing is opened or sent unless
-`report_to` names `wandb`, and no step number is ever passed (several trainers may share a run).
+It knows runs, tables and the trainer's arguments. It knows nothing of models or losses. It opens and sends nothing
+unless `report_to` names `wandb`. It never passes a step number, because several trainers may share a run.
 """
 
 import logging
@@ -18,7 +18,7 @@ from trl_ext.metrics.disagreement import error_by_decile
 
 logger = logging.getLogger(__name__)
 
-# Ids of the runs that our trainers opened in this process, and which trainer opened which.
+# Ids of the runs that our trainers opened in this process, and the run that each trainer opened.
 _OPENED: set[str] = set()
 _RUN_OF: weakref.WeakKeyDictionary[Trainer, str] = weakref.WeakKeyDictionary()
 
@@ -34,7 +34,7 @@ class ScoredGroup:
 
 
 class SafeWandbCallback(WandbCallback):
-    """Transformers' callback, except that a failure of W&B is a warning, given once, and training goes on."""
+    """Transformers' callback, but a failure of W&B only gives a warning (once), and training continues."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class SafeWandbCallback(WandbCallback):
         except Exception as error:  # a full disk, a dead service, a broken connection: none may stop training
             if not self._warned:
                 self._warned = True
-                logger.warning(f"Weights & Biases failed; training goes on and keeps trying to report: {error!r}")
+                logger.warning(f"Weights & Biases failed; training continues and keeps trying to report: {error!r}")
 
     def on_train_begin(self, *args, **kwargs) -> None:
         self._safely(super().on_train_begin, *args, **kwargs)
@@ -65,22 +65,23 @@ class SafeWandbCallback(WandbCallback):
 
 
 def without_missing_wandb(args: TrainingArguments) -> None:
-    """Take `wandb` out of `report_to`, with a warning, where it is not installed or switched off."""
+    """Remove `wandb` from `report_to`, with a warning, if it is not installed or switched off."""
     if "wandb" in args.report_to and not is_wandb_available():
         logger.warning(
-            "report_to names 'wandb', which is not installed or disabled by WANDB_DISABLED: not reported to."
+            "report_to names 'wandb', but wandb is not installed, or WANDB_DISABLED is set. Nothing goes to it. "
+            "Install it with `pip install wandb`, or leave 'wandb' out of report_to."
         )
         args.report_to = [name for name in args.report_to if name != "wandb"]
 
 
 def open_run(trainer: Trainer) -> None:
     """
-    Give the trainer a W&B run of its own.
+    Open a W&B run for the trainer.
 
-    A run that the user opened is reused and left open. A run that another of our trainers opened in this process is
-    finished first, so that its name and steps stay its own; a trainer whose run was finished that way gets it back
-    when it is used again. `WANDB_PROJECT` and `WANDB_RUN_GROUP` apply as always. If W&B fails, reporting to it is
-    switched off with a warning and training goes on.
+    If you opened a run, the trainer uses it and leaves it open. If another of our trainers opened a run in this
+    process, that run is finished first, so that names and steps of the two do not mix. When that other trainer is used
+    again, its run is resumed. `WANDB_PROJECT` and `WANDB_RUN_GROUP` apply as usual. If W&B fails, a warning is logged,
+    reporting to it is switched off, and training continues.
     """
     if not trainer.is_world_process_zero() or "wandb" not in trainer.args.report_to:
         return
@@ -96,7 +97,7 @@ def open_run(trainer: Trainer) -> None:
             run = wandb.init(project=project, name=trainer.args.run_name, **again)
             _OPENED.add(run.id)
             _RUN_OF[trainer] = run.id
-            _replace_callback(trainer, SafeWandbCallback)  # a new one describes the new run
+            _replace_callback(trainer, SafeWandbCallback)  # a new callback describes the new run
     except Exception as error:  # a missing key, an unreachable server, a full disk: none may stop training
         logger.warning(f"Weights & Biases could not be started and is switched off for this run: {error!r}")
         trainer.remove_callback(WandbCallback)
@@ -104,12 +105,12 @@ def open_run(trainer: Trainer) -> None:
 
 
 def use_safe_callback(trainer: Trainer) -> None:
-    """Replace the callback that Transformers added for `report_to`; one that the user wrote is left alone."""
+    """Replace the callback that Transformers added for `report_to`. A callback of the user's own class stays."""
     _replace_callback(trainer, WandbCallback)
 
 
 def _replace_callback(trainer: Trainer, kind: type[WandbCallback]) -> None:
-    # in place: a callback before it in the list would see the logs later, and some take entries out
+    # in place, because the order matters: some callbacks remove entries of the logs, and later ones do not see them
     callbacks = trainer.callback_handler.callbacks
     for position, callback in enumerate(callbacks):
         if type(callback) is kind:
@@ -120,7 +121,7 @@ def log_evaluation(trainer: Trainer, groups: list[ScoredGroup], scores: list[flo
     """
     Log a table of sample groups (prompt, completion, score, rank by score, rating) and a histogram of all scores.
 
-    Does nothing unless W&B is reported to and a run is open; a failure is a warning.
+    It does nothing unless `report_to` names `wandb` and a run is open. A failure only gives a warning.
     """
     rows = []
     for number, group in enumerate(groups):
@@ -131,7 +132,7 @@ def log_evaluation(trainer: Trainer, groups: list[ScoredGroup], scores: list[flo
 
 
 def log_table(trainer: Trainer, columns: list[str], rows: list[list], scores: list[float], prefix: str) -> None:
-    """Log `<prefix>_samples`, a table, if it has rows, and `<prefix>_scores`, a histogram; as `log_evaluation`."""
+    """Log the histogram `<prefix>_scores`, and the table `<prefix>_samples` if it has rows. See `log_evaluation`."""
     if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero() or not scores:
         return
     try:
@@ -149,10 +150,15 @@ def log_table(trainer: Trainer, columns: list[str], rows: list[list], scores: li
 
 def log_disagreement(trainer: Trainer, groups: list[tuple[float, float]], prefix: str) -> None:
     """
-    Log how an ensemble's disagreement (first) goes with its errors (second, a share of wrong pairs) in groups.
+    Log how the disagreement of an ensemble relates to its errors.
 
-    `<prefix>_disagreement_histogram`, and `<prefix>_disagreement_deciles`: groups in ten parts by disagreement, with
-    the error rate of each. As `log_evaluation`, nothing where nobody listens.
+    It logs `<prefix>_disagreement_histogram` and the table `<prefix>_disagreement_deciles`, which splits the groups
+    into ten parts by disagreement and has the error rate of each part. See `log_evaluation` for when it does nothing.
+
+    Args:
+        trainer (`Trainer`): its run is used.
+        groups (`list[tuple[float, float]]`): of each group, the disagreement and the share of wrong pairs.
+        prefix (`str`): of the names, e.g. `"eval"`.
     """
     if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero() or not groups:
         return

@@ -1,4 +1,4 @@
-"""Arguments of [`RewardTrainer`]: everything of `trl.RewardConfig`, and what rankings need."""
+"""Arguments of [`RewardTrainer`]: all arguments of `trl.RewardConfig`, and those that rankings need."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -21,15 +21,16 @@ class RewardConfig(trl.RewardConfig):
             Keyword arguments of the loss, e.g. `{"temperature": 0.5}` for `listnet` or `{"margin_from_ratings": true}`
             for `bradley_terry` and `pairwise`.
         shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
-            Run the candidates of a group as one flat row that holds their common prompt once and no padding, wherever
-            that saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
-            model passes a numerical check at the start; `True` raises if it does not; `False` never does.
+            Run the candidates of a group as one flat row, which holds their common prompt once and has no padding, if
+            this saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
+            model passes a numerical check at the start. `True` raises an error if the model fails the check. `False`
+            always pads.
         max_tokens_per_batch (`int`, *optional*):
-            Make batches of as many groups as have at most so many tokens: those that go through the model, a shared
-            prompt once and padding included. A group is never split. `per_device_train_batch_size` then has no
-            meaning.
+            Fill each batch with as many groups as fit into this number of tokens. The limit counts the tokens that the
+            model processes: a shared prompt counts once, and padding counts too. A group is never split.
+            `per_device_train_batch_size` then has no effect.
         min_survival (`float`, *optional*, defaults to `0.5`):
-            Training is refused if a smaller share of the rows is left after the over-long ones were dropped.
+            Raise an error if a smaller share of the rows remains after over-long rows were dropped.
         log_table_size (`int`, *optional*, defaults to `16`):
             Number of evaluated groups in the sample table on Weights & Biases; `0` logs no table.
 
@@ -60,13 +61,13 @@ class RewardConfig(trl.RewardConfig):
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Make batches of as many whole groups as have at most so many tokens (a shared prompt once, "
-            "padding included); per_device_train_batch_size then has no meaning."
+            "help": "Fill each batch with as many whole groups as fit into this number of tokens (a shared prompt "
+            "counts once, padding counts too); per_device_train_batch_size then has no effect."
         },
     )
     min_survival: float = field(
         default=0.5,
-        metadata={"help": "Refuse to train if a smaller share of the rows is left after over-long ones were dropped."},
+        metadata={"help": "Raise an error if a smaller share of the rows remains after over-long rows were dropped."},
     )
     log_table_size: int = field(
         default=16,
@@ -85,10 +86,10 @@ class RewardConfig(trl.RewardConfig):
     @classmethod
     def from_trl(cls, args: trl.RewardConfig) -> "RewardConfig":
         """
-        Our configuration with every value of a `trl.RewardConfig` (for scripts that swap only the trainer).
+        Make a [`RewardConfig`] with every value of a `trl.RewardConfig`, for scripts that swap only the trainer.
 
-        The values are taken over as they are, without a second `__post_init__`: what that derived from them (devices,
-        plugins, parsed dictionaries) and the fields of a subclass stay.
+        It copies the values and does not run `__post_init__` again. So values that `__post_init__` has derived
+        (devices, plugins, parsed dictionaries) and the fields of a subclass stay.
         """
         config = cls.__new__(cls)
         given = vars(args)

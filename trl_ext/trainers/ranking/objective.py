@@ -1,8 +1,8 @@
-"""The loss of a training run: a ranking loss by name or as a callable, its arguments, and what data it can use.
+"""The ranking loss of a training run, its arguments, and checks that the data suits the loss.
 
-It knows losses, batches and column names, and nothing of models or trainers. What the loss cannot use raises an error
-before training: a loss declares its properties (see [`RankingLossProperties`]), and what it does not declare is read
-strictly.
+It knows losses, batches and column names, and nothing of models or trainers. A loss declares its properties (see
+[`RankingLossProperties`]); undeclared properties have strict defaults. Data that the loss cannot use raises an error
+before training.
 """
 
 import inspect
@@ -23,10 +23,10 @@ from trl_ext.losses.ranking import center_rewards, ranking_losses
 logger = logging.getLogger(__name__)
 
 PER_GROUP = {"margin": "group_margin", "target": "group_target"}
-"""What a loss may be given per group, and the prepared column that it comes from."""
+"""Argument of a loss that has one value per group, and the prepared column with its values."""
 
 SOURCES = {"margin": "margin", "target": "preference_probability"}
-"""The column of the user's rows that each of them comes from."""
+"""The same arguments, and the column of the user's rows that each comes from."""
 
 PAIR_COLUMNS = {"chosen", "chosen_ids"}
 RATING_COLUMNS = {"chosen_rating", "ratings"}
@@ -34,19 +34,19 @@ RATING_COLUMNS = {"chosen_rating", "ratings"}
 
 class RankingObjective:
     """
-    A ranking loss with its arguments, checked on a small example when it is made.
+    A ranking loss with its arguments. The constructor tries it on a small example.
 
     Args:
         loss_type (`str` or `Callable`): name in the registry, or a function with the signature of `trl_ext.losses`.
         loss_kwargs (`dict`, *optional*): keyword arguments of the loss.
         center_rewards_coefficient (`float`, *optional*): weight of the centring penalty.
         label_smoothing (`float`, *optional*, defaults to `0.0`): probability, below 0.5, that a preference is the
-            wrong way round. See *A note on DPO with noisy preferences & relationship to IPO* by E. Mitchell
-            (https://ericmitchell.ai/cdpo.pdf), whose conservative loss this is.
+            wrong way round. This is the conservative loss of *A note on DPO with noisy preferences & relationship to
+            IPO* by E. Mitchell (https://ericmitchell.ai/cdpo.pdf).
 
     Raises:
-        ValueError: an unknown name, an argument that the loss does not take or refuses, or a loss that does not return
-            one number per group.
+        ValueError: if the name is unknown, the loss does not accept an argument, or it does not return one number per
+            group.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class RankingObjective:
         self._smoothing = label_smoothing
         if label_smoothing and not 0 < label_smoothing < 0.5:
             raise ValueError(
-                f"label_smoothing_factor={label_smoothing} is no share of wrong preferences. Needed: 0 to below 0.5."
+                f"label_smoothing_factor={label_smoothing} is no share of wrong preferences. Needed: at least 0 and "
+                "below 0.5."
             )
         if label_smoothing and not self._properties.takes_target:
             raise ValueError(
@@ -84,12 +85,12 @@ class RankingObjective:
 
     @property
     def needs_ratings(self) -> bool:
-        """Whether the size of the ratings counts, so that `ranks` cannot be used."""
+        """Whether the loss uses the size of the ratings, so that it cannot use `ranks`."""
         uses = self._properties.uses_distances
         return bool(self._arguments().get(uses)) if isinstance(uses, str) else uses
 
     def _arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the loss, those bound by a `functools.partial` too."""
+        """The keyword arguments of the loss, including those that a `functools.partial` binds."""
         bound, loss = {}, self._loss
         while isinstance(loss, partial):
             bound, loss = {**loss.keywords, **bound}, loss.func
@@ -102,7 +103,7 @@ class RankingObjective:
             target = given.get("target", batch["ratings"].new_ones(len(scores)))  # (B,)
             given["target"] = target + self._smoothing * (1 - 2 * target)
         limit = self._properties.max_candidates
-        if limit is not None and scores.shape[1] > limit:  # rows of a stream are first seen here
+        if limit is not None and scores.shape[1] > limit:  # `check_data` cannot see the rows of a stream
             found = int(batch["group_mask"].sum(-1).max())
             if found > limit:
                 raise ValueError(
@@ -171,7 +172,7 @@ class RankingObjective:
                 )
 
     def _check_takes(self, argument: str, name: str) -> None:
-        """Raise [`DataError`] unless the loss declares that it uses this argument, and can be called with it."""
+        """Raise [`DataError`] unless the loss declares that it uses this argument and accepts it."""
         source, reason, cause = SOURCES[argument], None, None
         try:
             self._try(**{argument: torch.tensor([0.5, 0.25])})
@@ -194,7 +195,7 @@ class RankingObjective:
         known = inspect.signature(self._loss).parameters
         if isinstance(switch, str) and switch not in known:
             raise ValueError(
-                f"The loss '{self.name}' declares uses_distances={switch!r}, and has no such keyword argument. "
+                f"The loss '{self.name}' declares uses_distances={switch!r}, but it has no such keyword argument. "
                 f"Needed: True, False, or one of {[*known][3:]}."
             )
         clash = sorted({*PER_GROUP, "scores", "ratings", "mask"} & set(self.loss_kwargs))
@@ -215,7 +216,7 @@ class RankingObjective:
             ) from error
 
     def _try(self, **given: torch.Tensor) -> None:
-        """Call the loss on two pairs; raise what it raises, and `ValueError` unless it returns a loss for each."""
+        """Call the loss on two pairs. Raises the loss's own errors, and `ValueError` for a result of a wrong shape."""
         scores, ratings = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         losses = self._loss(scores, ratings, torch.ones(2, 2, dtype=torch.bool), **given, **self.loss_kwargs)
         if not isinstance(losses, torch.Tensor) or losses.shape != (2,):
@@ -227,7 +228,7 @@ class RankingObjective:
 
 
 def loss_name(loss_type: str | Callable) -> str:
-    """The loss as a word: its name, or where a callable was defined; of a partial, with the arguments it binds."""
+    """The loss as text: its name, or the module and name of a callable. For a partial also the arguments it binds."""
     if isinstance(loss_type, str):
         return loss_type
     if isinstance(loss_type, partial):
@@ -239,13 +240,13 @@ def loss_name(loss_type: str | Callable) -> str:
 
 
 def check_loss_type(loss_type: str | Callable) -> None:
-    """Raise `ValueError` for what a config file can hold and is no loss: a number, or nothing."""
+    """Raise `ValueError` for a value that cannot be a loss, such as a number in a config file."""
     if not isinstance(loss_type, str) and not callable(loss_type):
         raise ValueError(f"loss_type={loss_type!r} is no loss. Needed: its name, or in Python a callable.")
 
 
 def parse_loss_kwargs(loss_kwargs: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """`loss_kwargs` of a config as a dictionary; raises `ValueError` for anything else."""
+    """Read `loss_kwargs` of a config, a dictionary or JSON text. Raises `ValueError` for anything else."""
     if isinstance(loss_kwargs, str):
         try:
             loss_kwargs = json.loads(loss_kwargs)

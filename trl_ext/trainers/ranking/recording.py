@@ -1,7 +1,7 @@
-"""Scored groups of many forward passes -> metrics of them all, in which every group counts once.
+"""Metrics of rankings over many forward passes and processes. Every group counts once.
 
-Knows scores, ratings and processes. Knows nothing of models, losses, or where metrics go. Passes are collected and
-computed together, so that a training step pays for neither the metrics nor a synchronisation with the GPU.
+It knows scores, ratings and processes. It knows nothing of models, losses, or where metrics go. The recorder collects
+the passes and computes their metrics together, so that a training step neither computes metrics nor waits for the GPU.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from trl_ext.metrics.ranking import StreamedMetrics, ranking_columns, ranking_su
 
 
 PASSES_AT_ONCE = 64
-"""Forward passes whose groups are kept before they are computed; bounds the memory, changes no value."""
+"""Forward passes that are collected before their metrics are computed. It bounds the memory and changes no value."""
 
 
 class ScoredBatch(NamedTuple):
@@ -28,13 +28,15 @@ class ScoredBatch(NamedTuple):
     losses: torch.Tensor
     rows: torch.Tensor
     more: dict[str, torch.Tensor] = {}
-    """Other numbers of each group, (B,) each, NaN where undefined; their means become metrics."""
+    """More numbers of each group, (B,) each, NaN where undefined. Their means become metrics."""
 
 
 def signed_ratings(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """
-    The ratings (B, K) of a batch, turned round where a soft preference (`target`) is below one half and so prefers the
-    second of a pair; one half prefers neither.
+    The ratings (B, K) of a batch, with the sign of each soft preference.
+
+    A soft preference (`target`) below one half prefers the second of a pair, so the ratings of that pair change their
+    sign. With exactly one half, both ratings become 0: neither is preferred.
     """
     if "target" not in batch:
         return batch["ratings"]
@@ -43,13 +45,13 @@ def signed_ratings(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 class GroupRecorder:
     """
-    Collects scored groups and gives their metrics, over all processes.
+    Collects scored groups and computes their metrics over all processes.
 
     Args:
-        accelerator (`Accelerator`): for gathering.
-        evaluation (`bool`): every pass is gathered at once, and groups that fill up the last batch are left out.
-        stream (`bool`, *optional*, defaults to `False`): the rows have no known number, so that repeated ones are told
-            by their index.
+        accelerator (`Accelerator`): gathers values from all processes.
+        evaluation (`bool`): gather every pass at once, and leave out groups that only fill up the last batch.
+        stream (`bool`, *optional*, defaults to `False`): the number of rows is not known, so the recorder finds
+            repeated rows by their index.
     """
 
     def __init__(self, accelerator: Accelerator, evaluation: bool, stream: bool = False):
@@ -67,14 +69,14 @@ class GroupRecorder:
         self._new_tokens = self._new_tokens + tokens
 
     def add(self, batch: ScoredBatch) -> None:
-        """Take the groups of one forward pass; every process must do so as often."""
+        """Add the groups of one forward pass. Every process must call this equally often."""
         self._pending.append(batch)
         each = self._evaluation and self._accelerator.num_processes > 1
         if each or len(self._pending) >= PASSES_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
-        """Compute what was collected. With several processes a collective operation: all call it, or none."""
+        """Compute the metrics of the collected passes. A collective operation: all processes call it, or none."""
         if not self._pending:
             return
         more = {name: torch.cat([batch.more[name] for batch in self._pending]) for name in self._pending[0].more}
@@ -89,7 +91,7 @@ class GroupRecorder:
         if self._accelerator.num_processes > 1:
             if self._evaluation:
                 values, rows = self._accelerator.gather_for_metrics((values, rows))
-            else:  # NaN is "undefined", so rows that only fill up change nothing
+            else:  # NaN means undefined, so rows of padding change nothing
                 values = self._accelerator.gather(
                     self._accelerator.pad_across_processes(values, dim=0, pad_index=float("nan"))
                 )
@@ -98,7 +100,7 @@ class GroupRecorder:
         self._metrics.add(dict(zip(columns, values.unbind(dim=1), strict=True)))
 
     def summary(self) -> dict[str, float]:
-        """The metrics of what was computed since the last call, and `loss`; what no group defines is left out."""
+        """The metrics since the last call, and `loss`. A metric that no group defines is left out."""
         metrics, self._metrics = self._metrics, StreamedMetrics()
         if not metrics.count("candidates"):
             return {}
@@ -116,7 +118,7 @@ class GroupRecorder:
         return ranking_columns(*(together(name) for name in ("scores", "ratings", "mask", "lengths")))
 
     def _first_time(self, rows: list[int]) -> list[int]:
-        """Positions of the rows that were not seen before."""
+        """The positions of rows that were not seen before."""
         fresh = []
         for position, row in enumerate(rows):
             if row not in self._seen:
@@ -126,7 +128,7 @@ class GroupRecorder:
 
 
 class RecordingCallback(TrainerCallback):
-    """Has the recorder of the training compute its metrics where every process is about to log."""
+    """Makes the training recorder compute its metrics before logging, in all processes at the same time."""
 
     def __init__(self, recorder: GroupRecorder):
         self.recorder = recorder

@@ -1,6 +1,7 @@
 """`RewardTrainer`: TRL's reward trainer for groups of any size, with a head that is trained, saved and exact.
 
-A pair is a group of two. What is not named here (arguments, callbacks, PEFT, Accelerate, model cards) is TRL's.
+A pair is a group of two. Everything that is not defined here (arguments, callbacks, PEFT, Accelerate, model cards)
+comes from TRL.
 """
 
 import warnings
@@ -54,33 +55,38 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     """
     Trainer for reward models from pairs, K-way rankings, ratings, margins and soft preferences.
 
-    A drop-in superset of `trl.RewardTrainer`: same arguments, same losses and metrics on plain pairs. Different on
-    purpose: the score is read at the last *real* token (TRL does not see the final EOS when the pad token is EOS); the
-    head and the LoRA weights are fp32, also on a quantized base; LoRA always trains and saves the head, whatever
-    `task_type` says; dropped rows are counted and shown; evaluation metrics are means over groups, not over batches.
+    A drop-in superset of `trl.RewardTrainer`: it takes the same arguments and has the same losses and metrics on plain
+    pairs. These differences are intended:
+
+    - The score is read at the last *real* token. (TRL does not see the final EOS if the pad token is EOS.)
+    - The head and the LoRA weights are fp32, also on a quantized base.
+    - LoRA always trains and saves the head, whatever `task_type` is.
+    - Dropped rows are counted and shown.
+    - Evaluation metrics are means over groups, not over batches.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
-            Hub id or folder of a language model, encoder or reward model (an adapter saved by this trainer too, which
-            is then trained further), or a sequence-classification instance with one label.
+            Hub id or folder of a language model, an encoder or a reward model, or an instance of a
+            sequence-classification model with one label. An adapter that this trainer saved is trained further.
         args ([`RewardConfig`] or `trl.RewardConfig`, *optional*):
             Arguments.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
             Preference rows (`chosen`, `rejected`, and optionally `prompt`, `margin`, `preference_probability` or
-            `chosen_rating` with `rejected_rating`), ranked rows (`prompt`, `completions`, and `ratings` or `ranks`),
-            as text or chat messages; or tokenized rows (`chosen_ids` and `rejected_ids`, or `candidate_ids`).
+            `chosen_rating` with `rejected_rating`) or ranked rows (`prompt`, `completions`, and `ratings` or `ranks`),
+            as text or chat messages. Tokenized rows are accepted too (`chosen_ids` and `rejected_ids`, or
+            `candidate_ids`).
         quantization_config (`BitsAndBytesConfig`, *optional*):
-            Quantization of the backbone; the head stays fp32.
+            Quantization of the backbone. The head stays fp32.
         peft_config (`PeftConfig`, *optional*):
-            Adapter; its task type, head modules and exclusions are set here.
+            The adapter. The trainer sets its task type, head modules and excluded modules.
         data_collator, processing_class, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
         preprocess_logits_for_metrics:
             As in TRL. A custom collator must return what [`GroupCollator`] returns.
 
     Raises:
-        [`DataError`]: a malformed row; names row index, column and fix.
-        [`HeadError`]: the head is frozen, quantized or missing.
-        [`NotFiniteError`]: a score, loss or gradient is NaN or infinite.
+        [`DataError`]: if a row is malformed. The message names the row, the column and the fix.
+        [`HeadError`]: if the head is frozen, quantized or missing.
+        [`NotFiniteError`]: if a score, loss or gradient is NaN or infinite.
     """
 
     _tag_names = ["trl", "reward-trainer", "trl-ext"]
@@ -112,10 +118,10 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         self._flat_rows = False
         without_missing_wandb(args)
 
-        set_seed(args.seed)  # the head is drawn next: same seed, same head as TRL
+        set_seed(args.seed)  # the next call draws the head: the same seed gives the same head as in TRL
         model, processing_class, head = self._set_up(model, args, processing_class, quantization_config, peft_config)
         self._limits = InputLimits.of(model)
-        # TRL casts the trainable weights of a quantized model to bf16: they are copied before and put back after
+        # TRL casts the trainable weights of a quantized model to bf16, so copy them before and restore them after
         exact = (
             {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             if is_quantized(model)
@@ -160,7 +166,11 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     def check_arguments(
         cls, args: RewardConfig, train_dataset: Dataset | IterableDataset | None = None
     ) -> RankingObjective:
-        """The loss that the arguments name; raises `ValueError` for what no model and no other rows could cure."""
+        """
+        Make the loss that the arguments name.
+
+        Raises `ValueError` for arguments that cannot work with any model or data.
+        """
         set_up_batching(args, train_dataset)
         wants_flat_rows(args)
         return RankingObjective(
@@ -195,7 +205,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
                 max_positions=self._limits.max_positions,
             )
             self._objective.check_data(prepared, dataset_name)
-        if "row_index" not in (dataset.column_names or []):  # else it was prepared, and reported, before
+        if "row_index" not in (dataset.column_names or []):  # otherwise these rows were prepared and reported before
             self._reports.append(report)
         return prepared
 
@@ -214,7 +224,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The batches of one optimizer step and the number of groups in them, over all processes."""
+        """The batches of one optimizer step, and the number of groups in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         groups = torch.tensor(sum(len(batch["ratings"]) for batch in batches), device=device)
         if self.accelerator.num_processes > 1:
@@ -233,13 +243,13 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
         losses = self._objective(scores, inputs)  # (B,)
         if self.model.training and num_items_in_batch is not None:
-            # groups of the whole accumulation window; DDP averages over processes
+            # divide by the groups of the whole accumulation window; DDP averages over processes
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
         else:
             loss = losses.mean()
         with torch.no_grad():
             self._observe(scores.detach(), losses.detach(), inputs)
-        # outputs are padded with -100 as Trainer pads them across batches
+        # pad outputs with -100, as Trainer pads them across batches
         return (loss, {"scores": scores.masked_fill(~mask, -100.0)}) if return_outputs else loss
 
     def _candidate_scores(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -250,7 +260,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             return flat_scores(model, inputs["prefix_layout"].to(inputs["group_mask"].device))[:, 0]
 
     def _observe(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Check what a forward pass gave and record it."""
+        """Check and record the scores and losses of a forward pass."""
         mask, rows = inputs["group_mask"], inputs["row_index"]
         if self.model.training:
             self._watch_training(scores, losses, inputs)
@@ -262,7 +272,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         self._recorders[mode].add(ScoredBatch(scores, signed_ratings(inputs), mask, lengths, losses, rows))
 
     def _watch_training(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Let the monitor see a forward pass of the training, and count its tokens."""
+        """Pass the scores and losses of a training pass to the monitor, and count its tokens."""
         self._monitor.update(
             self.state.global_step,
             scores,
@@ -276,7 +286,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         self._recorders["train"].count_tokens(tokens)
 
     def _keep_samples(self, scores: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Keep what the main process evaluates for the histogram, and the first groups for the table."""
+        """On the main process, keep all scores for the histogram and the first groups for the table."""
         groups, all_scores = self._sample
         if "wandb" not in self.args.report_to or not self.is_world_process_zero():
             return
@@ -296,21 +306,21 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Trainer's. Where `compute_metrics` gets inputs, the candidates of a group are one row, as its scores are."""
+        """Trainer's step. If `compute_metrics` gets inputs, they have one row per group, as the scores do."""
         output = super().prediction_step(model, inputs, *args, **kwargs)
         if "inputs" in self.args.include_for_metrics:
             ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-            inputs["input_ids"] = candidates_in_rows(ids, real, inputs["group_mask"])  # Trainer reads it next
+            inputs["input_ids"] = candidates_in_rows(ids, real, inputs["group_mask"])  # Trainer reads it after this
         return output
 
     def predict(
         self, test_dataset: EvalDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        Score a data set of the same kind as the training data.
+        Score a data set with the columns of the training data.
 
-        `predictions` are the scores (rows, K), -100 where a row has no candidate; dropped rows have none. `metrics`
-        are those of `evaluate`.
+        `predictions` are the scores (rows, K), with -100 where a row has no candidate. Dropped rows have no
+        prediction. `metrics` are those of `evaluate`.
         """
         test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
@@ -323,7 +333,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop; the metrics (`loss` too) count every group once, whatever the batches and processes."""
+        """Trainer's loop. All metrics, `loss` too, count every group once, with any batch size and any processes."""
         recorder = GroupRecorder(self.accelerator, evaluation=True, stream=not has_length(dataloader.dataset))
         self._recorders["eval"], self._sample = recorder, ([], [])
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -331,7 +341,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in recorder.summary().items()}
         metrics[f"{metric_key_prefix}_num_tokens"] = float(self._total_train_tokens)
         own = {name: value for name, value in output.metrics.items() if name != f"{metric_key_prefix}_loss"}
-        output.metrics.update({**metrics, **own})  # what the user's `compute_metrics` returns wins
+        output.metrics.update({**metrics, **own})  # the values of the user's `compute_metrics` win
         groups, scores = self._sample
         log_evaluation(self, [self._as_text(group) for group in groups], scores, metric_key_prefix)
         return output
@@ -349,19 +359,19 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             recorder = self._recorders["train"]
-            if self.accelerator.num_processes == 1:  # else RecordingCallback did, in all processes
+            if self.accelerator.num_processes == 1:  # otherwise RecordingCallback has flushed in all processes
                 recorder.flush()
             self._total_train_tokens = recorder.tokens // self._tp_size
             summary = recorder.summary()
             if summary:
-                summary.pop("loss")  # Trainer's own counts every optimizer step once
+                summary.pop("loss")  # keep Trainer's loss, which counts every optimizer step once
                 logs.update(summary)
                 logs["num_tokens"] = float(self._total_train_tokens)
                 logs.update(self._data_counts())
         super().log(logs, start_time)
 
     def _data_counts(self) -> dict[str, int]:
-        """What became of the rows, for the first log entry; of a stream for every one, while the counts grow."""
+        """The counts of used and dropped rows, once. For a stream each time, because its counts grow."""
         counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
         self._reports = [report for report in self._reports if report.streaming]
         return counts
@@ -369,7 +379,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
 
 def candidates_in_rows(ids: torch.Tensor, real: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Token ids of all candidates of a group in one row, each followed by -100, and padded with -100.
+    Put the token ids of all candidates of a group in one row, with -100 after each candidate and as padding.
 
     Args:
         ids, real (`torch.Tensor` of shape `(N, T)`): padded sequences, and True for their real tokens.
@@ -393,7 +403,7 @@ def candidates_in_rows(ids: torch.Tensor, real: torch.Tensor, mask: torch.Tensor
 
 
 def rename_old_columns(dataset: EvalDataset) -> EvalDataset:
-    """Tokenized pairs with the column names of TRL before 1.0 get the new ones, with TRL's deprecation warning."""
+    """Rename the columns of tokenized pairs from before TRL 1.0, with TRL's deprecation warning."""
     columns = set(dataset.column_names or [])
     if not {"chosen_input_ids", "rejected_input_ids"} <= columns or columns & {"chosen_ids", "rejected_ids"}:
         return dataset
@@ -407,7 +417,7 @@ def rename_old_columns(dataset: EvalDataset) -> EvalDataset:
 
 
 def in_groups(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scores (N,) of the candidates where the mask (B, K) has them; 0 elsewhere."""
+    """Arrange the scores (N,) of all candidates as (B, K), by the mask (B, K). Masked places are 0."""
     if scores.numel() == mask.numel():  # every group has K candidates
         return scores.view(mask.shape)
     return torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)
