@@ -149,4 +149,4 @@ def test_a_resumed_stream_is_exact_in_its_first_pass_and_warns_after_it(base, tm
             assert history(resumed, "loss") == pytest.approx(losses, abs=1e-6)
         assert "over a stream" not in caplog.text
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert "saved in pass 2 over a stream" in caplog.text and "from step 5 on" in caplog.text
+    assert "saved in pass 2 over a stream" in caplog.text and "From step 5 on" in caplog.text

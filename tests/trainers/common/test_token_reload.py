@@ -187,7 +187,7 @@ def test_another_width_or_other_categories_are_refused(base, tmp_path, caplog):
             token_trainer("prm", tmp_path / folder, tmp_path, step_rows(4, classes=3), num_labels=3)
     token_trainer("segment", base, tmp_path / "segment").save_model()
     with pytest.raises(
-        ValueError, match=r"the categories \['length', 'tone'\], and `categories` is \['tone', 'length'\]"
+        ValueError, match=r"the categories \['length', 'tone'\], but `categories` is \['tone', 'length'\]"
     ):
         token_trainer("segment", tmp_path / "segment", tmp_path, categories=["tone", "length"])
     again = token_trainer("segment", tmp_path / "segment", tmp_path, rows=None)

@@ -1,6 +1,6 @@
-"""Rows with labelled tokens -> tensors, with what only the evaluation of outcomes and steps wants to know.
+"""Turns rows with labelled tokens into tensors, and adds tensors that only the evaluation uses.
 
-Knows prepared rows and their original columns. The tensors of the labels are made by `trl_ext.data.collators`.
+It knows prepared rows and their original columns. `trl_ext.data.collators` makes the tensors of the labels.
 """
 
 import json
@@ -25,11 +25,12 @@ class TokenRewardCollator:
     """
     What [`SpanCollator`] returns, followed by
 
-    - for `"outcome"` rows: `question` (B,) int64, a number that rows with the same prompt share;
-    - for `"stepwise"` rows: `unannotated_steps` (B, S) bool, True for a step of which no token shows the label: it is
-      null, was cut off, or contradicts another's. (A step on the token of an equal one before it counts with that.)
+    - for `"outcome"` rows: `question` (B,) int64, a number that is equal for rows with the same prompt;
+    - for `"stepwise"` rows: `unannotated_steps` (B, S) bool, True for a step whose label is on no token: the label is
+      null, was cut off, or contradicts the label of another step on the same token. (If two steps share a token and
+      their labels agree, both count as annotated.)
 
-    Rows without the column that this is read from (`prompt`, `labels`) come without it.
+    Rows without the needed column (`prompt` or `labels`) do not get the tensor.
 
     Args:
         spans ([`SpanCollator`]): collates the rows.

@@ -1,4 +1,4 @@
-"""What the configurations of token-level trainers have in common. Knows single values, and not what they are for."""
+"""The arguments that the configurations of all token-level trainers share, and checks of their values."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +13,7 @@ class TokenRewardConfig(trl.RewardConfig):
     r"""
     Arguments of [`TokenRewardTrainer`]: those of `trl.RewardConfig`, with the same defaults, and the ones below.
 
-    `center_rewards_coefficient` and `activation_offloading` have no meaning here and are refused.
+    `center_rewards_coefficient` and `activation_offloading` do not apply to token-level rewards and raise an error.
 
     Args:
         loss_type (`str`, *optional*, defaults to `"bce"`):
@@ -22,25 +22,27 @@ class TokenRewardConfig(trl.RewardConfig):
         loss_kwargs (`dict`, *optional*):
             Keyword arguments of the loss, e.g. `{"margin": 0.5}` for `hinge`.
         class_weights (`list[float]`, *optional*):
-            A weight for each class: wrong and right, or -1, 0 and 1. Nothing divides by them.
+            A weight for each class: wrong and right, or -1, 0 and 1. The loss is not divided by their sum.
         averaging (`str`, *optional*, defaults to `"token"`):
-            `"token"`: each label weighs the same (as in TRL's former PRM trainer); `"sequence"`: each completion.
+            `"token"`: each label has the same weight (as in TRL's former PRM trainer). `"sequence"`: each completion
+            has the same weight.
         label_placement (`str`, *optional*, defaults to `"last"`):
-            Where the label of a span goes: on its `"last"` token, on `"all"` of its tokens, or on the token `"before"`
-            it.
+            The tokens that get the label of a span: its `"last"` token, `"all"` of its tokens, or the token
+            `"before"` it.
         shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
-            Run a batch as one flat row that holds the prompt of several completions once and no padding, wherever that
+            Run a batch as one flat row, which holds the prompt of several completions once and has no padding, if this
             saves at least 5 % of its tokens. Losses and gradients stay the same. `"auto"` does so if the model passes
-            a numerical check at the start (encoders do not); `True` raises if it does not; `False` never does.
+            a numerical check at the start (encoders do not). `True` raises an error if the model fails the check.
+            `False` always pads.
         group_by_prompt (`bool`, *optional*, defaults to `False`):
-            Keep the rows of one prompt together, in one batch where they fit, so that a flat row pays for the prompt
-            once. Prompts still come in random order. A batch then holds fewer different prompts.
+            Keep the rows of one prompt together, in one batch if they fit, so that the model runs their prompt once.
+            Prompts still come in random order. A batch then holds fewer different prompts.
         max_tokens_per_batch (`int`, *optional*):
-            Make batches of as many rows as have at most so many tokens: those that go through the model, a shared
-            prompt once and padding included. `per_device_train_batch_size` then has no meaning.
+            Fill each batch with as many rows as fit into this number of tokens. The limit counts the tokens that the
+            model processes: a shared prompt counts once, and padding counts too. `per_device_train_batch_size` then
+            has no effect.
         min_survival (`float`, *optional*, defaults to `0.5`):
-            Training is refused if a smaller share of the rows is left after over-long and unlabelled ones were
-            dropped.
+            Raise an error if a smaller share of the rows remains after over-long and unlabelled rows were dropped.
         log_table_size (`int`, *optional*, defaults to `16`):
             Number of evaluated completions in the sample table on Weights & Biases; `0` logs no table.
     """
@@ -77,21 +79,21 @@ class TokenRewardConfig(trl.RewardConfig):
     group_by_prompt: bool = field(
         default=False,
         metadata={
-            "help": "Keep the rows of one prompt together, so that a flat row pays for it once. Prompts still come in "
-            "random order."
+            "help": "Keep the rows of one prompt together, so that the model runs their prompt once. Prompts still "
+            "come in random order."
         },
     )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Make batches of as many rows as have at most so many tokens (a shared prompt once, padding "
-            "included); per_device_train_batch_size then has no meaning."
+            "help": "Fill each batch with as many rows as fit into this number of tokens (a shared prompt counts "
+            "once, padding counts too); per_device_train_batch_size then has no effect."
         },
     )
     min_survival: float = field(
         default=0.5,
         metadata={
-            "help": "Refuse to train if a smaller share of the rows is left after over-long and unlabelled ones were "
+            "help": "Raise an error if a smaller share of the rows remains after over-long and unlabelled rows were "
             "dropped."
         },
     )

@@ -1,6 +1,6 @@
-"""Data sets of a token-level run: prepared as the run reads them, checked against its loss, and counted.
+"""Prepares the data sets of a token-level run, checks that its loss can use the labels, and counts the rows.
 
-Knows rows, labels and what is counted of them. Knows nothing of models or batches.
+It knows rows, labels and counts. It knows nothing of models or batches.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from trl_ext.trainers.token.objective import TokenObjective
 
 Rows = Dataset | IterableDataset
 
-# Columns that the collators read: of prepared rows, and of the original ones.
+# Columns that the collators read: prepared ones, and columns of the user's rows.
 _PREPARED = [
     "span_input_ids",
     "label_positions",
@@ -45,8 +45,9 @@ class LabelledData:
         args ([`TokenRewardConfig`]): limits, placement of labels.
         categories (`tuple[str, ...]`): names of the categories.
         objective ([`TokenObjective`]): says which labels the loss can use.
-        limits ([`InputLimits`]): token ids and positions of the model.
-        reading (`Callable[[bool], dict]`): arguments of `prepare_spans` that only this kind has, for training or not.
+        limits ([`InputLimits`]): token ids and positions that the model has.
+        reading (`Callable[[bool], dict]`): returns the arguments of `prepare_spans` that only this type of data set
+            has; it gets whether the rows are for training.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class LabelledData:
         return [*_PREPARED, *_ORIGINAL[self._kind]]
 
     def prepare(self, dataset: Rows, name: str, training: bool = False) -> Rows:
-        """The rows with token ids and labelled tokens; prepared rows as they are. Raises [`DataError`]."""
+        """Add token ids and labelled tokens to the rows. Prepared rows are not changed. Raises [`DataError`]."""
         done = "row_index" in (dataset.column_names or [])
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():
@@ -101,13 +102,13 @@ class LabelledData:
         return prepared
 
     def prepare_all(self, datasets: Rows | dict[str, Rows] | None, name: str = "eval") -> Any:
-        """As `prepare`, for one data set for evaluation, several by name, or none."""
+        """[`LabelledData.prepare`] for one evaluation data set, a dictionary of them, or none."""
         if isinstance(datasets, dict):
             return {key: self.prepare(rows, f"{name}_{key}") for key, rows in datasets.items()}
         return None if datasets is None else self.prepare(datasets, name)
 
     def counts(self) -> dict[str, int]:
-        """What became of the rows, once; of a stream each time, while the counts grow."""
+        """The counts of used and dropped rows, once. For a stream each time, because its counts grow."""
         counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
         self._reports = [report for report in self._reports if report.streaming]
         return counts

@@ -1,7 +1,7 @@
 """The metrics of outcome, process and segment reward models, from the outputs at their labelled spans.
 
-Knows which streamed metrics a kind of model has, and how its outputs are read (`TokenObjective`). The metrics are in
-`trl_ext.metrics.token` and `trl_ext.metrics.question`. Knows nothing of models, text or processes.
+It knows which streamed metrics each kind of model has, and how `TokenObjective` reads its outputs. The metrics are in
+`trl_ext.metrics.token` and `trl_ext.metrics.question`. It knows nothing of models, text or processes.
 """
 
 import torch
@@ -18,9 +18,9 @@ CLASSES = ["negative", "neutral", "positive"]
 
 class OutcomeEvaluator:
     """
-    Right against wrong completions: over all of them, and within the questions that have several.
+    Metrics of right and wrong completions: over all of them, and within questions that have several.
 
-    The score of a completion is that at its last token, which is also what a scorer returns.
+    The score of a completion is the score at its last token, as in the scorers.
     """
 
     def __init__(self, objective: TokenObjective):
@@ -37,13 +37,13 @@ class OutcomeEvaluator:
             self._within.add(scores[points.mask], labels[points.mask], questions[points.mask])
 
     def summary(self) -> dict[str, float]:
-        """What `BinaryStream` and, if a question has several completions, `QuestionStream` say."""
+        """The metrics of `BinaryStream` and, if a question has several completions, of `QuestionStream`."""
         within = self._within.summary()
         return {**self._all.summary(), **(within if within["questions"] else {})}
 
 
 class StepEvaluator:
-    """Right against wrong steps, and where a solution first goes wrong. Of three classes, neutral counts as right."""
+    """Metrics of right and wrong steps, and of the first error. With three classes, neutral counts as right."""
 
     def __init__(self, objective: TokenObjective):
         self._objective = objective
@@ -72,18 +72,18 @@ class StepEvaluator:
             self._classes.add(predicted, points.labels[points.mask].long() + 1)
 
     def summary(self) -> dict[str, float]:
-        """What `StepStream` says, and with three classes `class_...`, what `ClassCounts` says of them."""
+        """The metrics of `StepStream`, and with three classes those of `ClassCounts` as `class_...`."""
         classes = {} if self._classes is None else self._classes.summary()
         return {**self._steps.summary(), **{f"class_{name}": value for name, value in classes.items()}}
 
 
 class SegmentEvaluator:
     """
-    Each category by itself: right against wrong, or how well a number is estimated.
+    Metrics of each category: of right and wrong segments, or of the estimate of a number.
 
     Args:
-        objective ([`TokenObjective`]): how outputs are read.
-        categories (`list[str]`): names for the keys of the summary; one that is empty adds nothing to them.
+        objective ([`TokenObjective`]): turns outputs into scores.
+        categories (`list[str]`): names that prefix the keys of the summary. An empty name adds no prefix.
     """
 
     def __init__(self, objective: TokenObjective, categories: list[str]):

@@ -1,6 +1,6 @@
-"""A model whose head gives an output for every token: whether it is one, and running it on a batch.
+"""Models whose head gives an output for every token: a check of the model, and a forward pass on a batch.
 
-Knows models and collated batches. Knows nothing of losses, metrics or data sets.
+It knows models and collated batches. It knows nothing of losses, metrics or data sets.
 """
 
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def known_sidecar(model: str | nn.Module) -> Sidecar | None:
-    """What a model that is to be trained further says of itself."""
+    """The sidecar of a model that is trained further, if it has one."""
     if isinstance(model, str):
         return read_sidecar(model) if Path(model).is_dir() else None
     return get_sidecar(model)
@@ -29,13 +29,13 @@ def known_sidecar(model: str | nn.Module) -> Sidecar | None:
 
 def check_token_model(model: nn.Module, objective: TokenObjective, kind: str, known: Sidecar | None) -> None:
     """
-    Raise [`HeadError`] unless the head gives as many outputs as needed, for every token.
+    Raise [`HeadError`] unless the head gives the needed number of outputs for every token.
 
     Args:
-        model (`nn.Module`): what is going to be trained.
-        objective ([`TokenObjective`]): says how many outputs there must be.
-        kind (`str`): of the sidecar that will be written; another one in `known` is said.
-        known ([`Sidecar`], *optional*): what the model said of itself.
+        model (`nn.Module`): the model to train.
+        objective ([`TokenObjective`]): defines the number of outputs.
+        kind (`str`): the kind of reward model that is trained. If `known` has another one, a warning is logged.
+        known ([`Sidecar`], *optional*): the sidecar that the model was loaded with.
     """
     base, needed = unwrap(model), objective.categories * objective.outputs
     if base.config.num_labels != needed:
@@ -46,7 +46,7 @@ def check_token_model(model: nn.Module, objective: TokenObjective, kind: str, kn
         )
     if head_class(model) == "sequence" and choose_head_class(base.config) == "token":
         raise HeadError(
-            f"{type(base).__name__} pools the tokens before its head, so there is no output for each of them. Load it "
+            f"{type(base).__name__} pools the tokens before its head, so there is no output for each token. Load it "
             "with `AutoModelForTokenClassification`, or pass its path to the trainer."
         )
     if known is not None and known.kind not in (kind, "scalar"):
@@ -57,9 +57,10 @@ def token_outputs(model: nn.Module, inputs: dict[str, Any], objective: TokenObje
     """
     The head's output for every token, (B, T, G, C), fp32, from a flat row or from padded rows.
 
-    A [`~trl_ext.models.ensemble.stacked_model.StackedRewardModel`] gives those of all members, member by member.
+    A [`~trl_ext.models.ensemble.stacked_model.StackedRewardModel`] gives the outputs of all members, in order.
 
-    After a flat row the model stays on its attention, as [`~trl_ext.models.shared_prefix.flat_token_logits`] says.
+    After a flat row the model keeps the attention of flat rows. See
+    [`~trl_ext.models.shared_prefix.flat_token_logits`].
     """
     if "prefix_layout" in inputs:
         index = inputs["token_index"]  # (B, T)
@@ -81,8 +82,10 @@ def as_predictions(
     logits: torch.Tensor, inputs: dict[str, torch.Tensor], objective: TokenObjective
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Outputs (B, T, G, C), or with more axes, and labels (B, T, G) as `Trainer` hands them on: -100 where there is none,
-    no axis of one category, and of three classes their numbers from 0.
+    Outputs (B, T, G, C), or with more axes, and labels (B, T, G), in the form that `Trainer` expects.
+
+    Both are -100 where there is no value. With one category there is no axis G. With three classes, labels are class
+    numbers from 0.
     """
     labels = inputs["token_labels"] + (1.0 if objective.outputs == 3 else 0.0)
     labels = labels.masked_fill(~inputs["label_mask"], -100.0)  # (B, T, G)

@@ -1,6 +1,6 @@
-"""The loss of a token-level run: a token loss by name or as a callable, its averaging, and what labels it can use.
+"""The token loss of a training run, its averaging, and checks that the labels suit the loss.
 
-Knows losses, logits and labels, and how an output is read as a score. Knows nothing of models, tokens or trainers.
+It knows losses, logits and labels, and how an output becomes a score. It knows nothing of models, tokens or trainers.
 """
 
 import inspect
@@ -23,7 +23,7 @@ Averaging = Literal["token", "sequence"]
 
 class TokenObjective:
     """
-    A token loss with its arguments and averaging, checked on a small example when it is made.
+    A token loss with its arguments and averaging. The constructor tries it on a small example.
 
     Args:
         loss_type (`str` or `Callable`): name in the registry, or a function with the signature of
@@ -34,17 +34,18 @@ class TokenObjective:
         categories (`int`): G.
         outputs (`int`): C, outputs of the head for each category.
         label_smoothing (`float`, *optional*, defaults to `0.0`): share of each label that is spread evenly over the
-            classes, as `label_smoothing_factor` of `TrainingArguments` says; of one output, over right and wrong.
+            classes, as `label_smoothing_factor` of `TrainingArguments` does. With one output, the classes are right
+            and wrong.
 
     Attributes:
-        name (`str`): the loss as a word.
-        is_number (`bool`): an output estimates the label, any number.
+        name (`str`): the name of the loss.
+        is_number (`bool`): an output estimates the label, which may be any number.
         calibrated (`bool`): sigmoid(score) is a probability.
-        threshold (`float`): score above which a position counts as right.
+        threshold (`float`): a position with a score above it counts as right.
 
     Raises:
-        ValueError: an unknown name, an argument that the loss does not take or refuses, a number of outputs that it
-            cannot use, or a loss that does not return one number per sequence.
+        ValueError: if the name is unknown, the loss does not accept an argument or the number of outputs, or it does
+            not return one number per sequence.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class TokenObjective:
         return self._loss(logits, labels, batch["label_mask"], **self.loss_kwargs)
 
     def _smoothed(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, T, G) less sure: probabilities of right, or of three classes those of each, (B, T, G, 3)."""
+        """Smoothed labels: probabilities of right (B, T, G), or with three classes one of each class (B, T, G, 3)."""
         if self.outputs < 3:
             return (1 - self._smoothing) * labels + self._smoothing / 2
         classes = labels[..., None] == torch.tensor([-1.0, 0.0, 1.0], device=labels.device)  # (B, T, G, 3)
@@ -94,35 +95,35 @@ class TokenObjective:
         return averaging_items(mask, self.averaging)
 
     def terms(self, sums: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What each sequence adds to what is divided, (B,)."""
+        """What each sequence adds to the numerator, (B,)."""
         return averaging_terms(sums, mask, self.averaging)
 
     def mean(
         self, sums: torch.Tensor, mask: torch.Tensor, num_items: torch.Tensor | float | None = None
     ) -> torch.Tensor:
-        """The batch's share of the mean loss over `num_items` (by default, those of the batch)."""
+        """What the batch contributes to the mean loss over `num_items` (by default the items of the batch)."""
         return average(sums, mask, self.averaging, num_items)
 
     # ------------------------------------------------------------------------------------------------------- scores
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """
-        Logits (..., C) as scores (...) of which more is better: the only output, or log-odds.
+        Turn logits (..., C) into scores (...), where higher is better: the only output, or log-odds.
 
-        Of three classes (-1, 0, 1) the log-odds are those of neutral or positive against negative.
+        With three classes (-1, 0, 1), these are the log-odds of neutral or positive against negative.
         """
         return log_odds(logits, (1, 2) if logits.shape[-1] == 3 else (-1,))
 
     def right(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels as numbers in which more than one half is right: of three classes, neutral is."""
+        """Labels as numbers, where more than one half means right. With three classes, neutral counts as right."""
         return (labels >= 0).to(labels.dtype) if self.outputs == 3 else labels
 
     def hits(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Whether a prediction (B, T, G) from logits (B, T, G, C) is the label; numbers count as right above 0.5."""
+        """Whether predictions from logits (B, T, G, C) match the labels, (B, T, G). Numbers above 0.5 are right."""
         return (self.scores(logits) > self.threshold) == (self.right(batch["token_labels"]) > 0.5)
 
     @property
     def meaning(self) -> str:
-        """What an output is, in words."""
+        """What an output means, in words."""
         if self.calibrated and self.outputs > 1:
             return "class logits: wrong, right" if self.outputs == 2 else "class logits: -1, 0, 1"
         return OUTPUT_MEANINGS.get(self._properties.outputs, f"outputs trained with the loss '{self.name}'")
@@ -130,10 +131,10 @@ class TokenObjective:
     # --------------------------------------------------------------------------------------------------------- data
     def check_data(self, dataset: Dataset | IterableDataset, name: str, column: str) -> Dataset | IterableDataset:
         """
-        Check the labels of a prepared data set, at once or (of a stream) as rows are read; returns the data set.
+        Check the labels of a prepared data set and return it. The labels of a stream are checked as rows are read.
 
         Raises:
-            DataError: a label that the loss cannot use, with row, column and cure.
+            DataError: if the loss cannot use a label. The message names the row, the column and the fix.
         """
         if self._properties.labels == "any":
             return dataset
@@ -188,11 +189,12 @@ class TokenObjective:
 
 class _LabelCheck:
     """
-    Raises at the first label that a loss cannot use; remembers whether -1 and 0 both occurred.
+    Raises an error at the first label that a loss cannot use. It remembers whether -1 and 0 both occurred.
 
     Args:
         loss (`str`): the name of the loss, for messages.
-        signs (`bool`): labels are +1 and -1, or 1 and 0; else they are probabilities, and with three outputs -1, 0, 1.
+        signs (`bool`): labels are +1 and -1, or 1 and 0. Otherwise they are probabilities, or with three outputs -1,
+            0 and 1.
         outputs (`int`): outputs of the head for each category.
         name, column (`str`): the data set and the column that the labels came from, for messages.
     """
@@ -214,7 +216,7 @@ class _LabelCheck:
                 self._refuse(values, rows, np.isin(values, (-1.0, 0.0)), "labels +1 and -1, or 1 and 0, not all three")
 
     def row(self, row: dict[str, Any]) -> bool:
-        """The check of a stream's row; always true."""
+        """Check a row of a stream. Always returns True."""
         values = np.asarray(row["label_values"], dtype=np.float64)
         self(values, np.full(len(values), row["row_index"]))
         return True

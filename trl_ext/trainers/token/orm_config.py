@@ -9,14 +9,14 @@ from trl_ext.trainers.token.config import TokenRewardConfig
 @dataclass
 class ORMConfig(TokenRewardConfig):
     r"""
-    Configuration of [`ORMTrainer`]: that of [`TokenRewardConfig`], with the label on every token of the completion.
+    Configuration of [`ORMTrainer`]: the arguments of [`TokenRewardConfig`], with labels on all tokens by default.
 
     Args:
         loss_type (`str`, *optional*, defaults to `"bce"`):
-            `"bce"`: an output is the log-odds that the completion is right. `"mse"` and `"hinge"` have one output too.
+            `"bce"`: an output is the log-odds that the completion is right. `"mse"` and `"hinge"` work too.
         label_placement (`str`, *optional*, defaults to `"all"`):
-            `"all"` tokens of the completion, as in *Training Verifiers to Solve Math Word Problems* by K. Cobbe et al.
-            (https://huggingface.co/papers/2110.14168), or only the `"last"` one.
+            Label `"all"` tokens of the completion, as in *Training Verifiers to Solve Math Word Problems* by K. Cobbe
+            et al. (https://huggingface.co/papers/2110.14168), or only the `"last"` one.
     """
 
     label_placement: Literal["last", "all"] = field(

@@ -1,4 +1,4 @@
-"""`ORMTrainer`: an outcome verifier that scores every token. See `token_trainer` for how."""
+"""`ORMTrainer`: trains an outcome verifier that scores every token. `trainer.py` has the training loop."""
 
 from trl_ext.trainers.token.evaluation import OutcomeEvaluator
 from trl_ext.trainers.token.orm_config import ORMConfig
@@ -9,17 +9,19 @@ class ORMTrainer(TokenRewardTrainer):
     """
     Trainer for outcome reward models: was the completion right?
 
-    The label of the completion is put on each of its tokens (and on what closes it, EOS or the end of the turn), as in
-    *Training Verifiers to Solve Math Word Problems* by K. Cobbe et al. (https://huggingface.co/papers/2110.14168),
-    without their language model loss beside it. The output at a token then estimates how the solution will end, and
-    the output at the last token is the score of the completion. The checkpoint of a decoder is a plain scalar
-    sequence-classification model: merged or full, it goes straight into `GRPOTrainer(reward_funcs="path")`.
+    Each token of the completion gets the label of the completion, and so does the token that closes it (EOS or the end
+    of the turn). This follows *Training Verifiers to Solve Math Word Problems* by K. Cobbe et al.
+    (https://huggingface.co/papers/2110.14168), without their additional language model loss. The output at a token
+    estimates how the solution will end. The output at the last token is the score of the completion. The checkpoint of
+    a decoder is a plain scalar sequence-classification model: merged or full, it works in
+    `GRPOTrainer(reward_funcs="path")`.
 
-    Rows: `prompt`, `completion`, and `label`: a bool or the probability that the completion is right; text or chat.
-    Metrics: AUC, balanced accuracy, per-class precision and recall, calibration; and where several rows share a
-    prompt, AUC within a question and best-of-n.
+    Rows: `prompt`, `completion` and `label` (a bool, or the probability that the completion is right), as text or
+    chat.
+    Metrics: AUC, balanced accuracy, per-class precision and recall, calibration. If several rows share a prompt, also
+    AUC within a question and best-of-n.
 
-    Arguments are those of [`TokenRewardTrainer`], with `args` of the class [`ORMConfig`].
+    The arguments are those of [`TokenRewardTrainer`]. `args` is an [`ORMConfig`].
 
     Example:
 

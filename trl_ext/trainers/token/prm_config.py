@@ -1,4 +1,4 @@
-"""Arguments of [`PRMTrainer`]: those of TRL's former `PRMConfig`, and what more classes and losses need."""
+"""Arguments of [`PRMTrainer`]: those of TRL's former `PRMConfig`, and new ones for more classes and losses."""
 
 from dataclasses import dataclass, field
 
@@ -16,19 +16,19 @@ class PRMConfig(TokenRewardConfig):
 
     Args:
         num_labels (`int`, *optional*, defaults to `2`):
-            Outputs of the head: 2 for right or wrong steps, 3 for labels -1, 0, 1; 1 goes with the losses `"bce"`,
+            Outputs of the head: 2 for right or wrong steps, 3 for labels -1, 0, 1, and 1 for the losses `"bce"`,
             `"mse"` and `"hinge"`.
         loss_type (`str`, *optional*, defaults to `"ce"`):
             `"ce"`: cross-entropy over the classes, as in TRL. A label may be a probability.
         step_separator (`str`, *optional*, defaults to `"\n"`):
-            Text after each step; the label is on its last token.
+            Text after each step. Its last token gets the label.
         max_completion_length (`int`, *optional*):
-            Completions are cut after so many tokens, with the labels behind.
+            Cut completions after this number of tokens. Labels after the cut are lost.
         train_on_last_step_only (`bool`, *optional*, defaults to `False`):
-            Train on the label of the last step only. Evaluation has all steps, as in TRL.
+            Train only on the label of the last step. Evaluation uses all steps, as in TRL.
         mask_after_first_error (`bool`, *optional*, defaults to `False`):
-            Take the labels of the steps after the first wrong one for missing: annotators often stop there, and data
-            sets fill the rest with a constant.
+            Ignore the labels of steps after the first wrong one. Annotators often stop there, and data sets fill the
+            rest with a constant.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -42,13 +42,13 @@ class PRMConfig(TokenRewardConfig):
     )
     step_separator: str = field(default="\n", metadata={"help": "Text after each step."})
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Cut completions after so many tokens, with the labels behind."}
+        default=None, metadata={"help": "Cut completions after this number of tokens; labels after the cut are lost."}
     )
     train_on_last_step_only: bool = field(
-        default=False, metadata={"help": "Train on the label of the last step only; evaluation has all steps."}
+        default=False, metadata={"help": "Train only on the label of the last step; evaluation uses all steps."}
     )
     mask_after_first_error: bool = field(
-        default=False, metadata={"help": "Take the labels of steps after the first wrong one for missing."}
+        default=False, metadata={"help": "Ignore the labels of steps after the first wrong one."}
     )
 
     def __post_init__(self):

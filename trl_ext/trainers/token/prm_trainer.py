@@ -1,4 +1,4 @@
-"""`PRMTrainer`: a process reward model that judges each step. See `token_trainer` for how."""
+"""`PRMTrainer`: trains a process reward model that judges each step. `trainer.py` has the training loop."""
 
 from typing import Any
 
@@ -11,16 +11,17 @@ class PRMTrainer(TokenRewardTrainer):
     """
     Trainer for process reward models: is this step right?
 
-    The home for users of the `PRMTrainer` that TRL had up to 1.13: change the import, and scripts and data sets stay
-    as they are. New: three classes and soft labels, LoRA and QLoRA with a head that is saved, chats, streams, and
-    metrics that tell more than accuracy. The label of a step is on the last token of its separator.
+    It replaces the `PRMTrainer` that TRL had up to 1.13: change the import, and your scripts and data sets stay as
+    they are. It adds three classes, soft labels, LoRA and QLoRA with a head that is saved, chats, streams, and more
+    metrics than accuracy. The last token of a step's separator gets the label of the step.
 
-    Rows: `prompt`, `completions` (a list of steps), and `labels`, one per step: bool, 0 or 1, or a probability; with
-    `num_labels=3` one of -1, 0, 1; null where a step has none.
+    Rows: `prompt`, `completions` (a list of steps) and `labels`, one for each step: a bool, 0 or 1, or a probability.
+    With `num_labels=3` a label is -1, 0 or 1. A step without a label has null.
     Metrics: base rate, per-class precision, recall and F1, balanced accuracy, AUC up to the first error, accuracy of
-    the first error and ProcessBench's F1. Of three classes neutral counts as right in these, and `class_...` has each.
+    the first error and ProcessBench's F1. With three classes, neutral counts as right in these metrics, and
+    `class_...` has the metrics of each class.
 
-    Arguments are those of [`TokenRewardTrainer`], with `args` of the class [`PRMConfig`].
+    The arguments are those of [`TokenRewardTrainer`]. `args` is a [`PRMConfig`].
 
     Example:
 

@@ -1,7 +1,7 @@
-"""Outputs at labelled tokens of many forward passes -> metrics of them all, in bounded memory.
+"""Metrics of labelled tokens over many forward passes and processes, in bounded memory.
 
-Knows logits, labels and processes. Of a batch of the evaluation only the outputs at labelled tokens are kept, and
-those only until they are counted. Knows nothing of models, losses or where metrics go.
+It knows logits, labels and processes. It keeps only the outputs at labelled tokens, and only until they are counted.
+It knows nothing of models, losses or where metrics go.
 """
 
 import math
@@ -15,15 +15,15 @@ from trl_ext.metrics.streams import ExactSum
 
 class Points(NamedTuple):
     """
-    The labelled spans of B rows, at most L each: the model's output at the last labelled token of each.
+    The labelled spans of B rows, at most L in a row, with the model's output at the last labelled token of each span.
 
     Args:
         logits (`torch.Tensor` of shape `(B, L, C)`): outputs for the span's category.
         labels (`torch.Tensor` of shape `(B, L)`): labels.
-        categories, steps (`torch.Tensor` of shape `(B, L)`): category, and which step or segment of the row it is.
+        categories, steps (`torch.Tensor` of shape `(B, L)`): the category, and the number of the step or segment.
         mask (`torch.BoolTensor` of shape `(B, L)`): True where there is a span.
-        unannotated (`torch.BoolTensor` of shape `(B, S)`): True for the steps of which no label is shown.
-        questions (`torch.LongTensor` of shape `(B,)`, *optional*): a number of the prompt.
+        unannotated (`torch.BoolTensor` of shape `(B, S)`): True for steps without a label.
+        questions (`torch.LongTensor` of shape `(B,)`, *optional*): a number that identifies the prompt.
     """
 
     logits: torch.Tensor
@@ -36,7 +36,7 @@ class Points(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """What turns labelled spans into metrics."""
+    """Turns labelled spans into metrics."""
 
     def add(self, points: Points) -> None: ...
 
@@ -45,11 +45,11 @@ class Evaluator(Protocol):
 
 def labelled_points(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> Points:
     """
-    The output at the last labelled token of each span: with a label on each token of a span, it still counts once.
+    The output at the last labelled token of each span. A span counts once, even if all of its tokens have a label.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, G, C)`): outputs for every token and category.
-        batch (`dict`): what `TokenRewardCollator` returns.
+        batch (`dict`): a batch of `TokenRewardCollator`.
     """
     rows, categories, tokens = batch["label_mask"].transpose(1, 2).nonzero(as_tuple=True)  # (n,) in this order
     steps = batch["label_steps"][rows, tokens, categories]  # (n,)
@@ -79,13 +79,13 @@ def labelled_points(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> Poi
 
 class EvaluationRecorder:
     """
-    Counts the labelled spans of an evaluation, each row once, whatever the batches and processes.
+    Collects the labelled spans of an evaluation. Every row counts once, with any batch size and any processes.
 
     Args:
-        accelerator (`Accelerator`): for gathering.
-        evaluator ([`Evaluator`]): makes the metrics.
-        by_row (`bool`): the loss is averaged over rows, each divided by its labels first; else over labels.
-        stream (`bool`): the rows have no known number, so that repeated ones are told by their index.
+        accelerator (`Accelerator`): gathers values from all processes.
+        evaluator ([`Evaluator`]): computes the metrics.
+        by_row (`bool`): average the loss of each row over its labels first, then over rows. Otherwise over labels.
+        stream (`bool`): the number of rows is not known, so the recorder finds repeated rows by their index.
     """
 
     def __init__(self, accelerator: Accelerator, evaluator: Evaluator, by_row: bool, stream: bool):
@@ -98,12 +98,12 @@ class EvaluationRecorder:
 
     def add(self, points: Points, sums: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> None:
         """
-        Take a batch. With several processes a collective operation.
+        Add a batch. A collective operation: all processes call it, or none.
 
         Args:
-            points ([`Points`]): its labelled spans.
-            sums (`torch.Tensor` of shape `(B,)`, or `(B, M)` of M members): loss summed over the labels of each row.
-            labels, rows (`torch.Tensor` of shape `(B,)`): their number, and the row in its data set.
+            points ([`Points`]): the labelled spans of the batch.
+            sums (`torch.Tensor` of shape `(B,)`, or `(B, M)` for M members): loss of each row, summed over its labels.
+            labels, rows (`torch.Tensor` of shape `(B,)`): number of labels, and row number in the data set.
         """
         points, sums, labels, rows = self._gather(points, sums, labels, rows)
         self._evaluator.add(points)
@@ -143,7 +143,7 @@ class EvaluationRecorder:
         return points, sums, labels, rows
 
     def summary(self) -> dict[str, float]:
-        """`loss` (of members their mean, and each) and the evaluator's metrics, those that are defined."""
+        """`loss` (for members their mean and each one's) and the evaluator's metrics. Undefined ones are left out."""
         losses = [float(loss.value()) / self._items for loss in self._losses if self._items]
         values = {"loss": sum(losses) / len(losses) if losses else math.nan}
         if len(losses) > 1:
@@ -154,10 +154,10 @@ class EvaluationRecorder:
 
 class TrainingRecorder:
     """
-    Counts labels that were predicted right, and tokens, between two log entries. Nothing waits for the GPU before.
+    Counts correctly predicted labels, and tokens, between two log entries. It does not wait for the GPU in between.
 
     Args:
-        accelerator (`Accelerator`): for adding up over processes.
+        accelerator (`Accelerator`): sums over processes.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -168,10 +168,10 @@ class TrainingRecorder:
 
     def add(self, hits: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> None:
         """
-        Take a batch.
+        Add a batch.
 
         Args:
-            hits (`torch.BoolTensor` of shape `(B, T, G)`): whether the prediction is the label.
+            hits (`torch.BoolTensor` of shape `(B, T, G)`): whether the prediction matches the label.
             mask (`torch.BoolTensor` of shape `(B, T, G)`): True where a label is given.
             tokens (`torch.Tensor` of shape `()`): number of real tokens.
         """
@@ -179,7 +179,7 @@ class TrainingRecorder:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def flush(self) -> None:
-        """Add up over processes. With several of them a collective operation: all call it, or none."""
+        """Sum over processes. A collective operation: all processes call it, or none."""
         if self._counts is None:
             return
         hits, labels, tokens = self._accelerator.reduce(self._counts, reduction="sum").tolist()
@@ -187,13 +187,13 @@ class TrainingRecorder:
         self._hits, self._labels, self.tokens = self._hits + hits, self._labels + labels, self.tokens + tokens
 
     def accuracy(self) -> float | None:
-        """Share of the labels since the last call that were predicted right; `None` if there were none."""
+        """Share of the labels since the last call that were predicted correctly. `None` if there were no labels."""
         hits, labels = self._hits, self._labels
         self._hits = self._labels = 0
         return hits / labels if labels else None
 
 
 def real_scores(scores: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (B, T, G) as (B, T * G), 0 where there is no real token, and the mask of the real ones."""
+    """Flatten scores (B, T, G) to (B, T * G), with 0 at padding. Also returns the mask of real tokens."""
     mask = batch["attention_mask"].bool()[..., None].expand_as(scores).flatten(1)  # (B, T * G)
     return torch.where(mask, scores.flatten(1), 0.0), mask

@@ -1,6 +1,6 @@
-"""A few evaluated completions as text, with the score of each labelled span behind it, for a table.
+"""The sample table of an evaluation: completions as text, with the score of each labelled span after it.
 
-Knows token ids, a tokenizer and scores. Knows nothing of models, or of where tables go.
+It knows token ids, a tokenizer and scores. It knows nothing of models, or of where tables go.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ COLUMNS = ["row", "prompt", "completion", "scores", "labels"]
 _READ = ["token_labels", "label_mask", "label_steps", "completion_start", "row_index", "input_ids", "attention_mask"]
 
 MOST_SCORES = 8192
-"""Scores to keep for a histogram, the first ones: bounds the memory."""
+"""The histogram keeps only this many scores, the first ones. It bounds the memory."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class SampleTable:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): turns ids into text.
-        size (`int`): rows of the table.
-        categories (`list[str]`): names that are written behind the scores; empty ones are not.
+        size (`int`): number of rows of the table.
+        categories (`list[str]`): names that stand before the scores. An empty name is not shown.
     """
 
     tokenizer: PreTrainedTokenizerBase

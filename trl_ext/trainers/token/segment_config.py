@@ -8,12 +8,12 @@ from trl_ext.trainers.token.config import TokenRewardConfig
 @dataclass
 class SegmentRewardConfig(TokenRewardConfig):
     r"""
-    Configuration of [`SegmentRewardTrainer`]: that of [`TokenRewardConfig`], and
+    Configuration of [`SegmentRewardTrainer`]: the arguments of [`TokenRewardConfig`], and the ones below.
 
     Args:
         categories (`list[str]`, *optional*):
-            Names of the categories, in the order of the head's outputs. Defaults to those in the training data,
-            sorted (of a stream they must be named).
+            Names of the categories, in the order of the head's outputs. Defaults to the categories in the training
+            data, sorted. For a stream you must name them.
         loss_type (`str`, *optional*, defaults to `"mse"`):
             `"mse"` for scores (Xiao & Zhu, eq. 10.70), `"hinge"` (eq. 10.71) and `"bce"` for good and bad, `"ce"` for
             two or three classes.

@@ -1,4 +1,4 @@
-"""`SegmentRewardTrainer`: rewards for sentences, chunks or any character span. See `token_trainer` for how."""
+"""`SegmentRewardTrainer`: trains rewards for sentences, chunks or any span. `trainer.py` has the training loop."""
 
 import logging
 
@@ -18,15 +18,15 @@ class SegmentRewardTrainer(TokenRewardTrainer):
     """
     Trainer for fine-grained reward models: how good is this part of the completion, in each of several categories?
 
-    One head has outputs for all categories (relevance, factuality, completeness ...), which may be annotated at
-    different granularity, overlap, and be missing anywhere: what has no label has no loss.
+    One head has outputs for all categories (relevance, factuality, completeness ...). Categories may be annotated at
+    different granularity, segments may overlap, and labels may be missing. Text without a label has no loss.
 
-    Rows: `prompt`, `completion`, and `segments`, a list of `{start, end, label or score, category?}` in characters of
-    the completion; text or chat.
-    Metrics, for each category (`<category>_<metric>`): with `mse` R² and Spearman's correlation; else AUC, balanced
-    accuracy, and per-class precision, recall and F1.
+    Rows: `prompt`, `completion` and `segments`, a list of `{start, end, label or score, category?}` in characters of
+    the completion, as text or chat.
+    Metrics of each category (`<category>_<metric>`): with `mse`, R² and Spearman's correlation. Otherwise AUC,
+    balanced accuracy, and per-class precision, recall and F1.
 
-    Arguments are those of [`TokenRewardTrainer`], with `args` of the class [`SegmentRewardConfig`].
+    The arguments are those of [`TokenRewardTrainer`]. `args` is a [`SegmentRewardConfig`].
 
     Example:
 
@@ -57,18 +57,21 @@ class SegmentRewardTrainer(TokenRewardTrainer):
         saved = None if known is None or known.kind != self.kind else tuple(known.categories or ())
         if saved is not None and args.categories is not None and tuple(args.categories) != saved:
             raise ValueError(
-                f"The model's outputs are the categories {list(saved)}, and `categories` is {args.categories}. Leave "
-                "`categories` out to train it further."
+                f"The model's outputs are the categories {list(saved)}, but `categories` is {args.categories}. Leave "
+                "`categories` out to train the model further."
             )
         if args.categories is not None:
             return tuple(args.categories)
         if saved is not None:
             return saved
         if train_dataset is None or isinstance(train_dataset, IterableDataset):
-            logger.info("`categories` is not given and cannot be looked up: segments may have no category.")
+            logger.info(
+                "`categories` is not given and a stream cannot be searched for them, so segments must not have a "
+                "category. Give `categories` if they do."
+            )
             return ()
         if "segments" not in train_dataset.column_names:
-            return ()  # prepare_spans says what is missing
+            return ()  # prepare_spans raises the error about the missing column
         found = tuple(find_categories(train_dataset.select_columns("segments")))
         if found:
             logger.info(f"Categories, in the order of the outputs: {list(found)}.")

@@ -1,7 +1,8 @@
 """`TokenRewardTrainer`: reward models that score tokens, from labelled spans, for any number of outputs.
 
-One trainer for all widths of the head; `ORMTrainer`, `PRMTrainer` and `SegmentRewardTrainer` say which rows they read
-and which metrics they report. It knows models, batches and processes; labels, losses and metrics are elsewhere.
+It trains heads of any width. `ORMTrainer`, `PRMTrainer` and `SegmentRewardTrainer` define which rows they read and
+which metrics they report. It knows models, batches and processes. Labels are in `data.py`, losses in `objective.py`
+and metrics in `evaluation.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -55,53 +56,55 @@ from trl_ext.trainers.token.samples import COLUMNS, SampleTable
 
 class TokenRewardTrainer(HeadTraining, Trainer, ABC):
     """
-    What the trainers of token-level reward models share. Use [`ORMTrainer`], [`PRMTrainer`] or
+    The base class of the trainers of token-level reward models. Use [`ORMTrainer`], [`PRMTrainer`] or
     [`SegmentRewardTrainer`].
 
-    The whole text is tokenized once, labels are put on tokens through character offsets, and the head's output for
-    every token is read before any pooling: decoders keep their sequence-classification class, encoders get their
-    token-classification class. The head is fp32, also on a quantized base, and always trained and saved. The loss is
-    averaged over the labels (or completions) of the whole optimizer step, over all micro-batches and processes.
-    Evaluation counts the outputs at labelled tokens as they come, so that its memory does not grow with the rows.
+    The trainer tokenizes the whole text once and assigns labels to tokens through character offsets. It reads the
+    head's output for every token, before any pooling: decoders keep their sequence-classification class, encoders use
+    their token-classification class. The head is fp32, also on a quantized base, and always trained and saved. The
+    loss is averaged over the labels (or completions) of the whole optimizer step, over all micro-batches and
+    processes. Evaluation accumulates metrics batch by batch, so its memory does not grow with the number of rows.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
-            Hub id or folder of a language model, an encoder, or a token-level reward model (an adapter saved by this
-            trainer too, which is then trained further); or an instance of a sequence-classification model (decoders)
-            or a token-classification model with as many labels as this trainer needs.
+            Hub id or folder of a language model, an encoder or a token-level reward model. Or an instance of a
+            sequence-classification model (decoders) or a token-classification model, with as many labels as this
+            trainer needs. An adapter that this trainer saved is trained further.
         args ([`TokenRewardConfig`], *optional*):
-            Arguments, of the class that belongs to the trainer.
+            An instance of the trainer's configuration class.
         data_collator (`Callable`, *optional*):
             Must return what [`~trl_ext.data.collators.SpanCollator`] returns.
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a dictionary of them):
-            Rows of the trainer's kind, as text or chat messages.
+            Rows of the type that the trainer reads, as text or chat messages.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            A fast tokenizer; by default that of the model.
+            A fast tokenizer. Defaults to the tokenizer of the model.
         model_init (`Callable`, *optional*):
-            Called once, in place of `model`. (A search over hyperparameters is not supported.)
+            A function that returns the model. It is called once, if `model` is not given. (A search over
+            hyperparameters is not supported.)
         compute_metrics (`Callable`, *optional*):
-            Metrics of your own, besides those reported anyway. It gets the outputs of all tokens, (N, T, C) or
-            (N, T, G, C), and labels, (N, T) or (N, T, G), -100 where there is none; of three classes, labels are class
-            numbers from 0. This keeps the outputs of the whole data set in memory.
+            Computes more metrics. It gets the outputs of all tokens, (N, T, C) or (N, T, G, C), and the labels, (N, T)
+            or (N, T, G), with -100 where there is no label. With three classes, labels are class numbers from 0. This
+            keeps the outputs of the whole data set in memory.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             Quantization of the backbone.
         peft_config (`PeftConfig`, *optional*):
-            Adapter; its task type, head modules and exclusions are set here.
+            The adapter. The trainer sets its task type, head modules and excluded modules.
         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
             As in `Trainer`.
 
     Raises:
-        [`DataError`]: a malformed row; names row index, column and fix.
-        [`HeadError`]: the head is frozen, quantized, missing or of another width, or the model's family has none.
-        [`NotFiniteError`]: an output, loss or gradient is NaN or infinite.
+        [`DataError`]: if a row is malformed. The message names the row, the column and the fix.
+        [`HeadError`]: if the head is frozen, quantized, missing or of another width, or if the model's family has no
+            head for tokens.
+        [`NotFiniteError`]: if an output, loss or gradient is NaN or infinite.
     """
 
     _tag_names = ["trl-ext"]
 
     config_class: ClassVar[type[TokenRewardConfig]] = TokenRewardConfig
-    kind: ClassVar[str]  # of the sidecar
-    rows: ClassVar[SpanKind]
-    append_eos: ClassVar[bool] = False  # only where EOS itself gets a label
+    kind: ClassVar[str]  # the kind of reward model, as the sidecar has it
+    rows: ClassVar[SpanKind]  # the type of its data sets
+    append_eos: ClassVar[bool] = False  # True only for trainers that give EOS a label
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         self._categories = self._find_categories(args, train_dataset, known)
         self._objective = self.check_arguments(args, train_dataset, self._categories)
         without_missing_wandb(args)
-        set_seed(args.seed)  # the head is drawn next
+        set_seed(args.seed)  # the next call draws the head
         model, processing_class, head = self._set_up(
             model, args, processing_class, quantization_config, peft_config,
             num_labels=self._objective.categories * self._objective.outputs, head="per_token",
@@ -185,7 +188,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         self._watch(head, RecordingCallback(self._training))
 
     def _complete_arguments(self, args: TokenRewardConfig | None, model: str | nn.Module) -> TokenRewardConfig:
-        """The arguments, by default all defaults; raises `TypeError` if they are another trainer's."""
+        """The arguments, or the defaults without any. Raises `TypeError` for another trainer's arguments."""
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             return self.config_class(f"{Path(name).name}-{type(self).__name__.removesuffix('Trainer')}")
@@ -197,7 +200,11 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
     def check_arguments(
         cls, args: TokenRewardConfig, train_dataset: Rows | None = None, categories: Sequence[str] = ()
     ) -> TokenObjective:
-        """The loss that the arguments name; raises `ValueError` for what no model and no other rows could cure."""
+        """
+        Make the loss that the arguments name.
+
+        Raises `ValueError` for arguments that cannot work with any model or data.
+        """
         set_up_batching(args, train_dataset, args.group_by_prompt)
         wants_flat_rows(args)
         return TokenObjective(
@@ -210,24 +217,24 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             label_smoothing=args.label_smoothing_factor,
         )
 
-    # ---------------------------------------------------------------------------------- what a kind of model decides
+    # -------------------------------------------------------------------------------------- hooks for the subclasses
     @classmethod
     def _outputs(cls, args: TokenRewardConfig) -> int:
-        """Outputs of the head for each category."""
+        """Number of outputs of the head for each category."""
         return 1
 
     def _find_categories(
         self, args: TokenRewardConfig, train_dataset: Rows | None, known: Sidecar | None
     ) -> tuple[str, ...]:
-        """Names of the categories; none if there is only one, without a name."""
+        """Names of the categories. Empty if there is only one, which has no name."""
         return ()
 
     def _reading(self, args: TokenRewardConfig, training: bool) -> dict[str, Any]:
-        """Arguments of [`prepare_spans`] that only this kind of rows has."""
+        """Arguments of [`prepare_spans`] that only this type of data set has."""
         return {}
 
     def _make_recorder(self) -> TrainingRecorder:
-        """What counts in training."""
+        """The recorder of training metrics."""
         return TrainingRecorder(self.accelerator)
 
     @abstractmethod
@@ -235,7 +242,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         """New, empty metrics for one evaluation."""
 
     def _describe(self) -> dict[str, Any]:
-        """What the sidecar says of the outputs."""
+        """The fields of the sidecar that describe the outputs."""
         return {
             "kind": self.kind,
             "head_class": head_class(self.model),
@@ -265,7 +272,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The batches of one optimizer step and what their loss is divided by, over all processes."""
+        """The batches of one optimizer step, and the divisor of their loss over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
@@ -303,7 +310,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
     def _observe(
         self, logits: torch.Tensor, sums: torch.Tensor, inputs: dict[str, torch.Tensor], tokens: torch.Tensor
     ) -> None:
-        """Check what a forward pass of the training gave and record it."""
+        """Check and record the outputs and losses of a training pass."""
         scores = self._objective.scores(logits)  # (B, T, G)
         flat, real = real_scores(scores, inputs)
         self._monitor.update(
@@ -338,11 +345,11 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         return loss, *as_predictions(self._predicted(outputs["logits"]), inputs, self._objective)
 
     def _one_output(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the metrics are about, (B, T, G, C), of the logits of the evaluation."""
+        """The logits that the evaluation metrics use, (B, T, G, C)."""
         return logits
 
     def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
-        """What `predict` gives, (B, T, G, C) or with more axes, of the logits of the evaluation."""
+        """The logits that `predict` returns, (B, T, G, C) or with more axes."""
         return logits
 
     # ------------------------------------------------------------------------------------- training and evaluation
@@ -352,7 +359,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        if not isinstance(eval_dataset, str):  # the name of one of `self.eval_dataset`, which are prepared
+        if not isinstance(eval_dataset, str):  # a string names a data set of `self.eval_dataset`, already prepared
             eval_dataset = self._data.prepare_all(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -360,10 +367,11 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        Run the model on a data set of the same kind as the training data.
+        Run the model on a data set with the columns of the training data.
 
-        `predictions` are the outputs of all tokens, (N, T, C) or (N, T, G, C), `label_ids` the labels, (N, T) or
-        (N, T, G), both -100 where there is none; dropped rows have none. `metrics` are those of `evaluate`.
+        `predictions` are the outputs of all tokens, (N, T, C) or (N, T, G, C). `label_ids` are the labels, (N, T) or
+        (N, T, G). Both are -100 where there is no value. Dropped rows have no prediction. `metrics` are those of
+        `evaluate`.
         """
         test_dataset = self._data.prepare(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
@@ -376,7 +384,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop; the metrics (`loss` too) count every row once, whatever the batches and processes."""
+        """Trainer's loop. All metrics, `loss` too, count every row once, with any batch size and any processes."""
         self._recorder = recorder = EvaluationRecorder(
             self.accelerator,
             self._make_evaluator(),
@@ -390,13 +398,13 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in recorder.summary().items()}
         own = {name: value for name, value in output.metrics.items() if name != f"{metric_key_prefix}_loss"}
         output.metrics.clear()
-        output.metrics.update({**metrics, **own})  # what the user's `compute_metrics` returns wins
+        output.metrics.update({**metrics, **own})  # the values of the user's `compute_metrics` win
         log_table(self, COLUMNS, samples.rows, samples.scores, metric_key_prefix)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            if self.accelerator.num_processes == 1:  # else RecordingCallback did, in all processes
+            if self.accelerator.num_processes == 1:  # otherwise RecordingCallback has flushed in all processes
                 self._training.flush()
             accuracy = self._training.accuracy()
             if accuracy is not None:
