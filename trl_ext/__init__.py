@@ -38,6 +38,8 @@ _HOME = {
     "best_of_n": "trl_ext.pipelines.best_of_n",
     "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling.config",
     "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
+    "DenseGRPOConfig": "trl_ext.trainers.policy.config",
+    "DenseGRPOTrainer": "trl_ext.trainers.policy.trainer",
     "EvaluationCallback": "trl_ext.evaluation.callback",
     "EvaluationReport": "trl_ext.evaluation",
     "evaluate_reward_model": "trl_ext.evaluation",
@@ -46,6 +48,8 @@ _HOME = {
 }
 
 __all__ = [
+    "DenseGRPOConfig",
+    "DenseGRPOTrainer",
     "EvaluationCallback",
     "EvaluationReport",
     "ORMConfig",
@@ -113,6 +117,8 @@ if TYPE_CHECKING:
         WeakToStrongConfig,
         WeakToStrongTrainer,
     )
+    from trl_ext.trainers.policy.config import DenseGRPOConfig
+    from trl_ext.trainers.policy.trainer import DenseGRPOTrainer
 
 
 def __getattr__(name: str) -> Any:

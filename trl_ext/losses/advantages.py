@@ -1,0 +1,233 @@
+r"""Advantages: from rewards at some tokens of a group of completions to one advantage for every token.
+
+Letters as in [`trl_ext.losses`]: N completions, in groups of G that answer the same prompt and follow each other; T
+tokens. `rewards` are `(N, T)` and `given` is True where a token carries a reward (the last token of a step, say);
+`mask` is True for the tokens that the policy wrote. Tokens outside the mask (padding, the answers of tools) have no
+advantage, and credit passes over them without a discount.
+
+Pure functions: they know no model, and nothing of where a reward comes from.
+"""
+
+from typing import Literal
+
+import torch
+
+
+# Added to standard deviations, as in TRL's GRPOTrainer.
+EPSILON = 1e-4
+
+
+def group_normalize(
+    rewards: torch.Tensor, group_size: int, scale: Literal["group", "batch", "none"] = "group"
+) -> torch.Tensor:
+    r"""
+    One reward a completion, less its group's mean, over a standard deviation: the advantage of GRPO.
+
+    $$ A_i = \frac{r_i - \mathrm{mean}(r_{group})}{\mathrm{std}(r) + 10^{-4}} $$
+
+    See *DeepSeekMath* by Z. Shao et al. (https://huggingface.co/papers/2402.03300), section 4.1.2. Equals the
+    advantage of `trl.GRPOTrainer` with `scale_rewards` of the same name.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`): NaN for a completion without a reward.
+        group_size (`int`): G; N is a multiple of it.
+        scale (`str`, *optional*, defaults to `"group"`): whose standard deviation divides, or `"none"`.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, 0 where there is no reward.
+
+    Example:
+
+    ```python
+    >>> group_normalize(torch.tensor([1.0, 0.0, 3.0, 3.0]), group_size=2)
+    tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
+    ```
+    """
+    groups = _grouped(rewards.float(), group_size)  # (N / G, G)
+    centred = groups - groups.nanmean(1, keepdim=True)
+    if scale == "group":
+        centred = centred / (_nanstd(groups).unsqueeze(1) + EPSILON)
+    elif scale == "batch":
+        centred = centred / (_nanstd(rewards.float()[None]) + EPSILON)
+    elif scale != "none":
+        raise ValueError(f"scale={scale!r}; needed: 'group', 'batch' or 'none'.")
+    return centred.nan_to_num(nan=0.0).flatten()
+
+
+def normalize_steps(rewards: torch.Tensor, given: torch.Tensor, group_size: int) -> torch.Tensor:
+    r"""
+    Rewards of steps, normalised over all steps of all completions of a group.
+
+    $$ \tilde r_{i,j} = \frac{r_{i,j} - \mathrm{mean}(R)}{\mathrm{std}(R) + 10^{-4}} $$
+
+    See *DeepSeekMath* (https://huggingface.co/papers/2402.03300), section 4.1.3, process supervision.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, T)`).
+        given (`torch.BoolTensor` of shape `(N, T)`): where a reward is.
+        group_size (`int`): G.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`, 0 where no reward is given.
+    """
+    spread = _grouped(rewards.float().masked_fill(~given, torch.nan), group_size).flatten(1)  # (N / G, G * T)
+    centred = (spread - spread.nanmean(1, keepdim=True)) / (_nanstd(spread).unsqueeze(1) + EPSILON)
+    return centred.view(rewards.shape).masked_fill(~given, 0.0).nan_to_num(nan=0.0)
+
+
+def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
+    r"""
+    The discounted sum of the rewards at a token and behind it: \\( G_t = r_t + \gamma G_{t+1} \\).
+
+    With [`normalize_steps`] and gamma = 1 it is the advantage of process supervision in DeepSeekMath.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, T)`): 0 where there is none.
+        mask (`torch.BoolTensor` of shape `(N, T)`).
+        gamma (`float`, *optional*, defaults to `1.0`): in [0, 1], per token.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`.
+
+    Example:
+
+    ```python
+    >>> returns_to_go(torch.tensor([[0.0, 1.0, 2.0]]), torch.ones(1, 3).bool(), gamma=0.5)
+    tensor([[1., 2., 2.]])
+    ```
+    """
+    return gae(rewards, torch.zeros_like(rewards, dtype=torch.float32), mask, gamma=gamma, gae_lambda=1.0)
+
+
+def td_errors(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
+    r"""
+    Temporal-difference errors \\( \delta_t = r_t + \gamma V(s_{t+1}) - V(s_t) \\), with 0 behind the last token.
+
+    See *Foundations of Large Language Models* by T. Xiao and J. Zhu, equation 10.42.
+
+    Args:
+        rewards, values (`torch.Tensor` of shape `(N, T)`): the value of a token is that of the state before it.
+        mask, gamma: as in [`returns_to_go`].
+    """
+    return gae(rewards, values, mask, gamma=gamma, gae_lambda=0.0)
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+) -> torch.Tensor:
+    r"""
+    Generalised advantage estimation: \\( A_t = \delta_t + \gamma \lambda A_{t+1} \\).
+
+    See *High-Dimensional Continuous Control Using Generalized Advantage Estimation* by J. Schulman et al.
+    (https://huggingface.co/papers/1506.02438), equation 16. `gae_lambda=0` gives the TD errors (the chapter's A2C),
+    `gae_lambda=1` the return less the value (Monte Carlo).
+
+    Args:
+        rewards, values (`torch.Tensor` of shape `(N, T)`).
+        mask (`torch.BoolTensor` of shape `(N, T)`).
+        gamma (`float`, *optional*, defaults to `1.0`): in [0, 1].
+        gae_lambda (`float`, *optional*, defaults to `0.95`): in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`, fp32, 0 outside the mask.
+
+    Raises:
+        ValueError: shapes differ, or `gamma` or `gae_lambda` is outside [0, 1].
+    """
+    if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
+        raise ValueError(
+            f"found rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)}; "
+            "needed: one shape (N, T) for all."
+        )
+    for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name}={number}; needed: a number from 0 to 1.")
+    rewards, values = rewards.float().masked_fill(~mask, 0.0), values.float().masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(rewards)
+    later = torch.zeros_like(rewards[:, 0])  # (N,): the advantage of the next written token
+    following = torch.zeros_like(later)  # (N,): its value
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = mask[:, t]
+        advantage = rewards[:, t] + gamma * following - values[:, t] + gamma * gae_lambda * later
+        later = torch.where(here, advantage, later)
+        following = torch.where(here, values[:, t], following)
+        advantages[:, t] = torch.where(here, advantage, 0.0)
+    return advantages
+
+
+def shape_rewards(
+    rewards: torch.Tensor, potentials: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Potential-based shaping: \\( r'_t = r_t + \gamma \Phi(s_{t+1}) - \Phi(s_t) \\), with 0 behind the last token.
+
+    It changes which tokens are credited, and not which policy is best: the sum over a completion changes by
+    \\( -\Phi(s_0) \\) alone. See *Policy Invariance Under Reward Transformations* by A. Y. Ng et al. (ICML 1999),
+    theorem 1, and Xiao and Zhu, equations 10.64 to 10.66.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, T)`).
+        potentials (`torch.Tensor` of shape `(N, T)`): of the state before each token, from any per-token scorer.
+        mask, gamma: as in [`returns_to_go`].
+    """
+    return td_errors(rewards, potentials, mask, gamma)
+
+
+def min_form(rewards: torch.Tensor, given: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    r"""
+    Rewards of steps weighted so that their sum is (nearly) the lowest of them: a chain is as good as its worst step.
+
+    $$ r^*_j = \frac{e^{-r_j / \tau}}{\sum_k e^{-r_k / \tau}} \, r_j $$
+
+    See *Stop Summation: Min-Form Credit Assignment Is All Process Reward Model Needs for Reasoning* by J. Cheng et al.
+    (https://huggingface.co/papers/2504.15275). As the temperature falls, the sum falls to the minimum.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, T)`).
+        given (`torch.BoolTensor` of shape `(N, T)`): where a reward is.
+        temperature (`float`, *optional*, defaults to `0.1`): tau, above 0; the paper's.
+
+    Example:
+
+    ```python
+    >>> min_form(torch.tensor([[1.0, 0.0, 0.5]]), torch.tensor([[True, True, True]]), temperature=0.01).sum()
+    tensor(0.)
+    ```
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}; needed: a number above 0.")
+    rewards = rewards.float().masked_fill(~given, 0.0)
+    weights = (-rewards / temperature).masked_fill(~given, -torch.inf).softmax(1).nan_to_num(nan=0.0)
+    return weights * rewards
+
+
+def whiten(advantages: torch.Tensor, mask: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
+    """
+    Advantages with mean 0 and standard deviation 1 over the tokens of the mask: of the batch, or of each group.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(N, T)`).
+        mask (`torch.BoolTensor` of shape `(N, T)`).
+        group_size (`int`, *optional*): G; the whole batch by default.
+    """
+    spread = _grouped(advantages.float().masked_fill(~mask, torch.nan), group_size or len(advantages)).flatten(1)
+    centred = (spread - spread.nanmean(1, keepdim=True)) / (_nanstd(spread).unsqueeze(1) + EPSILON)
+    return centred.view(advantages.shape).masked_fill(~mask, 0.0).nan_to_num(nan=0.0)
+
+
+def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(N, ...) -> (N / G, G, ...)."""
+    if group_size < 1 or len(values) % group_size:
+        raise ValueError(f"{len(values)} completions do not make groups of {group_size}.")
+    return values.view(-1, group_size, *values.shape[1:])
+
+
+def _nanstd(values: torch.Tensor) -> torch.Tensor:
+    """The sample standard deviation of each row without its NaN, (R, C) -> (R,); 0 where fewer than two are there."""
+    count = values.isfinite().sum(1)
+    squares = (values - values.nanmean(1, keepdim=True)).square().nansum(1)
+    return (squares / (count - 1).clamp(min=1)).sqrt()

@@ -1,0 +1,1 @@
+"""`DenseGRPOTrainer`: policies trained with rewards of tokens, steps and segments."""

@@ -1,0 +1,59 @@
+"""Arguments of [`DenseGRPOTrainer`]: everything of `trl.GRPOConfig`, and how dense rewards become advantages."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import GRPOConfig
+
+
+Credit = Literal["outcome", "process", "return", "min_form"]
+
+
+@dataclass
+class DenseGRPOConfig(GRPOConfig):
+    r"""
+    Arguments of [`DenseGRPOTrainer`]. Every argument of `trl.GRPOConfig` keeps its meaning.
+
+    Args:
+        advantage (`str`, *optional*, defaults to `"process"`):
+            How dense rewards become an advantage for every token:
+
+            - `"process"`: rewards are normalised over all steps of all completions of a prompt; a token gets the sum
+              of those at and behind it (*DeepSeekMath*, https://huggingface.co/papers/2402.03300, section 4.1.3).
+            - `"return"`: a token gets the discounted sum of the rewards at and behind it, normalised over the tokens
+              of all completions of a prompt.
+            - `"min_form"`: as `"return"`, of rewards that add up to the worst step (*PURE*,
+              https://huggingface.co/papers/2504.15275).
+            - `"outcome"`: TRL's own. Dense reward functions are then refused.
+        dense_reward_weights (`list[float]`, *optional*):
+            One for each dense reward function; 1 by default.
+        outcome_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of TRL's advantage, that of the scalar `reward_funcs`, which every token of a completion gets.
+        dense_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantage of the dense rewards.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount per token, in [0, 1]; for `"return"` and `"min_form"`.
+        min_form_temperature (`float`, *optional*, defaults to `0.1`):
+            Temperature of `"min_form"`, above 0; the paper's.
+    """
+
+    advantage: Credit = field(
+        default="process",
+        metadata={"help": "how dense rewards become advantages: outcome, process, return or min_form"},
+    )
+    dense_reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "one for each dense reward function"}
+    )
+    outcome_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the scalar rewards"})
+    dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})
+    gamma: float = field(default=1.0, metadata={"help": "discount per token, for return and min_form"})
+    min_form_temperature: float = field(default=0.1, metadata={"help": "temperature of min_form"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.advantage not in (known := ("outcome", "process", "return", "min_form")):
+            raise ValueError(f"advantage={self.advantage!r}; needed: one of {known}.")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}; needed: a number from 0 to 1.")
+        if self.min_form_temperature <= 0:
+            raise ValueError(f"min_form_temperature={self.min_form_temperature}; needed: a number above 0.")

@@ -1,0 +1,152 @@
+"""`DenseGRPOTrainer`: TRL's GRPO with an advantage for every token, from rewards of tokens, steps and segments.
+
+TRL's loss takes advantages of the shape `(B, T)`. This trainer calls TRL's own generation and scoring, and replaces
+the advantages that it returns; nothing else of GRPO is changed, so that every `loss_type`, vLLM mode, `num_iterations`
+and multi-process run works as in TRL.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from trl_ext.losses.advantages import min_form, normalize_steps, returns_to_go, whiten
+from trl_ext.trainers.policy.config import DenseGRPOConfig
+from trl_ext.trainers.policy.dense_rewards import DenseRewards
+
+
+class DenseGRPOTrainer(GRPOTrainer):
+    """
+    GRPO with rewards for parts of a completion.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): the policy, as in `trl.GRPOTrainer`.
+        reward_funcs (*optional*): scalar reward functions, as in `trl.GRPOTrainer`. Their advantage is the same for
+            all tokens of a completion and is added with `outcome_weight`.
+        dense_reward_funcs (*optional*):
+            One or a list of: a process, segment or outcome [`RewardScorer`]; any object with `score_steps`,
+            `score_segments`, or `score_tokens` and `token_texts`; or a function `(prompts, completions, **columns)`
+            that returns for each completion a list of `(start, end, reward)` in characters, or `None` for no rewards.
+            A reward is put on the token that completes the last character of its span. The reward model's tokenizer
+            may differ from the policy's.
+        args ([`DenseGRPOConfig`], *optional*): how rewards become advantages, and everything of `trl.GRPOConfig`.
+        **kwargs: as in `trl.GRPOTrainer`. `tools`, `rollout_func` and `environment_factory` are refused: spans of
+            characters are those of one answer.
+
+    Raises:
+        ValueError: no reward function at all, dense ones with `advantage="outcome"`, or other weights than functions.
+        [`DenseRewardError`]: during training, spans outside a completion, rewards that are not finite, wrong counts.
+
+    Example:
+
+    ```python
+    prm = RewardScorer("outputs/prm")
+    trainer = DenseGRPOTrainer(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=accuracy_reward,
+        dense_reward_funcs=prm,
+        args=DenseGRPOConfig(output_dir="outputs/policy", advantage="process"),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "trl_ext", "dense-grpo"]
+    _name = "Dense GRPO"
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        dense_reward_funcs: Any = None,
+        args: DenseGRPOConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = DenseGRPOConfig("dense-grpo") if args is None else args
+        if not isinstance(args, DenseGRPOConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}; needed: a DenseGRPOConfig, which has all of its fields."
+            )
+        refused = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name) is not None]
+        if refused:
+            raise ValueError(f"{refused[0]} is given; dense rewards need completions of one answer, without tools.")
+        scalar, dense = _listed(reward_funcs), _listed(dense_reward_funcs)
+        if not scalar and not dense:
+            raise ValueError("Neither reward_funcs nor dense_reward_funcs is given; needed: at least one function.")
+        if dense and args.advantage == "outcome":
+            raise ValueError(
+                f"{len(dense)} dense reward functions are given with advantage='outcome', which does not use them. "
+                "Choose 'process', 'return' or 'min_form', or leave dense_reward_funcs out."
+            )
+        weights = args.dense_reward_weights or [1.0] * len(dense)
+        if len(weights) != len(dense):
+            raise ValueError(f"{len(weights)} dense_reward_weights for {len(dense)} functions; needed: one for each.")
+        self._dense: DenseRewards | None = None
+        if dense:
+            self._dense = DenseRewards(dense, weights, lambda: _tokenizer(self.processing_class))
+            args = copy.copy(args)  # the user's stays as it is
+            args.reward_weights = [*(args.reward_weights or [1.0] * len(scalar)), 0.0]
+            classes = kwargs.get("reward_processing_classes")
+            if classes is not None:
+                kwargs["reward_processing_classes"] = [*_listed(classes), None]
+            scalar = [*scalar, self._dense]
+        super().__init__(model=model, reward_funcs=scalar, args=args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._dense is not None:
+            mode = "train" if self.model.training else "eval"
+            rewards, given = self._dense.take(output["completion_ids"].shape, output["completion_ids"].device)
+            mask = output["completion_mask"].bool()
+            group_size = self.num_generations if mode == "train" else self.num_generations_eval
+            dense = self._across_processes(self._dense_advantages, rewards, given & mask, mask, group_size)
+            outcome = output["advantages"].unsqueeze(1) * mask
+            output["advantages"] = self.args.outcome_weight * outcome + self.args.dense_weight * dense
+            self._log_dense(mode, given & mask, mask, dense)
+        return output
+
+    def _dense_advantages(
+        self, rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor, group_size: int
+    ) -> torch.Tensor:
+        """Advantages `(N, T)` of whole groups; see [`DenseGRPOConfig`] for what each name means."""
+        if self.args.advantage == "process":
+            return returns_to_go(normalize_steps(rewards, given, group_size), mask)
+        if self.args.advantage == "min_form":
+            rewards = min_form(rewards, given, self.args.min_form_temperature)
+        return whiten(returns_to_go(rewards.masked_fill(~given, 0.0), mask, self.args.gamma), mask, group_size)
+
+    def _across_processes(
+        self,
+        function: Callable,
+        rewards: torch.Tensor,
+        given: torch.Tensor,
+        mask: torch.Tensor,
+        group_size: int,
+    ) -> torch.Tensor:
+        """`function` of the whole groups, which may be spread over processes; this process's rows of the result."""
+        size, width = rewards.shape
+        parts = (rewards, given.long(), mask.long())
+        padded = [self.accelerator.pad_across_processes(part, dim=1) for part in parts]
+        rewards, given, mask = (self.accelerator.gather(part) for part in padded)
+        start = self.accelerator.process_index * size
+        return function(rewards, given.bool(), mask.bool(), group_size)[start : start + size, :width]
+
+    def _log_dense(self, mode: str, given: torch.Tensor, mask: torch.Tensor, dense: torch.Tensor) -> None:
+        counts = torch.stack([given.sum(), given.any(1).sum(), torch.tensor(len(given), device=given.device)]).float()
+        rewards, rewarded, completions = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._metrics[mode]["dense/rewards_per_completion"].append(rewards / completions)
+        self._metrics[mode]["dense/completions_without_reward"].append(1 - rewarded / completions)
+        size = (dense.abs() * mask).sum() / mask.sum().clamp(min=1)
+        self._metrics[mode]["dense/advantage_size"].append(self.accelerator.gather(size).mean().item())
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _tokenizer(processing_class: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
