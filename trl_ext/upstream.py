@@ -43,6 +43,8 @@ _TRAINER = "transformers:Trainer"
 _TOKENS = "trl_ext.trainers.token.trainer"
 _SFT = "trl.trainer.sft_trainer:SFTTrainer"
 _STUDENT = "trl_ext.trainers.weak_to_strong.trainer"
+_GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
+_DENSE = "trl_ext.trainers.policy.trainer"
 
 PRIVATE_NAMES = (
     UpstreamName(
@@ -77,6 +79,17 @@ PRIVATE_NAMES = (
     ),
     UpstreamName(_REWARD, "_total_train_tokens", "instance", _OURS, "tokens seen, which TRL logs as num_tokens"),
     UpstreamName(_REWARD, "_tp_size", "instance", _OURS, "tensor-parallel ranks that were given the same batch"),
+    UpstreamName(
+        _GRPO,
+        "_generate_and_score_completions",
+        "method",
+        _DENSE,
+        "its result holds advantages (B,), which we replace by (B, T); the loss takes both",
+        ("inputs",),
+    ),
+    UpstreamName(_GRPO, "_metrics", "instance", _DENSE, "mode to name to values, which TRL averages when it logs"),
+    UpstreamName(_GRPO, "_tag_names", "class", _DENSE, "tags of the model card"),
+    UpstreamName(_GRPO, "_name", "class", _DENSE, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_name", "class", _STUDENT, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_metrics", "instance", _STUDENT, "mode to name to values, which TRL averages when it logs"),
     UpstreamName(_SFT, "_total_train_tokens", "instance", _STUDENT, "tokens seen, which TRL logs as num_tokens"),

@@ -41,6 +41,37 @@ def sft_trainer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def grpo_trainer(tmp_path_factory):
+    """TRL's GRPOTrainer on a tiny model: instance attributes are looked up on it, and what its scoring returns."""
+    import trl
+
+    folder = tmp_path_factory.mktemp("upstream_grpo")
+    model = save_tiny_model(folder / "model", "llama")
+    args = trl.GRPOConfig(
+        output_dir=str(folder / "out"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=4,
+    )
+    lengths = lambda prompts, completions, **columns: [float(len(text)) for text in completions]  # noqa: E731
+    rows = Dataset.from_list([{"prompt": "2+2="}] * 4)
+    return trl.GRPOTrainer(model=str(model), reward_funcs=lengths, args=args, train_dataset=rows)
+
+
+def test_grpo_returns_one_advantage_a_completion_and_its_loss_takes_one_a_token(grpo_trainer):
+    output = grpo_trainer._generate_and_score_completions([{"prompt": "2+2="}] * 2)
+    assert output["advantages"].shape == (2,)
+    assert {"completion_ids", "completion_mask"} <= set(output)
+    grpo_trainer.current_gradient_accumulation_steps = 1
+    whole = grpo_trainer._compute_loss(grpo_trainer.model, output)
+    output["advantages"] = output["advantages"][:, None].expand(output["completion_mask"].shape)
+    assert grpo_trainer._compute_loss(grpo_trainer.model, output).item() == pytest.approx(whole.item(), abs=1e-7)
+
+
+@pytest.fixture(scope="module")
 def trl_trainer(tmp_path_factory):
     """TRL's own trainer on a tiny model: the instance attributes are looked up on it."""
     import trl
@@ -57,7 +88,7 @@ def test_the_list_is_not_empty():
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=identify)
-def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer):
+def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer, grpo_trainer):
     owner = owner_of(entry)
     if entry.kind == "method":
         parameters = list(inspect.signature(inspect.getattr_static(owner, entry.name)).parameters)
@@ -66,7 +97,11 @@ def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer):
         inspect.getattr_static(owner, entry.name)
     else:
         assert entry.kind == "instance"
-        instances = [item for item in (trl_trainer, sft_trainer, trl_trainer.model.config) if isinstance(item, owner)]
+        instances = [
+            item
+            for item in (trl_trainer, sft_trainer, grpo_trainer, trl_trainer.model.config)
+            if isinstance(item, owner)
+        ]
         assert instances and all(entry.name in vars(instance) for instance in instances)
 
 

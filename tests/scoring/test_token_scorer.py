@@ -446,3 +446,43 @@ def test_score_command_of_a_process_model(trained, tmp_path):
         found = [json.loads(line)["score"] for line in target.read_text().splitlines()]
         assert found == pytest.approx(RewardScorer(folder, aggregation=name)(prompts, completions), abs=1e-6)
     assert cli.main([*command, str(target), "--aggregation", "last"]) == 1  # made with another one
+
+
+# Spans of what a policy wrote
+
+
+def test_spans_are_the_steps_and_what_they_score(trained):
+    folder, _ = trained("prm")
+    scorer = RewardScorer(folder)
+    rows = step_rows(4, seed=7)
+    prompts = [row["prompt"] for row in rows]
+    texts = ["\n".join(row["completions"]) for row in rows]  # the last step has no separator
+    found = scorer.score_spans(prompts, texts)
+    for spans, text, scores in zip(
+        found, texts, scorer.score_steps(prompts, [row["completions"] for row in rows]), strict=True
+    ):
+        assert "".join(text[start:end] for start, end, _ in spans) == text
+        assert [reward for *_, reward in spans] == pytest.approx(scores)
+    assert scorer.score_spans(["p"], [""]) == [[]]
+
+
+def test_spans_of_an_outcome_model_add_up_to_its_last_probability(trained):
+    folder, _ = trained("orm")
+    scorer = RewardScorer(folder)
+    rows = outcome_rows(4, seed=7)
+    prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    found = scorer.score_spans(prompts, completions)
+    for spans, tokens, text in zip(found, scorer.score_tokens(prompts, completions), completions, strict=True):
+        assert sum(reward for *_, reward in spans) == pytest.approx(1 / (1 + math.exp(-tokens[-1])), abs=1e-6)
+        assert spans[0][0] == 0 and spans[-1][1] == len(text)
+        assert spans[0][2] == pytest.approx(1 / (1 + math.exp(-tokens[0])), abs=1e-6)
+
+
+def test_spans_of_a_segment_model_add_categories_up(trained):
+    folder, _ = trained("segment")
+    scorer = RewardScorer(folder)
+    text = "One thing is so. Another one is not."
+    ((first, second),) = scorer.score_spans(["p"], [text])
+    (values,) = scorer.score_segments(["p"], [text], [[first[:2], second[:2]]])
+    totals = [sum(v.values()) if isinstance(v, dict) else v for v in values]
+    assert [first[2], second[2]] == pytest.approx(totals)

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_ext.data.offsets import completion_text
 from trl_ext.data.segmentation import CharSpan
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.inputs import load_tokenizer, text_tokenizer
@@ -22,7 +23,7 @@ from trl_ext.models.loading import load_reward_model
 from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar
 from trl_ext.scoring.normalizer import mean_and_std
 from trl_ext.scoring.raw_scorer import RawScorer, check_lengths, check_limits
-from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse
+from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse, total
 
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,11 @@ class RewardScorer:
         )
         sidecar = get_sidecar(self.model)
         self.normalizer = None if sidecar is None else sidecar.normalizer
+
+    @property
+    def kind(self) -> str:
+        """`"scalar"`, `"outcome"`, `"process"` or `"segment"`."""
+        return self.raw.kind
 
     @property
     def num_truncated(self) -> int:
@@ -285,6 +291,42 @@ class RewardScorer:
         self.raw.views.check_spans(cuts)
         return self.raw.read(prompts, cuts, columns, self.raw.views.segments)
 
+    def score_spans(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> list[list[tuple[int, int, float]]]:
+        """
+        The scored parts of completions that a policy wrote, as `DenseGRPOTrainer` takes them: `(start, end, reward)`.
+
+        A process model gives P(correct) of each step, a segment model the estimated label of each segment (categories
+        are added up); both are cut as in a call of the scorer. An outcome model gives for each token by how much it
+        changes P(right), so that the rewards of a completion add up to P(right) at its last token, whatever its
+        length. What `max_length` cuts off has no reward. Arguments as in a call.
+
+        Returns:
+            `list[list[tuple[int, int, float]]]`: characters of each completion (of messages: of the last content).
+
+        Raises:
+            `ValueError`: the model is a scalar one.
+        """
+        refuse("score_spans", self.raw.kind, self.__name__)
+        views = self.raw.views
+        cuts = [views.cut(completion) for completion in completions]
+        if self.kind == "outcome":
+            texts = self.raw.token_texts(prompts, completions, columns)
+            changes = self.raw.read(prompts, cuts, columns, views.changes)
+            return [_spans_of_pieces(*row) for row in zip(texts, changes, strict=True)]
+        view = views.steps if self.kind == "process" else views.segments
+        scores = self.raw.read(prompts, cuts, columns, view)
+        lengths = [len(completion_text(completion)) if completion else 0 for completion in completions]
+        return [
+            [
+                (start, min(end, length), total(v))
+                for (start, end), v in zip(cut.spans, values, strict=True)
+                if v is not None
+            ]
+            for cut, values, length in zip(cuts, scores, lengths, strict=True)
+        ]
+
     def combine(self, scores: Sequence[Sequence[Value | None]]) -> list[float | None]:
         """
         The scores that a call gives, of what `score_steps` or `score_segments` returned: aggregated and normalised.
@@ -302,6 +344,20 @@ class RewardScorer:
             return scores
         mean, std = self.normalizer["mean"], self.normalizer["std"]
         return [None if score is None else (score - mean) / std for score in scores]
+
+
+def _spans_of_pieces(pieces: Sequence[str], rewards: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Characters of each piece with its reward; what closes a completion is put on the last piece with a text."""
+    spans: list[tuple[int, int, float]] = []
+    start = waiting = 0
+    for piece, reward in zip(pieces, rewards, strict=True):
+        waiting += reward
+        if piece:
+            spans.append((start, start + len(piece), waiting))
+            start, waiting = start + len(piece), 0
+    if spans and waiting:
+        spans[-1] = (*spans[-1][:2], spans[-1][2] + waiting)
+    return spans
 
 
 class _Source(NamedTuple):

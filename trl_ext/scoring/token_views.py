@@ -29,6 +29,7 @@ METHODS = {
     "score_tokens": ("outcome", "process", "segment"),
     "score_steps": ("process",),
     "score_segments": ("segment",),
+    "score_spans": ("outcome", "process", "segment"),
     "combine": ("process", "segment"),
 }
 
@@ -129,6 +130,11 @@ class TokenViews:
         known = (dict(zip(self._categories, row, strict=True)) if self._categories else row[0] for row in table)
         return [None if place is None else next(known) for place in places]
 
+    def changes(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> list[float]:
+        """By how much each token of a completion changes P(right); the first one starts from 0."""
+        right = self._right(outputs[located.completion_start :], "negative").tolist()
+        return [after - before for before, after in zip([0.0, *right], right, strict=False)]
+
     def scalar(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> float | None:
         """One number for a completion; steps and segments that were cut off do not count."""
         if self.kind == "outcome":
@@ -221,3 +227,8 @@ def refuse(method: str, kind: str, name: str) -> None:
             f"{name} is a reward model of kind {kind!r}, and `{method}` needs one of kind {wanted}: call "
             f"{other + ' or ' if other else ''}the scorer itself."
         )
+
+
+def total(value: Value) -> float:
+    """The estimated label of a segment as one number: categories are added up."""
+    return sum(value.values()) if isinstance(value, Mapping) else value

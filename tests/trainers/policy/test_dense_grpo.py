@@ -7,6 +7,8 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import save_tiny_model
+from tests.trainers.token_helpers import step_rows, token_trainer
+from trl_ext import RewardScorer
 from trl_ext.data.segmentation import steps
 from trl_ext.losses.advantages import normalize_steps, returns_to_go
 from trl_ext.trainers.policy.config import DenseGRPOConfig
@@ -194,6 +196,19 @@ def test_scorers_become_spans():
     assert found == [(0, 5, 6.0), (5, 15, 11.0)]
     (found,) = dense_function(TokenScorer())(prompts=["p"], completions=["one two"])
     assert found == [(0, 3, 0.0), (3, 7, 1.0)]
+
+
+def test_a_trained_process_model_gives_the_steps_their_credit(policy_path, tmp_path):
+    base = save_tiny_model(tmp_path / "base", "llama")  # another tokenizer than the policy's
+    prm = token_trainer("prm", base, tmp_path / "prm", step_rows(12), max_steps=2)
+    prm.train()
+    prm.save_model()
+    scorer = RewardScorer(tmp_path / "prm", name="prm")
+    before = [p.detach().clone() for p in scorer.model.parameters()]
+    trainer = DenseGRPOTrainer(str(policy_path), None, scorer, args=config(tmp_path / "out"), train_dataset=PROMPTS)
+    trainer.train()
+    assert trainer.state.log_history[0]["dense/rewards_per_completion"] >= 1
+    assert all(map(torch.equal, before, scorer.model.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Policy and reward model may have different tokenizers; rewards travel through ch
 token ids, and nothing of rewards' origin or of training.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -32,15 +33,9 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if tokenizer.is_fast:
-        stream, ends, length = DecodeStream(skip_special_tokens=True), [], 0
-        pieces = []
-        for token in ids:
-            piece = stream.step(tokenizer.backend_tokenizer, int(token)) or ""
-            pieces.append(piece)
-            length += len(piece)
-            ends.append(length)
+        pieces = _streamed(tokenizer, ids)
         if "".join(pieces) == text:
-            return text, ends
+            return text, list(itertools.accumulate(map(len, pieces)))
     # Some decoders look at neighbours (a space at the start, white space that is cleaned up): decode every prefix. An
     # incomplete character decodes to a mark that a later token replaces, so what counts is what stays.
     prefixes = [tokenizer.decode(ids[: place + 1], skip_special_tokens=True) for place in range(len(ids))]
@@ -48,6 +43,17 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[
     for place in range(len(ends) - 2, -1, -1):
         ends[place] = min(ends[place], ends[place + 1])
     return text, ends
+
+
+def _streamed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; shorter where the stream gives up on bytes that are no characters."""
+    stream, pieces = DecodeStream(skip_special_tokens=True), []
+    try:
+        for token in ids:
+            pieces.append(stream.step(tokenizer.backend_tokenizer, int(token)) or "")
+    except Exception:  # tokenizers raises nothing more specific ("Invalid prefix encountered")
+        return pieces[:-1]
+    return pieces
 
 
 def token_of(ends: Sequence[int], end: int) -> int | None:

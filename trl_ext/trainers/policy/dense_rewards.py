@@ -31,21 +31,19 @@ def dense_function(source: Any) -> DenseFunction:
 
     Args:
         source (`Any`):
-            An object with `score_steps` (cut at line breaks), `score_segments` (cut at sentences; categories are added
-            up) or `score_tokens` and `token_texts`: a `RewardScorer` is asked for what its kind gives. Anything else
-            that can be called is such a function already.
+            A `RewardScorer` of steps, segments or tokens (or anything with `score_spans`). An object with
+            `score_steps` (cut at line breaks), `score_segments` (cut at sentences; categories are added up), or
+            `score_tokens` and `token_texts` (each token's output is its reward). Or such a function.
 
     Raises:
         TypeError: it is none of these.
     """
-    kind = getattr(source, "kind", None)
-    views = {"process": _steps, "segment": _segments, "outcome": _tokens}
-    if kind in views:
-        return views[kind](source)
-    if kind == "scalar":
+    if getattr(source, "kind", None) == "scalar":
         raise TypeError(
             f"{_name(source)} is a scalar reward model: it gives one number a completion. Pass it in `reward_funcs`."
         )
+    if hasattr(source, "score_spans"):
+        return source.score_spans
     for method, view in (("score_steps", _steps), ("score_segments", _segments), ("score_tokens", _tokens)):
         if hasattr(source, method):
             return view(source)
