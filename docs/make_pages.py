@@ -39,6 +39,7 @@ API = {
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
+    "policies": ("Policies", "DenseGRPOTrainer DenseGRPOConfig"),
     "weak_to_strong": (
         "Weak to strong",
         "weak_to_strong WeakToStrongArguments WeakToStrongTrainer WeakToStrongConfig performance_gap_recovered",
@@ -46,7 +47,7 @@ API = {
 }
 # Modules with functions that users call by their path.
 API_MODULES = {
-    "losses": ("Losses", "losses.ranking losses.token losses.distillation"),
+    "losses": ("Losses", "losses.ranking losses.token losses.distillation losses.advantages"),
     "data": ("Segmenters", "data.segmentation"),
     "views": ("Views of a scored text", "scoring.view"),
     "voting": ("Votes and estimators", "metrics.voting metrics.pgr"),

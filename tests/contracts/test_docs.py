@@ -175,6 +175,10 @@ def test_every_field_of_a_config_is_documented():
         "RewardEnsembleConfig": (trl_ext.RewardConfig, section("trainers/ensemble_trainers.md", "Fields")),
         "WeakToStrongConfig": (trl.SFTConfig, section("trainers/weak_to_strong.md", "WeakToStrongTrainer")),
         "WeakToStrongArguments": (object, section("trainers/weak_to_strong.md", "Fields of WeakToStrongArguments")),
+        "DenseGRPOConfig": (
+            trl.GRPOConfig,
+            section("trainers/dense_grpo_trainer.md", "Fields of DenseGRPOConfig"),
+        ),
         "RejectionSamplingConfig": (
             trl.SFTConfig,
             section("trainers/rejection_sampling_trainer.md", "Fields of RejectionSamplingConfig"),

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import save_tiny_model
-from tests.trainers.token_helpers import step_rows, token_trainer
+from tests.trainers.table import step_rows, token_trainer
 from trl_ext import RewardScorer
 from trl_ext.data.segmentation import steps
 from trl_ext.losses.advantages import normalize_steps, returns_to_go
