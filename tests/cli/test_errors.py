@@ -66,7 +66,7 @@ MISTAKES = {
         ["merge", "lm", "merged"],
         "lm is a language model (LlamaForCausalLM) without a reward",
     ),
-    "merge: the base is gone": (["merge", "adapter", "merged"], "which is not there. Restore that folder"),
+    "merge: the base is gone": (["merge", "adapter", "merged"], "which does not exist here. Restore that folder"),
     "score: no such folder": (score("./nowhere"), "./nowhere is not a folder"),
     "score: a language model": (
         score("lm"),
@@ -74,7 +74,7 @@ MISTAKES = {
     ),
     "score: an empty folder": (score("empty"), "config.json"),
     "score: an unknown family": (score("martian"), "martian cannot be loaded as a model"),
-    "score: the base is gone": (score("adapter"), "which is not there. Restore that folder"),
+    "score: the base is gone": (score("adapter"), "which does not exist here. Restore that folder"),
     "score: no such file": (score("lm", "nothing.jsonl"), "nothing.jsonl"),
     "reward: no model": (["reward", "--output_dir", "out", *SHORT], "Give `--model_name_or_path`"),
     "reward: no such folder": (reward("./nowhere"), "./nowhere is not a folder"),

@@ -215,7 +215,7 @@ def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
         (
             "reward/rankings_lora_0.6b.yaml",
             ["shared_prefix=true", "attn_implementation=flash_attention_2"],
-            "shared_prefix=True cannot be had",
+            "shared_prefix=True is not possible",
         ),
         ("reward/rankings_lora_0.6b.yaml", ["max_tokens_per_batch=0"], "max_tokens_per_batch=0 is too small"),
         ("reward/rankings_lora_0.6b.yaml", ["report_to=nope"], "nope is not supported"),

@@ -104,7 +104,7 @@ def test_a_base_that_is_gone_says_what_to_do(tmp_path):
     base = tiny_base(tmp_path / "base")
     train(base, tmp_path / "adapter", peft_config=LoraConfig())
     shutil.move(base, tmp_path / "moved")
-    with pytest.raises(BaseMismatchError, match="which is not there.*`base_model=`"):
+    with pytest.raises(BaseMismatchError, match="which does not exist here.*`base_model=`"):
         load_reward_model(tmp_path / "adapter")
     model = load_reward_model(tmp_path / "adapter", base_model=str(tmp_path / "moved"), allow_base_mismatch=True)
     assert scores_of(model).isfinite().all()

@@ -46,7 +46,7 @@ def test_a_base_is_compared_with_what_its_path_holds(base, tmp_path, kind):
     reloaded = load_reward_model(tmp_path / "adapter")
     assert max_change(scores_of(trainer.model), scores_of(reloaded)) <= 1e-5
     with pytest.raises(
-        BaseMismatchError, match="not what .* holds: `model.layers.0.self_attn.v_proj.weight` and 1 more"
+        BaseMismatchError, match="differs from the files in .*: `model.layers.0.self_attn.v_proj.weight` and 1 more"
     ):
         make_trainer(with_merged_adapter(in_memory(base, **kwargs)), tmp_path, peft_config=LORA)
 
@@ -59,11 +59,11 @@ def test_every_way_to_an_adapter_on_a_changed_base_is_refused(base, tmp_path):
     args = RewardEnsembleConfig(str(tmp_path), num_members=2, report_to="none", bf16=False, use_cpu=True)
     rows = Dataset.from_list(pair_rows(4))
     merged, tokenizer = with_merged_adapter(in_memory(base)), AutoTokenizer.from_pretrained(base)
-    with pytest.raises(BaseMismatchError, match="is not what"):
+    with pytest.raises(BaseMismatchError, match="differs from the files"):
         RewardEnsembleTrainer(merged, args, train_dataset=rows, processing_class=tokenizer, peft_config=LORA)
     nowhere = AutoModelForSequenceClassification.from_config(in_memory(base).config)
     nowhere.config._name_or_path = ""
-    with pytest.raises(BaseMismatchError, match="comes from no folder or Hub repository"):
+    with pytest.raises(BaseMismatchError, match="was not loaded from a folder or Hub repository"):
         make_trainer(nowhere, tmp_path, peft_config=LORA, processing_class=tokenizer)
     train(nowhere, tmp_path / "full", processing_class=tokenizer)  # a full model is saved with all its weights
     load_reward_model(tmp_path / "full")
@@ -103,7 +103,7 @@ def sft(base, tmp_path_factory):
 
 def test_the_adapter_of_a_language_model_is_merged_and_trained_in_full(base, sft, tmp_path, caplog):
     trainer = make_trainer(str(sft), tmp_path)
-    assert f"It is merged into {base} in memory, and the reward head starts new" in caplog.text
+    assert f"It is merged into {base} in memory, and the model gets a new reward head" in caplog.text
     language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(language, sft).merge_and_unload()
     for name, weight in merged.model.named_parameters():
@@ -135,4 +135,4 @@ def test_a_value_head_is_named(sft, tmp_path, caplog):
     with pytest.raises(HeadError, match=r"value head \(value_head.safetensors\), as LlamaFactory saves it"):
         load_reward_model(folder)
     make_trainer(str(folder), tmp_path / "out")
-    assert "the value head beside it is not read" in caplog.text
+    assert "the value head beside the adapter is ignored" in caplog.text

@@ -166,7 +166,7 @@ def test_merged_model_works_in_a_stock_grpo_trainer(merged, folder, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- refusals
 def test_int8_says_why_it_cannot_be_exact(adapters, tmp_path):
-    with pytest.raises(MergeError, match="int8 base rounds activations"):
+    with pytest.raises(MergeError, match="int8 base also rounds activations"):
         merge_reward_model(adapters["int8"][0], tmp_path / "merged", tolerance=1e-3)
     assert list(tmp_path.iterdir()) == []
 

@@ -333,7 +333,7 @@ def test_adapters_and_models_in_memory(reward_path):
     model = load_reward_model(path)
     assert get_sidecar(model).is_adapter
     assert RewardScorer(model, AutoTokenizer.from_pretrained(path))(prompts, completions) == want
-    with pytest.raises(ValueError, match="does not know its tokenizer.*processing_class"):
+    with pytest.raises(ValueError, match="does not say its tokenizer.*processing_class"):
         RewardScorer(model)
     full = reward_path()
     in_memory = RewardScorer(load_reward_model(full), device="cpu")  # its config knows the folder

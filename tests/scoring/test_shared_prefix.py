@@ -119,7 +119,7 @@ def test_rows_without_common_prompts_stay_padded(reward_path, monkeypatch):
 
 
 def test_unsupported_models_are_refused_only_on_demand(reward_path):
-    with pytest.raises(ValueError, match="shared_prefix=True cannot be had: .* no decoder"):
+    with pytest.raises(ValueError, match="shared_prefix=True is not possible: .* no decoder"):
         RewardScorer(reward_path("bert"), shared_prefix=True)
     prompts, completions = best_of_n_rows(n=2)
     assert RewardScorer(reward_path("bert"))(prompts, completions) == pytest.approx(

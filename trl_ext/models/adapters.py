@@ -1,4 +1,4 @@
-"""Adapters of reward models: which PEFT configs can be saved and loaded again, and putting one on a model.
+"""Adapters of reward models: checks that a PEFT config can be saved and loaded again, and puts an adapter on a model.
 
 It knows PEFT configs and modules. It knows nothing of files, text or training.
 """
@@ -28,9 +28,10 @@ def check_adapter_config(config: PeftConfig, *, initialised: bool = False) -> No
     MiCA) or that needs data (EVA) is therefore lost: loading would run it again, on the changed weights or not at all.
 
     Args:
-        config (`PeftConfig`): the user's.
+        config (`PeftConfig`): the user's config.
         initialised (`bool`, *optional*, defaults to `False`):
-            The adapter is in memory already, so that an initialisation which needs data (EVA) has had it.
+            Whether the adapter is in memory already. Then an initialisation that needs data (EVA) is allowed, because
+            it has been run.
     """
     # not every tuner's config has the field
     if config.is_prompt_learning or not hasattr(config, "modules_to_save"):
@@ -60,9 +61,9 @@ def check_adapter_config(config: PeftConfig, *, initialised: bool = False) -> No
 
 def changes_to_base(config: PeftConfig) -> list[str]:
     """
-    The settings of a PEFT config by which loading the adapter changes the model it is put on, as `name=value`.
+    The settings of a PEFT config that make the adapter change the base weights when it is loaded, as `name=value`.
 
-    Such an adapter loads on a base of its own. It cannot share a base with other adapters or with a policy.
+    Such an adapter needs a separate copy of the base. It cannot share one with other adapters or with a policy.
     """
     # other tuners lack some of these fields
     init = getattr(config, "init_lora_weights", True)
@@ -78,12 +79,12 @@ def add_adapter(
     model: PreTrainedModel, peft_config: PeftConfig, head: list[str], *, autocast_adapter_dtype: bool = True
 ) -> PeftModel:
     """
-    Wrap the model with an adapter whose head is trained and saved, whatever the user's `LoraConfig` says.
+    Wrap the model with an adapter, and make sure that its head is trained and saved whatever the user's config says.
 
     The task type becomes that of the model's class. The head joins `modules_to_save` and is excluded from the
     adapter's targets; a target that names it is dropped with a warning. The given config is not changed. Raises
-    `ValueError` for a config that cannot be saved and loaded again ([`check_adapter_config`]) and for one whose only
-    target is the head.
+    `ValueError` for a config that cannot be saved and loaded again ([`check_adapter_config`]), and for a config whose
+    only target is the head.
     """
     config = adapter_config(model, peft_config, head)
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -92,7 +93,7 @@ def add_adapter(
 
 
 def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[str]) -> PeftConfig:
-    """A copy of the user's config with which the head is trained and saved; raises as [`add_adapter`] does."""
+    """A copy of the user's config that also trains and saves the head; raises as [`add_adapter`] does."""
     check_adapter_config(peft_config)
     config = copy.deepcopy(peft_config)
     targets = _as_list(config.target_modules)
@@ -117,7 +118,7 @@ def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[s
         for path, m in model.get_submodule(name).named_modules(prefix=name)
         if isinstance(m, nn.Linear)
     ]
-    if hasattr(config, "exclude_modules"):  # a few tuners have none; a head that they adapt is refused later
+    if hasattr(config, "exclude_modules"):  # a few tuners lack it; `make_head_exact` refuses a head that they adapt
         if isinstance(config.exclude_modules, str):
             config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?(?:{'|'.join(map(re.escape, linear))})"
         else:
@@ -126,7 +127,7 @@ def adapter_config(model: PreTrainedModel, peft_config: PeftConfig, head: list[s
 
 
 def _as_list(targets: list[str] | set[str] | str | None) -> list[str]:
-    """The module names of `target_modules`; none for a pattern, `"all-linear"` or the default."""
+    """The module names in `target_modules`; an empty list for a pattern, `"all-linear"` or the default."""
     return [] if targets is None or isinstance(targets, str) else list(targets)
 
 

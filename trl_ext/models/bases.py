@@ -1,4 +1,4 @@
-"""The base of an adapter: what it is, whether another one is the same, and whether its path holds what is in memory.
+"""The base of an adapter: describes it, compares it with another base, and compares memory with the saved files.
 
 It knows models, weights in memory and in files, and the base that a sidecar records. It knows nothing of heads, files
 of adapters, text or training.
@@ -25,13 +25,14 @@ from trl_ext.models.sidecar import BaseModel, Sidecar, probe_drift, vocab_size
 
 logger = logging.getLogger(__name__)
 
-# Probe scores may move by this share of their standard deviation (kernels, device); another base moves 0.12 to 0.54.
+# Kernels and devices may move probe scores by this share of their standard deviation; a wrong base moves them by 0.12
+# to 0.54 of it.
 MAX_PROBE_DRIFT = 0.1
-# Parts of a parameter's name that wrappers of PEFT add to it.
+# Parts that PEFT's wrappers add to a parameter's name.
 _WRAPPERS = ("base_layer", "original_module", "token_adapter")
-# Rows of a tensor, and numbers of a quantized one, that are compared with its file.
+# How many rows of a tensor, and how many numbers of a quantized tensor, are compared with the file.
 _SAMPLED_ROWS, _SAMPLED_NUMBERS = 8, 8192
-# Share of quantized numbers that another device or dtype may round otherwise.
+# Share of the quantized numbers that another device or dtype may round differently.
 _ROUNDING = 0.02
 
 
@@ -64,7 +65,7 @@ def same_source(one: str | Path, other: str) -> bool:
 
 
 def base_differences(base: BaseModel, dtype: Any, quantization: dict[str, Any] | None) -> list[str]:
-    """In which settings a base differs from the recorded one, in words. Weights are compared by [`check_probes`]."""
+    """The settings in which a base differs from the recorded one, in words. [`check_probes`] compares the weights."""
     found = []
     if as_dtype(dtype) not in ("auto", as_dtype(base.dtype)):
         found.append(f"dtype {base.dtype}, asked for {dtype}")
@@ -77,17 +78,17 @@ def base_differences(base: BaseModel, dtype: Any, quantization: dict[str, Any] |
 def quantization_config(quantization: dict[str, Any] | None) -> BitsAndBytesConfig | None:
     """The recorded quantization as an argument of `from_pretrained`."""
     if quantization is None or quantization.get("quant_method") != "bitsandbytes":
-        return None  # another method is baked into the base checkpoint, which brings its own config
+        return None  # other methods are part of the base checkpoint, which contains their config
     return BitsAndBytesConfig.from_dict(dict(quantization))
 
 
 def as_recorded(config: BitsAndBytesConfig | None) -> dict[str, Any] | None:
-    """A quantization config as a sidecar records it."""
+    """A quantization config in the form that a sidecar records."""
     return None if config is None else _plain(config.to_dict())
 
 
 def plain_name(name: str) -> str:
-    """The name of a weight as it is in a model without adapters."""
+    """The name that a weight has in a model without adapters."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -95,7 +96,7 @@ def check_same_base(model: nn.Module, sidecar: Sidecar, path: str | Path) -> Non
     """
     Raise [`BaseMismatchError`] if a model in memory has other settings than the recorded base.
 
-    Its path does not count, because folders move: [`check_probes`] compares what the models compute.
+    The path is not compared, because folders move. [`check_probes`] compares what the models compute.
     """
     here = describe_base(model)
     differences = base_differences(sidecar.base, here.dtype, here.quantization)
@@ -106,7 +107,7 @@ def check_same_base(model: nn.Module, sidecar: Sidecar, path: str | Path) -> Non
     if differences:
         raise BaseMismatchError(
             f"{path} was trained on another base than the model in memory: {'; '.join(differences)}. Its scores would "
-            "change. Load that model as the reward model's base was loaded."
+            "change. Load the model in memory with the settings of the recorded base."
         )
 
 
@@ -114,15 +115,15 @@ def check_probes(
     model: nn.Module, sidecar: Sidecar, path: str | Path, allow_base_mismatch: bool, moved_to: str | None = None
 ) -> None:
     """
-    Compare the scores of the probes with those at save time, and log by how much they moved.
+    Compare the scores of the probes with those at save time, and log how far they moved.
 
     Args:
         model (`nn.Module`): the loaded reward model.
         sidecar ([`Sidecar`]): holds the probes.
         path (`str` or `Path`): where the reward model is, for messages.
         allow_base_mismatch (`bool`): warn instead of raising.
-        moved_to (`str`, *optional*): the base was loaded from here and not from its recorded place. Then only rounding
-            is allowed.
+        moved_to (`str`, *optional*): where the base was loaded from, if that is not its recorded place. Then only
+            rounding is allowed.
 
     Raises:
         [`BaseMismatchError`]: the scores moved by more than rounding.
@@ -140,24 +141,26 @@ def check_probes(
     if rounding or (moved_to is None and drift["relative"] <= MAX_PROBE_DRIFT):
         logger.info(f"{report}.")
     elif allow_base_mismatch:
-        logger.warning(f"{report}; loaded all the same because of allow_base_mismatch=True.")
+        logger.warning(f"{report}. The model is loaded anyway because allow_base_mismatch=True.")
     else:
         raise BaseMismatchError(
             f"{report}. The base at {moved_to or sidecar.base.id!r} is not the one it was trained on (other weights, "
-            "quantization or dtype). Restore that base, or pass allow_base_mismatch=True to use the changed scores."
+            "quantization or dtype). Restore the original base, or pass allow_base_mismatch=True to use the changed "
+            "scores."
         )
 
 
 # ---------------------------------------------------------------------------------------------------- memory and disk
 def check_base_is_saved(model: nn.Module) -> None:
     """
-    Raise [`BaseMismatchError`] unless the path of a model in memory holds its base, which an adapter is saved without.
+    Raise [`BaseMismatchError`] unless the base of a model in memory can be loaded again from the model's path.
 
-    A few rows of each weight are compared with the safetensors files of the folder, or of the Hub repository's local
-    copy. Weights that are not found there by name, or are sharded over processes, are not compared.
+    An adapter is saved without its base, so the base must be on disk. A few rows of each weight are compared with the
+    safetensors files of the folder, or of the Hub repository's local copy. Weights that the files do not name, and
+    weights that are sharded over processes, are not compared.
 
     Args:
-        model (`nn.Module`): a model that has an adapter or is going to get one.
+        model (`nn.Module`): a model that has an adapter or will get one.
     """
     base = unwrap(model)
     source = base.config._name_or_path
@@ -166,19 +169,19 @@ def check_base_is_saved(model: nn.Module) -> None:
         "without the adapter and with its tokenizer (`model.save_pretrained(folder)`), and train on that folder."
     )
     if not source:
-        raise BaseMismatchError(f"The model in memory comes from no folder or Hub repository. {cure}")
+        raise BaseMismatchError(f"The model in memory was not loaded from a folder or Hub repository. {cure}")
     folder = _local_copy(source, getattr(base.config, "_commit_hash", None))  # only a config from the Hub has the hash
     if folder is None:
         if Path(source).is_absolute():
-            raise BaseMismatchError(f"The model in memory comes from {source}, which is not there. {cure}")
+            raise BaseMismatchError(f"The model in memory was loaded from {source}, which does not exist now. {cure}")
         logger.info(f"There is no local copy of {source} to compare the model in memory with.")
         return
     differing = list(_differing_weights(base, folder, isinstance(model, PeftModel)))
     if differing:
         more = f" and {len(differing) - 1} more weights" if len(differing) > 1 else ""
         raise BaseMismatchError(
-            f"The model in memory is not what {source} holds: `{differing[0]}`{more} differ, e.g. because an adapter "
-            f"was merged into it. {cure}"
+            f"The model in memory differs from the files in {source}: `{differing[0]}`{more} differ, e.g. because an "
+            f"adapter was merged into it. {cure}"
         )
 
 
@@ -204,7 +207,7 @@ def _differing_weights(base: nn.Module, folder: Path, has_adapter: bool) -> Iter
     for name, weight in base.named_parameters():
         plain = plain_name(name)
         key = plain if plain in places else plain.removeprefix(prefix)  # the file of a bare model has no prefix
-        # an adapter is saved with all that it trains, biases of the base too
+        # an adapter saves everything that it trains, including biases of the base
         compared = name.startswith(prefix) and key in places and not (has_adapter and weight.requires_grad)
         if not compared or weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor):
             continue
@@ -214,14 +217,14 @@ def _differing_weights(base: nn.Module, folder: Path, has_adapter: bool) -> Iter
 
 
 def _is_same(weight: torch.Tensor, module: nn.Module, saved: Any) -> bool:
-    """Whether a few rows of a weight in memory are those of its file, a slice of safetensors."""
+    """Whether a few rows of a weight in memory equal those in its file (a slice of safetensors)."""
     shape = saved.get_shape()
     if isinstance(module, bnb.nn.Linear4bit) and list(weight.shape) != shape:
         return _is_same_4bit(module.weight, saved)
     if isinstance(module, bnb.nn.Linear8bitLt) and weight.dtype == torch.int8:
         return _is_same_int8(weight, saved)
     if len(shape) != weight.dim() or shape[1:] != list(weight.shape[1:]):
-        return True  # held in another form than the file's: there is nothing to compare
+        return True  # memory and file hold the weight in different forms, which cannot be compared
     count = min(len(weight), shape[0]) if shape else 1  # embeddings may have been resized
     if len(shape) < 2:
         here, there = weight.reshape(-1)[:count], saved[:].reshape(-1)[:count]
@@ -231,7 +234,7 @@ def _is_same(weight: torch.Tensor, module: nn.Module, saved: Any) -> bool:
 
 
 def _is_same_4bit(weight: Any, saved: Any) -> bool:
-    """Quantize the first blocks of the file as the weight in memory was, and compare the codes."""
+    """Quantize the first blocks of the file like the weight in memory, and compare the codes."""
     state, columns = weight.quant_state, saved.get_shape()[-1]
     rows = saved[: max(1, _SAMPLED_NUMBERS // columns)]
     numbers = rows.reshape(-1)[: rows.numel() // state.blocksize * state.blocksize].to(weight.device, state.dtype)

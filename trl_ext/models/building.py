@@ -1,4 +1,4 @@
-"""Building a trainable reward model: it loads a base, quantized or not, and keeps its head exact.
+"""Building a trainable reward model: load a base, quantized or not, and give it an exact fp32 head.
 
 It knows transformers and bitsandbytes. It knows nothing of adapters (`adapters.py`), saved reward models
 (`loading.py`), text, data sets or losses.
@@ -57,7 +57,7 @@ def build_reward_model(
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """
-    Load a backbone with a reward head, as `trl.RewardTrainer` does, with a head that survives.
+    Load a backbone with a reward head, as `trl.RewardTrainer` does, and keep the head in fp32 and never quantized.
 
     Args:
         model_id (`str`):
@@ -66,14 +66,14 @@ def build_reward_model(
             Number of outputs of the head.
         head (`str`, *optional*, defaults to `"sequence"`):
             `"sequence"` for the sequence-classification class of transformers, `"token"` for its token-classification
-            class, `"per_token"` for the one whose head gives an output for every token (see
+            class, `"per_token"` for whichever of the two gives an output for every token (see
             [`choose_head_class`]).
         quantization_config (`BitsAndBytesConfig`, *optional*):
-            Quantization of the backbone. The head is added to its skip list, whatever the list says. For a checkpoint
-            that is already quantized the baked skip list is extended likewise.
+            Quantization of the backbone. The head is always added to its skip list. If the checkpoint is quantized
+            already, the skip list in its config is extended in the same way.
         **kwargs:
-            For `from_pretrained`, fields of the model's config included. `dtype` defaults to fp32 and `device_map` to
-            what TRL uses (`None` on CPU and with several processes, else `"auto"`).
+            Arguments of `from_pretrained`, including fields of the model's config. `dtype` defaults to fp32 and
+            `device_map` to what TRL uses (`None` on CPU and with several processes, else `"auto"`).
 
     Returns:
         `tuple[PreTrainedModel, list[str]]`: the model and the names of its head modules.
@@ -87,9 +87,9 @@ def build_reward_model(
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device_map in _SPREADING and several:
         raise ValueError(
-            f"device_map={device_map!r} spreads one model over all devices, but several processes were launched, each "
-            "of which needs its own copy. Remove `device_map` (each process then loads to its own device), or start "
-            "one process."
+            f"device_map={device_map!r} spreads one model over all devices, but several processes were launched, and "
+            "each needs its own copy. Remove `device_map` (each process then loads to its own device), or start one "
+            "process."
         )
     if device_map == "unset":
         device_map = None if several or PartialState().device.type in ("cpu", "mps") else "auto"
@@ -99,13 +99,13 @@ def build_reward_model(
 
     if (Path(model_id).is_absolute() or str(model_id).startswith(".")) and not Path(model_id).is_dir():
         raise FileNotFoundError(f"{model_id} is not a folder. Needed: the folder or Hub id of a model.")
-    # as in AutoModel.from_pretrained: the config takes its own fields from the arguments and returns the others
+    # as in AutoModel.from_pretrained: the config takes the arguments that are its fields and returns the others
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     try:
         config, kwargs = AutoConfig.from_pretrained(
             model_id, num_labels=num_labels, return_unused_kwargs=True, **kwargs
         )
-    except ValueError as error:  # no model's folder, a family that transformers does not know, code of its own
+    except ValueError as error:  # not a model's folder, a family that transformers does not know, or custom code
         raise ValueError(f"{model_id} cannot be loaded as a model: {error}") from error
     except OSError as error:
         if Path(model_id).is_dir():
@@ -150,25 +150,25 @@ def build_reward_model(
 
 @contextmanager
 def attention_at_hand(attention: str | None) -> Iterator[None]:
-    """Where a model is loaded: say in our words that the package of its attention is not there."""
+    """Around the loading of a model: raise a plain error if the package of its attention is not installed."""
     try:
         yield
     except ImportError as error:
         if "flash" not in str(attention):
             raise
         raise ImportError(
-            f"attn_implementation={attention!r} cannot be used here: {error} Needed: its package, on a GPU that it "
-            "supports. Install it, or use attn_implementation='sdpa', which needs none."
+            f"attn_implementation={attention!r} cannot be used here: {error} Needed: its package, and a GPU that it "
+            "supports. Install the package, or use attn_implementation='sdpa', which needs no package."
         ) from error
 
 
 def choose_head_class(config: transformers.PretrainedConfig) -> HeadClass:
     """
-    The class whose head gives an output for every token: for decoders the sequence class, else the token class.
+    The class whose head gives an output for every token: the sequence class for decoders, else the token class.
 
-    The sequence head of a decoder runs on every token before one is picked, and keeping to it keeps every checkpoint
-    one that plain transformers loads as a scalar model. Encoders pool before their sequence head. A checkpoint that
-    is a token-classification model already stays one.
+    The sequence head of a decoder runs on every token before transformers picks one, so it gives token outputs and
+    plain transformers can still load the checkpoint as a scalar model. Encoders pool before their sequence head. A
+    checkpoint of a token-classification model keeps its class.
 
     Raises:
         [`HeadError`]: transformers has no such class for this family.
@@ -213,7 +213,7 @@ def keep_4bit_exact_on_cpu(model: nn.Module) -> None:
 
     The repacked weights (seen in 0.50) hold bf16 instead of fp32 scales, pass no gradient when training goes on after
     an evaluation, cannot be dequantized for a merge, and need output sizes divisible by 32. On a GPU nothing changes.
-    Raises `ValueError` for a model that was repacked before it came here.
+    Raises `ValueError` for a model that was repacked earlier.
     """
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -222,7 +222,7 @@ def keep_4bit_exact_on_cpu(model: nn.Module) -> None:
             if state is not None and getattr(state, "packing_format_for_cpu", False):
                 raise ValueError(
                     f"bitsandbytes has repacked the 4-bit weights of `{name}` for inference on the CPU, because the "
-                    "model ran in eval mode before: they pass no gradient any more. Load the model anew, or pass its "
+                    "model ran in eval mode before. They no longer pass a gradient. Load the model again, or pass its "
                     "path."
                 )
             module.support_avx512bf16_for_cpu = False
@@ -257,7 +257,7 @@ def _skip_head(quantization_config: BitsAndBytesConfig | None, names: list[str])
 
 
 def _skip_head_in_config(config: transformers.PretrainedConfig, names: list[str]) -> None:
-    """Extend the skip list baked into a quantized checkpoint: its own names the causal head, which is not here."""
+    """Add the head to the skip list of a quantized checkpoint, which names only the causal language model's head."""
     # only the config of a quantized checkpoint has the field
     baked = getattr(config, "quantization_config", None)
     if isinstance(baked, dict) and baked.get("quant_method") == "bitsandbytes":
@@ -273,7 +273,7 @@ def _extended(skip: list[str] | None, names: list[str]) -> list[str]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Hide transformers' report of new and unused keys: `head_modules` checks them and raises where it matters."""
+    """Hide transformers' report of new and unused keys; `head_modules` checks them and raises if weights are lost."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

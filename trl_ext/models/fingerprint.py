@@ -1,6 +1,6 @@
-"""Cache keys of models: a hash of all that the outputs of a model depend on.
+"""Cache keys of models: a hash of everything that a model's outputs depend on.
 
-It knows folders and tensors. A model that was moved keeps its key; one that was trained further gets another.
+It knows folders and tensors. A model keeps its key when it moves, and gets a new one when it is trained further.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ def model_identity(model: str | Path | nn.Module, revision: str | None = None) -
 
     Args:
         model (`str`, `Path` or `nn.Module`):
-            A folder counts by its content, wherever it is; a Hub id by its name and the commit; a model in memory by
-            its tensors, and never as the folder that it came from.
-        revision (`str`, *optional*): of a Hub id.
+            The key of a folder covers its content and not its place, that of a Hub id its name and commit, and that
+            of a model in memory its tensors and not the folder that it was loaded from.
+        revision (`str`, *optional*): revision of a Hub id.
     """
     if isinstance(model, nn.Module):
         return fingerprint_in_memory(model)
@@ -48,7 +48,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def path_identity(path: str | Path) -> str:
-    """The cache key of a file or folder is a hash of its content; anything else is a name and stays one."""
+    """The cache key of a path: a hash of the content of a file or folder; any other name is returned as it is."""
     if Path(path).is_file():
         return _hash_of_file(Path(path))
     return fingerprint(Path(path)) if Path(path).is_dir() else str(path)
@@ -80,7 +80,7 @@ def fingerprint(folder: Path, base_model: str | Path | None = None) -> str:
 
 
 def fingerprint_in_memory(model: nn.Module) -> str:
-    """Hash of the tensors of a model in memory, and of how LoRA is applied. It differs from that of its folder."""
+    """The cache key of a model in memory: a hash of its tensors and LoRA state. It differs from its folder's key."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
@@ -93,7 +93,7 @@ def fingerprint_in_memory(model: nn.Module) -> str:
 
 
 def _local_bases(folder: Path) -> list[Path]:
-    """The local bases that PEFT's file and the sidecar of an adapter name."""
+    """The local bases that an adapter's PEFT config and sidecar name."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return []

@@ -1,9 +1,8 @@
-"""The reward head: which modules it is made of, keeping it exact, and reading its output.
+"""The reward head: finds its modules, keeps it exact, and reads its output.
 
-*The head* is every module of a classification model that a language-model checkpoint does not bring along: all
-children with parameters beside the backbone (`score`, `classifier`, `pre_classifier`, DeBERTa's `pooler` ...), and the
-`pooler` inside the backbone where it was newly initialised. The head is fp32, never quantized, always trained and
-always saved.
+*The head* is every module of a classification model that a language-model checkpoint does not contain: all children
+with parameters beside the backbone (`score`, `classifier`, `pre_classifier`, DeBERTa's `pooler` ...), and the `pooler`
+inside the backbone if it was newly initialised. The head is fp32, never quantized, always trained and always saved.
 
 This module knows modules and token ids. It knows nothing of text, losses, checkpoints on disk or quantized loading.
 """
@@ -50,9 +49,9 @@ class Float32Linear(nn.Linear):
     def from_linear(cls, linear: nn.Linear) -> "Float32Linear":
         with torch.device("meta"):
             module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        # under ZeRO-3, which wants one dtype of all that is trained and keeps an fp32 copy of it: that of the model
+        # ZeRO-3 needs one dtype for everything that is trained, and keeps an fp32 copy: use the model's dtype
         dtype = linear.weight.dtype if is_deepspeed_zero3_enabled() else torch.float32
-        with gather_params_ctx(list(linear.parameters())):  # of ZeRO-3, which cut them up when it loaded them
+        with gather_params_ctx(list(linear.parameters())):  # ZeRO-3 shards parameters at load time
             for name, parameter in linear.named_parameters(recurse=False):
                 copy = nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
                 module.register_parameter(name, copy)
@@ -80,8 +79,8 @@ def head_modules(model: nn.Module, missing_keys: Iterable[str] | None = None) ->
             Sequence-classification model.
         missing_keys (`Iterable[str]`, *optional*):
             `missing_keys` of `from_pretrained(..., output_loading_info=True)`. With it, a pretrained pooler inside the
-            backbone stays backbone, and a missing weight of the backbone is an error. Without it (an instance that
-            the user loaded) the pooler counts as head, because nothing tells whether it was trained.
+            backbone belongs to the backbone, and a missing weight of the backbone raises an error. Without it (the
+            user loaded the model) the pooler counts as head, because nobody knows whether it was trained.
 
     Returns:
         `list[str]`: e.g. `["score"]` for Llama, `["pooler", "classifier"]` for DeBERTa-v2.
@@ -90,8 +89,8 @@ def head_modules(model: nn.Module, missing_keys: Iterable[str] | None = None) ->
     if base.get_output_embeddings() is not None:
         raise HeadError(
             f"{type(base).__name__} is a language model: its output layer predicts tokens and is no reward head. Load "
-            "it with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=...)`, or save it (with an "
-            "adapter: merged, by `merge_and_unload()`) and pass that folder to the trainer."
+            "it with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=...)`, or save it and pass "
+            "that folder to the trainer (if it has an adapter, call `merge_and_unload()` first)."
         )
     prefix = base.base_model_prefix
     names = [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
@@ -161,9 +160,9 @@ def check_head_trains(model: nn.Module, names: Iterable[str]) -> None:
     adapters = [*extract_model_from_parallel(model).peft_config] if isinstance(model, PeftModel) else ["default"]
     if adapters != ["default"]:
         raise HeadError(
-            f"The PeftModel holds the adapters {adapters}. Needed: one adapter named 'default', because any other is "
-            "saved in a subfolder, apart from what describes it. Build the PeftModel without `adapter_name` and "
-            "without more adapters."
+            f"The PeftModel holds the adapters {adapters}. Needed: one adapter named 'default', because PEFT saves "
+            "any other in a subfolder, apart from its reward_model.json. Build the PeftModel without `adapter_name` "
+            "and with no further adapter."
         )
     for name in names:
         trainable: dict[str, int] = {}
@@ -174,7 +173,7 @@ def check_head_trains(model: nn.Module, names: Iterable[str]) -> None:
                 parts = parts[1:] if parts[0] == "original_module" else parts[2:]
             plain = ".".join([name, *parts])
             trainable[plain] = trainable.get(plain, 0) + int(parameter.requires_grad)
-            exact = parameter.dtype == torch.float32 or is_deepspeed_zero3_enabled()  # which keeps an fp32 copy
+            exact = parameter.dtype == torch.float32 or is_deepspeed_zero3_enabled()  # it keeps an fp32 copy
             if parameter.requires_grad and not exact:
                 raise HeadError(f"The head parameter `{plain}` is {parameter.dtype}; it must be torch.float32.")
         wrong = {key: count for key, count in trainable.items() if count != 1}
@@ -206,9 +205,8 @@ def candidate_scores(
     The scalar reward of each row: the head's output at the last real token (decoders) or on the pooled state
     (encoders).
 
-    The last token is found by the attention mask. Transformers' own pooling compares ids with the pad id, so that an
-    EOS at the end is invisible when the pad token is EOS; scores here do not depend on the pad token or the padding
-    side.
+    The attention mask gives the last token. Transformers compares ids with the pad id instead, so it ignores an EOS at
+    the end when the pad token is EOS. Scores here do not depend on the pad token or the padding side.
 
     Args:
         model (`nn.Module`):
@@ -231,9 +229,10 @@ def token_logits_at_last(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, call: Callable | None = None
 ) -> torch.Tensor:
     """
-    As [`candidate_scores`] for any number of labels: fp32 logits of shape `(N, C)`.
+    Like [`candidate_scores`] for any number of labels: fp32 logits of shape `(N, C)`.
 
-    A stacked model ([`StackedRewardModel`](stacked_model)) gives those of all members: `(M * N, C)`, member by member.
+    A stacked model ([`StackedRewardModel`](stacked_model)) gives the logits of all members: `(M * N, C)`, member by
+    member.
     """
     input_ids, attention_mask = _pad_right(input_ids, attention_mask)
     output, raw = run_with_head_output(model, input_ids, attention_mask, call)
@@ -256,7 +255,7 @@ def run_with_head_output(
     pad_token_id = config.pad_token_id
     if pad_token_id is None:
         config.pad_token_id = (
-            0  # batches are refused without one; which one it is has no influence on the head's output
+            0  # transformers refuses batches without a pad id; its value does not change the head's output
         )
     try:
         output = (call or model)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -273,7 +272,7 @@ def _takes_use_cache(model_class: type[PreTrainedModel]) -> bool:
 
 
 def last_head_module(base: PreTrainedModel) -> nn.Module:
-    """The module whose output are the logits: `score` in decoders, `classifier` and its kin in encoders."""
+    """The module that outputs the logits: `score` in decoders, `classifier` or a similar name in encoders."""
     children = dict(base.named_children())
     for name in ("score", "classifier", "classification_head"):
         if name in children:
@@ -282,7 +281,7 @@ def last_head_module(base: PreTrainedModel) -> nn.Module:
 
 
 def _pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move left padding to the right: absolute positions then count from the first real token."""
+    """Move left padding to the right, so that absolute positions count from the first real token."""
     if bool(attention_mask[:, 0].all()):
         return input_ids, attention_mask
     order = torch.argsort((~attention_mask.bool()).long(), dim=1, stable=True)  # real tokens first, their order kept

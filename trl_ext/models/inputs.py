@@ -1,4 +1,4 @@
-"""What a model takes as input: the tokenizer of its text, the token ids it has embeddings for, the positions it has.
+"""What a model accepts as input: its tokenizer, the token ids that it has embeddings for, and its positions.
 
 It knows models, tokenizers and processors of transformers. It knows nothing of data sets, training or scoring.
 """
@@ -23,10 +23,10 @@ _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 class InputLimits(NamedTuple):
     """
-    What limits the rows of a model.
+    The limits of a model's input rows.
 
     Args:
-        vocab_size (`int`): the model has embeddings for token ids below it.
+        vocab_size (`int`): the model has embeddings for token ids below this number.
         max_positions (`int`, *optional*): longest row in tokens; `None` for a family without a limit.
     """
 
@@ -47,7 +47,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES:
-            # RoBERTa counts from padding_idx + 1; OPT's table is two longer than what its config promises
+            # RoBERTa counts from padding_idx + 1; OPT's table has two entries more than its config says
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1
             return min(module.num_embeddings - reserved, model.config.max_position_embeddings)
         table = dict(module.named_buffers(recurse=False)).get("embed_positions")
@@ -57,7 +57,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer that reads text: of a vision-language processor its tokenizer, with the processor's template."""
+    """The tokenizer for text; for a vision-language processor it is its tokenizer with the processor's template."""
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class
     tokenizer = processing_class.tokenizer
@@ -65,17 +65,17 @@ def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -
         # not every processor has a template
         tokenizer.chat_template = getattr(processing_class, "chat_template", None)
     logger.warning(
-        f"`processing_class` is a {type(processing_class).__name__}. Reward models of trl_ext read text, so its "
-        f"{type(tokenizer).__name__} is used."
+        f"`processing_class` is a {type(processing_class).__name__}. Reward models of trl_ext read only text, so "
+        f"trl_ext uses its {type(tokenizer).__name__}."
     )
     return tokenizer
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved at a folder or Hub id. Raises `ValueError` if there is none."""
+    """Load the tokenizer from a folder or Hub id. Raises `ValueError` if there is none."""
     needed = "Pass the tokenizer that it was trained with as `processing_class`."
     if not source:
-        raise ValueError(f"An adapter in memory, or a model without a path, does not know its tokenizer. {needed}")
+        raise ValueError(f"An adapter in memory, or a model without a path, does not say its tokenizer. {needed}")
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -86,19 +86,19 @@ _DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def writes_a_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template of a tokenizer reads the clock, so that a chat has other token ids every day."""
+    """Whether the tokenizer's chat template writes today's date, so that a chat's token ids change every day."""
     return any(re.search(r"strftime_now\s*\(", template) for template in _templates(tokenizer).values())
 
 
 def freeze_date(tokenizer: PreTrainedTokenizerBase, now: datetime | None = None) -> None:
     """
-    Put a day in place of the clock in a tokenizer's chat template, if it writes today's date (as Llama 3.1's does).
+    Replace today's date by a fixed day in a tokenizer's chat template, if it writes the date (as Llama 3.1's does).
 
-    The template is saved with the model, so that training, scoring and servers make the same token ids on any day.
+    The template is saved with the model, so training, scoring and servers make the same token ids on any day.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): its `chat_template` is changed if need be, which a warning says.
-        now (`datetime`, *optional*): the day. Defaults to now.
+        tokenizer (`PreTrainedTokenizerBase`): if its `chat_template` must change, a warning is logged.
+        now (`datetime`, *optional*): the day. Defaults to today.
     """
     if not writes_a_date(tokenizer):
         return
@@ -109,7 +109,7 @@ def freeze_date(tokenizer: PreTrainedTokenizerBase, now: datetime | None = None)
     }
     tokenizer.chat_template = frozen if isinstance(tokenizer.chat_template, dict) else frozen[""]
     if writes_a_date(tokenizer):  # a call without a plain format
-        logger.warning("The chat template writes today's date into each chat: other days give other token ids.")
+        logger.warning("The chat template writes today's date into each chat, so token ids change from day to day.")
     else:
         logger.warning(
             f"The chat template writes today's date into each chat. It is frozen to {day:%Y-%m-%d} in the tokenizer "
@@ -119,7 +119,7 @@ def freeze_date(tokenizer: PreTrainedTokenizerBase, now: datetime | None = None)
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The chat templates of a tokenizer by name; a single one has the name ''."""
-    template = getattr(tokenizer, "chat_template", None)  # tokenizers that are no transformers ones have none
+    template = getattr(tokenizer, "chat_template", None)  # tokenizers from outside transformers may have none
     return template if isinstance(template, dict) else {"": template or ""}
 
 
@@ -128,13 +128,13 @@ def use_known_pad_token(tokenizer: PreTrainedTokenizerBase, known: int) -> None:
     Make a tokenizer pad with a token that the model has an embedding for.
 
     `tokenizer.add_special_tokens({"pad_token": "[PAD]"})` without `resize_token_embeddings` gives a pad token that the
-    model does not know: a batch with it cannot run, and a config with it cannot be loaded. Padding is masked, so that
-    another token serves as well. BOS comes first: plain transformers finds the last token of a row by comparing with
-    the pad id, and no text ends in BOS.
+    model has no embedding for: a batch with it cannot run, and a config with it cannot be loaded. Padding is masked,
+    so another token works as well. BOS is the first choice, because plain transformers finds the last token of a row
+    by comparing ids with the pad id, and no text ends in BOS.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): is changed if need be, which a warning says.
-        known (`int`): token ids that the model knows are below it.
+        tokenizer (`PreTrainedTokenizerBase`): if its pad token must change, a warning is logged.
+        known (`int`): the model has embeddings for token ids below this number.
 
     Raises:
         ValueError: the tokenizer has no other special token that the model knows.
@@ -147,7 +147,7 @@ def use_known_pad_token(tokenizer: PreTrainedTokenizerBase, known: int) -> None:
     names = [token for token in (tokenizer.bos_token, tokenizer.unk_token) if token != tokenizer.eos_token]
     for token in [*names, tokenizer.eos_token]:
         if token is not None and tokenizer.convert_tokens_to_ids(token) < known:
-            logger.warning(f"{unknown}. Padding is masked, so {token!r} pads instead. {cure} and pass the model.")
+            logger.warning(f"{unknown}. Padding is masked, so {token!r} is used instead. {cure} and pass the model.")
             tokenizer.pad_token = token
             return
     raise ValueError(f"{unknown}; it has no other special token that could pad. {cure} and pass the model.")

@@ -44,27 +44,29 @@ __all__ = ["BaseMismatchError", "describe_base", "load_reward_model", "local_fol
 
 logger = logging.getLogger(__name__)
 
-# What is downloaded of a Hub repository.
+# The files that are downloaded from a Hub repository.
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
 def save_sidecar(model: nn.Module, sidecar: Sidecar, folder: str | Path) -> None:
-    """Write the sidecar beside a model that was just saved, after checking that the whole head is in its files."""
+    """Check that the files of a model that was just saved hold its whole head, and write the sidecar beside them."""
     check_saved_head(model, sidecar.head_modules, folder)
     sidecar.save(folder)
     set_sidecar(model, sidecar)
 
 
 def check_saved_head(model: nn.Module, head: list[str], folder: str | Path) -> None:
-    """Raise [`HeadError`], naming the key, unless every head tensor in memory is in the folder's files bit for bit."""
+    """Raise [`HeadError`] with the tensor's name unless the folder holds every head tensor bit for bit."""
     saved = _tensors(folder, head)
     for key, parameter in head_parameters(model, head).items():
         if parameter.numel() == 0 or isinstance(parameter, DTensor):  # sharded by ZeRO-3 or FSDP: no copy to compare
             if key not in saved or saved[key].numel() == 0:
                 raise HeadError(f"{folder}: the head tensor `{key}` was not saved or is empty.")
             if parameter.numel() and saved[key].shape != parameter.shape:
-                raise HeadError(f"{folder}: the head tensor `{key}` was saved as a part, {tuple(saved[key].shape)}.")
+                raise HeadError(
+                    f"{folder}: only a part of the head tensor `{key}` was saved, of shape {tuple(saved[key].shape)}."
+                )
         elif key not in saved or saved[key].numel() == 0:
             raise HeadError(
                 f"{folder}: the head tensor `{key}` was not saved or is empty; saved head tensors: {sorted(saved)}. "
@@ -85,37 +87,36 @@ def load_reward_model(
     **load_kwargs: Any,
 ) -> nn.Module:
     """
-    Load a reward model from nothing but its path: a full checkpoint or an adapter, with or without our sidecar.
+    Load a reward model from its path alone: a full checkpoint or an adapter, with or without our sidecar.
 
-    An adapter is put on the base that it was trained on: same id, revision, quantization and dtype, as the sidecar
-    records. The scores of a few probes are compared with those at save time, and the change is logged.
+    An adapter is put on the base that it was trained on, with the id, revision, quantization and dtype that the
+    sidecar records. The scores of a few probes are compared with those at save time, and the change is logged.
 
     Args:
         path (`str` or `Path`):
             Folder or Hub id.
         base_model (`str` or `Path`, *optional*):
-            Where the base of an adapter is now, if it moved: a folder or Hub id. It must hold the same weights, which
-            the probes show.
+            Where the base of an adapter is now, if it moved: a folder or Hub id. It must hold the same weights; the
+            probes check this.
         allow_base_mismatch (`bool`, *optional*, defaults to `False`):
-            Load on another base, quantization or dtype all the same, and log by how much the scores moved.
+            Load the model on another base, quantization or dtype anyway, and log how far the scores moved.
         is_trainable (`bool`, *optional*, defaults to `False`):
             Whether an adapter and its head can be trained further.
         revision (`str`, *optional*):
             Revision of the Hub repository at `path`.
         **load_kwargs:
-            For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code` ...).
-            `quantization_config` and `dtype` override what was recorded.
+            Arguments of `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code` ...).
+            `quantization_config` and `dtype` override the recorded ones.
 
     Returns:
         `PreTrainedModel` or `PeftModel`, in eval mode, with an exact fp32 head and the sidecar attached.
 
     Raises:
-        [`BaseMismatchError`]: an override differs from the record, the base at `base_model` is another one, or the
-            probe scores moved by more than 0.1 of their standard deviation, and `allow_base_mismatch` is false.
-        [`HeadError`]: a head tensor is missing or empty, which the message names; or the folder holds a language
-            model or its adapter.
-        [`SidecarError`]: the sidecar is damaged, of a newer version, or describes something else than the folder
-            holds.
+        [`BaseMismatchError`]: `allow_base_mismatch` is false, and an override differs from the record, `base_model` is
+            another base, or the probe scores moved by more than 0.1 of their standard deviation.
+        [`HeadError`]: a head tensor is missing or empty (the message names it), or the folder holds a language model
+            or its adapter.
+        [`SidecarError`]: the sidecar is damaged, has a newer version, or does not describe the files of the folder.
         `ValueError`: `base_model` is given for a full checkpoint, which has no base.
     """
     folder = local_folder(path, revision)
@@ -137,7 +138,7 @@ def load_reward_model(
     make_head_exact(model, head)
     model.eval()
     if sidecar is None:
-        logger.info(f"{path} has no reward_model.json: base and dtype are taken from its other files, unchecked.")
+        logger.info(f"{path} has no reward_model.json. Base and dtype come from its other files and are not checked.")
     else:
         set_sidecar(model, sidecar)
         moved = base_model is not None and not same_source(base_model, base.id)
@@ -146,7 +147,7 @@ def load_reward_model(
 
 
 def local_folder(path: str | Path, revision: str | None, files: Sequence[str] = HUB_FILES) -> str:
-    """The local folder, downloading a Hub repository's model files (or those of other names) if `path` is none."""
+    """The local folder of a model; if `path` is a Hub id, the files that match `files` are downloaded first."""
     if Path(path).is_dir():
         return str(path)
     if Path(path).is_absolute() or str(path).startswith("."):
@@ -155,12 +156,12 @@ def local_folder(path: str | Path, revision: str | None, files: Sequence[str] = 
         return snapshot_download(str(path), revision=revision, allow_patterns=list(files))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{path} is not a folder here, and could not be had from the Hub as a repository of that name: {error}"
+            f"{path} is not a folder here, and no Hub repository of that name could be downloaded: {error}"
         ) from error
 
 
 def check_head_in_files(model: nn.Module, head: list[str], folder: str | Path) -> dict[str, torch.Tensor]:
-    """The head's saved tensors. Raises [`HeadError`] unless there is one of the right shape for each in memory."""
+    """The head's saved tensors. Raises [`HeadError`] if one is missing or has another shape than in memory."""
     saved = _tensors(folder, head)
     for key, parameter in head_parameters(model, head).items():
         if key not in saved or saved[key].numel() == 0:
@@ -183,15 +184,15 @@ def _load_adapter(
     is_trainable: bool,
     load_kwargs: dict[str, Any],
 ) -> tuple[nn.Module, list[str]]:
-    """An adapter on its base, and the names of its head's modules."""
+    """Load an adapter on its base; also return the names of the head's modules."""
     base_id = str(base_model or base.id)
     quantization = load_kwargs.pop("quantization_config", quantization_config(base.quantization))
     if base.revision is not None and base_id == base.id and not Path(base_id).is_dir():
         load_kwargs["revision"] = base.revision
     if Path(base_id).is_absolute() and not Path(base_id).is_dir():
         raise BaseMismatchError(
-            f"{path} was trained on the base in {base_id}, which is not there. Restore that folder, or pass "
-            "`base_model=` with its new place."
+            f"{path} was trained on the base in {base_id}, which does not exist here. Restore that folder, or pass "
+            "its new place as `base_model=`."
         )
     model, head = build_reward_model(base_id, quantization_config=quantization, **load_kwargs)
     head = sidecar.head_modules if sidecar is not None else head
@@ -210,7 +211,7 @@ def _load_adapter(
 
 
 def _load_full(folder: str, sidecar: Sidecar | None, load_kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """A full checkpoint, and the names of its head's modules."""
+    """Load a full checkpoint; also return the names of the head's modules."""
     model, _ = build_reward_model(folder, **load_kwargs)
     head = sidecar.head_modules if sidecar is not None else head_modules(model)
     make_head_exact(model, head)
@@ -222,7 +223,7 @@ def _load_full(folder: str, sidecar: Sidecar | None, load_kwargs: dict[str, Any]
 
 # ------------------------------------------------------------------------------------------------------------- checks
 def _check_folder(path: str | Path, folder: str, sidecar: Sidecar | None, is_adapter: bool) -> None:
-    """Raise an error that says what a folder holds if that is no reward model we can load."""
+    """If a folder holds no reward model that we can load, raise an error that says what it holds."""
     if sidecar is None:
         _refuse_value_head(path, folder)
         if is_adapter and is_language_adapter(folder):
@@ -236,8 +237,8 @@ def _check_folder(path: str | Path, folder: str, sidecar: Sidecar | None, is_ada
     if sidecar.is_adapter != is_adapter:
         was, now = ("an adapter", "none") if sidecar.is_adapter else ("a full model", "an adapter")
         raise SidecarError(
-            f"{path}: {SIDECAR_NAME} describes {was}, but the folder holds {now}. Something else was saved over it. "
-            f"Restore the folder, or delete {SIDECAR_NAME} to load what is there unchecked."
+            f"{path}: {SIDECAR_NAME} describes {was}, but the folder holds {now}. Another model was saved over it. "
+            f"Restore the folder, or delete {SIDECAR_NAME} to load the files without checks."
         )
     if sidecar.kind not in KINDS:
         raise SidecarError(
@@ -267,8 +268,8 @@ def _check_overrides(
     if differences:
         raise BaseMismatchError(
             f"{path} was trained on another base: {'; '.join(differences)}. Its scores would change. Leave the "
-            "arguments out to load what was recorded, or pass allow_base_mismatch=True to load it all the same and be "
-            "told by how much."
+            "arguments out to use the recorded base, or pass allow_base_mismatch=True to load the model anyway; the "
+            "log then says how far the scores moved."
         )
 
 
@@ -277,8 +278,8 @@ def _refuse_value_head(path: str | Path, folder: str) -> None:
     if has_value_head(folder):
         raise HeadError(
             f"{path} holds a value head (value_head.safetensors), as LlamaFactory saves it for "
-            "`AutoModelForCausalLMWithValueHead`. It is no reward head of transformers, and neither transformers nor "
-            "trl_ext loads it. Train the reward model again with a trainer of trl_ext, on the same base and data."
+            "`AutoModelForCausalLMWithValueHead`. Neither transformers nor trl_ext can load it as a reward head. "
+            "Train the reward model again with a trainer of trl_ext, on the same base and data."
         )
 
 
@@ -288,7 +289,7 @@ def has_value_head(folder: str | Path) -> bool:
 
 
 def _refuse_language_model(path: str | Path, folder: str) -> None:
-    """Raise [`HeadError`] if the config says that this is a language model, which has no head to score with."""
+    """Raise [`HeadError`] if the config describes a language model, which has no reward head."""
     config = Path(folder, "config.json")
     names = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
     for name in names or []:
@@ -311,7 +312,7 @@ def is_language_adapter(folder: str | Path) -> bool:
 
 def merge_language_adapter(path: str | Path, **build_kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """
-    A reward model with a new head on a language model whose adapter is merged into it in memory.
+    Merge the adapter of a language model into its base in memory, and build a reward model with a new head on it.
 
     Args:
         path (`str` or `Path`): folder or Hub id of the adapter of a language model.
@@ -321,7 +322,7 @@ def merge_language_adapter(path: str | Path, **build_kwargs: Any) -> tuple[PreTr
         The model and the names of its head's modules, as [`~trl_ext.models.build_reward_model`] gives them.
 
     Raises:
-        ValueError: the base is to be quantized, is quantized already, or does not fit the adapter.
+        ValueError: quantization is requested, the base is quantized already, or the adapter does not fit it.
     """
     folder = local_folder(path, build_kwargs.pop("revision", None))
     base_id = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -338,17 +339,17 @@ def merge_language_adapter(path: str | Path, **build_kwargs: Any) -> tuple[PreTr
     language = PeftModel.from_pretrained(language, folder).merge_and_unload()
     backbone.load_state_dict(language.get_submodule(language.base_model_prefix).state_dict())
     logger.warning(
-        f"{path} is the adapter of a language model. It is merged into {base_id} in memory, and the reward head "
-        f"starts new{' (the value head beside it is not read)' if has_value_head(folder) else ''}."
+        f"{path} is the adapter of a language model. It is merged into {base_id} in memory, and the model gets a new "
+        f"reward head{' (the value head beside the adapter is ignored)' if has_value_head(folder) else ''}."
     )
     return model, head
 
 
 def how_to_merge(path: str | Path) -> str:
-    """What to do with the adapter of a language model where it cannot be merged in memory."""
+    """The advice for the adapter of a language model that cannot be merged in memory."""
     return (
         f"{path} is the adapter of a language model. A reward model's adapter on it would be saved without the merged "
-        "base, and a quantized base cannot take it up exactly. Merge it first: "
+        "base, and merging into a quantized base is not exact. Merge it first: "
         f"`AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(folder)`, save "
         "the tokenizer there too, and pass the folder as `model`."
     )
@@ -356,7 +357,7 @@ def how_to_merge(path: str | Path) -> str:
 
 # --------------------------------------------------------------------------------------------------------- the files
 def _tensors(folder: str | Path, head: list[str]) -> dict[str, torch.Tensor]:
-    """The head's tensors in the folder's adapter, else in its full model, by their name in a plain checkpoint."""
+    """The head's tensors in the folder's adapter or full model, by their names in a plain checkpoint."""
     found = {}
     files = Path(folder, "adapter_model.safetensors")
     for file in [files] if files.is_file() else sorted(Path(folder).glob("*.safetensors")):
@@ -369,12 +370,12 @@ def _tensors(folder: str | Path, head: list[str]) -> dict[str, torch.Tensor]:
 
 
 def _head_of(sidecar: Sidecar) -> dict[str, Any]:
-    """The arguments of `build_reward_model` that say what the head is."""
+    """The arguments of `build_reward_model` that describe the head."""
     return {"head": sidecar.head_class, "num_labels": sidecar.num_labels}
 
 
 def _head_without_sidecar(folder: str, is_adapter: bool) -> dict[str, Any]:
-    """The same for a model of somebody else: a token-classification model says so, all others are scalar."""
+    """The same for a model without a sidecar: a token classifier is found by its config; all others are scalar."""
     if is_adapter:
         adapter = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
         is_token = adapter.get("task_type") == "TOKEN_CLS"
@@ -383,7 +384,7 @@ def _head_without_sidecar(folder: str, is_adapter: bool) -> dict[str, Any]:
     else:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         is_token = any("TokenClassification" in name for name in config.get("architectures") or [])
-        num_labels = len(config.get("id2label") or range(2))  # two are not written
+        num_labels = len(config.get("id2label") or range(2))  # a config with two labels does not list them
     return {"head": "token", "num_labels": num_labels} if is_token else {"head": "sequence", "num_labels": 1}
 
 

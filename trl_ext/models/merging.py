@@ -1,4 +1,4 @@
-"""Merging the adapter of a reward model into its base: a full checkpoint that gives the same scores.
+"""Merges the adapter of a reward model into its base, and checks that the full checkpoint gives the same scores.
 
 It knows models, the sidecar and token ids. It knows nothing of text or training.
 """
@@ -46,8 +46,8 @@ def merge_reward_model(
     Merge the adapter of a reward model into its base, and check that the merged model gives the same scores.
 
     A quantized base is dequantized first, the adapter is merged in fp32, and the result is stored in `dtype`. (The
-    adapter was trained on the quantized weights, so that merging into the original ones would move the scores.) The
-    merged model is then loaded from disk, and its scores of a calibration set are compared with the adapter's.
+    adapter was trained on the quantized weights, so merging into the original ones would move the scores.) The merged
+    model is then loaded from disk, and its scores of a calibration set are compared with the adapter's.
 
     Args:
         path (`str` or `Path`):
@@ -84,7 +84,7 @@ def merge_reward_model(
     sidecar = get_sidecar(model)
     if sidecar is None:
         raise ValueError(
-            f"{path} has no reward_model.json, so its base is not known for certain. Train it with trl_ext."
+            f"{path} has no reward_model.json, so its exact base is unknown. Train the adapter with trl_ext."
         )
     target = as_dtype(dtype) or as_dtype(sidecar.base.dtype)
     if not isinstance(target, torch.dtype):
@@ -105,7 +105,7 @@ def merge_reward_model(
     merged.to(target)
     make_head_exact(merged, sidecar.head_modules)
     for name, parameter in head_parameters(merged, sidecar.head_modules).items():
-        parameter.data.copy_(head[name])  # `to` rounded it
+        parameter.data.copy_(head[name])  # `to` above rounded the head
     merged.config.dtype = target
 
     made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
@@ -126,7 +126,7 @@ def merge_reward_model(
 
 
 def _merge(model: PeftModel, folder: str, head: list[str]) -> nn.Module:
-    """The adapter merged in fp32 into the base it was trained on, which is dequantized first if need be."""
+    """Merge the adapter in fp32 into the base that it was trained on; a quantized base is dequantized first."""
     if is_quantized(model):
         base = model.unload().dequantize(dtype=torch.float32).float()
         make_head_exact(base, head)
@@ -144,12 +144,12 @@ def _save_and_compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Save the merged model, load it as a new process would, and compare its scores with the adapter's."""
     source = local_folder(path, load_kwargs.get("revision"))
-    # transformers cannot undo the reading of weights that were 4-bit on disk, but then these need no undoing either
+    # transformers cannot restore the original format of weights that were 4-bit on disk, and they do not need it
     merged.save_pretrained(folder, save_original_format=not prequantized)
     AutoTokenizer.from_pretrained(
         source, trust_remote_code=load_kwargs.get("trust_remote_code", False)
     ).save_pretrained(folder)
-    # the base stays the id of what the adapter was trained on; weights are now here
+    # the recorded base stays the model that the adapter was trained on, although this folder now holds all weights
     described = dataclasses.replace(
         describe_base(merged), id=sidecar.base.id, revision=sidecar.base.revision, quantization=None
     )
@@ -178,7 +178,7 @@ def _save_and_compare(
     }
     if not report["relative_change"] <= tolerance:  # also when NaN
         rounding = (
-            " An int8 base rounds activations to 8 bits too whenever it runs, which no merged model repeats: allow it "
+            " An int8 base also rounds activations to 8 bits in every pass, and a merged model does not. Allow this "
             "with a larger `tolerance`."
             if (sidecar.base.quantization or {}).get("load_in_8bit")
             else ""

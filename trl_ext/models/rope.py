@@ -1,10 +1,10 @@
-"""Rotary positions that change with the length of a row: which rows may run in one batch.
+"""Finds rows that may share a batch when a model's rotary positions depend on the length of the batch.
 
 It knows RoPE settings of a config and the rotary modules of transformers. It knows nothing of batches, text or scores.
 
-Dynamic RoPE (NTK) computes its frequencies from the longest row of a batch once that is longer than the original
-context, and keeps them for shorter rows that follow. Longrope (Phi-3) has two sets of frequencies, for batches up to
-the original context and beyond. In both, the output for a row depends on the rows beside it.
+Dynamic RoPE (NTK) computes its frequencies from the longest row of a batch if that row exceeds the original context,
+and keeps them for shorter rows that follow. Longrope (Phi-3) has two sets of frequencies: one for batches up to the
+original context and one for longer ones. With both, the output for a row depends on the other rows of its batch.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from transformers import PretrainedConfig
 
 def length_class(config: PretrainedConfig) -> Callable[[int], int]:
     """
-    A function from the length of a row to its class: rows of one class may run in one batch.
+    Return a function from the length of a row to its class. Rows of one class may run in one batch.
 
-    All rows are of class 0 for most models. With dynamic or longrope RoPE that is so up to the original context.
-    Longer rows are of one other class with longrope, and of a class for each length with dynamic RoPE.
+    For most models all rows have class 0. With dynamic or longrope RoPE, rows up to the original context have class 0.
+    Longer rows share one other class with longrope, and have one class per length with dynamic RoPE.
     """
     text = config.get_text_config()
     settings = getattr(text, "rope_parameters", None) or {}  # models without rotary positions have none
-    # families with several kinds of layers have settings for each
+    # families with several kinds of layers have one set of settings for each
     kinds = [settings] if "rope_type" in settings else [kind for kind in settings.values() if isinstance(kind, dict)]
     dynamic = [text.max_position_embeddings for kind in kinds if "dynamic" in kind.get("rope_type", "")]
     longrope = [
@@ -31,7 +31,7 @@ def length_class(config: PretrainedConfig) -> Callable[[int], int]:
         for kind in kinds
         if kind.get("rope_type") == "longrope"
     ]
-    # a row of exactly the original length keeps what longer rows left in a dynamic module, which `reset_rope` undoes
+    # a dynamic module does not reset for a row of exactly the original length; `reset_rope` does
     if dynamic:
         return lambda length: 0 if length <= min(dynamic + longrope) else length
     if longrope:
@@ -40,7 +40,7 @@ def length_class(config: PretrainedConfig) -> Callable[[int], int]:
 
 
 def reset_rope(model: nn.Module) -> None:
-    """Forget the frequencies that dynamic RoPE kept of longer rows."""
+    """Restore the original frequencies, which dynamic RoPE replaced for longer rows."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)  # only rotary modules have it
         named = {f"{layer}_": kind for layer, kind in kinds.items()} if isinstance(kinds, dict) else {"": kinds}

@@ -1,8 +1,8 @@
 """Shared prefixes: attention over a flat row that holds the prompt of a group once, before its completions.
 
-Everything in a decoder but attention works token by token and stays as it is. The registered attention function groups
-queries, keys and values by index and calls SDPA once for all sequences of similar lengths: a prompt attends causally
-to itself, a completion to its prompt and itself.
+Apart from attention, a decoder works token by token, so nothing else changes. The registered attention function groups
+queries, keys and values by index and calls SDPA once for all sequences of similar lengths. A prompt attends causally
+to itself; a completion attends to its prompt and causally to itself.
 
 It knows transformers' attention interface and [`PrefixLayout`]. It knows nothing of text, losses or data sets.
 """
@@ -41,16 +41,16 @@ def shared_prefix_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of a flat row; an attention function as `transformers.AttentionInterface` wants it.
+    Attention of a flat row, with the signature that `transformers.AttentionInterface` requires.
 
     Args:
         module (`nn.Module`): the attention layer; not used.
         query (`torch.Tensor` of shape `(1, H, N, D)`), key, value (`torch.Tensor` of shape `(1, H_kv, N, D)`):
             Projected and rotated states of the row.
-        attention_mask: not used; the layout says who sees whom.
+        attention_mask: not used; the layout says which tokens each token sees.
         prefix_layout ([`PrefixLayout`]): the row's layout, on the same device.
         dropout, scaling, sliding_window, softcap:
-            As the layer gives them. The window counts positions, not indices of the row.
+            The layer's values. The window counts positions, not indices of the row.
         s_aux (`torch.Tensor` of shape `(H,)`, *optional*): attention sinks.
 
     Returns:
@@ -82,7 +82,7 @@ def _attend(
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, H, T, D)
     repeats = query.shape[1] // key.shape[1]
     plain = softcap is None and sinks is None
-    # on a GPU no fast kernel takes both a mask and fewer heads of keys than of queries
+    # on a GPU no fast kernel supports a mask together with fewer key heads than query heads
     if repeats > 1 and not (plain and (mask is None or query.device.type == "cpu")):
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     if plain:
@@ -114,10 +114,10 @@ def _attend(
 
 @dataclass(frozen=True)
 class SharedPrefixSupport:
-    """Whether a model can run flat rows, and why not or how exactly.
+    """Whether a model can run flat rows, with the reason or the measured difference.
 
     Args:
-        supported (`bool`): whether flat rows give the padded rows' hidden states.
+        supported (`bool`): whether flat rows give the same hidden states as padded rows.
         reason (`str`): one sentence for the log.
         max_difference (`float`, *optional*): largest difference of a final hidden state in the check.
     """
@@ -142,11 +142,11 @@ def flat_token_logits(model: nn.Module, layout: PrefixLayout, call: Callable | N
     """
     The head's output for every token of a flat row.
 
-    The model stays on the shared-prefix attention afterwards, because gradient checkpointing runs the layers again in
-    the backward pass; call [`select_attention`] before the next padded batch.
+    The model keeps the shared-prefix attention afterwards, because gradient checkpointing runs the layers again in the
+    backward pass. Call [`select_attention`] before the next padded batch.
 
     Args:
-        model (`nn.Module`): as in [`candidate_scores`](heads); may be wrapped.
+        model (`nn.Module`): the model of [`candidate_scores`](heads); may be wrapped.
         layout ([`PrefixLayout`]): the flat row, on the model's device.
         call (`Callable`, *optional*): what to call instead of `model`.
 
@@ -164,14 +164,15 @@ def flat_token_logits(model: nn.Module, layout: PrefixLayout, call: Callable | N
         )
     finally:
         handle.remove()
-    return captured["output"].flatten(0, 1).float()  # GPT-2 gives the row of each member of a stacked model apart
+    return captured["output"].flatten(0, 1).float()  # GPT-2 returns one row per member of a stacked model
 
 
 def flat_scores(model: nn.Module, layout: PrefixLayout, call: Callable | None = None) -> torch.Tensor:
     """
     The logits at the last token of each sequence: fp32 `(S, C)`, groups in order.
 
-    A stacked model ([`StackedRewardModel`](stacked_model)) gives those of all members: `(M * S, C)`, member by member.
+    A stacked model ([`StackedRewardModel`](stacked_model)) gives the logits of all members: `(M * S, C)`, member by
+    member.
     """
     logits = flat_token_logits(model, layout, call)
     last = layout.last.to(logits.device)
@@ -183,13 +184,13 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
     """
     Whether the model gives the same hidden states from flat rows as from padded rows.
 
-    Architectures whose layers are not all softmax attention are refused by their config; everything else is decided by
-    numbers: two groups in a row, ragged K and lengths, a one-token completion, and a group longer than the sliding
-    window if `max_length` exceeds it.
+    The config decides for architectures with layers that are not softmax attention: they are refused. All others are
+    decided by a numerical check: two groups in a row, ragged K and lengths, a one-token completion, and a group longer
+    than the sliding window if `max_length` exceeds it.
 
     Args:
-        model (`nn.Module`): sequence-classification model, possibly wrapped by PEFT. Its mode is put back.
-        max_length (`int`, *optional*): longest sequence that will come.
+        model (`nn.Module`): sequence-classification model, possibly wrapped by PEFT. Its mode is restored.
+        max_length (`int`, *optional*): longest sequence that the model will see, in tokens.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
@@ -204,7 +205,7 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
     try:
         difference, scale = _measure_difference(model, _check_groups(config, max_length))
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        return SharedPrefixSupport(False, f"a flat row could not be run: {type(error).__name__}: {error}")
+        return SharedPrefixSupport(False, f"the model cannot run a flat row: {type(error).__name__}: {error}")
     finally:
         select_attention(model, used)
     exact = next(base.get_submodule(base.base_model_prefix).parameters()).dtype == torch.float32
@@ -217,7 +218,7 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
 
 
 def refused_by_config(config: PretrainedConfig, attention: str) -> str | None:
-    """Why a (text) config or the attention function in use rules flat rows out, before any model is there."""
+    """Why a (text) config or the attention function rules out flat rows; `None` if it does not. Needs no model."""
     if attention not in ("sdpa", "eager"):
         return f"attention is {attention!r}; shared prefixes run beside 'sdpa' or 'eager'"
     kinds = set(config.to_dict().get("layer_types") or []) - {"full_attention", "sliding_attention"}
@@ -232,18 +233,18 @@ def is_wanted(wish: bool | str) -> bool:
 
 
 def is_granted(wish: bool | str, support: SharedPrefixSupport) -> bool:
-    """Whether flat rows will be used; raises `ValueError` if the user demands them and the model cannot run them."""
+    """Whether flat rows will be used; raises `ValueError` if the user requires them and the model cannot run them."""
     if wish is True and not support.supported:
-        raise ValueError(f"shared_prefix=True cannot be had: {support.reason}. Set shared_prefix='auto' or False.")
+        raise ValueError(f"shared_prefix=True is not possible: {support.reason}. Set shared_prefix='auto' or False.")
     return support.supported
 
 
 def use_shared_prefix(model: nn.Module, wish: bool | str, max_length: int | None = None) -> bool:
     """
-    Whether flat rows will be used, from the `shared_prefix` argument of a trainer or scorer.
+    Decide from the `shared_prefix` argument of a trainer or scorer whether flat rows will be used.
 
     `False` turns them off. `"auto"` uses them if the model supports them. `True` raises `ValueError` if it does not. A
-    log line says what was decided and why.
+    log line gives the decision and the reason.
     """
     if not is_wanted(wish):
         return False
@@ -269,7 +270,7 @@ def _check_groups(config, max_length: int | None) -> list[tuple[list[int], list[
 
 @torch.no_grad()
 def _measure_difference(model: nn.Module, groups: list[tuple[list[int], list[list[int]]]]) -> tuple[float, float]:
-    """Largest difference of the head's input between flat and padded rows, and the size of the states."""
+    """The largest difference of the head's input between flat and padded rows, and the largest hidden state."""
     device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     hidden: list[torch.Tensor] = []

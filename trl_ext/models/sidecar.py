@@ -1,7 +1,7 @@
-"""`reward_model.json`: what a reward model is, so that its path is all that a later program needs.
+"""`reward_model.json`: describes a saved reward model, so that a later program needs only its path.
 
-This module knows the fields of the file, and the probes that show whether a loaded model gives the scores that it was
-saved with. It knows nothing of how models are built, trained or tokenized.
+This module knows the fields of the file, and the probes that show whether a loaded model gives the scores that it had
+when it was saved. It knows nothing of how models are built, trained or tokenized.
 """
 
 import dataclasses
@@ -59,21 +59,23 @@ class Sidecar:
         is_adapter (`bool`): whether the folder holds an adapter (else a full model).
         head_modules (`list[str]`): names of the head's modules, e.g. `["score"]`.
         token_policy (`dict`): how text becomes token ids (see `trl_ext.data.tokenization.TokenizationSettings`).
-        kind (`str`): `"scalar"` (one score per candidate), or `"outcome"`, `"process"` or `"segment"` (token rewards).
+        kind (`str`): kind of reward model: `"scalar"` (one score per candidate), or `"outcome"`, `"process"` or
+            `"segment"` (token rewards).
         label_meaning (`str`): what a larger score means, or what the classes are.
         head_class (`str`): `"sequence"` or `"token"`: the class of transformers that holds the head.
-        num_labels (`int`): outputs of the head in all, G categories of C outputs each.
+        num_labels (`int`): total number of outputs of the head: G categories of C outputs each.
         outputs_per_category (`int`): C. With 3, class index = label + 1.
         categories (`list[str]`, *optional*): names of the G categories, in the order of the outputs; `None` for one
-            without a name.
-        loss_type (`str`, *optional*): the loss. Of a token-level model it says what an output is: log-odds of *right*
-            (`"bce"`, sigmoid gives the probability), class logits (`"ce"`, softmax), a number on the labels' scale
-            (`"mse"`), or a score whose sign decides (`"hinge"`).
-        label_placement (`str`, *optional*): token whose output is a span's score: `"last"` of the span, `"all"`, or
-            the one `"before"` it (see `trl_ext.data.spans`).
+            category without a name.
+        loss_type (`str`, *optional*): the loss. For a token-level model it tells what an output means: log-odds of
+            *right* (`"bce"`, sigmoid gives the probability), class logits (`"ce"`, softmax), a number on the labels'
+            scale (`"mse"`), or a score whose sign decides (`"hinge"`).
+        label_placement (`str`, *optional*): the token whose output is a span's score: the `"last"` of the span,
+            `"all"` of them, or the one `"before"` it (see `trl_ext.data.spans`).
         step_separator (`str`, *optional*): text after each step, part of the step's span.
         max_length (`int`, *optional*): longest candidate in training, in tokens.
-        pad_is_eos (`bool`): plain transformers then ignores a final EOS, so its scores differ from ours.
+        pad_is_eos (`bool`): whether the pad token is EOS. Plain transformers then ignores a final EOS, so its scores
+            differ from ours.
         normalizer (`dict`, *optional*): `{"mean": float, "std": float}` of the scores on a calibration set.
         probes (`dict`, *optional*): `{"input_ids": [[int]], "scores": [float]}`, the scores at save time.
         schema_version (`int`): version of this file.
@@ -157,12 +159,12 @@ def make_probes(model: nn.Module | int, number: int = 8, seed: int = 0) -> list[
     """
     Short sequences of random token ids, 4 to 32 long: no text of the user's data ends up in the file.
 
-    Encoder-decoders (T5, BART) read the score at EOS, so that their sequences end in the only EOS that they hold.
+    Encoder-decoders (T5, BART) read the score at EOS, so their sequences end in EOS and hold no other.
 
     Args:
-        model (`nn.Module` or `int`): the model, or the number of token ids that it knows.
+        model (`nn.Module` or `int`): the model, or its number of token ids.
         number (`int`, *optional*, defaults to `8`): how many sequences.
-        seed (`int`, *optional*, defaults to `0`): of their draw.
+        seed (`int`, *optional*, defaults to `0`): seed of the random ids.
     """
     size = model if isinstance(model, int) else vocab_size(model)
     generator = torch.Generator().manual_seed(seed)
@@ -178,12 +180,12 @@ def make_probes(model: nn.Module | int, number: int = 8, seed: int = 0) -> list[
 @torch.no_grad()
 def probe_scores(model: nn.Module, probes: list[list[int]]) -> list[float]:
     """
-    Scores of the probes in eval mode, one sequence at a time, outside autocast. The model's mode is put back.
+    Scores of the probes in eval mode, one sequence at a time, outside autocast. The model's mode is restored.
 
-    A head of C outputs gives C numbers for each probe, one after the other: those at its last token. A stacked model
-    gives those of each member, member after member.
+    A head of C outputs gives C numbers for each probe, one after the other: the outputs at its last token. A stacked
+    model gives those of each member, member by member.
 
-    A model that a trainer prepared carries an autocast wrapper on its own `forward`; the class's forward has none.
+    A trainer replaces the `forward` of the instance by one with autocast; the `forward` of the class has none.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -202,7 +204,7 @@ def probe_scores(model: nn.Module, probes: list[list[int]]) -> list[float]:
 
 def probe_drift(model: nn.Module, sidecar: Sidecar) -> dict[str, float] | None:
     """
-    How far the loaded model's probe scores are from those at save time.
+    How far the probe scores of a loaded model are from those at save time.
 
     Returns:
         `dict` with `max` and `mean` (absolute change) and `relative` (max change over the probes' standard deviation),
@@ -225,7 +227,7 @@ def _plain_call(model: nn.Module) -> Callable:
 
 
 def known_fields(cls: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The keys of a JSON object that a dataclass has fields for; others are ignored with a warning."""
+    """The entries of a JSON object that are fields of a dataclass; others are ignored with a warning."""
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(content) - names)
     if unknown:

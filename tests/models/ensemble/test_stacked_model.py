@@ -196,7 +196,7 @@ def test_what_cannot_be_stacked(lora, found, tmp_path):
 def test_embeddings_and_patterns_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`model.embed_tokens`, a Embedding, cannot be stacked"):
         stacked(tmp_path, targets=["embed_tokens"])
-    with pytest.raises(ValueError, match="Write the layers into the pattern"):
+    with pytest.raises(ValueError, match="Put the layers into the pattern"):
         stacked(tmp_path, share=0.5, targets=r".*q_proj")
     with pytest.raises(ValueError, match="Give one"):
         stacked(tmp_path, share=0.5, targets=["q_proj"], layers_to_transform=[1])

@@ -243,7 +243,7 @@ def test_the_attention_comes_back_after_an_error(base, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- the wish
 def test_true_is_refused_where_it_cannot_be_had(base, tmp_path):
     bert = save_tiny_model(tmp_path / "bert", "bert")
-    with pytest.raises(ValueError, match="shared_prefix=True cannot be had: .* no decoder"):
+    with pytest.raises(ValueError, match="shared_prefix=True is not possible: .* no decoder"):
         trainer_for(bert, config(tmp_path, shared_prefix=True))
     with pytest.raises(ValueError, match="does not work with .* pad_to_multiple_of"):
         trainer_for(base, config(tmp_path, shared_prefix=True, pad_to_multiple_of=8))

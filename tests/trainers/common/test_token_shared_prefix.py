@@ -208,7 +208,7 @@ def test_encoders_and_padding_to_a_multiple_stay_padded(base, tmp_path, passes):
     assert passes == {"flat": 0, "padded": 8}
     train("prm", base, tmp_path)
     assert passes == {"flat": 4, "padded": 8}  # the default
-    with pytest.raises(ValueError, match="shared_prefix=True cannot be had: .* no decoder"):
+    with pytest.raises(ValueError, match="shared_prefix=True is not possible: .* no decoder"):
         token_trainer("prm", bert, tmp_path, shared_prefix=True)
     with pytest.raises(ValueError, match="does not work with .* pad_to_multiple_of"):
         token_trainer("prm", base, tmp_path, shared_prefix=True, pad_to_multiple_of=8)

@@ -321,7 +321,7 @@ def test_what_cannot_be_trained_together_is_said(deep, tmp_path):
     with pytest.raises(ValueError, match="may add tokens"):
         ensemble(tmp_path, deep, chat_template_path=str(deep))
     activated = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
-    with pytest.raises(ValueError, match="of a variant .*ALora.* cannot be stacked"):
+    with pytest.raises(ValueError, match="the variant .*ALora.* cannot be stacked"):
         RewardEnsembleTrainer(str(deep), args, train_dataset=rows, peft_config=activated)
     single(tmp_path / "one", deep, max_steps=1)[0].save_model()
     with pytest.raises(ValueError, match="has an adapter already"):

@@ -1,1 +1,1 @@
-"""Many ensemble members on one base: stacked in training, branched where they differ, loaded together."""
+"""Ensembles whose members share one base: stacked training, branching at a layer, files, and loading."""

@@ -1,7 +1,7 @@
-"""Where one batch becomes the batch of all ensemble members: at the first layer in which they differ.
+"""Repeats a batch for all ensemble members at the first layer in which the members differ.
 
-Below that layer (the *trunk*) the members are identical and frozen. The trunk runs once and without a gradient,
-whatever gradient checkpointing does. This module knows layers, their arguments and flat rows. It knows nothing of
+The layers below (the *trunk*) are frozen and identical in all members. The trunk runs once and without a gradient,
+with and without gradient checkpointing. This module knows layers, their arguments and flat rows. It knows nothing of
 adapters, heads or scores.
 """
 
@@ -16,7 +16,7 @@ from trl_ext.data.prefix_layout import PrefixLayout
 
 class FanOut:
     """
-    Hooks on a model's layers that repeat a batch for the members, member after member.
+    Hooks on a model's layers that repeat a batch once for each member.
 
     Args:
         layers (`nn.ModuleList`, *optional*): the model's layers; `None` to repeat the model's inputs instead.
@@ -24,7 +24,7 @@ class FanOut:
         members (`int`): M.
 
     Attributes:
-        times (`int`): how often a batch is repeated; 1 where each row belongs to one member already.
+        times (`int`): how often a batch is repeated; 1 if each row belongs to one member already.
     """
 
     def __init__(self, layers: nn.ModuleList | None, first: int, members: int):
@@ -32,7 +32,7 @@ class FanOut:
         self.times = members
         self._trunk = [] if layers is None else list(layers[:first])
         self._at_inputs = layers is None
-        self._repeated: dict[int, tuple[Any, Any]] = {}  # by the id of what is repeated, which is kept alive with it
+        self._repeated: dict[int, tuple[Any, Any]] = {}  # by the id of the object, which the entry keeps alive
         if layers is not None:
             if self._trunk:
                 layers[0].register_forward_pre_hook(self._enter_trunk, with_kwargs=True)
@@ -41,7 +41,7 @@ class FanOut:
                 layer.register_forward_pre_hook(self._within_branches, with_kwargs=True)
 
     def begin(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs to call the model with. Call this before every pass."""
+        """Return the inputs for the model's next pass. Call this before every pass."""
         self._repeated.clear()
         for layer in self._trunk:
             layer.gradient_checkpointing = False  # it has nothing to recompute
@@ -52,7 +52,7 @@ class FanOut:
         return {name: self._repeat(value, rows, layout) for name, value in inputs.items()}
 
     def end(self) -> None:
-        """Forget the repeated tensors; call this where no backward pass follows."""
+        """Forget the repeated tensors. Call this if no backward pass follows."""
         self._repeated.clear()
 
     @staticmethod
@@ -69,7 +69,7 @@ class FanOut:
             )
         checkpointed = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
         if self._trunk and checkpointed and layer.training and torch.is_grad_enabled():
-            hidden = hidden.detach().requires_grad_()  # where it is reentrant it needs an input with a gradient
+            hidden = hidden.detach().requires_grad_()  # reentrant checkpointing needs an input with a gradient
         args, kwargs = self._repeat_all(args, kwargs, rows, layout)
         return (hidden, *args), kwargs
 
@@ -81,7 +81,7 @@ class FanOut:
         return (hidden, *args), kwargs
 
     def _repeat_all(self, args: tuple, kwargs: dict, rows: int, layout: PrefixLayout | None) -> tuple[tuple, dict]:
-        """The arguments beside the hidden states, repeated where they have an entry for each row."""
+        """The other arguments of a layer; those with an entry for each row are repeated."""
         if self.times == 1:
             return args, kwargs
         args = tuple(self._repeat(value, rows, layout) for value in args)

@@ -1,4 +1,4 @@
-"""`reward_ensemble.json`: which folders are the members of an ensemble, and how their scores become one.
+"""`reward_ensemble.json`: lists the member folders of an ensemble and says how their scores are combined.
 
 An ensemble folder holds this file and a folder for each member, which is an ordinary reward model that loads alone:
 
@@ -38,19 +38,21 @@ class EnsembleFile:
     Description of a saved ensemble.
 
     Args:
-        members (`list[str]`): folders of the members, relative to the ensemble's, e.g. `["member-0", "member-1"]`.
+        members (`list[str]`): folders of the members, relative to the ensemble's folder, e.g.
+            `["member-0", "member-1"]`.
         reduce (`str`): name of a reducer (see `trl_ext.scoring.reducers`).
         reduce_kwargs (`dict`): its arguments.
         weights (`list[float]`, *optional*): one per member, for reducers that take weights.
         normalize (`bool`): whether members are normalised before they are reduced.
         normalizers (`list[dict | None]`, *optional*): `{"mean": float, "std": float}` of each member, or `None` to use
             the one in the member's `reward_model.json`, if it has one. `None` for all is the same as a list of `None`.
-        branch_layer (`int`, *optional*): first layer in which members differ. Information: members load without it.
+        branch_layer (`int`, *optional*): first layer in which members differ. It is informative only; loading does
+            not need it.
         schema_version (`int`): version of this file.
 
     Raises:
-        [`EnsembleFileError`]: no member, a member twice or outside the folder, or lists that do not have an entry for
-            each member.
+        [`EnsembleFileError`]: there is no member, a member is listed twice or lies outside the folder, or a list does
+            not have one entry for each member.
     """
 
     members: list[str]
@@ -68,13 +70,13 @@ class EnsembleFile:
             raise EnsembleFileError(f"members={self.members!r}; {wanted}.")
         for name in self.members:
             if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in Path(name).parts:
-                raise EnsembleFileError(f"The member {name!r} is not a folder within the ensemble's; {wanted}.")
+                raise EnsembleFileError(f"The member {name!r} is not inside the ensemble's folder; {wanted}.")
         if len(set(self.members)) != len(self.members):
             raise EnsembleFileError(f"members={self.members!r} names a folder twice; {wanted}.")
         if not isinstance(self.reduce, str):
             raise EnsembleFileError(
-                f"reduce={self.reduce!r} cannot be written; needed: the name of a reducer. Publish your function as "
-                "a plugin (entry-point group `trl_ext.reducers`) and name it."
+                f"reduce={self.reduce!r} cannot be saved; needed: the name of a reducer. Publish your function as a "
+                "plugin (entry-point group `trl_ext.reducers`) and pass its name."
             )
         if not isinstance(self.reduce_kwargs, dict):
             raise EnsembleFileError(f"reduce_kwargs={self.reduce_kwargs!r}; needed: the reducer's arguments by name.")
@@ -96,7 +98,7 @@ class EnsembleFile:
 
 
 def check_normalizer(normalizer: dict[str, float] | None) -> None:
-    """Raise [`EnsembleFileError`] unless it is `None`, or a finite mean and a positive standard deviation."""
+    """Raise [`EnsembleFileError`] unless the normaliser is `None` or a finite mean and positive standard deviation."""
     if normalizer is None:
         return
     valid = isinstance(normalizer, dict) and set(normalizer) == {"mean", "std"}
@@ -128,7 +130,7 @@ def read_ensemble(folder: str | Path) -> EnsembleFile | None:
     path = Path(folder, ENSEMBLE_NAME)
     if not path.is_file():
         return None
-    restore = "Restore it from the same run, or list the members in a new one."
+    restore = "Restore the file from the same run, or write a new one that lists the members."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

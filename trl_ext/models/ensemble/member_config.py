@@ -1,4 +1,4 @@
-"""LoRA configs of ensemble members: what can be stacked, on which layers, and whether two adapters go together.
+"""LoRA configs of ensemble members: checks that they can be stacked, and chooses the layers that they adapt.
 
 It knows PEFT configs, as objects and as files, and the names of a model's modules. It knows nothing of weights.
 """
@@ -17,12 +17,13 @@ from trl_ext.models.adapters import adapter_config, changes_to_base, check_adapt
 
 def branch_at(model: PreTrainedModel, peft_config: LoraConfig, share: float) -> LoraConfig:
     """
-    A copy of the config that adapts no layer of the first `share` of the model's layers (but always the last).
+    A copy of the config that leaves the first `share` of the model's layers without adapters.
 
-    PEFT refuses `layers_to_transform` beside `target_modules="all-linear"`; [`complete_config`] resolves that.
+    The last layer always gets one. PEFT refuses `layers_to_transform` together with `target_modules="all-linear"`;
+    [`complete_config`] resolves that.
 
     Raises:
-        `ValueError`: the config names layers itself.
+        `ValueError`: the config sets `layers_to_transform` already.
     """
     if peft_config.layers_to_transform is not None:
         raise ValueError(
@@ -36,7 +37,7 @@ def branch_at(model: PreTrainedModel, peft_config: LoraConfig, share: float) -> 
 
 
 def check_stackable(peft_config: PeftConfig, head: list[str]) -> None:
-    """Raise `ValueError` for an adapter of another kind than plain LoRA on linear layers with a trained head."""
+    """Raise `ValueError` unless the adapter is plain LoRA on linear layers with a trained head."""
     if type(peft_config) is not LoraConfig:
         raise ValueError(f"Ensemble members are LoRA adapters, found {type(peft_config).__name__}. Use `LoraConfig`.")
     check_adapter_config(peft_config)
@@ -61,13 +62,13 @@ def check_stackable(peft_config: PeftConfig, head: list[str]) -> None:
 
 
 def complete_config(model: PreTrainedModel, peft_config: LoraConfig, head: list[str]) -> LoraConfig:
-    """The user's config with the head, and with the names behind `"all-linear"` where it also chooses layers."""
+    """The user's config with the head added, and `"all-linear"` spelled out as names if the config chooses layers."""
     config = adapter_config(model, peft_config, head)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         if config.target_modules.lower() != "all-linear":
             raise ValueError(
                 f"`target_modules` is the pattern {config.target_modules!r}, which PEFT does not combine with "
-                "`layers_to_transform`. Write the layers into the pattern, or list module names."
+                "`layers_to_transform`. Put the layers into the pattern, or list module names."
             )
         config.target_modules = sorted(_linear_names(model, head))
     config.modules_to_save = list(dict.fromkeys(head))
@@ -86,7 +87,7 @@ def _linear_names(model: PreTrainedModel, head: list[str]) -> set[str]:
 
 
 def config_differences(one: Path, other: Path) -> list[str]:
-    """In which respects two adapters cannot be stacked."""
+    """The differences that keep two adapters from being stacked."""
     configs = [json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (one, other)]
     names = ["peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
     names += ["layers_to_transform"]

@@ -1,4 +1,4 @@
-"""Several saved adapters on one base, which is in memory once: also in 4 bits, and also while a policy trains on it.
+"""Loads several saved adapters onto one base in memory, which may be in 4 bits and may have a policy training on it.
 
 It knows PEFT adapters, sidecars and bases. It knows nothing of text or of how scores are combined.
 """
@@ -27,9 +27,10 @@ from trl_ext.models.sidecar import Sidecar, SidecarError, read_sidecar, set_side
 
 def base_key(folder: str | Path) -> str | None:
     """
-    What two saved adapters must have in common to share a base; `None` for a full model or one without a sidecar.
+    The key of the base of a saved adapter; `None` for a full model or a model without a sidecar.
 
-    It covers the id, revision, quantization, dtype and vocabulary of the base, and the shape of the head.
+    Adapters with equal keys can share a base. The key covers the id, revision, quantization, dtype and vocabulary of
+    the base, and the shape of the head.
     """
     sidecar = read_sidecar(folder)
     if sidecar is None or not sidecar.is_adapter:
@@ -40,17 +41,18 @@ def base_key(folder: str | Path) -> str | None:
 
 
 def changes_of(folder: str | Path) -> list[str]:
-    """The settings by which loading a saved adapter changes the model it is put on, as `name=value`."""
+    """The settings that make a saved adapter change the base weights when it is loaded, as `name=value`."""
     return changes_to_base(PeftConfig.from_pretrained(str(folder)))
 
 
 def check_leaves_base(folder: str | Path) -> None:
-    """Raise `ValueError` for a saved adapter that would change a model in memory that it is put on."""
+    """Raise `ValueError` if loading a saved adapter would change the weights of the model that it is put on."""
     changes = changes_of(folder)
     if changes:
         raise ValueError(
-            f"The adapter in {folder} sets {', '.join(changes)}, by which PEFT changes the weights of the model that "
-            "it is put on. Leave `base_model` out, so that the adapter gets a base of its own, or train it without."
+            f"The adapter in {folder} sets {', '.join(changes)}, so PEFT changes the weights of the model that it is "
+            "put on. Leave `base_model` out, so that the adapter gets a separate copy of the base, or train it "
+            "without these settings."
         )
 
 
@@ -64,19 +66,20 @@ def load_adapters(
         folders (sequence of `str` or `Path`):
             Local folders of adapters with the same [`base_key`].
         base_model (`PreTrainedModel`, `PeftModel`, `str` or `Path`, *optional*):
-            A model in memory whose backbone is the base, e.g. a policy that is trained (a language model, with an
-            adapter of its own or not yet). The adapters are put beside those that it has. Its weights, what of it is
-            trainable and its mode stay as they are, which is checked. Its base has to be frozen. A path says where the
-            base is now, if it moved. By default the base is loaded from its recorded place.
-        **load_kwargs: for [`load_reward_model`], unless `base_model` is in memory.
+            A model in memory whose backbone is the base, e.g. a policy in training (a language model with or without
+            an adapter). The reward adapters are added to those that it has. Its base must be frozen. Its weights,
+            its trainable parameters and its mode do not change; the weights are compared before and after. If
+            `base_model` is a path, it says where the base is now, if it moved. By default the base is loaded from its
+            recorded place.
+        **load_kwargs: arguments of [`load_reward_model`], unless `base_model` is in memory.
 
     Returns:
         `tuple[PeftModel, list[str]]`: a model whose adapters are frozen, and the name of the adapter of each folder.
         [`use_adapter`] switches between them.
 
     Raises:
-        [`BaseMismatchError`]: the model in memory is not what the adapters were trained on, by what it says of itself
-            or by the scores of the probes.
+        [`BaseMismatchError`]: the settings of the model in memory, or the scores of the probes, show that the adapters
+            were trained on another base.
         [`SidecarError`]: a folder is not an adapter with a sidecar, or they do not share a base.
         `ValueError`: the base of the model in memory is trainable, or an adapter would change its weights.
     """
@@ -89,7 +92,7 @@ def load_adapters(
     sidecars = [read_sidecar(folder) for folder in folders]
     names = [f"member-{number}" for number in range(len(folders))]
     if not isinstance(base_model, nn.Module):
-        names[0] = "default"  # PEFT's name for the adapter that a model is loaded with
+        names[0] = "default"  # PEFT's name for the first adapter of a model
         model = load_reward_model(folders[0], base_model=base_model, **load_kwargs)
         _add_members(model, folders, names, sidecars, None if base_model is None else str(base_model))
         return model, names
@@ -113,9 +116,9 @@ def load_adapters(
 @contextmanager
 def use_adapter(model: PeftModel, name: str, sidecar: Sidecar | None = None) -> Iterator[None]:
     """
-    Make one adapter the active one, with its sidecar, and put everything back afterwards.
+    Activate one adapter and attach its sidecar; restore the former state afterwards.
 
-    A policy that trains on the same base does not notice, as long as none of its forward passes is running.
+    A policy that trains on the same base is not affected, as long as none of its forward passes is running.
     """
     with _unchanged(model):
         model.set_adapter(name)
@@ -131,7 +134,7 @@ def _add_members(
     sidecars: Sequence[Sidecar],
     moved_to: str | None = None,
 ) -> None:
-    """Load all adapters but the first, which is there, and check heads and scores of all."""
+    """Load all adapters but the first, which is loaded already, and check the heads and scores of all."""
     head = sidecars[0].head_modules
     for name, folder in list(zip(names, folders, strict=True))[1:]:
         model.load_adapter(str(folder), adapter_name=name)
@@ -144,7 +147,7 @@ def _add_members(
 
 
 def _reward_model_around(owner: PreTrainedModel, sidecar: Sidecar) -> PreTrainedModel:
-    """A classification model whose backbone is that of another model, with a head of zeros."""
+    """A classification model that takes its backbone from another model and has a head of zeros."""
     config = copy.deepcopy(owner.config)
     config.num_labels = sidecar.num_labels
     classes = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -153,11 +156,11 @@ def _reward_model_around(owner: PreTrainedModel, sidecar: Sidecar) -> PreTrained
     prefix = model.base_model_prefix
     if type(model.get_submodule(prefix)) is not type(owner.get_submodule(owner.base_model_prefix)):
         raise BaseMismatchError(
-            f"The backbone of {type(owner).__name__} is not that of {type(model).__name__}, so it cannot be shared. "
+            f"{type(owner).__name__} has another backbone than {type(model).__name__}, so they cannot share it. "
             "Pass a language model of the reward model's family, or leave `base_model` out."
         )
     model.set_submodule(prefix, owner.get_submodule(owner.base_model_prefix))
-    for name in sidecar.head_modules:  # the adapter brings its own copy
+    for name in sidecar.head_modules:  # the adapter contains its copy
         module = model.get_submodule(name).to_empty(device=owner.device)
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
@@ -178,13 +181,13 @@ def _check_frozen(model: nn.Module) -> None:
     if loose:
         raise ValueError(
             f"{len(loose)} weights of the base are trainable (`{loose[0]}` ...), and training them would change the "
-            "rewards. Put the policy's own adapter on it first (`get_peft_model`, which freezes the base), or call "
+            "rewards. Put the policy's adapter on it first (`get_peft_model`, which freezes the base), or call "
             "`requires_grad_(False)`."
         )
 
 
 def _checksums(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Two sums over the bits of each weight and buffer that is in use, by its name without PEFT's wrappers."""
+    """Two sums over the bits of each weight and buffer in use, by the name without PEFT's wrappers."""
     sums = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta or not tensor.numel():
@@ -196,13 +199,13 @@ def _checksums(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _check_weights(model: nn.Module, before: dict[str, tuple[int, int]]) -> None:
-    """Raise [`BaseMismatchError`] if a weight of the model in memory is no longer what it was."""
+    """Raise [`BaseMismatchError`] if a weight of the model in memory has changed."""
     now = _checksums(model)
     changed = [name for name, sums in before.items() if now.get(name) != sums]
     if changed:
         raise BaseMismatchError(
             f"Loading the adapters changed {len(changed)} weights of the model in memory (`{changed[0]}` ...). "
-            "Load it again, and leave `base_model` out: the adapters then get a base of their own."
+            "Load the model again, and leave `base_model` out, so that the adapters get a separate copy of the base."
         )
 
 
@@ -213,7 +216,11 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back active adapters, what is trainable, and the mode. Adapters on modules that had none become inactive."""
+    """
+    Restore the active adapters, the trainable parameters and the mode of a model afterwards.
+
+    Adapters on modules that had none before become inactive.
+    """
     active = {id(layer): list(layer.active_adapters) for layer in _layers(model)}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
@@ -234,7 +241,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _free_name(name: str, model: nn.Module) -> str:
-    """`name`, or if an adapter in the model has it, with a number behind it."""
+    """`name`, with a number appended if an adapter in the model has that name already."""
     free, number = name, 1
     while any(f".{free}." in path for path, _ in model.named_parameters()):
         free, number = f"{name}-{number}", number + 1

@@ -1,8 +1,8 @@
 """Layers that hold one LoRA adapter, or one head, for each of M ensemble members and apply them all by batched matmul.
 
 Rows come *member-major*: all rows of member 0, then all of member 1, and so on. The members share the base layer under
-the adapters, which sees all rows at once. These layers know tensors and linear layers. PEFT files, repeating a batch
-for the members, and scoring with all of them are in `stacked_model.py`.
+the adapters, which sees all rows at once. These layers know tensors and linear layers. `stacked_model.py` reads and
+writes PEFT files, repeats a batch for the members, and scores with all of them.
 
 Letters: `M` members, `N` rows in all (of any leading shape), `d` inputs, `o` outputs, `r` rank.
 """
@@ -15,15 +15,15 @@ from torch import nn
 
 class MemberRows:
     """
-    Which member each row of a batch belongs to. All stacked layers of a model share one object.
+    Maps the rows of a batch to ensemble members. All stacked layers of a model share one object.
 
     Args:
         members (`int`): M.
 
     Attributes:
-        shares (`list[int]`, *optional*): how many rows of the batch that runs now belong to each member, in any unit
-            (rows, sequences, tokens); `None` if all have equally many.
-        alone (`int`, *optional*): all rows belong to this member.
+        shares (`list[int]`, *optional*): how many rows of the current batch belong to each member, in any unit (rows,
+            sequences, tokens); `None` if all members have equally many.
+        alone (`int`, *optional*): the only member that all rows belong to.
     """
 
     def __init__(self, members: int):
@@ -33,13 +33,13 @@ class MemberRows:
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def use(self, shares: list[int] | None = None, alone: int | None = None) -> None:
-        """Say which members the rows of the next batch belong to."""
+        """Set the members that the rows of the next batch belong to."""
         self.shares = None if shares is None or len(set(shares)) == 1 else shares
         self.alone = alone
         self._places.clear()
 
     def weights(self, stacked: torch.Tensor) -> torch.Tensor:
-        """The weights in use, of all members or of one: (M or 1, ...)."""
+        """The weights of all members, or of the only one in use: (M or 1, ...)."""
         return stacked if self.alone is None else stacked[self.alone : self.alone + 1]
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,19 +50,19 @@ class MemberRows:
         return x.reshape(-1, x.shape[-1])[self._place(x)[0]]
 
     def join(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(M, n, o) -> (..., o), the rows where `split` found them in `x`."""
+        """(M, n, o) -> (..., o); undoes `split`, so that each row is where it was in `x`."""
         if self.shares is not None and self.alone is None:
             y = y.flatten(0, 1)[self._place(x)[1]]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _place(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row index of each member's rows, (M, n), and where each row stands among them, (N,)."""
+        """Indices of each member's rows, (M, n), and the position of each row among them, (N,)."""
         rows = x.numel() // x.shape[-1]
         if rows not in self._places:
             shares = torch.tensor(self.shares)
             lengths = shares * (rows // int(shares.sum()))  # (M,)
             if int(lengths.sum()) != rows:
-                raise ValueError(f"{rows} rows cannot be shared out as {self.shares}.")
+                raise ValueError(f"{rows} rows cannot be divided among the members in the ratio {self.shares}.")
             starts = lengths.cumsum(0) - lengths
             within = torch.arange(int(lengths.max()))
             index = (starts[:, None] + within).clamp(max=rows - 1)  # (M, n)
@@ -116,7 +116,7 @@ class StackedLoRA(nn.Module):
 
 class StackedLinear(nn.Module):
     """
-    A linear layer of the head for each member, computed in fp32 whatever the autocast state and the input's dtype.
+    A linear layer of the head for each member; it computes in fp32 whatever the autocast state and the input's dtype.
 
     Args:
         weight (`torch.Tensor` of shape `(M, o, d)`), bias (`torch.Tensor` of shape `(M, o)`, *optional*): fp32.
@@ -146,11 +146,11 @@ def clip_by_member(parameters: list[nn.Parameter], max_norm: float) -> torch.Ten
     Scale each member's gradients so that their norm is at most `max_norm`, as M separate runs would.
 
     Args:
-        parameters (`list[nn.Parameter]`): stacked parameters, (M, ...) each; those without a gradient are left out.
-        max_norm (`float`): largest norm; infinity only measures.
+        parameters (`list[nn.Parameter]`): stacked parameters, (M, ...) each; those without a gradient are skipped.
+        max_norm (`float`): largest norm; with infinity the norms are measured and nothing is scaled.
 
     Returns:
-        `torch.Tensor` of shape `(M,)`: the norms before.
+        `torch.Tensor` of shape `(M,)`: the norms before scaling.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = [gradient.float().flatten(1).square().sum(1) for gradient in gradients]  # (M,) each

@@ -1,15 +1,15 @@
-"""One base model with the adapters and heads of M ensemble members, which runs for all of them in one pass.
+"""One base model with the adapters and heads of M ensemble members; one pass gives the output of all of them.
 
-It knows PEFT configs, adapter files, and where a batch is repeated for the members. It knows nothing of data, losses
-or training. To score with saved members:
+It knows PEFT configs, adapter files, and the layer where a batch is repeated for the members. It knows nothing of
+data, losses or training. To score with saved members:
 
 ```python
 model = StackedRewardModel.from_folders(["ensemble/member-0", "ensemble/member-1"])
 scores = member_scores(model, input_ids, attention_mask)  # (M, N)
 ```
 
-A member is an ordinary PEFT adapter on disk, and a slice of stacked tensors in memory. The conversion copies numbers
-and changes none.
+A member is an ordinary PEFT adapter on disk, and a slice of stacked tensors in memory. The conversion copies the
+numbers unchanged.
 """
 
 import copy
@@ -39,35 +39,35 @@ from trl_ext.models.sidecar import get_sidecar, set_sidecar
 logger = logging.getLogger(__name__)
 
 MEMBER = "member-{}"
-"""Name of a member: of its PEFT adapter, and of its folder within the ensemble's."""
+"""Name of a member's PEFT adapter and of its folder inside the ensemble's folder."""
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
 class StackedRewardModel(PeftModel):
     """
-    A reward model whose every pass runs all members: logits (M * N, ...) for N rows, member after member.
+    A reward model that runs all members in every pass: N rows give logits of shape (M * N, ...), member by member.
 
-    A `PeftModel` for all that saves and loads: `save_pretrained` writes one ordinary adapter folder per member, and
-    `load_adapter` reads one. PEFT's methods that switch, disable or merge adapters do nothing useful here: load a
-    member's folder for those.
+    It saves and loads like a `PeftModel`: `save_pretrained` writes one ordinary adapter folder per member, and
+    `load_adapter` reads one. PEFT's methods that switch, disable or merge adapters have no useful effect here; load a
+    member's folder to use them.
 
-    Members differ from the first layer that has an adapter; the layers below run once for all (`branch_layer`).
+    Members differ from the first layer that has an adapter. The layers below run once for all (`branch_layer`).
 
     Args:
         model (`PreTrainedModel`): the base with its head. It is changed.
-        peft_config (`LoraConfig`): LoRA of every member, with the same rank and targets for all. `"all-linear"` may
-            be combined with `layers_to_transform`.
+        peft_config (`LoraConfig`): the LoRA settings that all members have in common, rank and targets included.
+            `"all-linear"` may be combined with `layers_to_transform`.
         head (`list[str]`): names of the head's modules.
         members (`int`): M.
-        seeds (`list[int]`, *optional*): a seed for each member, with which its adapter, and its head unless the
-            checkpoint brought one, are drawn exactly as `RewardTrainer` does with that `seed`. `None` where the
-            members are loaded next.
+        seeds (`list[int]`, *optional*): a seed for each member. The seed draws the member's adapter, and its head
+            unless the checkpoint has one, exactly as `RewardTrainer` does with that `seed`. `None` if the members are
+            loaded next.
         check (`bool`, *optional*, defaults to `True`): run a few rows for all members and for one alone, and compare.
-            Not possible for weights that have a shape and no numbers.
+            Set it to `False` for weights on the meta device.
 
     Raises:
-        `ValueError`: the config asks for something that cannot be stacked.
+        `ValueError`: a setting of the config cannot be stacked.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class StackedRewardModel(PeftModel):
     @classmethod
     def from_folders(cls, folders: Sequence[str | Path], **load_kwargs: Any) -> "StackedRewardModel":
         """
-        Members that were saved as adapters on one base.
+        Load members that were saved as adapters on one base.
 
         Args:
             folders (`Sequence[str]`): a folder for each member.
-            **load_kwargs: of [`load_reward_model`], with which the first is loaded; the base must be the same for all.
+            **load_kwargs: arguments of [`load_reward_model`], which loads the first member and the common base.
 
         Raises:
-            `ValueError`: a folder is no LoRA adapter, or differs from the first in base, rank, targets or head.
+            `ValueError`: a folder holds no LoRA adapter, or differs from the first in base, rank, targets or head.
         """
         folders = [Path(folder) for folder in folders]
         for folder in folders:
@@ -126,7 +126,7 @@ class StackedRewardModel(PeftModel):
             differing = config_differences(folders[0], folder)
             if differing:
                 raise ValueError(
-                    f"{folder} and {folders[0]} differ in {', '.join(differing)}, so that they cannot be stacked. "
+                    f"{folder} and {folders[0]} differ in {', '.join(differing)}, so they cannot be stacked. "
                     "Needed: adapters of one LoRA configuration on one base. Score them one after the other instead."
                 )
         first = load_reward_model(folders[0], **load_kwargs)
@@ -147,7 +147,7 @@ class StackedRewardModel(PeftModel):
         return self.fan_out.first
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's output. Its head runs on the rows of all members; hooks on it and `member_scores` see them."""
+        """Return the base's output. The head sees the rows of all members, and so do hooks and `member_scores`."""
         if args:
             raise TypeError("A stacked model takes its inputs by name: model(input_ids=..., attention_mask=...).")
         try:
@@ -158,19 +158,20 @@ class StackedRewardModel(PeftModel):
 
     def use_rows(self, shares: list[int] | None = None, alone: int | None = None) -> None:
         """
-        Say which members the rows of the next passes belong to.
+        Set the members that the rows of the next passes belong to.
 
         Args:
-            shares (`list[int]`, *optional*): each member has its rows, in the order of the members; these are their
-                numbers (sequences of a padded batch, tokens of a flat row). `None`: every row is for all members.
-            alone (`int`, *optional*): every row is for this member only.
+            shares (`list[int]`, *optional*): how many rows each member has, if each row belongs to one member (counted
+                in sequences of a padded batch or tokens of a flat row). Rows come in the order of the members. `None`
+                means that every row is for all members.
+            alone (`int`, *optional*): the only member that all rows are for.
         """
         self.rows.use(shares, alone)
         self.fan_out.times = self.members if shares is None and alone is None else 1
 
     # ------------------------------------------------------------------------------------------------------- files
     def member_state(self, member: int) -> dict[str, torch.Tensor]:
-        """The tensors of one member as PEFT writes them to a file; views of the stacked ones."""
+        """The tensors of one member under PEFT's names in a file; they are views of the stacked tensors."""
         state = {}
         for name, module in self.get_base_model().named_modules():
             if isinstance(module, StackedLoRA):
@@ -182,7 +183,7 @@ class StackedRewardModel(PeftModel):
         return state
 
     def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write `member-0/`, `member-1/`, ...: an ordinary PEFT adapter each."""
+        """Write an ordinary PEFT adapter for each member: `member-0/`, `member-1/`, ..."""
         if not is_main_process:
             return
         config = copy.deepcopy(self.peft_config[MEMBER.format(0)])
@@ -198,7 +199,8 @@ class StackedRewardModel(PeftModel):
         """
         Read the adapter in a folder into one member.
 
-        Raises [`HeadError`] for a missing head tensor and `ValueError` for other missing, unknown or misshapen ones.
+        Raises [`HeadError`] for a missing head tensor, and `ValueError` for other missing tensors and for tensors that
+        are unknown or have the wrong shape.
         """
         path = Path(folder, _WEIGHTS)
         if not path.is_file():
@@ -207,9 +209,12 @@ class StackedRewardModel(PeftModel):
         missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
         if missing:
             kind = ValueError if ".lora_" in missing[0] else HeadError
-            raise kind(f"{path} lacks `{missing[0]}` ({len(missing)} of {len(own)} tensors). It is of another model.")
+            raise kind(
+                f"{path} lacks `{missing[0]}` ({len(missing)} of {len(own)} tensors). Needed: an adapter of this "
+                "model."
+            )
         if unknown:
-            raise ValueError(f"{path} holds `{unknown[0]}`, which this model has not ({len(unknown)} such tensors).")
+            raise ValueError(f"{path} holds `{unknown[0]}`, which this model lacks ({len(unknown)} such tensors).")
         for name, tensor in own.items():
             if saved[name].shape != tensor.shape:
                 raise ValueError(
@@ -218,7 +223,7 @@ class StackedRewardModel(PeftModel):
             tensor.copy_(saved[name])
 
     def check_saved(self, member: int, folder: str | Path) -> None:
-        """Raise [`HeadError`], naming the key, unless every tensor of a member is in the folder bit for bit."""
+        """Raise [`HeadError`] with the tensor's name unless the folder holds every tensor of a member bit for bit."""
         saved = load_file(Path(folder, _WEIGHTS))
         for name, tensor in self.member_state(member).items():
             if name not in saved or not torch.equal(saved[name], tensor.cpu()):
@@ -236,7 +241,7 @@ class StackedRewardModel(PeftModel):
 
     # -------------------------------------------------------------------------------------------------- conversion
     def _stack(self, drawn: int) -> None:
-        """Replace what PEFT put in by the stacked layers; `drawn` adapters are there (1: all members get it)."""
+        """Replace PEFT's layers by stacked ones. `drawn` adapters exist; if it is one, all members get a copy."""
         base = self.get_base_model()
         names = [MEMBER.format(member) for member in range(drawn)]
         repeats = self.members if drawn == 1 else 1
@@ -255,7 +260,7 @@ class StackedRewardModel(PeftModel):
                 if module.lora_variant:
                     variant = type(next(iter(module.lora_variant.values()))).__name__
                     raise ValueError(
-                        f"LoRA on `{path}` is of a variant ({variant}), which cannot be stacked. Needed: plain LoRA."
+                        f"LoRA on `{path}` is the variant {variant}, which cannot be stacked. Needed: plain LoRA."
                     )
                 stacked = StackedLoRA(
                     layer,
@@ -271,7 +276,7 @@ class StackedRewardModel(PeftModel):
                 base.set_submodule(path, self._stacked_head(path, copies, together))
 
     def _stacked_head(self, path: str, copies: list[nn.Module], together: Callable) -> nn.Module:
-        """A module of the head in which every linear layer is stacked."""
+        """A copy of a head module with a stacked layer in place of each linear layer."""
         head = copies[0]
         for name, module in list(head.named_modules()):
             if isinstance(module, nn.Linear):
@@ -293,7 +298,7 @@ def member_scores(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, call: Callable | None = None
 ) -> torch.Tensor:
     """
-    The scores of all members for the same rows in one pass; as [`candidate_scores`](heads), for a stacked model.
+    Score the same rows with all members in one pass: [`candidate_scores`](heads) for a stacked model.
 
     Returns:
         `torch.Tensor` of shape `(M, N)`, fp32.
@@ -310,13 +315,13 @@ def member_token_logits(
 
 
 def _brought_head(model: PreTrainedModel) -> bool:
-    """Whether the checkpoint was a classification model, whose head is kept (else it is newly drawn)."""
+    """Whether the checkpoint is a classification model. Then its head is kept; else a new one is drawn."""
     return any("Classification" in name for name in model.config.architectures or [])
 
 
 @torch.no_grad()
 def _draw_head(model: PreTrainedModel, head: list[str]) -> None:
-    """Draw the head anew, as transformers did when it was loaded."""
+    """Draw the head again, as transformers did when it loaded the model."""
     for name in head:
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
@@ -330,7 +335,7 @@ def _check_members(model: StackedRewardModel) -> None:
     """
     Run three short rows for all members at once, and for the first and the last alone; they must agree.
 
-    Raises `ValueError` if they do not: the family then mixes rows, or keeps something per row where no hook finds it.
+    Raises `ValueError` if they do not. Such a family mixes rows, or keeps a state per row that hooks do not repeat.
     """
     base = model.get_base_model()
     device = next(model.parameters()).device
@@ -360,20 +365,20 @@ def _check_members(model: StackedRewardModel) -> None:
             layer.lora_B.zero_()
         for module in training:
             module.training = True
-    exact = not is_quantized(base)  # int8 takes its scales from the whole batch
+    exact = not is_quantized(base)  # int8 computes its scales from the whole batch
     exact &= next(base.get_submodule(base.base_model_prefix).parameters()).dtype == torch.float32
     for member, scores in alone.items():
         difference = (together[member] - scores).abs().max().item()
         allowed = (1e-4 if exact else 3e-2) * max(1.0, scores.abs().max().item())
         if not difference <= allowed:  # also when NaN
             raise ValueError(
-                f"{type(base).__name__} gives member {member} other scores among the members than alone (difference "
-                f"{difference:.2g}, allowed {allowed:.2g}), so that its members cannot be trained or scored in one "
-                "pass. Use separate runs of RewardTrainer."
+                f"{type(base).__name__} gives member {member} other scores together with the other members than alone "
+                f"(difference {difference:.2g}, allowed {allowed:.2g}), so its members cannot be trained or scored in "
+                "one pass. Use separate runs of RewardTrainer."
             )
 
 
 def member_token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Logits of all members at the last tokens: (M, N, C)."""
+    """The logits of all members at the last token of each row: (M, N, C)."""
     logits = token_logits_at_last(model, input_ids, attention_mask)
     return logits.view(-1, len(input_ids), logits.shape[-1])
