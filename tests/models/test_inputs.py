@@ -177,7 +177,7 @@ def test_a_template_that_writes_the_date_is_frozen_with_the_model(unpadded, tmp_
     assert "today's date" not in caplog.text
     tokenizer.chat_template = {"default": DATED, "tool_use": 'x {{ strftime_now("%Y") }}', "plain": "y"}
     RewardScorer(tmp_path / "model", tokenizer)
-    assert "scores of chats differ from day to day" in caplog.text
+    assert "scores of chats change from day to day" in caplog.text
     freeze_date(tokenizer, datetime(2024, 7, 26))
     assert tokenizer.chat_template["default"].startswith("{{ '26 Jul 2024' }}")
     assert tokenizer.chat_template["tool_use"] == "x {{ '2024' }}" and tokenizer.chat_template["plain"] == "y"

@@ -299,7 +299,7 @@ def test_models_in_memory_are_saved_too(members, tmp_path):
 def test_fusion_is_fitted_stored_and_used(members, tmp_path):
     RewardEnsemble(members).save(tmp_path)
     ensemble = RewardEnsemble(tmp_path, reduce="fusion")
-    with pytest.raises(ValueError, match="call `fit_fusion` first"):
+    with pytest.raises(ValueError, match="Call `fit_fusion` first"):
         ensemble(*rows())
     pairs = pair_rows(24, seed=7)
     prompts = [row["prompt"] for row in pairs]

@@ -16,7 +16,7 @@ def test_by_hand():
     [
         ([1.0, None], "1 of 2 rows have a score by member-1"),
         ([2.0, 2.0, 2.0], "standard deviation of the 3 scores by member-1 is 0"),
-        ([1e6, 1e6 + 1e-3], "nothing to scale by"),
+        ([1e6, 1e6 + 1e-3], "too small to normalise by"),
         ([0.5, -math.inf], "A score by member-1 is minus infinity"),
     ],
 )

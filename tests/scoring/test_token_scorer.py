@@ -377,7 +377,7 @@ def test_each_kind_says_what_it_cannot_do(trained, reward_path):
         RewardScorer(trained("orm")[0]).combine([[0.5]])
     with pytest.raises(ValueError, match="nothing to aggregate"):
         RewardScorer(reward_path(), aggregation="min")
-    with pytest.raises(ValueError, match="leave `segmenter` out"):
+    with pytest.raises(ValueError, match="Leave `segmenter` out"):
         RewardScorer(trained("orm")[0], segmenter="steps")
     process = RewardScorer(trained("prm")[0])
     with pytest.raises(ValueError, match="kind 'process', and `score_segments`"):

@@ -69,7 +69,7 @@ def test_text_puts_scores_behind_pieces():
     [
         ((["a"], [0.1, 0.2]), "1 pieces and 2 scores"),
         ((["a"], [float("nan")]), "piece 0 is NaN"),
-        ((["a"], [[0.1, 0.9]]), r"piece 0 is \[0.1, 0.9\].*take one for each token"),
+        ((["a"], [[0.1, 0.9]]), r"piece 0 is \[0.1, 0.9\].*choose one for each token"),
         ((["a"], [0.1], 1.0, 1.0), "not below"),
     ],
 )

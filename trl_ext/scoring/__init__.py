@@ -1,4 +1,4 @@
-"""Scoring text with reward models: `scorer` turns one into a TRL reward function, `ensemble` several."""
+"""Scoring text with reward models: `scorer` makes a TRL reward function of one model, `ensemble` of several."""
 
 from trl_ext.scoring.ensemble import RewardEnsemble
 from trl_ext.scoring.scorer import RewardScorer

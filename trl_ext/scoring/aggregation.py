@@ -2,22 +2,22 @@
 
 Every aggregator takes the scores of one completion, in order, as a list or a 1-D tensor, and returns a `float`. All
 steps count: a score of exactly 0 or 1 is a score, and nothing is added to it. A completion without a step has no
-score, and the result is `None`, which a TRL reward function may return. A score that is not finite raises.
+score, and the result is `None`, which a TRL reward function may return. A score that is not finite raises an error.
 
-What length does to a score, for steps that are all of the same probability p < 1 of being correct:
+How the number of steps n changes the result, if every step is correct with the same probability p < 1:
 
 | aggregator | n steps | longer is |
 |---|---|---|
 | `min`, `max`, `mean`, `last` | p | no different (a minimum over more *varied* steps is lower, a maximum higher) |
 | `prod` | p ** n | worse: 0.9 becomes 0.35 after 10 steps |
-| `sum_log` | n · log p | worse, and orders as `prod` does |
+| `sum_log` | n · log p | worse, with the same order as `prod` |
 | `sum` | n · p | better |
 | `count_correct` | n if p > 0.5, else 0 | better for a policy that the model believes |
 
-So `prod` and `sum_log` in policy optimisation reward few steps, `sum` and `count_correct` reward many, whatever is in
-them: watch the number of steps beside the reward.
+So in policy optimisation `prod` and `sum_log` reward few steps, and `sum` and `count_correct` reward many steps,
+whatever the steps say. Watch the number of steps as well as the reward.
 
-It does not know where scores come from, nor what a step is, and imports no torch.
+This module knows numbers. It does not know where scores come from or what a step is, and it does not import torch.
 """
 
 import math
@@ -28,7 +28,7 @@ from trl_ext.registry import Registry
 
 aggregators = Registry(kind="step aggregator", group="trl_ext.aggregators")
 
-# Sums of two class probabilities, rounded in fp32, exceed 1 by about this much at most; such a score counts as 1.
+# The fp32 sum of two class probabilities can exceed 1 by about this much; such a score counts as 1.
 ROUNDING = 1e-5
 
 
@@ -37,7 +37,7 @@ def _finite(scores: Iterable[float]) -> list[float]:
     for step, value in enumerate(values):
         if not math.isfinite(value):
             raise ValueError(
-                f"Step scores must be finite, found {value} for step {step} of {len(values)}: look for NaN or Inf in "
+                f"Step scores must be finite, found {value} for step {step} of {len(values)}. Look for NaN or Inf in "
                 "the model's output."
             )
     return values
@@ -48,8 +48,8 @@ def _probabilities(name: str, scores: Iterable[float]) -> list[float]:
     for step, value in enumerate(values):
         if not 0 <= value <= 1 + ROUNDING:
             raise ValueError(
-                f"`{name}` needs probabilities in [0, 1], found {value} for step {step} of {len(values)}: turn the "
-                "raw output of a head into probabilities first, or use `sum`, `mean`, `min`, `max` or `last`."
+                f"`{name}` needs probabilities in [0, 1], found {value} for step {step} of {len(values)}. Turn the "
+                "raw output of the head into probabilities first, or use `sum`, `mean`, `min`, `max` or `last`."
             )
     return [min(value, 1.0) for value in values]
 
@@ -61,10 +61,10 @@ def minimum(scores: Iterable[float]) -> float | None:
 
     Args:
         scores (iterable of `float`):
-            One score per step, of any scale.
+            One score per step, on any scale.
 
     Returns:
-        `float`, or `None` without a step.
+        `float`, or `None` if there is no step.
     """
     return min(_finite(scores), default=None)
 
@@ -77,7 +77,7 @@ def maximum(scores: Iterable[float]) -> float | None:
 
 @aggregators.register("last")
 def last(scores: Iterable[float]) -> float | None:
-    """The score of the last step, which has seen all the others. Arguments and result as in [`minimum`]."""
+    """The score of the last step, where the model has seen all steps. Arguments and result as in [`minimum`]."""
     values = _finite(scores)
     return values[-1] if values else None
 
@@ -92,7 +92,7 @@ def mean(scores: Iterable[float]) -> float | None:
 @aggregators.register("sum")
 def total(scores: Iterable[float]) -> float | None:
     """
-    The summed score: the reward of a completion from those of its segments.
+    The sum of the scores: the reward of a completion from the rewards of its segments.
 
     See *Natural Language Processing: Neural Networks and Large Language Models* by T. Xiao and J. Zhu
     (https://github.com/NiuTrans/NLPBook), equation 10.68. Arguments and result as in [`minimum`].
@@ -104,20 +104,21 @@ def total(scores: Iterable[float]) -> float | None:
 @aggregators.register("prod")
 def product(scores: Iterable[float]) -> float | None:
     """
-    The probability that every step is correct, if steps err independently: the score of a solution in *Let's Verify
-    Step by Step* by H. Lightman et al. (https://huggingface.co/papers/2305.20050).
+    The probability that every step is correct, if errors of steps are independent: the score of a solution in *Let's
+    Verify Step by Step* by H. Lightman et al. (https://huggingface.co/papers/2305.20050).
 
-    One step of exactly 0 makes it 0. Some hundreds of small factors underflow to 0; `sum_log` does not.
+    One step of exactly 0 makes the product 0. A product of some hundreds of small factors underflows to 0; `sum_log`
+    does not.
 
     Args:
         scores (iterable of `float`):
             One probability in [0, 1] per step.
 
     Returns:
-        `float` in [0, 1], or `None` without a step.
+        `float` in [0, 1], or `None` if there is no step.
 
     Raises:
-        ValueError: on a score outside [0, 1].
+        ValueError: a score is outside [0, 1].
     """
     values = _probabilities("prod", scores)
     return math.prod(values) if values else None
@@ -126,7 +127,7 @@ def product(scores: Iterable[float]) -> float | None:
 @aggregators.register("sum_log")
 def sum_log(scores: Iterable[float]) -> float | None:
     r"""
-    The log probability that every step is correct, if steps err independently.
+    The log probability that every step is correct, if errors of steps are independent.
 
     $$
     r = \sum_k \log P(correct \mid x, y_{\le k})
@@ -134,18 +135,18 @@ def sum_log(scores: Iterable[float]) -> float | None:
 
     See *Natural Language Processing: Neural Networks and Large Language Models* by T. Xiao and J. Zhu
     (https://github.com/NiuTrans/NLPBook), equation 10.84. It is the logarithm of [`product`]. A step of exactly 0
-    makes it minus infinity, as it should; but the mean of a group of rewards with one such member is no number, so
-    policy optimisation cannot use it. A model in fp32 gives exactly 0 only for log-odds below about -100.
+    makes it minus infinity, which is correct; but a group of rewards with one such member has no mean, so policy
+    optimisation cannot use it. A model in fp32 gives exactly 0 only for log-odds below about -100.
 
     Args:
         scores (iterable of `float`):
             One probability in [0, 1] per step, not a logarithm.
 
     Returns:
-        `float` of at most 0, or `None` without a step.
+        `float` of at most 0, or `None` if there is no step.
 
     Raises:
-        ValueError: on a score outside [0, 1].
+        ValueError: a score is outside [0, 1].
     """
     values = _probabilities("sum_log", scores)
     return math.fsum(math.log(value) if value > 0 else -math.inf for value in values) if values else None
@@ -161,17 +162,17 @@ def count_correct(scores: Iterable[float], *, threshold: float = 0.5) -> float |
     $$
 
     See *Natural Language Processing: Neural Networks and Large Language Models* by T. Xiao and J. Zhu
-    (https://github.com/NiuTrans/NLPBook), equation 10.83, where C is the likelier class: above one half for two
-    classes.
+    (https://github.com/NiuTrans/NLPBook), equation 10.83. C is the likelier class; with two classes a step is correct
+    if its probability is above one half.
 
     Args:
         scores (iterable of `float`):
-            One score per step; probabilities, unless another threshold is given.
+            One score per step. The default threshold is meant for probabilities.
         threshold (`float`, *optional*, defaults to `0.5`):
-            A step counts if its score is above, not at, this.
+            A step counts if its score is above the threshold; a score equal to it does not count.
 
     Returns:
-        `float`, a whole number, or `None` without a step.
+        `float`, a whole number, or `None` if there is no step.
     """
     values = _finite(scores)
     return float(sum(value > threshold for value in values)) if values else None
@@ -183,30 +184,30 @@ def weighted_categories(
     within: str | Callable[[list[float]], float | None] = "sum",
 ) -> float | None:
     r"""
-    One number from segments that are scored in several categories.
+    One number from segments that have scores in several categories.
 
     $$
     r = \sum_d w_d \sum_{k : d \in k} r_d(x, y, y_k)
     $$
 
-    The sum over segments of equation 10.68 (see [`total`]) with a weight per category, as in equation 1 of
+    It is the sum over segments of equation 10.68 (see [`total`]) with a weight per category, as in equation 1 of
     *Fine-Grained Human Feedback Gives Better Rewards for Language Model Training* by Z. Wu et al.
-    (https://huggingface.co/papers/2306.01693). Categories may differ in granularity: a segment has the ones that it
-    was scored in. Without weights and with one category it is [`total`].
+    (https://huggingface.co/papers/2306.01693). Categories may differ in granularity, so a segment need not have a
+    score in every category. Without weights and with one category it is [`total`].
 
     Args:
         segments (iterable of `Mapping[str, float]`):
-            For each segment of a completion its score by category.
+            The scores of each segment of a completion, by category.
         weights (`Mapping[str, float]`, *optional*):
-            Weight of each category, finite; nothing normalises them. Defaults to 1 for all.
+            Finite weight of each category, used as it is (not normalised). Defaults to 1 for all.
         within (`str` or `Callable`, *optional*, defaults to `"sum"`):
             Aggregator of the segments of one category. `"sum"` grows with their number; `"mean"` does not.
 
     Returns:
-        `float`, or `None` if no segment has a score. A category of which the completion has no segment adds nothing.
+        `float`, or `None` if no segment has a score. A category without a segment in the completion adds nothing.
 
     Raises:
-        ValueError: on a category without a weight, or a weight that is not finite.
+        ValueError: a category has no weight, or a weight is not finite.
 
     Example:
 
@@ -226,7 +227,7 @@ def weighted_categories(
     if unknown:
         raise ValueError(
             f"Found scores in the categories {unknown}, which have no weight (there are weights for "
-            f"{sorted(weights)}): add one, 0 to ignore a category."
+            f"{sorted(weights)}). Add a weight for each; 0 ignores a category."
         )
     endless = {category: weight for category, weight in weights.items() if not math.isfinite(weight)}
     if endless:

@@ -1,4 +1,4 @@
-"""Lists of token ids -> what the model's head says of them, in batches that fit in memory.
+"""Runs a reward model on lists of token ids, in batches that fit in memory, and returns the outputs of its head.
 
 It knows a model, token ids and memory. It knows nothing of text, sidecars or what an output means.
 """
@@ -22,24 +22,24 @@ from trl_ext.scoring.packing import SharedRows, num_tokens, pack, padded_tokens,
 
 
 RUNNING = threading.RLock()
-"""Held while a model scores: its mode, attention and hooks are one for all threads."""
+"""Held while a model scores, because all threads share the model's mode, attention and hooks."""
 
 
 class BatchRunner:
     """
-    Runs rows sorted by length, and halves the batches from then on when one does not fit in memory.
+    Runs rows sorted by length. When a batch does not fit in memory, it halves all batches from then on.
 
-    A model with dynamic or longrope RoPE turns a row by the length of the longest row in its batch. Its rows are
-    batched by the side of the original context that they are on, so that no score depends on the other rows.
+    With dynamic or longrope RoPE the rotary positions of a row depend on the longest row in its batch. Rows up to the
+    original context and longer rows therefore run in separate batches, so that no score depends on the other rows.
 
     Args:
         model (`nn.Module`): the reward model.
         pad_id (`int`): any token id of the model; padding is masked.
-        limit (`int`): most padded tokens in a batch, or most rows.
-        by_tokens (`bool`): which of the two `limit` is.
+        limit (`int`): largest number of padded tokens, or of rows, in a batch.
+        by_tokens (`bool`): whether `limit` counts tokens (else rows).
         shared_prefix (`"auto"`, `True` or `False`): whether rows of one prompt run as one flat row.
-        max_length (`int` or `None`): longest row that will come, if there is a limit.
-        say (`Callable`): takes a message and its topic, and says it once.
+        max_length (`int` or `None`): longest row in tokens, if there is a limit.
+        say (`Callable`): takes a message and its topic, and logs it once per topic.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class BatchRunner:
         self._say = say
         self._attention = current_attention(model)
         self._class_of = length_class(unwrap(model).config)
-        # "auto" is decided at the first rows that share a prompt
+        # "auto" is decided when the first rows share a prompt
         self._flat = None if shared_prefix == "auto" else use_shared_prefix(model, shared_prefix, max_length)
 
     @contextmanager
     def mode(self) -> Iterator[None]:
         """
-        Eval mode, no gradients, no autocast from outside, and a pad token for models that need one to batch. Other
+        Put the model in eval mode without gradients or autocast, with a pad token if it needs one for batches. Other
         threads wait.
         """
         with RUNNING:
@@ -76,7 +76,7 @@ class BatchRunner:
             model.eval()
             config.pad_token_id = self._pad_id if before is None else before
             try:
-                # not inference mode: what a model caches there could not be used in training
+                # not inference mode: tensors that the model caches there could not be used in training
                 with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
                     yield
             finally:
@@ -87,8 +87,8 @@ class BatchRunner:
 
     def scores(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[float | None]:
         """
-        The scalar score of each list of token ids; `None` for an empty list. To be called within `mode`. A stacked
-        model gives a list of the scores by its members.
+        The scalar score of each list of token ids; `None` for an empty list. Call it inside `mode`. A stacked model
+        gives a list with the score of each member.
         """
         groups = share_prompts(prompts, ids)
         one_class = len({self._class_of(len(row)) for row in ids if row}) <= 1
@@ -99,7 +99,7 @@ class BatchRunner:
     def token_outputs(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[torch.Tensor | None]:
         """
         The head's output for each token, (T, outputs) in fp32 on the CPU; `None` for an empty list. `prompts` are not
-        used. To be called within `mode`.
+        used. Call it inside `mode`.
         """
         rows = _single(share_prompts(None, ids), ids)
         return self._run(rows, len(ids), lambda batch: self._token_batch(_ids(batch)), flat=False)
@@ -108,7 +108,7 @@ class BatchRunner:
     def _run(
         self, todo: list[SharedRows], size: int, run: Callable[[list[SharedRows]], list[Any]], flat: bool
     ) -> list[Any]:
-        """What `run` gives for the rows of `todo`, in batches that fit, at their places among `size`."""
+        """Call `run` on batches of `todo` that fit in memory; return a list of `size` with each result at its row."""
         results: list[Any] = [None] * size
         while todo:
             classes: dict[int, list[SharedRows]] = {}
@@ -129,7 +129,7 @@ class BatchRunner:
         return results
 
     def _pays_flat(self, groups: list[SharedRows], ids: Sequence[list[int]]) -> bool:
-        """Whether prompts are shared, that saves enough tokens, and the model can do it (tried at the first need)."""
+        """Whether sharing prompts saves enough tokens and the model supports it (checked at the first need)."""
         if self._flat is False or all(len(group.rows) == 1 for group in groups):
             return False
         lengths = [len(ids[row]) for group in groups for row in group.rows]
@@ -142,7 +142,7 @@ class BatchRunner:
         return self._flat
 
     def _bounds(self) -> tuple[int | None, int | None]:
-        """Most tokens and most rows of a batch."""
+        """The largest number of tokens and of rows in a batch."""
         return (self._limit, None) if self._by_tokens else (None, self._limit)
 
     def _flat_batch(self, batch: list[SharedRows]) -> list[Any]:
@@ -158,20 +158,20 @@ class BatchRunner:
         if raw.dim() != 3:
             raise HeadError(
                 f"The head of {type(unwrap(self._model)).__name__} runs after pooling, so there is no output for each "
-                "token. Train it with a trainer of trl_ext, which gives encoders a head for tokens."
+                "token. Train it with a trainer of trl_ext, which gives encoders a token-level head."
             )
         outputs = raw.float().cpu()  # (N, T, outputs)
-        return [outputs[number, : len(row)].clone() for number, row in enumerate(ids)]  # no view of the whole batch
+        return [outputs[number, : len(row)].clone() for number, row in enumerate(ids)]  # a view would keep the batch
 
     def _pad(self, ids: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask, (N, T), padded on the right; and the attention that padded batches run with."""
+        """Token ids and mask, (N, T), padded on the right. Also switches to the attention for padded batches."""
         device = next(self._model.parameters()).device
         batch = padded(ids, self._pad_id)
         select_attention(self._model, self._attention)
         return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
     def _plain_call(self) -> Callable:
-        # the class's forward, because a model that a trainer prepared carries an autocast wrapper on its own
+        # the forward of the class: a trainer replaces that of the instance by one with autocast
         return partial(type(self._model).forward, self._model)
 
     def _halve(self, rows: int, tokens: int) -> None:
@@ -182,19 +182,19 @@ class BatchRunner:
             )
         self._limit = tokens // 2 if self._by_tokens else rows // 2
         self._say(
-            f"a batch of {rows} rows and {tokens} tokens did not fit in memory; going on with at most "
-            f"{self._limit} {'tokens' if self._by_tokens else 'rows'} a batch, halved again where needed.",
+            f"a batch of {rows} rows and {tokens} tokens did not fit in memory. Batches now have at most "
+            f"{self._limit} {'tokens' if self._by_tokens else 'rows'}, and are halved again if needed.",
             "memory",
         )
 
 
 def _by_row(scores: torch.Tensor, rows: int) -> list[Any]:
-    """Scores (N,) as numbers; those of a stacked model (M * N,), member after member, as a list of M for each row."""
+    """Scores (N,) as numbers; scores (M * N,) of a stacked model, member by member, as a list of M for each row."""
     return scores.tolist() if len(scores) == rows else scores.view(-1, rows).T.tolist()
 
 
 def _single(groups: list[SharedRows], ids: Sequence[list[int]]) -> list[SharedRows]:
-    """The rows of some groups as groups of their own."""
+    """Split groups into one group for each row."""
     return [SharedRows([row], [], [ids[row]]) for group in groups for row in group.rows]
 
 
@@ -208,6 +208,6 @@ def _unless_out_of_memory(run: Callable[[], list[Any]]) -> list[Any] | None:
     try:
         return run()
     except torch.OutOfMemoryError:
-        pass  # the traceback keeps the batch's tensors alive: their memory comes back after this block
+        pass  # the traceback keeps the batch's tensors alive, so their memory is free only after this block
     torch.cuda.empty_cache()
     return None

@@ -1,7 +1,7 @@
-"""`RewardEnsemble`: several reward models and functions as one TRL reward function, and how far they disagree.
+"""`RewardEnsemble`: several reward models and functions as one TRL reward function, with their disagreement.
 
 It normalises the scores of its members, reduces them, and reads and writes ensemble folders. `members.py` loads and
-runs members; `reducers.py` makes one score of theirs. It knows nothing of training.
+runs members; `reducers.py` combines their scores. It knows nothing of training.
 """
 
 import logging
@@ -38,7 +38,7 @@ Normalizer = dict[str, float]
 
 
 class ScoreWithInterval(NamedTuple):
-    """The score of a row, and the lowest and highest of its members, `None` where there is no score."""
+    """The score of a row, with the lowest and highest score of its members; `None` where there is no score."""
 
     reward: float | None
     lower: float | None
@@ -50,52 +50,55 @@ class RewardEnsemble:
     Scores completions with several reward models, reward functions or both. It is a TRL reward function:
     `reward_funcs=[ensemble]`.
 
-    Each member's scores are normalised (less its mean, over its standard deviation, where it has a stored or fitted
-    normaliser), then a reducer makes one number of them. Scores come back in the order of the rows and do not depend
-    on the batch. Members that are adapters on one base, quantized in one way, share one copy of it in memory.
+    A member with a stored or fitted normaliser has its scores normalised: minus the mean, divided by the standard
+    deviation. A reducer then combines the members' scores into one number. Scores come back in the order of the rows
+    and do not depend on the batch. Members that are adapters on one base, quantized in one way, share one copy of it
+    in memory.
 
-    A member may give `None` for a row it does not apply to. The row is then reduced over the other members; `weighted`
-    and `fusion` add nothing for it, as TRL does among several reward functions. `None` comes out where no member has a
-    score. A score that is not finite raises.
+    A member may give `None` for a row that it does not apply to. The row is then reduced over the other members;
+    `weighted` and `fusion` add nothing for the missing one, as TRL does with several reward functions. The result is
+    `None` if no member has a score. A score that is not finite raises an error.
 
     As a reward function in `GRPOTrainer` or `RLOOTrainer` it logs `<name>/disagreement` (population standard deviation
     of the members, mean over the batch) and `<name>/<member>` (mean score) as metrics, and the disagreement and the
-    score by each member as columns of the completions table.
+    score of each member as columns of the completions table.
 
     Args:
         members (`str`, `Path`, `PeftModel`, or a sequence):
             The folder of a saved ensemble (with `reward_ensemble.json`), or a list in which each member is the path of
-            a reward model, a reward model in memory, a [`RewardScorer`] (for arguments of its own), a TRL reward
-            function, or another ensemble.
+            a reward model, a reward model in memory, a [`RewardScorer`] (to give a member other arguments), a TRL
+            reward function, or another ensemble.
         reduce (`str` or `Callable`, *optional*):
             Reducer, see `trl_ext.scoring.reducers`: `"mean"`, `"weighted"`, `"min"`, `"median"`, `"mean_minus_std"`,
-            `"mean_minus_var"`, `"fusion"`, the name of a plugin, or a function of scores (N, M). Defaults to what the
-            folder says, else `"mean"`.
+            `"mean_minus_var"`, `"fusion"`, the name of a plugin, or a function of scores (N, M). Defaults to the
+            reducer that the folder stores, else `"mean"`.
         weights (`Sequence[float]`, *optional*):
-            One a member, for `"weighted"` and `"fusion"`. [`~RewardEnsemble.fit_fusion`] learns those of the latter.
+            One weight per member, for `"weighted"` and `"fusion"`. [`~RewardEnsemble.fit_fusion`] learns the weights
+            of `"fusion"`.
         normalize (`bool`, *optional*):
-            Whether normalisers are applied. Defaults to what the folder says, else `True`.
+            Whether normalisers are applied. Defaults to the setting that the folder stores, else `True`.
         name (`str`, *optional*):
-            Its name in messages and metrics. Defaults to `"RewardEnsemble"`.
+            The name of the ensemble in messages and metrics. Defaults to `"RewardEnsemble"`.
         base_model (`PreTrainedModel`, `PeftModel`, `str` or `Path`, *optional*):
-            A model in memory on whose backbone the adapters are put in place of a base of their own, e.g. the policy
-            that is trained with this ensemble: one 4-bit base then serves both. The weights of the policy stay as they
-            are, which is checked; adapters that would change them are refused. A path says where the base is now, if
-            it moved.
+            A model in memory whose backbone serves as the base of the adapters, e.g. the policy that is trained with
+            this ensemble: policy and ensemble then share one 4-bit base. The weights of the policy do not change
+            (they are compared before and after); adapters that would change them are refused. If `base_model` is a
+            path, it says where the base is now, if it moved.
         scorer_kwargs (`dict`, *optional*):
-            Arguments for the [`RewardScorer`]s made of paths and models, e.g. `{"max_length": 1024}`.
+            Arguments for each [`RewardScorer`] that the ensemble makes from a path or model, e.g.
+            `{"max_length": 1024}`.
         **reduce_kwargs:
             Arguments of the reducer, e.g. `coefficient=0.1`.
 
     Attributes:
         members (`list[str]`): names of the members, in order.
-        normalizers (`list[dict | None]`): `{"mean", "std"}` by which each member is normalised.
-        num_truncated (`int`): rows cut by a member to its `max_length` so far, over all members.
-        models (`list[nn.Module]`): what is in memory behind the members.
+        normalizers (`list[dict | None]`): the normaliser `{"mean", "std"}` of each member, if it has one.
+        num_truncated (`int`): rows cut to `max_length` so far, summed over the members.
+        models (`list[nn.Module]`): the models in memory that the members use.
 
     Raises:
-        `ValueError`: no member, weights that do not fit, or an unknown reducer.
-        `TypeError`: something that is no member, or arguments that the reducer does not have.
+        `ValueError`: there is no member, the weights do not fit, or the reducer is unknown.
+        `TypeError`: an entry cannot be a member, or the reducer does not have an argument.
 
     Example:
 
@@ -132,7 +135,7 @@ class RewardEnsemble:
             reduce = self._file.reduce if reduce is None else reduce
         members = list(members)
         if not members:
-            raise ValueError("An ensemble without members; needed: at least one.")
+            raise ValueError("The ensemble has no members; needed: at least one.")
         self.normalize = self._file.normalize if normalize is None else normalize
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
@@ -153,11 +156,11 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
     ) -> list[float | None]:
         """
-        Score each completion after its prompt. Arguments as of [`RewardScorer`]; reward functions among the members
-        get all columns.
+        Score each completion after its prompt. The arguments are those of a [`RewardScorer`] call; reward functions
+        among the members get all columns.
 
         Returns:
-            `list[float | None]`: a score a row, in the order of the rows.
+            `list[float | None]`: one score per row, in the order of the rows.
         """
         table = self._table(prompts, completions, columns)
         log_members(table, self.members, self.__name__, columns)
@@ -167,7 +170,7 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
     ) -> list[list[float | None]]:
         """
-        The score by each member, normalised as for the reducer: for each row a list of M. Arguments as in a call.
+        The score of each member, normalised as for the reducer: a list of M scores per row. Arguments as in a call.
         """
         return [to_list(row) for row in self._table(prompts, completions, columns)]
 
@@ -175,10 +178,10 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
     ) -> list[ScoreWithInterval]:
         """
-        Each score with the range of the members behind it. Arguments as in a call.
+        Each score with the range of its members' scores. Arguments as in a call.
 
-        `lower` and `upper` are the lowest and highest member, normalised as for the reducer, before weights: a wide
-        range says that the members do not agree. With `"min"` the reward is `lower`.
+        `lower` and `upper` are the lowest and highest member score, normalised as for the reducer, without weights. A
+        wide range means that the members disagree. With `"min"` the reward is `lower`.
         """
         table = self._table(prompts, completions, columns)
         present = ~table.isnan().all(dim=1)
@@ -188,13 +191,13 @@ class RewardEnsemble:
         return [ScoreWithInterval(*row) for row in zip(*parts, strict=True)]
 
     def combine(self, member_scores: Sequence[Sequence[float | None]]) -> list[float | None]:
-        """The scores that the reducer makes of what [`~RewardEnsemble.score_members`] returned."""
+        """Reduce the result of [`~RewardEnsemble.score_members`] to one score per row."""
         return to_list(self._combine(to_table(member_scores, len(self.members))))
 
     def disagreement(self, member_scores: Sequence[Sequence[float | None]]) -> list[float | None]:
         """
-        The population standard deviation of the members of each row, of what [`~RewardEnsemble.score_members`]
-        returned; 0 where only one has a score, `None` where none has.
+        The population standard deviation of each row in the result of [`~RewardEnsemble.score_members`]; 0 if only one
+        member has a score, `None` if none has.
         """
         return to_list(combine(to_table(member_scores, len(self.members)), disagreement))
 
@@ -208,11 +211,12 @@ class RewardEnsemble:
         **reduce_kwargs: Any,
     ) -> None:
         """
-        Reduce in another way from now on. Arguments as of the class.
+        Change the reducer. The arguments are those of the class.
 
         Raises:
-            `ValueError`: an unknown reducer, or weights that are missing, too many, or not taken.
-            `TypeError`: an argument that the reducer does not have.
+            `ValueError`: the reducer is unknown, takes no weights, or needs weights that are missing or of the wrong
+                number.
+            `TypeError`: the reducer does not have an argument.
         """
         size = len(self.members) if size is None else size
         reducer = reducers.get(reduce)
@@ -228,7 +232,7 @@ class RewardEnsemble:
             if len(weights) != size or not torch.tensor(weights).isfinite().all():
                 raise ValueError(f"weights={weights}; needed: {size} finite numbers, one for each member.")
         self._reduce, self._reducer, self._reduce_kwargs, self.weights = reduce, reducer, reduce_kwargs, weights
-        # finds wrong arguments now and not after the first batch was scored
+        # finds wrong arguments now, before the first batch is scored
         if not (wanted and weights is None):
             combine(torch.zeros(2, size), reducer, weights, **reduce_kwargs)
 
@@ -236,16 +240,16 @@ class RewardEnsemble:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
     ) -> list[Normalizer]:
         """
-        From now on scale each member so that these rows have mean 0 and (population) standard deviation 1 by it.
+        Fit a normaliser for each member: its scores of these rows get mean 0 and (population) standard deviation 1.
 
-        If the ensemble was made from its folder, `reward_ensemble.json` is updated; the members' own files are not.
-        Rows for which a member has no score do not count for it. Arguments as in a call.
+        If the ensemble was made from its folder, `reward_ensemble.json` is updated; the members' files are not. A row
+        without a score from a member does not count for that member. Arguments as in a call.
 
         Returns:
-            `list[dict[str, float]]`: `mean` and `std` of the raw scores by each member.
+            `list[dict[str, float]]`: `mean` and `std` of each member's raw scores.
 
         Raises:
-            `ValueError`: a member has a score for fewer than two rows, or the same score for all.
+            `ValueError`: a member has a score for fewer than two rows, or the same score for all rows.
         """
         raw = self._raw_table(prompts, completions, columns)
         columns_of = zip(self.members, raw.T, strict=True)
@@ -264,9 +268,9 @@ class RewardEnsemble:
         **columns: Any,
     ) -> list[float]:
         """
-        From now on combine the members by weights that are learned from preferences (`reduce="fusion"`).
+        Learn weights of the members from preferences, and use them from now on (`reduce="fusion"`).
 
-        The preferences must not be among those that members were trained on. If the ensemble was made from its folder,
+        Do not use preferences that a member was trained on. If the ensemble was made from its folder,
         `reward_ensemble.json` is updated.
 
         Args:
@@ -286,15 +290,15 @@ class RewardEnsemble:
         whole = ~difference.isnan().any(dim=1)
         if not whole.all():
             logger.warning(
-                f"{self.__name__}: {int((~whole).sum())} of {len(chosen)} pairs were left out of the fusion, because "
-                "a member has no score for one of their texts."
+                f"{self.__name__}: the fusion ignores {int((~whole).sum())} of {len(chosen)} pairs, because a member "
+                "has no score for one of their texts."
             )
         weights = fit_fusion_weights(difference[whole].numpy(), method, l2)
         if sum(weights) < 0:
             logger.warning(
-                f"{self.__name__}: the weights {[round(weight, 3) for weight in weights]} turn the members round, as "
-                f"on these {int(whole.sum())} pairs they prefer the rejected text more often. Check which text is "
-                "which, give more pairs, or take another reducer."
+                f"{self.__name__}: the weights {[round(weight, 3) for weight in weights]} reverse the members' order, "
+                f"because on these {int(whole.sum())} pairs they prefer the rejected text more often. Check that "
+                "chosen and rejected are not swapped, give more pairs, or choose another reducer."
             )
         self.set_reducer("fusion", weights)
         self._update_file(reduce="fusion", weights=weights, reduce_kwargs={})
@@ -302,12 +306,12 @@ class RewardEnsemble:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write the ensemble: a folder `member-<i>` for each, and `reward_ensemble.json`.
+        Save the ensemble: a folder `member-<i>` for each member, and `reward_ensemble.json`.
 
-        Adapters stay adapters: their base is not copied. What `scorer_kwargs` said is not stored.
+        Adapters are saved as adapters, without their base. `scorer_kwargs` are not stored.
 
         Raises:
-            `ValueError`: a member is a reward function, or `reduce` is one without a name.
+            `ValueError`: a member is a reward function, or `reduce` is a function without a registered name.
         """
         file = EnsembleFile(
             members=[f"member-{place}" for place in range(len(self._members))],
@@ -321,7 +325,7 @@ class RewardEnsemble:
         for name, (source, number), normalizer in zip(file.members, self._members, self.normalizers, strict=True):
             source.save(number, Path(folder, name))
             sidecar = read_sidecar(Path(folder, name))
-            if normalizer is None and sidecar is not None and sidecar.normalizer is not None:  # it would be used again
+            if normalizer is None and sidecar is not None and sidecar.normalizer is not None:  # loading would apply it
                 sidecar.normalizer = None
                 sidecar.save(Path(folder, name))
         write_ensemble(folder, file)
@@ -332,7 +336,7 @@ class RewardEnsemble:
 
     @property
     def models(self) -> list[nn.Module]:
-        """The models behind the members; one for adapters on one base, none for reward functions."""
+        """The models that the members use; adapters on one base have one together, reward functions have none."""
         return [model for source, _ in self._sources for model in source.models]
 
     # --------------------------------------------------------------------------------------------------------- private
@@ -367,13 +371,13 @@ class RewardEnsemble:
     def _combine(self, table: torch.Tensor) -> torch.Tensor:
         if self.weights is None and takes_weights(self._reducer):
             raise ValueError(
-                f"The reducer {self._reduce!r} has no weights yet: call `fit_fusion` first, or pass them."
+                f"The reducer {self._reduce!r} has no weights yet. Call `fit_fusion` first, or pass `weights`."
             )
         return combine(table, self._reducer, self.weights, **self._reduce_kwargs)
 
     def _update_file(self, **fields: Any) -> None:
         if self._folder is None:
-            logger.info(f"{self.__name__}: what was fitted lasts as long as this object; `save` writes it.")
+            logger.info(f"{self.__name__}: the fitted values are only in memory. Call `save` to keep them.")
             return
         for name, value in fields.items():
             setattr(self._file, name, value)
@@ -383,7 +387,7 @@ class RewardEnsemble:
 def load_scorer(
     path: str | Path, name: str | None = None, base_model: str | Path | None = None, **scorer_kwargs: Any
 ) -> "RewardScorer | RewardEnsemble":
-    """The [`RewardEnsemble`] saved at a path, or the [`RewardScorer`] of the one model there, with its arguments."""
+    """Load the [`RewardEnsemble`] or the single model ([`RewardScorer`]) saved at a path."""
     folder = local_folder(path, None)
     if read_ensemble(folder) is not None:
         return RewardEnsemble(folder, name=name, base_model=base_model, scorer_kwargs=scorer_kwargs)
@@ -406,5 +410,5 @@ def _read(path: str | Path) -> tuple[Path, EnsembleFile]:
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Names that occur more than once get their place behind them."""
+    """Append the place to each name that occurs more than once."""
     return [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names)]

@@ -1,6 +1,6 @@
 """Tables of member scores: fp64 tensors (N, M) with NaN where a member has no score for a row.
 
-Knows numbers, names and TRL's logging callbacks. Knows nothing of models or reducers.
+This module knows numbers, names and TRL's logging callbacks. It knows nothing of models or reducers.
 """
 
 import logging
@@ -14,25 +14,26 @@ from trl_ext.scoring.reducers import combine, disagreement
 
 logger = logging.getLogger(__name__)
 
-# Members whose means or spreads differ by so many of the smallest spread are not on one scale: our choice.
+# Members are on different scales if a spread, or the distance of two means, exceeds this many times the smallest
+# spread: our choice.
 SCALES_DIFFER = 3.0
-# Rows below which nothing is said about scales.
+# With fewer rows the scales are not compared.
 ROWS_TO_TELL = 8
 
 
 def to_table(scores: Sequence[Sequence[float | None]], width: int) -> torch.Tensor:
-    """Lists as a tensor (N, width), NaN for `None`."""
+    """Turn lists into a tensor (N, width), with NaN for `None`."""
     rows = [[torch.nan if value is None else value for value in row] for row in scores]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
 
 
 def to_list(scores: torch.Tensor) -> list[float | None]:
-    """A tensor (N,) as a list, `None` for NaN."""
+    """Turn a tensor (N,) into a list, with `None` for NaN."""
     return [None if value != value else value for value in scores.tolist()]
 
 
 def check_scales(table: torch.Tensor, names: list[str], normalizers: Sequence[dict | None], ensemble: str) -> None:
-    """Warn if members without a normaliser are not on one scale with the others."""
+    """Warn if the members are on different scales and some of them have no normaliser."""
     without = [name for name, one in zip(names, normalizers, strict=True) if one is None]
     columns = {name: column[~column.isnan()] for name, column in zip(names, table.T, strict=True)}
     found = {
@@ -49,15 +50,15 @@ def check_scales(table: torch.Tensor, names: list[str], normalizers: Sequence[di
         logger.warning(
             f"{ensemble}: members are on different scales ({shown}), and there is no normaliser for "
             f"{', '.join(without)}. One member may decide every score. Call `fit_normalizer` with a few hundred rows, "
-            "or pass normalize=False if the scales are meant."
+            "or pass normalize=False if you want these scales."
         )
 
 
 def log_members(table: torch.Tensor, names: list[str], ensemble: str, columns: dict[str, Any]) -> None:
     """
-    Log the disagreement and the members' scores where the caller offers to, as TRL's trainers do.
+    Log the disagreement and the members' scores if the caller passes log functions, as TRL's trainers do.
 
-    Through `log_metric` the mean over the rows, through `log_extra` a value a row; both under `<ensemble>/<name>`.
+    `log_metric` gets the mean over the rows, `log_extra` one value per row; both use the name `<ensemble>/<name>`.
     """
     named = {"disagreement": combine(table, disagreement), **dict(zip(names, table.T, strict=True))}
     for name, values in named.items():

@@ -1,6 +1,6 @@
-"""What a user calls a member of an ensemble -> something that gives raw scores, adapters of one base together.
+"""Loads the members of an ensemble and runs them. Adapters on one base are loaded together.
 
-Knows paths, models, scorers and reward functions. Knows nothing of normalising or reducing.
+This module knows paths, models, scorers and reward functions. It knows nothing of normalising or reducing.
 """
 
 import inspect
@@ -39,18 +39,18 @@ RewardFunction = Callable[..., Sequence[float | None]]
 Member = str | Path | PreTrainedModel | PeftModel | RewardScorer | RewardFunction
 Scores = list[float | None]
 Base = nn.Module | str | Path
-"""The base of adapters: a model in memory, or where it is now."""
+"""The base of adapters: a model in memory, or the path or Hub id where the base is now."""
 
 
 class Source(ABC):
     """
-    One or several members that score together.
+    One member, or several members that score together.
 
     Attributes:
-        names (`list[str]`): of its members.
-        normalizers (`list[dict | None]`): what each has stored.
-        num_truncated (`int`): rows cut to `max_length` so far, over its members.
-        models (`list[nn.Module]`): what it runs.
+        names (`list[str]`): names of its members.
+        normalizers (`list[dict | None]`): the normaliser that each member has stored.
+        num_truncated (`int`): rows cut to `max_length` so far, summed over its members.
+        models (`list[nn.Module]`): the models that it runs.
     """
 
     models: list[nn.Module]
@@ -62,11 +62,11 @@ class Source(ABC):
     def raw_scores(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> list[Scores]:
-        """For each member its scores of all rows, not normalised."""
+        """The scores of all rows by each member, not normalised."""
 
     @abstractmethod
     def save(self, number: int, folder: Path) -> None:
-        """Write one of its members as an ordinary reward model folder. Raises `ValueError` if it is none."""
+        """Save one member as an ordinary reward model folder. Raises `ValueError` if it is no reward model."""
 
 
 class FunctionSource(Source):
@@ -78,7 +78,7 @@ class FunctionSource(Source):
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             raise TypeError(
                 f"The reward function {function_name(function)} is asynchronous, and an ensemble calls its members "
-                "one after the other. Pass a function that waits for the result itself."
+                "one after the other. Pass a function that waits for the result and returns it."
             )
         self._function = function
         self.models = []
@@ -91,19 +91,19 @@ class FunctionSource(Source):
         if len(found) != len(completions):
             raise ValueError(
                 f"The reward function {self.names[0]} returned {len(found)} rewards for {len(completions)} "
-                "completions; needed: one each, None where it does not apply."
+                "completions; needed: one reward for each, None where it does not apply."
             )
         return [[None if value is None else float(value) for value in found]]
 
     def save(self, number: int, folder: Path) -> None:
         raise ValueError(
             f"The member {self.names[0]} is a reward function, which cannot be saved. Save an ensemble of the reward "
-            "models alone, and add the function in code: RewardEnsemble([folder, function])."
+            "models only, and add the function in code: RewardEnsemble([folder, function])."
         )
 
 
 class ScorerSource(Source):
-    """A reward model of its own."""
+    """One reward model that shares nothing with other members."""
 
     def __init__(self, scorer: RewardScorer):
         self._scorer = scorer
@@ -133,16 +133,16 @@ class ScorerSource(Source):
 
 class StackedSource(Source):
     """
-    Adapters of one LoRA configuration on one base: all members score in one pass, the layers below the first adapter
-    only once.
+    Adapters of one LoRA configuration on one base. All members score in one pass, and the layers below the first
+    adapter run only once.
 
     Args:
         folders (`list[Path]`): the adapters.
         base_model (`str` or `Path`, *optional*): where the base is now, if it moved.
-        scorer_kwargs (`dict`): arguments of their scorer.
+        scorer_kwargs (`dict`): arguments of the scorer.
 
     Raises:
-        `ValueError`: they cannot be stacked.
+        `ValueError`: the adapters cannot be stacked.
     """
 
     def __init__(self, folders: list[Path], base_model: str | Path | None, scorer_kwargs: dict[str, Any]):
@@ -150,10 +150,10 @@ class StackedSource(Source):
         sidecars = [read_sidecar(folder) for folder in folders]
         scalar = all(one.kind == "scalar" or (one.kind == "outcome" and one.num_labels == 1) for one in sidecars)
         if not scalar or kwargs.get("aggregation") is not None:
-            raise ValueError("Only members whose score is the output at the last token are stacked.")
+            raise ValueError("Only members whose score is the output at the last token can be stacked.")
         settings = [one.token_policy for one in sidecars]
         if any(one != settings[0] for one in settings) or len(set(map(_tokenizer_files, folders))) > 1:
-            raise ValueError("The members were trained on different token ids of a text.")
+            raise ValueError("The members turn a text into different token ids.")
         device = torch.device(kwargs.pop("device", None) or PartialState().device)
         model = StackedRewardModel.from_folders(folders, base_model=base_model, device_map={"": device})
         for number, (folder, sidecar) in enumerate(zip(folders, sidecars, strict=True)):
@@ -185,13 +185,13 @@ class StackedSource(Source):
 
 class SharedBaseSource(Source):
     """
-    Adapters on one base, which is in memory once. They score one after the other.
+    Adapters on one base, which is in memory once. The adapters score one after the other.
 
     Args:
         folders (`list[Path]`): the adapters.
         base_model (`nn.Module`, `str` or `Path`, *optional*): a model in memory whose backbone is the base, or where
             the base is now, if it moved.
-        scorer_kwargs (`dict`): arguments of their scorers.
+        scorer_kwargs (`dict`): arguments of the scorers.
     """
 
     def __init__(self, folders: list[Path], base_model: Base | None, scorer_kwargs: dict[str, Any]):
@@ -235,17 +235,17 @@ def make_sources(
     members: Sequence[Member], base_model: Base | None, scorer_kwargs: dict[str, Any]
 ) -> list[tuple[Source, list[int]]]:
     """
-    Sources, each with the places of its members among all.
+    Make the sources of an ensemble; each comes with the places of its members in `members`.
 
-    Adapters that were trained on one base are put on one base, except those by which PEFT changes it.
+    Adapters that were trained on one base share it, except adapters whose loading changes the base weights.
 
     Args:
         members (`Sequence`): see [`~trl_ext.RewardEnsemble`].
-        base_model (`nn.Module`, `str` or `Path`, *optional*): as there.
-        scorer_kwargs (`dict`): arguments of their scorers.
+        base_model (`nn.Module`, `str` or `Path`, *optional*): see [`~trl_ext.RewardEnsemble`].
+        scorer_kwargs (`dict`): arguments of the scorers.
 
     Raises:
-        `TypeError`: something that is no member.
+        `TypeError`: an entry cannot be a member.
         `ValueError`: `base_model` is given and no member is an adapter, or a member would change a model in memory.
     """
     sources: list[tuple[Source, list[int]]] = []
@@ -289,7 +289,7 @@ def make_sources(
 
 
 def _shared_source(folders: list[Path], base_model: Base | None, scorer_kwargs: dict[str, Any]) -> Source:
-    """Adapters on one base, stacked if that can be."""
+    """Adapters on one base, stacked if possible."""
     if not isinstance(base_model, nn.Module):
         try:
             return StackedSource(folders, base_model, scorer_kwargs)
@@ -301,19 +301,19 @@ def _shared_source(folders: list[Path], base_model: Base | None, scorer_kwargs: 
 
 
 def _tokenizer_files(folder: Path) -> tuple[bytes, ...]:
-    """What the token ids of a text depend on beside the tokenization settings."""
+    """The contents of the files that, with the tokenization settings, determine the token ids of a text."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
     names += ("tokenizer_config.json", "special_tokens_map.json")  # which token is EOS
     return tuple((folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names)
 
 
 def function_name(function: Callable) -> str:
-    """The name of a reward function, as TRL takes it; of a partial function that of what it calls."""
+    """The name of a reward function, found as TRL does; a partial function has the name of the function in it."""
     if isinstance(function, partial):
         return function_name(function.func)
     if inspect.isroutine(function):
         return function.__name__
-    # an object that can be called has a `__name__` only if somebody gave it one
+    # a callable object has a `__name__` only if its author set one
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -330,7 +330,7 @@ def check_finite(scores: Scores, name: str) -> None:
 
 
 def copy_model(origin: Path, folder: Path) -> None:
-    """Copy the files that a saved reward model consists of, unless they are there."""
+    """Copy the files of a saved reward model, except those that the target folder has already."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"):
         for file in origin.glob(pattern):

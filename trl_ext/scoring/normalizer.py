@@ -1,6 +1,6 @@
-"""The scale of scores: the mean and standard deviation by which a model's, or each ensemble member's, are normalised.
+"""Normalisers: the mean and standard deviation that bring the scores of a model or an ensemble member to one scale.
 
-Knows numbers. Knows nothing of models or of where a normaliser is stored.
+This module knows numbers. It knows nothing of models or of where a normaliser is stored.
 """
 
 import math
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 def mean_and_std(scores: Sequence[float | None], whose: str = "the model") -> dict[str, float]:
     """
-    `mean` and `std` (of the population) of the scores that there are.
+    The `mean` and (population) `std` of the scores that are not `None`.
 
     Args:
-        scores (`Sequence[float | None]`): a score a row, `None` where there is none.
-        whose (`str`, *optional*): for messages.
+        scores (`Sequence[float | None]`): one score per row, `None` for a row without a score.
+        whose (`str`, *optional*): who gave the scores, for messages.
 
     Raises:
-        `ValueError`: fewer than two scores, the same score for all, or one that is not finite.
+        `ValueError`: there are fewer than two scores, all scores are equal, or one is not finite.
 
     Example:
 
@@ -29,15 +29,16 @@ def mean_and_std(scores: Sequence[float | None], whose: str = "the model") -> di
     found = [score for score in scores if score is not None]
     if not all(map(math.isfinite, found)):
         raise ValueError(
-            f"A score by {whose} is minus infinity (`sum_log` of a probability of 0): nothing scales that."
+            f"A score of {whose} is minus infinity (`sum_log` of a probability of 0), which cannot be normalised. "
+            "Choose another aggregation."
         )
     if len(found) < 2:
-        raise ValueError(f"{len(found)} of {len(scores)} rows have a score by {whose}; a normaliser needs at least 2.")
+        raise ValueError(f"{len(found)} of {len(scores)} rows have a score of {whose}; a normaliser needs at least 2.")
     mean = statistics.fmean(found)
     std = statistics.pstdev(found, mean)
     if std <= 1e-6 * max(1.0, abs(mean)):
         raise ValueError(
-            f"The standard deviation of the {len(found)} scores by {whose} is {std:.3g} around {mean:.4g}: there is "
-            "nothing to scale by. Give rows of different quality, and check that it was trained."
+            f"The {len(found)} scores of {whose} have the standard deviation {std:.3g} around {mean:.4g}, which is "
+            "too small to normalise by. Give rows of different quality, and check that the model was trained."
         )
     return {"mean": mean, "std": std}

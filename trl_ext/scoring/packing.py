@@ -1,6 +1,6 @@
-"""Which rows share a prompt, and how they are packed into flat rows of bounded size.
+"""Groups rows that share a prompt, and packs the groups into batches of bounded size.
 
-Knows token ids and row indices. Knows nothing of models or text.
+This module knows token ids and row indices. It knows nothing of models or text.
 """
 
 import json
@@ -12,7 +12,7 @@ from trl_ext.data.tokenization import Prompt
 
 
 class SharedRows(NamedTuple):
-    """Rows with one prompt: their indices, the shared token prefix, and what each row has of its own."""
+    """Rows with one prompt: their indices, the shared token prefix, and the other tokens of each row."""
 
     rows: list[int]
     prefix: Sequence[int]
@@ -31,7 +31,8 @@ class SharedRows(NamedTuple):
 
 def share_prompts(prompts: Sequence[Prompt] | None, ids: Sequence[Sequence[int]]) -> list[SharedRows]:
     """
-    Group the rows that have tokens by their prompt, wherever they stand; a row without a prompt is a group of its own.
+    Group rows by their prompt, in any order. A row without a prompt forms its own group; rows without tokens are left
+    out.
 
     Example:
 
@@ -50,7 +51,7 @@ def share_prompts(prompts: Sequence[Prompt] | None, ids: Sequence[Sequence[int]]
 
 
 def padded_tokens(lengths: Sequence[int], batch_rows: int) -> int:
-    """Tokens of the same rows, sorted by length, as right-padded batches of `batch_rows`."""
+    """Number of tokens, padding included, of rows that are sorted by length and batched by `batch_rows`."""
     ordered = sorted(lengths, reverse=True)
     return sum(ordered[i] * len(ordered[i : i + batch_rows]) for i in range(0, len(ordered), batch_rows))
 
@@ -59,10 +60,11 @@ def pack(
     groups: Sequence[SharedRows], max_tokens: int | None, max_rows: int | None, flat: bool
 ) -> list[list[SharedRows]]:
     """
-    Batches of groups, longest sequences first, of at most `max_tokens` tokens and `max_rows` sequences.
+    Pack groups into batches of at most `max_tokens` tokens and `max_rows` sequences, longest sequences first.
 
-    In a flat row a group that is too large is split, and its prefix is then paid for in each part; in a padded batch
-    (`flat=False`, groups of one row) every row costs as much as the longest. A single row always gets a batch.
+    For flat rows a group that is too large is split, and each part then holds the prefix. In a padded batch
+    (`flat=False`, groups of one row) every row counts as many tokens as the longest. A single row that is too large
+    forms its own batch.
     """
     parts = [part for group in groups for part in _split(group, max_tokens, max_rows)]
     parts.sort(key=lambda part: part.longest, reverse=True)
@@ -76,7 +78,7 @@ def pack(
 
 
 def num_tokens(batch: Sequence[SharedRows], flat: bool) -> int:
-    """Tokens that a batch sends through the model."""
+    """Number of tokens of a batch that the model processes."""
     if flat:
         return sum(part.num_tokens for part in batch)
     return len(batch) * max(part.num_tokens for part in batch)

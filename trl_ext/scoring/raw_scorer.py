@@ -1,4 +1,4 @@
-"""`RawScorer`: what one reward model says of rows of text, in their order and as the model gives it.
+"""`RawScorer`: scores rows of text with one reward model, in order and without normalising.
 
 It checks rows, makes their token ids (`rows`), runs the model (`batches`) and reads the outputs of token-level models
 (`token_views`). It knows nothing of normalisers, of names in metrics, or of how a model is loaded.
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a batch with batch_size="auto": our choice. It is halved when a batch does not fit in memory.
 TOKEN_BUDGET = 16_384
-# Rows whose token ids are held at a time. They are sorted by length within such a chunk.
+# Rows whose token ids are in memory at a time. Rows are sorted by length within such a chunk.
 CHUNK_ROWS = 4096
 
 
@@ -40,18 +40,17 @@ class RawScorer:
         model (`PreTrainedModel` or `PeftModel`): the reward model, with its sidecar if it has one.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         batch_size, max_length, aggregation, segmenter, shared_prefix: see [`~trl_ext.RewardScorer`].
-        name (`str`, *optional*, defaults to `"RewardScorer"`): for messages.
+        name (`str`, *optional*, defaults to `"RewardScorer"`): name in messages.
 
     Attributes:
-        kind (`str`): `"scalar"`, `"outcome"`, `"process"` or `"segment"`.
+        kind (`str`): kind of reward model: `"scalar"`, `"outcome"`, `"process"` or `"segment"`.
         views ([`TokenViews`] or `None`): reads the outputs of a token-level model.
         encoder ([`RowEncoder`]): makes token ids.
         runner ([`BatchRunner`]): runs the model.
         num_truncated (`int`): rows cut to `max_length` so far.
 
     Raises:
-        `ValueError`: the model has several outputs of which it is not known what they are, or an argument does not
-            fit.
+        `ValueError`: the model has several outputs and no sidecar that describes them, or an argument does not fit.
     """
 
     def __init__(
@@ -78,22 +77,22 @@ class RawScorer:
         if sidecar is None:
             tokenization = TokenizationSettings.without_sidecar()
             self._say_once(
-                "the model has no reward_model.json, so it is not known how it was trained to see text. Chats get its "
-                "chat template; plain text gets the tokenizer's own special tokens and no EOS.",
+                "the model has no reward_model.json, so its tokenization settings are unknown. Chats get its chat "
+                "template; plain text gets the special tokens that the tokenizer adds, and no EOS.",
                 "sidecar",
             )
         else:
             tokenization = TokenizationSettings.from_dict(sidecar.token_policy)
         if writes_a_date(tokenizer):
             self._say_once(
-                "the chat template writes today's date into each chat, so that scores of chats differ from day to "
-                "day. Trainers of trl_ext freeze the date in the template that they save.",
+                "the chat template writes today's date into each chat, so scores of chats change from day to day. "
+                "Trainers of trl_ext freeze the date in the template that they save.",
                 "date",
             )
 
         self._model = model
         self._num_labels = unwrap(model).config.num_labels
-        # the output at the last token is all that is asked for
+        # then only the output at the last token is needed
         self._gives_scalars = self.views is None or self.views.is_scalar
         limits = InputLimits.of(model)
         positions = limits.max_positions
@@ -120,11 +119,11 @@ class RawScorer:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> list[Any]:
         """
-        A score a row, `None` where there is nothing to score; of a stacked model a list of its members' scores.
+        One score per row, `None` for a row without tokens. A stacked model gives a list of its members' scores.
 
         Raises:
             [`DataError`]: a row cannot be read or tokenized, or its score is not finite.
-            `ValueError`: `prompts`, `completions` and columns of different lengths.
+            `ValueError`: `prompts`, `completions` and columns have different lengths.
         """
         if not self._gives_scalars:
             return self.read(
@@ -132,7 +131,7 @@ class RawScorer:
             )
 
         def check(row: int, encoded: Any, score: float | list[float] | None) -> Any:
-            # the members of a stacked model are checked by their ensemble, which knows their names
+            # the ensemble checks the members of a stacked model, because it knows their names
             if isinstance(score, float) and not math.isfinite(score):
                 raise _not_finite(row, f"the score {score}")
             return score
@@ -142,7 +141,7 @@ class RawScorer:
     def read(
         self, prompts: Sequence[Prompt] | None, cuts: list[Cut], columns: dict[str, Any], view: Callable
     ) -> list[Any]:
-        """What `view` makes of the outputs of each row of a token-level model; of a row without a token, of none."""
+        """Apply `view` to the outputs of each row of a token-level model; a row without tokens has no outputs."""
 
         def read(row: int, located: Located, outputs: torch.Tensor | None) -> Any:
             if outputs is None:
@@ -157,7 +156,7 @@ class RawScorer:
     def token_texts(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> list[list[str]]:
-        """The piece of each completion behind each output of its tokens; the model is not run."""
+        """The piece of the completion that belongs to each token's output. The model does not run."""
         given = self._given(prompts, completions, columns)
         rows = [[v if v is None else v[row] for v in given.values()] for row in range(len(given["completions"]))]
         return [
@@ -174,7 +173,7 @@ class RawScorer:
         run: Callable,
         read: Callable,
     ) -> list[Any]:
-        """`read` of each row, of what `run` gives for the token ids that `make` made of it."""
+        """For each row: `make` its token ids, `run` the model on them, and `read` the output."""
         given = self._given(prompts, completions, columns)
         prompts, size = given["prompts"], len(given["completions"])
         results: list[Any] = []
@@ -190,7 +189,7 @@ class RawScorer:
         if truncated:
             self._say_once(
                 f"{truncated} of {size} rows were longer than max_length={self.encoder.max_length} tokens and were "
-                "cut, the prompt from the left first. `num_truncated` goes on counting.",
+                "cut, the prompt from the left first. This is logged once; `num_truncated` counts all of them.",
                 "truncated",
             )
         return results
@@ -198,7 +197,7 @@ class RawScorer:
     def _given(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
     ) -> dict[str, list[Any] | None]:
-        """What token ids depend on, by name and as lists of one length."""
+        """The columns that token ids depend on, by name and as lists of one length."""
         given = {"prompts": prompts, "completions": completions}
         given |= {name: columns.get(name) for name in ("tools", "chat_template_kwargs")}
         check_lengths(len(completions), given)
@@ -212,7 +211,7 @@ class RawScorer:
 
 def as_list(values: Sequence[Any]) -> list[Any]:
     """
-    Values in their order, by place: a list, tuple, array, column of a data set, or a pandas Series with any index.
+    A list of the values in order: of a list, tuple, array, column of a data set, or a pandas Series with any index.
 
     ```python
     >>> as_list(pandas.Series(["a", "b"], index=[1, 0]))
@@ -223,17 +222,17 @@ def as_list(values: Sequence[Any]) -> list[Any]:
 
 
 def by_place(values: Any) -> Any:
-    """A column whose values are read by place: a pandas Series would be read by its index. Others stay as they are."""
+    """A column that can be indexed by place. A pandas Series is converted, because it is indexed by its labels."""
     return list(values) if hasattr(values, "iloc") else values
 
 
 def check_lengths(size: int, given: dict[str, Any]) -> None:
-    """Raise `ValueError` unless everything that is given has a value for each of `size` rows."""
+    """Raise `ValueError` unless each given column has one value for each of `size` rows."""
     for name, values in given.items():
         single = isinstance(values, (str, dict))
         if single or (values is not None and len(values) != size):
             found = f"a {type(values).__name__}" if single else f"{len(values)} values"
-            raise ValueError(f"`{name}` is {found}; needed: a list with a value for each of {size} completions.")
+            raise ValueError(f"`{name}` is {found}; needed: a list with one value for each of {size} completions.")
 
 
 def check_limits(batch_size: int | str, max_length: int | None) -> None:
@@ -245,18 +244,20 @@ def check_limits(batch_size: int | str, max_length: int | None) -> None:
 
 
 def _check_labels(found: int, described: int | None) -> None:
-    """Raise `ValueError` unless the head has as many outputs as the sidecar says, or one without a sidecar."""
+    """Raise `ValueError` unless the head has as many outputs as the sidecar says (one if there is no sidecar)."""
     if found != (described or 1):
-        what = "one score a text" if described is None else f"the {described} that its reward_model.json describes"
+        what = "one score per text" if described is None else f"the {described} that its reward_model.json describes"
         raise ValueError(f"The model has {found} labels; needed: {what}.")
 
 
 def _check_choices(kind: str, aggregation: Aggregation | None, segmenter: Segmenter | None) -> None:
-    """Raise `ValueError` for choices that a kind of model has no use for."""
+    """Raise `ValueError` for arguments that a kind of model does not use."""
     if kind == "scalar" and (aggregation is not None or segmenter is not None):
-        raise ValueError("A scalar model has nothing to aggregate: leave `aggregation` and `segmenter` out.")
+        raise ValueError(
+            "A scalar model has one score, so nothing to aggregate. Leave `aggregation` and `segmenter` out."
+        )
     if kind == "outcome" and segmenter is not None:
-        raise ValueError("An outcome model is read at each token and not by segment: leave `segmenter` out.")
+        raise ValueError("An outcome model gives a score per token, not per segment. Leave `segmenter` out.")
 
 
 def _not_finite(row: int, found: str) -> DataError:

@@ -1,13 +1,13 @@
-"""Ensemble reducers: from the scores that M members give a row to a single number.
+"""Ensemble reducers: combine the scores that M members give a row into a single number.
 
-Every reducer takes the scores of N rows as a fp64 tensor of shape (N, M) and returns (N,). One that needs a number per
-member takes it as `weights`, of shape (M,); other arguments are keywords. Where a member has no score for a row, the
-reducer gets that row without the member, and the weights without the member's (see [`combine`]).
+Every reducer takes the scores of N rows as a fp64 tensor of shape (N, M) and returns (N,). A reducer that needs a
+number per member takes it as `weights`, of shape (M,); other arguments are keywords. If a member has no score for a
+row, the reducer gets that row without the member and without its weight (see [`combine`]).
 
 **Variance and standard deviation are those of the population of members (divided by M, not M - 1)**, here and in every
-disagreement that trl_ext reports: the members are all there are, and for one member it is 0.
+disagreement that trl_ext reports: the members are the whole population, and one member alone has the deviation 0.
 
-It does not know where scores come from, nor whether they were normalised.
+This module does not know where scores come from, or whether they were normalised.
 """
 
 import inspect
@@ -24,7 +24,7 @@ reducers = Registry(kind="ensemble reducer", group="trl_ext.reducers")
 
 
 def takes_weights(reducer: Callable) -> bool:
-    """Whether a reducer has an argument `weights`."""
+    """Whether a reducer has the argument `weights`."""
     return "weights" in inspect.signature(reducer).parameters
 
 
@@ -45,11 +45,11 @@ def combine(
     scores: torch.Tensor, reducer: Callable, weights: Sequence[float] | None = None, **reduce_kwargs: Any
 ) -> torch.Tensor:
     """
-    One score a row, of those members that have one.
+    Combine the scores of the members that have one, to one score per row.
 
     Args:
         scores (`torch.Tensor` of shape `(N, M)`): scores of the members, NaN where a member has none.
-        reducer (`Callable`): see this module.
+        reducer (`Callable`): a reducer as this module describes it.
         weights (`Sequence[float]`, *optional*): one for each of the M members, for a reducer that takes weights.
         **reduce_kwargs: other arguments of the reducer.
 
@@ -71,7 +71,7 @@ def combine(
         if found.shape != (int(rows.sum()),):
             raise ValueError(
                 f"The reducer {reducer.__name__} returned the shape {tuple(found.shape)} for {int(rows.sum())} rows; "
-                "needed: one number a row, shape (N,)."
+                "needed: one number per row, shape (N,)."
             )
         if not found.isfinite().all():
             raise ValueError(f"The reducer {reducer.__name__} returned a number that is not finite for finite scores.")
@@ -82,7 +82,7 @@ def combine(
 @reducers.register("mean")
 def mean(scores: torch.Tensor) -> torch.Tensor:
     """
-    The mean of the members: the usual ensemble, which averages out errors that members do not share.
+    The mean of the members: the usual ensemble. It averages out the errors that members do not share.
 
     Args:
         scores (`torch.Tensor` of shape `(N, M)`): scores of the members.
@@ -96,20 +96,20 @@ def mean(scores: torch.Tensor) -> torch.Tensor:
 @reducers.register("weighted")
 def weighted(scores: torch.Tensor, *, weights: torch.Tensor) -> torch.Tensor:
     r"""
-    The sum of the members, each times its weight.
+    The weighted sum of the members.
 
     $$
     r = \sum_m w_m r_m
     $$
 
     See *Natural Language Processing: Neural Networks and Large Language Models* by T. Xiao and J. Zhu
-    (https://github.com/NiuTrans/NLPBook), equation 10.72. For members that judge different aspects (factuality,
-    completeness ...). Weights are used as they are, and may be negative (a cost); with all of them 1 / M it is
-    [`mean`]. A member without a score for a row adds nothing there, as among the `reward_funcs` of TRL's trainers.
+    (https://github.com/NiuTrans/NLPBook), equation 10.72. Use it for members that judge different aspects (factuality,
+    completeness ...). Weights are used as they are, and may be negative (a cost). If all are 1 / M it is [`mean`]. A
+    member without a score for a row adds nothing to that row, as with the `reward_funcs` of TRL's trainers.
 
     Args:
         scores (`torch.Tensor` of shape `(N, M)`): scores of the members.
-        weights (`torch.Tensor` of shape `(M,)`): weight of each.
+        weights (`torch.Tensor` of shape `(M,)`): weight of each member.
 
     Returns:
         `torch.Tensor` of shape `(N,)`.
@@ -123,8 +123,8 @@ def minimum(scores: torch.Tensor) -> torch.Tensor:
     The lowest member: worst-case optimisation (WCO) of *Reward Model Ensembles Help Mitigate Overoptimization* by
     T. Coste et al. (https://huggingface.co/papers/2310.02743).
 
-    A policy gains only by what all members call better. Members have to be on one scale, else the lowest is always the
-    same one. Arguments and result as in [`mean`].
+    A policy gains only from changes that all members prefer. The members must be on one scale; else the lowest is
+    always the same member. Arguments and result as in [`mean`].
     """
     return scores.amin(dim=1)
 
@@ -132,8 +132,8 @@ def minimum(scores: torch.Tensor) -> torch.Tensor:
 @reducers.register("median")
 def median(scores: torch.Tensor) -> torch.Tensor:
     """
-    The median member, for an even number of them the mean of the middle two. One member that is far off does not move
-    it. Arguments and result as in [`mean`].
+    The median of the members; for an even number it is the mean of the middle two. One member that is far off does not
+    change it. Arguments and result as in [`mean`].
     """
     ordered = scores.sort(dim=1).values
     size = scores.shape[1]
@@ -143,13 +143,13 @@ def median(scores: torch.Tensor) -> torch.Tensor:
 @reducers.register("mean_minus_std")
 def mean_minus_std(scores: torch.Tensor, *, coefficient: float = 1.0) -> torch.Tensor:
     r"""
-    The mean less the disagreement: a lower confidence bound.
+    The mean minus the disagreement: a lower confidence bound.
 
     $$
     r = \bar r - c \sqrt{\frac{1}{M} \sum_m (r_m - \bar r)^2}
     $$
 
-    On the scale of the scores, unlike [`mean_minus_var`].
+    Both terms are on the scale of the scores, unlike in [`mean_minus_var`].
 
     Args:
         scores (`torch.Tensor` of shape `(N, M)`): scores of the members.
@@ -171,7 +171,7 @@ def mean_minus_std(scores: torch.Tensor, *, coefficient: float = 1.0) -> torch.T
 @reducers.register("mean_minus_var")
 def mean_minus_var(scores: torch.Tensor, *, coefficient: float = 0.5) -> torch.Tensor:
     r"""
-    The mean less the variance of the members: uncertainty-weighted optimisation (UWO) of *Reward Model Ensembles Help
+    The mean minus the variance of the members: uncertainty-weighted optimisation (UWO) of *Reward Model Ensembles Help
     Mitigate Overoptimization* by T. Coste et al. (https://huggingface.co/papers/2310.02743).
 
     $$
@@ -181,8 +181,8 @@ def mean_minus_var(scores: torch.Tensor, *, coefficient: float = 0.5) -> torch.T
     Args:
         scores (`torch.Tensor` of shape `(N, M)`): scores of the members.
         coefficient (`float`, *optional*, defaults to `0.5`):
-            The paper's lambda, at least 0. It depends on the scale of the scores. The default is our choice, for
-            members that are normalised.
+            The paper's lambda, at least 0. Its effect depends on the scale of the scores. The default is our choice
+            for normalised members.
 
     Returns:
         `torch.Tensor` of shape `(N,)`.
@@ -204,6 +204,6 @@ def fusion(scores: torch.Tensor, *, weights: torch.Tensor) -> torch.Tensor:
 def _not_negative(coefficient: float) -> float:
     if not coefficient >= 0:
         raise ValueError(
-            f"coefficient={coefficient}; needed: a number >= 0. A negative one would reward what members disagree on."
+            f"coefficient={coefficient}; needed: a number >= 0. A negative one would reward disagreement."
         )
     return coefficient

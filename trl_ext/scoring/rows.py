@@ -1,7 +1,7 @@
-"""One row to be scored -> its token ids, or an error that names it.
+"""Turns one row into token ids, or raises an error that names the row.
 
-Checks as training does and makes ids by the same function, `trl_ext.data.tokenization.encode`. Knows nothing of models
-beyond how many ids and positions they have.
+It makes the same checks as training and calls the same function, `trl_ext.data.tokenization.encode`. It knows nothing
+of models except their numbers of token ids and positions.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ NOTHING = Located([], np.empty(0, np.int64), np.empty(0, np.int64), 0, truncated
 @dataclass
 class RowEncoder:
     """
-    Makes token ids of rows.
+    Makes the token ids of rows.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        tokenization (`TokenizationSettings`): how the model was trained to see plain text.
-        vocab_size (`int`): token ids the model knows.
-        max_positions (`int` or `None`): longest row the model can take at all.
-        max_length (`int` or `None`): longer rows are cut.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        tokenization (`TokenizationSettings`): the settings that the model was trained with.
+        vocab_size (`int`): the model has embeddings for token ids below this number.
+        max_positions (`int` or `None`): longest row, in tokens, that the model can process.
+        max_length (`int` or `None`): longer rows are cut to this number of tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,24 +44,24 @@ class RowEncoder:
         self, row: int, prompt: Prompt, completion: Completion, tools: Any, chat_template_kwargs: Any
     ) -> Encoded:
         """
-        Token ids of row number `row`, empty where there is nothing to score.
+        Token ids of row number `row`; empty if there is nothing to score.
 
         Raises:
-            [`DataError`]: values of the wrong kind, something the tokenizer or chat template refuses, or ids that the
-                model does not have.
+            [`DataError`]: a value has the wrong type, the tokenizer or chat template refuses the row, or the model has
+                no embedding for a token id.
         """
         return self._encode(encode, row, prompt, completion, tools, chat_template_kwargs) or Encoded([], False)
 
     def locate(
         self, row: int, prompt: Prompt, completion: Completion, tools: Any, chat_template_kwargs: Any
     ) -> Located:
-        """The same ids, with the characters of the completion that each token holds. Raises [`DataError`]."""
+        """The same ids, with the characters of the completion that each token covers. Raises [`DataError`]."""
         return self._encode(encode_with_offsets, row, prompt, completion, tools, chat_template_kwargs) or NOTHING
 
     def _encode(
         self, function: Callable, row: int, prompt: Prompt, completion: Completion, tools: Any, template: Any
     ) -> Any:
-        """What `function` makes of the row, checked; `None` where there is nothing."""
+        """Check the row and encode it with `function`; `None` if it has no text."""
         checks = RowChecks(row, "scored")
         prompt = checks.prompt(prompt, "prompts")
         if not _is_empty(completion):
@@ -78,18 +78,18 @@ class RowEncoder:
                 chat_template_kwargs=template,
                 max_length=self.max_length,
             )
-        except Exception as error:  # whatever a tokenizer or a chat template raises, the row is named
+        except Exception as error:  # a tokenizer or chat template may raise anything; the error must name the row
             raise row_error(
                 row,
                 f"a row on which tokenizing fails with {type(error).__name__}: {error}",
                 "one that the tokenizer and its chat template accept",
-                "Correct the row, or give the tokenizer (with a chat template, for messages) that fits it.",
+                "Correct the row, or pass a tokenizer that fits it (for messages, one with a chat template).",
             ) from error
         if self.max_positions is not None and len(encoded.ids) > self.max_positions:
             raise row_error(
                 row,
                 f"{len(encoded.ids)} tokens",
-                f"at most {self.max_positions}, all the positions the model has",
+                f"at most {self.max_positions}, the number of the model's positions",
                 f"Pass max_length={self.max_positions} or less to cut long rows.",
             )
         largest = max(encoded.ids, default=0)
@@ -99,12 +99,12 @@ class RowEncoder:
 
 
 def row_error(row: int, found: str, needed: str, fix: str) -> DataError:
-    """A `DataError` at row number `row` of what is being scored."""
+    """A `DataError` for row number `row` of the rows that are scored."""
     return DataError(found, needed, fix, row=row, column="completions", dataset="scored")
 
 
 def _is_empty(completion: Completion) -> bool:
-    """Whether a completion is an empty text or ends in an empty message: a policy may well produce that.
+    """Whether a completion is an empty text or ends in an empty message, as a policy may generate.
 
     ```python
     >>> _is_empty([{"role": "assistant", "content": ""}])

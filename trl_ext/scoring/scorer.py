@@ -1,6 +1,6 @@
 """`RewardScorer`: a reward model as a TRL reward function, `(prompts, completions, **columns) -> list[float | None]`.
 
-It finds the model and its tokenizer, asks a `RawScorer` for scores, and normalises them. It knows nothing of training
+It loads the model and its tokenizer, gets scores from a `RawScorer`, and normalises them. It knows nothing of training
 or of files of rows.
 """
 
@@ -33,74 +33,77 @@ class RewardScorer:
     """
     Scores completions with a reward model. It is a TRL reward function: `reward_funcs=[scorer]`.
 
-    A score is the model applied to the token ids that training made of the same text, by the tokenization settings
-    stored with the model. A model without our `reward_model.json` (from the Hub, or trained by plain TRL) gets its
-    chat template, or its tokenizer's own special tokens and no EOS, which is said once. Rows are sorted by length and
-    run in batches; scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less
+    The scorer makes the same token ids as training, by the tokenization settings stored with the model. For a model
+    without our `reward_model.json` (from the Hub, or trained by plain TRL) chats get its chat template, and plain text
+    gets the special tokens that the tokenizer adds and no EOS; a warning says so once. Rows are sorted by length and
+    run in batches. Scores come back in the order of the rows and, in fp32, do not depend on the batch (1e-6; less
     exactly in bf16). They are computed in eval mode, without autocast and without gradients, and the model's mode is
-    put back. Calls from several threads wait for each other.
+    restored. Calls from several threads wait for each other.
 
     In detail:
 
-    - A text completion counts as finished: EOS is appended where the settings say so, also behind a completion that a
-      policy in training could not finish within its length limit. That is how training saw every completion.
-    - An empty completion gets the score of the prompt alone (with EOS). `None` comes back only where there is no token
-      at all: no prompt, no text, and nothing that the tokenizer adds.
+    - A text completion counts as finished: EOS is appended if the settings say so, even to a completion that a policy
+      in training did not finish within its length limit. Training treated every completion in this way.
+    - An empty completion gets the score of the prompt alone (with EOS). The score is `None` only if there is no token
+      at all: no prompt, no text, and no token that the tokenizer adds.
     - A stored normaliser (see [`~RewardScorer.fit_normalizer`]) is applied; set `scorer.normalizer = None` for raw
       scores.
 
     Args:
         model_or_path (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
             Folder or Hub id of a reward model (full or adapter), or a sequence-classification model in memory with one
-            label. A model in memory is used as it is, and may go on training: nothing of it is changed.
+            label. A model in memory is used as it is and may continue training; the scorer does not change it.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Its tokenizer. Defaults to the one saved at the path; for a full model in memory to that of
-            `config._name_or_path`, as in TRL. An adapter in memory does not know where its tokenizer is: pass it.
+            The model's tokenizer. Defaults to the one saved at the path; for a full model in memory to that of
+            `config._name_or_path`, as in TRL. An adapter in memory does not say where its tokenizer is, so pass it.
         batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Rows in a batch, or `"auto"`: as many as fit in 16,384 padded tokens. When a GPU runs out of memory,
-            batches are halved from then on, which is said once.
+            batches are halved from then on, and a warning says so once.
         max_length (`int`, *optional*):
-            Longest row in tokens. A longer one is cut, the prompt from the left first (see
-            [`~trl_ext.data.tokenization.encode`]), counted in `num_truncated`, and reported once. No limit by default.
+            Longest row in tokens. A longer row is cut, the prompt from the left first (see
+            [`~trl_ext.data.tokenization.encode`]), and counted in `num_truncated`; a warning says so once. No limit by
+            default.
         device (`str` or `torch.device`, *optional*):
-            Defaults to where a model in memory is; for a path to this process's GPU if there is one, else the CPU. A
-            model in memory is moved there.
+            Where the model runs; a model in memory is moved there. Defaults to the device of a model in memory, and
+            for a path to this process's GPU if there is one, else the CPU.
         aggregation (`str`, `Callable` or `Mapping`, *optional*):
-            How a token-level model gives one number a completion; refused by a scalar model. An outcome model gives by
-            default the raw output at the last token, else an aggregator (see `trl_ext.scoring.aggregation`) over
-            P(right) at each token. A process model takes one over P(correct) of the steps, by default `"min"`
-            (Math-Shepherd, https://huggingface.co/papers/2312.08935). A segment model takes one over the segments of
-            each category, by default `"sum"`, and adds up the categories: weighted, if this maps each to its weight.
-            A callable gets what `score_steps` or `score_segments` gives for a completion.
+            How a token-level model gives one number per completion, see `trl_ext.scoring.aggregation`. An outcome
+            model gives the raw output at the last token by default; an aggregator is applied to P(right) at each
+            token. For a process model the aggregator is applied to P(correct) of the steps and defaults to `"min"`
+            (Math-Shepherd, https://huggingface.co/papers/2312.08935). For a segment model it is applied to the
+            segments of each category and defaults to `"sum"`; the categories are then added up. A mapping gives the
+            weight of each category in that sum. A callable gets the result of `score_steps` or `score_segments` for
+            one completion. A scalar model refuses this argument.
         segmenter (`str` or `Callable`, *optional*):
-            What cuts a completion for the scalar call of a process or segment model, see `trl_ext.data.segmentation`;
-            `score_steps` and `score_segments` are told the steps and spans. Default for a process model: cut behind
-            each step separator of training, where an empty line belongs to the step before it (in `score_steps` it is
-            a step of its own); an empty separator has no default. Default for a segment model: English sentences, for
-            all categories alike, since training may have had segments of any size in each; pass
-            `functools.partial(sentences, language=...)` or your own for others. An outcome model needs none.
+            How a process or segment model divides a completion when the scorer is called for one number, see
+            `trl_ext.data.segmentation`. `score_steps` and `score_segments` get the steps and spans from the caller. A
+            process model by default cuts after each step separator of training, and an empty line belongs to the step
+            before it (in `score_steps` it is a separate step); with an empty separator there is no default. A segment
+            model by default cuts into English sentences, for all categories alike, because training may have had
+            segments of any size in each; pass `functools.partial(sentences, language=...)` or your own function for
+            anything else. An outcome model needs no segmenter.
         shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
-            Run rows with the same prompt as one flat row that holds the prompt once, where that saves at least 5 % of
-            the tokens. `"auto"` does so if the model passes a numerical check; `True` raises if it does not.
+            Run rows with the same prompt as one flat row that holds the prompt once, if that saves at least 5 % of the
+            tokens. `"auto"` does so if the model passes a numerical check; `True` raises an error if it does not.
         name (`str`, *optional*):
-            Its name in messages and in the metrics of `GRPOTrainer` and `RLOOTrainer` (`rewards/<name>/mean`).
-            Defaults to `"RewardScorer"`, as TRL names a callable object by its class. Give each of several scorers
-            another name.
+            The scorer's name in messages and in the metrics of `GRPOTrainer` and `RLOOTrainer`
+            (`rewards/<name>/mean`). Defaults to `"RewardScorer"`, as TRL names a callable object by its class. Give
+            each of several scorers a different name.
         base_model (`str` or `Path`, *optional*):
-            Where the base of an adapter is now, if it moved. It must hold the same weights, which is checked.
+            Where the base of an adapter is now, if it moved. It must hold the same weights; the probes check this.
 
     Attributes:
         model (`PreTrainedModel` or `PeftModel`): the reward model.
         folder (`Path` or `None`): the local folder that it was loaded from.
         raw ([`~trl_ext.scoring.raw_scorer.RawScorer`]): gives scores before they are normalised.
         processing_class (`PreTrainedTokenizerBase`): the tokenizer.
-        choices (`dict`): `max_length`, `aggregation` and `segmenter` as they were given.
-        normalizer (`dict` or `None`): the `{"mean", "std"}` that scores are normalised by.
+        choices (`dict`): the values of `max_length`, `aggregation` and `segmenter` that were passed.
+        normalizer (`dict` or `None`): `{"mean", "std"}`, used to normalise scores.
         num_truncated (`int`): rows cut to `max_length` so far.
 
     Raises:
-        `ValueError`: the model has several outputs of which it is not known what they are, its tokenizer cannot be
-            found, `batch_size` or `max_length` is not positive, or `aggregation` or `segmenter` does not fit.
+        `ValueError`: the model has several outputs and no sidecar that describes them, its tokenizer cannot be found,
+            `batch_size` or `max_length` is not positive, or `aggregation` or `segmenter` does not fit.
 
     Example:
 
@@ -162,20 +165,20 @@ class RewardScorer:
 
         Args:
             prompts (sequence of `str`, lists of messages or `None`; or `None`):
-                `None`, for a row or altogether, where a completion is the whole text or conversation.
+                `None`, for a row or for all rows, if a completion is the whole text or conversation.
             completions (sequence of `str`, lists of messages, or single messages):
                 After a chat prompt a string is one assistant message.
             **columns:
-                One value a row, as TRL passes them. `tools` (a list, or JSON of one) and `chat_template_kwargs` go to
-                the chat template as in training; everything else is meant for other reward functions and ignored.
+                Columns with one value per row, as TRL passes them. `tools` (a list, or JSON of one) and
+                `chat_template_kwargs` go to the chat template as in training; all others are ignored.
 
         Returns:
-            `list[float | None]`: a score a row, in the order of the rows; `None` where there is nothing to score: no
-            token, or for a process or segment model no step or segment.
+            `list[float | None]`: one score per row, in the order of the rows. It is `None` if there is nothing to
+            score: no token, or for a process or segment model no step or segment.
 
         Raises:
-            [`DataError`]: a row cannot be read or tokenized, or its score is not finite; names the row index.
-            `ValueError`: `prompts`, `completions` and columns of different lengths.
+            [`DataError`]: a row cannot be read or tokenized, or its score is not finite. It names the row index.
+            `ValueError`: `prompts`, `completions` and columns have different lengths.
         """
         return self._normalized(self.raw.scores(prompts, completions, columns))
 
@@ -183,22 +186,22 @@ class RewardScorer:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
     ) -> dict[str, float]:
         """
-        From now on scale scores so that these rows have mean 0 and (population) standard deviation 1.
+        Fit a normaliser, so that the scores of these rows get mean 0 and (population) standard deviation 1.
 
-        No ranking moves. If the scorer was made from a local folder with a `reward_model.json`, the normaliser is
-        written there, and every scorer made from it later applies it. Else it lasts as long as this object. One that
-        was there before is replaced. Arguments as in a call.
+        Rankings do not change. If the scorer was made from a local folder with a `reward_model.json`, the normaliser
+        is written there, and every scorer that is made from the folder later applies it. Else only this object has it.
+        It replaces an existing normaliser. Arguments as in a call.
 
         Returns:
             `dict[str, float]`: `mean` and `std` of the raw scores.
 
         Raises:
-            `ValueError`: fewer than two rows have a score, or all have the same.
+            `ValueError`: fewer than two rows have a score, or all scores are equal.
         """
         self.normalizer = mean_and_std(self.raw.scores(prompts, completions, columns))
         sidecar = None if self.folder is None else read_sidecar(self.folder)
         if sidecar is None:
-            logger.info(f"{self.__name__}: the normaliser is not saved: no local reward_model.json to hold it.")
+            logger.info(f"{self.__name__}: the normaliser is not saved, because there is no local reward_model.json.")
         else:
             sidecar.normalizer = dict(self.normalizer)
             sidecar.save(self.folder)
@@ -212,11 +215,12 @@ class RewardScorer:
         """
         The raw output of a token-level model at each token of the completions. Arguments as in a call.
 
-        The tokens are those that hold anything of the completion, and what closes it (EOS, the end of a turn). With
-        one output that is a number per token, with more a list: class by class, category after category.
+        The tokens are those that cover a part of the completion, and those that close it (EOS, the end of a turn). A
+        model with one output gives a number per token. A model with several gives a list per token: all classes of the
+        first category, then those of the next.
 
         Raises:
-            `ValueError`: the model is a scalar one.
+            `ValueError`: the model is a scalar reward model.
         """
         refuse("score_tokens", self.raw.kind, self.__name__)
         cuts = [Cut(completion, []) for completion in completions]
@@ -228,8 +232,10 @@ class RewardScorer:
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
     ) -> list[list[str]]:
         """
-        The piece of the completion behind each output of `score_tokens`, empty for what closes it. Joined they are the
-        completion (up to `max_length`). Arguments and errors as there; the model is not run.
+        The piece of the completion that belongs to each output of `score_tokens`; empty for tokens that close it.
+
+        The joined pieces are the completion (up to `max_length`). Arguments and errors as in `score_tokens`. The model
+        does not run.
         """
         refuse("score_tokens", self.raw.kind, self.__name__)
         return self.raw.token_texts(prompts, completions, columns)
@@ -242,22 +248,22 @@ class RewardScorer:
         **columns: Any,
     ) -> list[list[float]]:
         """
-        P(correct) of each step, from one forward pass a completion.
+        P(correct) of each step, from one forward pass per completion.
 
-        The steps are joined as in training, with the separator after each, and the score of one is read where training
-        put its label (of `"all"` at the last token). As many scores come out as steps go in: a step without a token of
-        its own, and steps that end in the same token (empty ones, `\\n\\n` as one token), get the same output. Only
-        what `max_length` cuts off has no score: `None`.
+        The steps are joined as in training, with the separator after each. The score of a step is read at the token
+        where training put its label (with label placement `"all"` at the step's last token). Every step gets a score:
+        steps that share a token (empty steps, or `\\n\\n` as one token) get the same one. Only steps that
+        `max_length` cuts off have no score: `None`.
 
         Args:
             prompts (sequence of `str`, lists of messages or `None`; or `None`): as in a call.
-            steps (sequence of lists of `str`): the steps of each completion; after a chat prompt too.
+            steps (sequence of lists of `str`): the steps of each completion, also after a chat prompt.
             neutral (`str`, *optional*, defaults to `"negative"`):
-                Of three classes (-1, 0, 1), `"positive"` gives P(0) + P(1) in place of P(1).
+                With three classes (-1, 0, 1), `"positive"` gives P(0) + P(1) instead of P(1).
             **columns: as in a call.
 
         Raises:
-            `ValueError`: the model is no process reward model.
+            `ValueError`: the model is not a process reward model.
         """
         refuse("score_steps", self.raw.kind, self.__name__)
         self.raw.views.check_neutral(neutral)
@@ -272,18 +278,19 @@ class RewardScorer:
         **columns: Any,
     ) -> list[list[Value]]:
         """
-        The estimated label of each segment: a number, or with named categories one for each of them.
+        The estimated label of each segment: one number, or one for each category if the categories have names.
 
-        It is on the scale of the labels: with `bce` and `ce` the expected label (a probability, or for three classes
-        P(1) - P(-1)), else the output itself. What `max_length` cuts off has no score: `None`.
+        It is on the scale of the labels. With `bce` and `ce` it is the expected label (a probability, or for three
+        classes P(1) - P(-1)), else the output. A segment that `max_length` cuts off has no score: `None`.
 
         Args:
             prompts, completions, **columns: as in a call.
             spans (sequence of lists of `(start, end)`):
-                Characters of each completion (of messages: of the last one's content), the end not included.
+                Character spans of each completion, without the end. If the completion is messages, they refer to the
+                content of the last message.
 
         Raises:
-            `ValueError`: the model is no segment reward model, or a span is empty or not inside its completion.
+            `ValueError`: the model is not a segment reward model, or a span is empty or not inside its completion.
         """
         refuse("score_segments", self.raw.kind, self.__name__)
         check_lengths(len(completions), {"spans": spans})
@@ -329,12 +336,12 @@ class RewardScorer:
 
     def combine(self, scores: Sequence[Sequence[Value | None]]) -> list[float | None]:
         """
-        The scores that a call gives, of what `score_steps` or `score_segments` returned: aggregated and normalised.
+        Aggregate and normalise the results of `score_steps` or `score_segments`, as a call of the scorer does.
 
-        As there, what was cut off does not count, and a completion without a step or segment has none.
+        Steps and segments that were cut off do not count. A completion without any gets `None`.
 
         Raises:
-            `ValueError`: the model is no process or segment reward model.
+            `ValueError`: the model is neither a process nor a segment reward model.
         """
         refuse("combine", self.raw.kind, self.__name__)
         return self._normalized([self.raw.views.combine(own) for own in scores])
@@ -361,7 +368,7 @@ def _spans_of_pieces(pieces: Sequence[str], rewards: Sequence[float]) -> list[tu
 
 
 class _Source(NamedTuple):
-    """A reward model, the folder that it was loaded from, and where its tokenizer is; `None` where there is none."""
+    """A reward model, the folder that it was loaded from, and where its tokenizer is; each may be `None`."""
 
     model: PreTrainedModel | PeftModel
     folder: Path | None
@@ -373,7 +380,7 @@ def _open(
     device: str | torch.device | None,
     base_model: str | Path | None,
 ) -> _Source:
-    """The reward model behind the first argument of a scorer. Raises `TypeError` for something else."""
+    """Load the reward model that the first argument of a scorer names. Raises `TypeError` for other types."""
     if isinstance(model_or_path, (str, Path)):
         path = str(model_or_path)
         where = {"": torch.device(device or PartialState().device)}
@@ -382,11 +389,12 @@ def _open(
     if not isinstance(model_or_path, (PreTrainedModel, PeftModel)):
         raise TypeError(
             f"model_or_path is a {type(model_or_path).__name__}; needed: a path, a Hub id, a `PreTrainedModel` or "
-            "a `PeftModel`. Of a wrapped model (DDP) pass `accelerator.unwrap_model(model)`."
+            "a `PeftModel`. If the model is wrapped (DDP), pass `accelerator.unwrap_model(model)`."
         )
     if base_model is not None:
         raise ValueError(
-            "`base_model` says where the base of a saved adapter is, and this model is in memory already."
+            "`base_model` says where the base of a saved adapter is, but this model is in memory already. Leave it "
+            "out."
         )
     model = model_or_path if device is None else model_or_path.to(device)
     return _Source(model, None, None if isinstance(model, PeftModel) else model.config._name_or_path)

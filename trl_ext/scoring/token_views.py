@@ -1,6 +1,7 @@
-"""How the outputs of a token-level reward model are read: per token, step or segment, and as one number a completion.
+"""Reads the outputs of a token-level reward model: per token, step or segment, and as one number per completion.
 
-Knows a model's sidecar, the characters of tokens, and aggregators. Knows nothing of models, batches or tokenizers.
+It knows a model's sidecar, the characters of tokens, and aggregators. It knows nothing of models, batches or
+tokenizers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ Segmenter = str | Callable[[str], Sequence[CharSpan]]
 Neutral = Literal["negative", "positive"]
 Value = float | dict[str, float]
 
-# What an output is read as, by the method that does it and the kinds of models that have it.
+# The methods of a scorer, and the kinds of reward model that have them.
 METHODS = {
     "score_tokens": ("outcome", "process", "segment"),
     "score_steps": ("process",),
@@ -35,7 +36,7 @@ METHODS = {
 
 
 class Cut(NamedTuple):
-    """A completion, and the characters of each of its steps or segments."""
+    """A completion, and the character span of each of its steps or segments."""
 
     completion: Completion
     spans: list[CharSpan]
@@ -46,18 +47,18 @@ class TokenViews:
     Reads the outputs of one token-level model.
 
     Args:
-        sidecar ([`Sidecar`]): what its outputs are.
+        sidecar ([`Sidecar`]): describes the model's outputs.
         aggregation (`str`, `Callable` or `Mapping`, *optional*): see [`~trl_ext.RewardScorer`].
         segmenter (`str` or `Callable`, *optional*): see [`~trl_ext.RewardScorer`].
 
     Raises:
-        `ValueError`: an unknown aggregator or segmenter, or weights that are not those of the categories.
+        `ValueError`: the aggregator or segmenter is unknown, or the weights do not name exactly the categories.
     """
 
     def __init__(self, sidecar: Sidecar, aggregation: Aggregation | None, segmenter: Segmenter | None):
         self.kind = sidecar.kind
-        self.is_scalar = sidecar.kind == "outcome" and aggregation is None  # then the last token's output is all
-        meaning = sidecar.label_meaning  # what the loss declares, so that the losses of plugins count too
+        self.is_scalar = sidecar.kind == "outcome" and aggregation is None  # then the score is the last token's output
+        meaning = sidecar.label_meaning  # the loss declares it, so this works for plugin losses too
         self._is_log_odds = sidecar.loss_type == "bce" or meaning == OUTPUT_MEANINGS["log_odds"]
         self._is_label = sidecar.loss_type == "mse" or meaning == OUTPUT_MEANINGS["label"]
         self._outputs = sidecar.outputs_per_category
@@ -69,7 +70,7 @@ class TokenViews:
 
     # --------------------------------------------------------------------------------------------- what is asked for
     def join_steps(self, steps: Sequence[str]) -> Cut:
-        """The steps as one completion, as training joins them."""
+        """Join the steps to one completion, as training does."""
         if isinstance(steps, str) or not all(isinstance(step, str) for step in steps):
             raise ValueError(f"Found {steps!r} for the steps of a completion; needed: a list of strings.")
         spans, start = [], 0
@@ -80,20 +81,20 @@ class TokenViews:
         return Cut("".join(step + self._separator for step in steps), spans)
 
     def check_spans(self, cuts: Sequence[Cut]) -> None:
-        """Raise `ValueError` unless all spans are within their completions."""
+        """Raise `ValueError` unless all spans are inside their completions."""
         for row, (completion, spans) in enumerate(cuts):
             length = len(completion_text(completion))
             for start, end in spans:
                 if not 0 <= start < end <= length:
                     raise ValueError(
                         f"Row {row} has the span {start} to {end} in a completion of {length} characters; needed: "
-                        "0 <= start < end <= length, in characters (not bytes) of the completion alone."
+                        "0 <= start < end <= length, in characters (not bytes) of the completion without the prompt."
                     )
 
     def cut(self, completion: Completion) -> Cut:
         """
-        The steps or segments of a completion that somebody generated. The last step gets the separator that it had in
-        training, if there is none.
+        Divide a generated completion into steps or segments. If the last step has no separator, it gets the one of
+        training.
         """
         if self.kind == "outcome":
             return Cut(completion, [])
@@ -110,20 +111,20 @@ class TokenViews:
 
     # ------------------------------------------------------------------------------------------------ how it is read
     def tokens(self, located: Located, outputs: torch.Tensor) -> list[float] | list[list[float]]:
-        """Outputs (T, C) from the completion's first token on; numbers if C is 1."""
+        """The outputs (T, C) from the completion's first token on; one number per token if C is 1."""
         own = outputs[located.completion_start :]
         return own[:, 0].tolist() if own.shape[1] == 1 else own.tolist()
 
     def steps(
         self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan], neutral: Neutral = "negative"
     ) -> list[float | None]:
-        """P(correct) of each step; `None` for one that was cut off."""
+        """P(correct) of each step; `None` for a step that was cut off."""
         places = self._places(located, spans)
         known = iter(self._right(outputs[[place for place in places if place is not None]], neutral).tolist())
         return [None if place is None else next(known) for place in places]
 
     def segments(self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan]) -> list[Value | None]:
-        """The estimated label of each segment, by category where there are names; `None` for one that was cut off."""
+        """The estimated label of each segment, by category if they have names; `None` for one that was cut off."""
         places = self._places(located, spans)
         chosen = outputs[[place for place in places if place is not None]]  # (S, G * C)
         table = self._label(chosen.view(len(chosen), max(1, len(self._categories)), self._outputs)).tolist()  # (S, G)
@@ -146,7 +147,7 @@ class TokenViews:
         return self.combine(values)
 
     def combine(self, values: Sequence[Value | None]) -> float | None:
-        """One number of those of a completion, where `None` does not count."""
+        """Aggregate the values of a completion to one number; `None` does not count."""
         return self._aggregate([value for value in values if value is not None])
 
     def check_neutral(self, neutral: str) -> None:
@@ -154,7 +155,7 @@ class TokenViews:
         if neutral not in ("negative", "positive"):
             raise ValueError(f"neutral={neutral!r}; needed: 'negative' or 'positive'.")
         if neutral == "positive" and self._outputs != 3:
-            raise ValueError(f"The model has {self._outputs} classes and no neutral one: leave `neutral` out.")
+            raise ValueError(f"The model has {self._outputs} classes and no neutral one. Leave `neutral` out.")
 
     # ------------------------------------------------------------------------------------------------------- private
     def _make_aggregate(self, aggregation: Aggregation | None) -> Callable[[Any], float | None]:
@@ -176,15 +177,15 @@ class TokenViews:
             return segmentation.sentences(text)
         if not self._separator:
             raise ValueError(
-                "The model was trained with an empty step separator, so it is not known where a step ends: pass "
-                "`segmenter` to RewardScorer, or call `score_steps`."
+                "The model was trained with an empty step separator, so the scorer cannot find where a step ends. "
+                "Pass `segmenter` to RewardScorer, or call `score_steps`."
             )
         return segmentation.steps(text, separator=self._separator)
 
     def _places(self, located: Located, spans: Sequence[CharSpan]) -> list[int | None]:
         """
-        The position whose output is the score of each span: where training put the label (of `"all"` the last); `None`
-        for what was cut off, and where there is no token at all.
+        The position whose output is the score of each span: where training put the label (with placement `"all"` the
+        last token of the span). `None` for a span that was cut off, and if there is no token at all.
         """
         real = located.ends > located.starts
         reach = int(located.ends[real].max(initial=0)) if located.truncated else None
@@ -193,7 +194,7 @@ class TokenViews:
             own = located.tokens(start, end)
             if not len(real) or (reach is not None and end > reach):
                 places.append(None)
-            elif not len(own):  # nothing but characters without a token: what was read before they ended
+            elif not len(own):  # none of its characters has a token: use the last token before its end
                 before = np.flatnonzero(real & (located.starts < end))
                 places.append(int(before[-1]) if len(before) else 0)
             else:
@@ -201,7 +202,7 @@ class TokenViews:
         return places
 
     def _right(self, outputs: torch.Tensor, neutral: Neutral) -> torch.Tensor:
-        """P(correct), (S,), of outputs (S, C) of a model without categories. Exact 0 and 1 stay."""
+        """P(correct), (S,), from the outputs (S, C) of a model without categories. It may be exactly 0 or 1."""
         outputs = outputs.double()
         if outputs.shape[1] > 1:
             return outputs.softmax(1)[:, 1 if neutral == "positive" else -1 :].sum(1)
@@ -210,7 +211,7 @@ class TokenViews:
         return outputs[:, 0].clamp(0, 1) if self._is_label else outputs[:, 0]
 
     def _label(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The estimated label, (S, G), of outputs (S, G, C)."""
+        """The estimated label, (S, G), from the outputs (S, G, C)."""
         outputs = outputs.double()
         if self._outputs > 1:
             classes = torch.arange(self._outputs, dtype=torch.float64) - (1 if self._outputs == 3 else 0)
@@ -224,8 +225,8 @@ def refuse(method: str, kind: str, name: str) -> None:
         wanted = " or ".join(repr(known) for known in METHODS[method])
         other = ", ".join(f"`{known}`" for known, kinds in METHODS.items() if kind in kinds)
         raise ValueError(
-            f"{name} is a reward model of kind {kind!r}, and `{method}` needs one of kind {wanted}: call "
-            f"{other + ' or ' if other else ''}the scorer itself."
+            f"{name} is a reward model of kind {kind!r}, and `{method}` needs one of kind {wanted}. Call "
+            f"{other + ' or ' if other else ''}the scorer directly."
         )
 
 

@@ -1,7 +1,7 @@
-"""A scored completion to look at: each token, step or segment on a colour from red to green, as a page or as text.
+"""Shows a scored completion as a page, with each token, step or segment coloured from red to green, or as text.
 
-It knows texts and numbers. It knows nothing of models: what it shows comes from `RewardScorer.score_steps`,
-`.score_segments` or `.score_tokens`, and the pieces of tokens from `.token_texts`.
+It knows texts and numbers. It knows nothing of models: scores come from `RewardScorer.score_steps`, `.score_segments`
+or `.score_tokens`, and the pieces of tokens from `.token_texts`.
 """
 
 import html
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["probability", "log_odds", "score"]
 
 _RED, _MIDDLE, _GREEN = (244, 143, 137), (255, 244, 200), (142, 206, 141)
-# Pieces up to which their scores are written behind them, unless the caller decides: our choice.
+# By default the scores are written after the pieces if there are at most so many pieces: our choice.
 _MOST_NUMBERS = 60
 _NAMES = {"probability": "probability", "log_odds": "log-odds", "score": "score"}
 
@@ -39,7 +39,7 @@ h1 { font-size: 1.2rem; line-height: 1.3; margin: 0 0 .8rem; }
 
 
 class Scale(NamedTuple):
-    """What a page's colours stand for: the scores that are all red and all green, and what a score is."""
+    """The meaning of a page's colours: the scores that are fully red and fully green, and what a score is."""
 
     low: float
     high: float
@@ -50,13 +50,13 @@ def choose_scale(
     scores: Sequence[float | None], kind: Kind | None = None, low: float | None = None, high: float | None = None
 ) -> Scale:
     """
-    The scale of some scores: 0 to 1 for probabilities, else symmetric around 0 up to the largest of them.
+    Choose a scale for scores: 0 to 1 for probabilities, else symmetric around 0 up to the largest score.
 
     Args:
         scores (sequence of `float` or `None`): the scores.
         kind (`str`, *optional*): `"probability"`, `"log_odds"` or `"score"`. By default scores that are all from 0
             to 1 are probabilities, and others are scores.
-        low, high (`float`, *optional*): ends that the caller sets.
+        low, high (`float`, *optional*): ends of the scale, to override the defaults.
 
     Example:
 
@@ -92,27 +92,28 @@ def to_html(
     title: str = "Scored completion",
 ) -> str:
     """
-    A page of its own, in light and dark, without scripts or anything from a network.
+    A complete HTML page for light and dark mode, without scripts and without anything from a network.
 
-    It shows a title, a colour bar with the ends of the scale, and the text. The score of a piece is written behind it
-    and shows when the pointer rests on it; it is not part of the text, so that what is copied is the completion.
+    It shows a title, a colour bar with the ends of the scale, and the text. The score of a piece is written after it
+    and shows when the pointer rests on it. Scores are not part of the text, so copying gives the completion alone.
 
     Args:
-        pieces (sequence of `str`): what the completion is made of, in order: tokens, steps or segments.
-        scores (sequence of `float` or `None`): one for each piece; `None` leaves it without a colour.
-        prompt (`str`, *optional*): shown in grey in front.
+        pieces (sequence of `str`): the tokens, steps or segments of the completion, in order.
+        scores (sequence of `float` or `None`): one for each piece; a piece with `None` has no colour.
+        prompt (`str`, *optional*): shown in grey before the completion.
         kind (`str`, *optional*): what a score is: `"probability"` (scale 0 to 1), `"log_odds"` or `"score"` (scale
             symmetric around 0). By default scores that are all from 0 to 1 are probabilities, and others are scores.
-        low, high (`float`, *optional*): scores that are all red and all green, in place of the scale's ends.
-        numbers (`bool`, *optional*): write the scores behind the pieces. Defaults to doing so for up to 60 pieces.
+        low, high (`float`, *optional*): scores that are fully red and fully green, to override the scale's ends.
+        numbers (`bool`, *optional*): whether scores are written after the pieces. Defaults to `True` for up to 60
+            pieces.
         title (`str`, *optional*): title of the page.
 
     Returns:
         `str`: HTML.
 
     Raises:
-        `ValueError`: not one score a piece, a score that is no number or NaN, an unknown kind, or `low` not below
-            `high`.
+        `ValueError`: the numbers of pieces and scores differ, a score is not a number or is NaN, the kind is unknown,
+            or `low` is not below `high`.
 
     Example:
 
@@ -130,7 +131,7 @@ def to_html(
         if share is None:
             spans.append(text)
             continue
-        # what ends a line stays behind the number
+        # line breaks stay after the number
         body = text.rstrip("\n")
         spans.append(
             f'<span class="piece" style="background: rgb{colour(share)}" title="{score:.4g}" '
@@ -171,15 +172,15 @@ def check_scores(pieces: Sequence[str], scores: Sequence[float | None]) -> None:
     for number, score in enumerate(scores):
         if score is not None and not isinstance(score, Real):
             raise ValueError(
-                f"The score of piece {number} is {score!r:.60}; needed: a number, or None for no score. Of a model "
-                "with several outputs, take one for each token."
+                f"The score of piece {number} is {score!r:.60}; needed: a number, or None for no score. If the model "
+                "has several outputs, choose one for each token."
             )
         if score is not None and math.isnan(score):
             raise ValueError(f"The score of piece {number} is NaN; needed: a number, or None for no score.")
 
 
 def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, high: float) -> list[float | None]:
-    """Where each score lies between `low` and `high`, 0 to 1. Raises `ValueError` as `to_html`."""
+    """The position of each score between `low` and `high`, from 0 to 1. Raises `ValueError` as `to_html` does."""
     check_scores(pieces, scores)
     if not low < high:
         raise ValueError(f"low={low} is not below high={high}.")
@@ -187,14 +188,14 @@ def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, hi
 
 
 def colour(share: float) -> tuple[int, int, int]:
-    """From red over a pale yellow to green; red, green and blue from 0 to 255."""
+    """A colour from red through pale yellow to green, as red, green and blue from 0 to 255."""
     start, end, part = (_RED, _MIDDLE, 2 * share) if share < 0.5 else (_MIDDLE, _GREEN, 2 * share - 1)
     red, green, blue = (round(a + part * (b - a)) for a, b in zip(start, end, strict=True))
     return red, green, blue
 
 
 def _legend(scale: Scale, has_prompt: bool, has_gaps: bool) -> str:
-    """The colour bar with the ends of the scale, and what is not on it."""
+    """The colour bar with the ends of the scale, and the meaning of grey and uncoloured text."""
     stops = ", ".join("#{:02x}{:02x}{:02x}".format(*stop) for stop in (_RED, _MIDDLE, _GREEN))
     parts = [
         f"<span>{_NAMES[scale.kind]}</span><span>{scale.low:g}</span>",

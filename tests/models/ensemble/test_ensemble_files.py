@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said(folder, fields, complaint):
 @pytest.mark.parametrize("text", ["{", "[1]", '{"schema_version": 1}'])
 def test_what_is_no_description(folder, text):
     (folder / "reward_ensemble.json").write_text(text)
-    with pytest.raises(EnsembleFileError, match="Restore it"):
+    with pytest.raises(EnsembleFileError, match="Restore the file"):
         read_ensemble(folder)
 
 
