@@ -84,7 +84,7 @@ def test_choice_by_hand():
     assert choose_by_value(values, 0.01, "likely").tolist() == [1]
     with pytest.raises(ValueError, match="share"):
         choose_by_value(values, 0.0, "likely")
-    with pytest.raises(ValueError, match="nothing to judge"):
+    with pytest.raises(ValueError, match="no likelihood can be computed"):
         choose_by_value([math.nan], 0.5, "likely")
     with pytest.raises(ValueError, match="which='best'"):
         choose_by_value(values, 0.5, "best")

@@ -99,7 +99,7 @@ def test_the_data_must_have_what_a_function_takes():
     check_rewards([plain, wants_solution, think_format_reward], ["solution"])
     with pytest.raises(ValueError, match=r"needs the argument 'solution'.*Did you mean 'solutions'\?.*prompt, sol"):
         check_rewards([wants_solution], ["solutions"])
-    with pytest.raises(ValueError, match=r"does not take the arguments .*'trainer_state'.*Add \*\*kwargs"):
+    with pytest.raises(ValueError, match=r"does not accept the arguments .*'trainer_state'.*Add \*\*kwargs"):
         check_rewards([takes_nothing_else], [])
 
 

@@ -327,7 +327,7 @@ def test_a_fusion_that_turns_the_members_round_is_said(caplog):
     ensemble = RewardEnsemble([by_length])
     weights = ensemble.fit_fusion(None, ["a" * n for n in range(1, 9)], ["a" * 2 * n for n in range(1, 9)])
     assert weights[0] < 0 and ensemble(None, ["a", "aa"]) == sorted(ensemble(None, ["a", "aa"]), reverse=True)
-    assert "turn the members round, as on these 8 pairs" in caplog.text
+    assert "reverse the members' order, because on these 8 pairs" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- user mistakes

@@ -14,10 +14,10 @@ def test_by_hand():
 @pytest.mark.parametrize(
     ("scores", "complaint"),
     [
-        ([1.0, None], "1 of 2 rows have a score by member-1"),
-        ([2.0, 2.0, 2.0], "standard deviation of the 3 scores by member-1 is 0"),
+        ([1.0, None], "1 of 2 rows have a score of member-1"),
+        ([2.0, 2.0, 2.0], "standard deviation of the 3 scores of member-1 is 0"),
         ([1e6, 1e6 + 1e-3], "too small to normalise by"),
-        ([0.5, -math.inf], "A score by member-1 is minus infinity"),
+        ([0.5, -math.inf], "A score of member-1 is minus infinity"),
     ],
 )
 def test_what_has_no_scale(scores, complaint):

@@ -66,7 +66,7 @@ def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -
         tokenizer.chat_template = getattr(processing_class, "chat_template", None)
     logger.warning(
         f"`processing_class` is a {type(processing_class).__name__}. Reward models of trl_ext read only text, so "
-        f"trl_ext uses its {type(tokenizer).__name__}."
+        f"its {type(tokenizer).__name__} is used."
     )
     return tokenizer
 

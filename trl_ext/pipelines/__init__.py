@@ -1,4 +1,4 @@
-"""Work in several stages that survives a crash: rejection sampling, selection, generation backends.
+"""Work in several stages that survives a crash: rejection sampling, weak to strong, selection, generation backends.
 
-Knows scorers only as TRL reward functions, and models only by their paths.
+The pipelines use scorers only as TRL reward functions, and models only by their paths.
 """

@@ -1,6 +1,6 @@
-"""Reads answers off completions, in a form in which equal answers are equal, so that votes can be counted.
+"""Reads the answers in completions and brings them to one form, so that equal answers compare equal in a vote.
 
-A canonicaliser is a function from the completions of *one* question to an answer for each, `None` where there is none.
+A canonicaliser is a function from the completions of *one* question to an answer for each, `None` for no answer.
 This module knows only texts.
 """
 
@@ -18,7 +18,7 @@ _OTHER_ANSWERS = "read answers by answers='number' or 'line' (--answers number)"
 
 def load_answers(answers: "str | Canonicaliser") -> Canonicaliser:
     """
-    The function that reads answers: one of [`CANONICALISERS`] by name, or the function that was given.
+    The function that reads answers: one of [`CANONICALISERS`] by name, or `answers` if it is a function already.
 
     Raises:
         ValueError: the name is not known. ImportError: it needs a package that is missing.
@@ -52,7 +52,7 @@ def math_answers(completions: Sequence[str]) -> list[str | None]:
             Completions of one question.
 
     Returns:
-        `list[str | None]`: for each completion the text of the first answer that is equal to its answer.
+        `list[str | None]`: for each completion the text of the first answer that equals its own.
 
     Raises:
         ImportError: if math-verify is not installed.
@@ -89,16 +89,16 @@ def math_answers(completions: Sequence[str]) -> list[str | None]:
 
 def last_number(completions: Sequence[str]) -> list[float | None]:
     r"""
-    The last number that is written in each completion, as a value.
+    The value of the last number in each completion.
 
-    - A minus counts where it stands directly before the number and after no number, letter or bracket: "3-4" and
+    - A minus counts if it stands directly before the number and does not follow a number, letter or bracket: "3-4" and
       "pages 3–4" end in 4, "x = -4" in -4.
     - Thousands may be separated by commas, apostrophes or narrow spaces: "1,234" is 1234. A comma between groups that
       are not of three digits separates the items of a list: "1,2,3" ends in 3.
-    - A decimal comma is read where nothing else can be meant: "1.234,50", "0,5", and two digits beside a currency sign
-      ("3,50 €"). Otherwise the decimal sign is the point.
+    - A comma is a decimal comma only where no other reading is possible: "1.234,50", "0,5", and two digits beside a
+      currency sign ("3,50 €"). Otherwise the decimal sign is the point.
     - Fractions are divided: "3/4", "2 1/2" and "\frac{3}{4}" are 0.75, 2.5 and 0.75. Dates such as 1/2/2024 are not.
-    - Currency and percent signs are not part of the number: "$5" and "5%" are 5. Exponents are: "1.5e-3" is 0.0015.
+    - Currency and percent signs are ignored: "$5" and "5%" are 5. Exponents are read: "1.5e-3" is 0.0015.
 
     Example:
 
@@ -148,7 +148,7 @@ def _last_number(text: str) -> float | None:
 
 
 def _value(digits: str, before: str | None, after: str | None) -> str:
-    """A written number in Python's notation; of a list its last item."""
+    """A written number in Python's notation; for a list its last item."""
     if (found := _THOUSANDS.fullmatch(digits)) is not None:
         return re.sub(rf"[,{_GAP}]", "", digits)
     if (found := _POINT_THOUSANDS.fullmatch(digits)) is not None:
@@ -162,7 +162,7 @@ def _value(digits: str, before: str | None, after: str | None) -> str:
 
 def last_line(completions: Sequence[str]) -> list[str | None]:
     """
-    The last line that is not empty, without spaces around it; texts that are the same are the same answer.
+    The last line that is not empty, without spaces around it. Equal texts are equal answers.
 
     Example:
 

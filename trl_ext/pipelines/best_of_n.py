@@ -45,9 +45,10 @@ class Best:
             the completion holds the whole answer.
         completion (`str` or `list[dict]`): the picked completion; one assistant message after a chat prompt.
         score (`float`, *optional*): its score; `None` if no candidate could be scored: the pick is then the first.
-        sample_index (`int`): which of the candidates it is.
+        sample_index (`int`): index of the pick among the candidates.
         answer (*optional*): with a vote, the answer that won; `None` if no candidate had one.
-        candidates (`list[Sample]`, *optional*): all candidates with a score from each function, on request.
+        candidates (`list[Sample]`, *optional*): all candidates with a score from each function, if
+            `return_candidates=True`.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -93,7 +94,7 @@ class Picker:
             raise ValueError(f"answers={answers!r}; needed: a function or one of {', '.join(CANONICALISERS)}.")
         settings = Sampling.of(**sampling)
         if settings.temperature == 0 and n > 1:
-            raise ValueError(f"temperature=0 gives the same completion {n} times; needed: above 0, or n=1.")
+            raise ValueError(f"temperature=0 gives the same completion {n} times; needed: a value above 0, or n=1.")
         self._canonicalise = None if vote is None else load_answers(answers)
         self._n = n
         self._vote = vote
@@ -121,7 +122,7 @@ class Picker:
             answer = self._elect(answers, [sample.score for sample in samples])
             if answer is not None:
                 eligible = [sample for sample, found in zip(samples, answers, strict=True) if found == answer]
-        # `max` keeps the first of equals
+        # among equal scores `max` returns the first
         best = max(eligible, key=lambda sample: -math.inf if sample.score is None else sample.score)
         candidates = samples if self._return_candidates else None
         return Best(best.prompt, best.completion, best.score, best.sample_index, answer, candidates)
@@ -154,8 +155,9 @@ def best_of_n(
     """
     Sample `n` completions of each prompt and return the one with the highest score.
 
-    Among equal scores the first sample wins. With `vote`, the answers are counted, and the pick is the best-scored
-    completion with the winning answer. Reward functions, answers and columns are checked before anything is generated.
+    Among equal scores the first sample wins. With `vote`, the answers are counted, and the completion with the best
+    score among those with the winning answer is returned. Reward functions, answers and columns are checked before
+    anything is generated.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
@@ -245,13 +247,13 @@ class Rewards:
 
 def as_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
     """
-    Rows with a `prompt` and other columns, from texts, lists of messages or such rows.
+    Turn texts or lists of messages into rows with a `prompt`; rows with a `prompt` and other columns stay as they are.
 
     Raises:
-        ValueError: there is none, or one prompt was given in place of a list. [`DataError`]: a prompt is missing or
-            cannot be used; names its row.
+        ValueError: there are no prompts, or `prompts` is one prompt instead of a list. [`DataError`]: a prompt is
+            missing or cannot be used; names its row.
     """
-    if isinstance(prompts, (str, Mapping)) or hasattr(prompts, "columns"):  # a DataFrame yields its columns' names
+    if isinstance(prompts, (str, Mapping)) or hasattr(prompts, "columns"):  # a DataFrame iterates over column names
         raise ValueError(
             f"prompts is a {type(prompts).__name__}; needed: a list of texts, of chats or of rows, or a Dataset (for "
             "a DataFrame Dataset.from_pandas(frame))."

@@ -1,7 +1,7 @@
 """Cascades: a small model answers the rows that it is sure of, and a large model answers the rest.
 
-See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5. This module works on numbers: how
-sure the small model is of each row, and how well both models do on it. It knows no models.
+See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5. This module works on numbers: the
+confidence of the small model on each row, and the performance of both models. It knows no models.
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,8 @@ def cascade(
             reward, or a mean log-probability.
         small, large (sequence of `float`, N): performance of each model on each row.
         small_cost, large_cost (`float`, *optional*): cost of one row, e.g. in seconds or parameters.
-        thresholds (sequence of `float`, *optional*): by default every confidence that occurs, and one above them: the
-            curve starts with the small model alone and ends with the large model on all rows.
+        thresholds (sequence of `float`, *optional*): by default every confidence that occurs and a value above them.
+            The curve then starts with the small model alone and ends with the large model on all rows.
 
     Returns:
         `list[CascadePoint]`, by rising threshold.

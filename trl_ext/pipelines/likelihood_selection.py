@@ -1,7 +1,7 @@
 """Selects training data by its likelihood under a small model.
 
 See *Foundations of Large Language Models* by T. Xiao and J. Zhu, section 10.2.5 and figure 10.5. This module knows a
-language model and rows of text; the likelihoods alone decide which rows are kept.
+language model and rows of text. It knows nothing of reward models or training.
 """
 
 import logging
@@ -29,7 +29,7 @@ Keep = Literal["likely", "unlikely", "middle"]
 @dataclass(frozen=True)
 class LikelihoodReport:
     """
-    What a selection kept.
+    The result of a selection, in numbers.
 
     Args:
         kept, cut (`int`): number of rows.
@@ -132,7 +132,9 @@ def select_by_likelihood(
     """
     check_choice(keep, which)  # before the model runs
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"Found a {type(dataset).__name__}. Needed: a `Dataset`, as a share is taken of all rows.")
+        raise ValueError(
+            f"Found a {type(dataset).__name__}. Needed: a `Dataset`, because `keep` is a share of all rows."
+        )
     missing = [name for name in ("prompt", "completion") if name not in dataset.column_names]
     if missing:
         raise ValueError(f"The data set has no column {missing}. Needed: `prompt` and `completion`.")
@@ -154,12 +156,16 @@ def select_by_likelihood(
 
 
 def choose_by_value(values: Sequence[float], keep: float, which: Keep) -> np.ndarray:
-    """The places of the rows to keep, in order: a share of those that are not NaN, at least one; ties by place."""
+    """
+    The places of the rows to keep, in order: a share of the values that are not NaN, at least one.
+
+    Among equal values the earlier row comes first.
+    """
     check_choice(keep, which)
     values = np.asarray(values, dtype=float)
     order = np.argsort(values, kind="stable")[: int((~np.isnan(values)).sum())]  # low cross-entropy first, NaN last
     if not len(order):
-        raise ValueError("No row has a completion token: there is nothing to judge.")
+        raise ValueError("No row has a completion token, so no likelihood can be computed. Give other rows.")
     count = max(1, round(keep * len(order)))
     first = {"likely": 0, "unlikely": len(order) - count, "middle": (len(order) - count) // 2}[which]
     return np.sort(order[first : first + count])

@@ -1,7 +1,7 @@
-"""Reward functions of a run: loading them by name, checking them before the first token, and calling them with checks.
+"""Reward functions of a run: loads them by name, checks them before anything is generated, and checks their scores.
 
-A reward function is TRL's: `(prompts, completions, **columns) -> list[float | None]`. How a string becomes a function
-is in `user_functions`. This module knows nothing of where scores are kept.
+A reward function has TRL's signature: `(prompts, completions, **columns) -> list[float | None]`. `user_functions`
+imports functions that a string names. This module knows nothing of where scores are kept.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
 
-# Arguments that a reward function is always called with; a column of such a name cannot be passed on.
+# Arguments that every reward function gets; columns of these names are not passed on.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "reward_model.json", "reward_ensemble.json")
@@ -58,7 +58,7 @@ def is_function_name(spec: RewardFunc) -> bool:
 
 
 def reward_name(spec: RewardFunc) -> str:
-    """The name of a reward function's scores: that of the function, or of the model's folder."""
+    """The name under which scores are reported: that of the function, or of the model's folder."""
     if is_function_name(spec):
         return spec.replace(":", ".").rsplit(".", 1)[-1]
     if isinstance(spec, (str, Path)):
@@ -70,19 +70,19 @@ def reward_name(spec: RewardFunc) -> str:
 
 
 def reward_names(specs: Sequence[RewardFunc]) -> list[str]:
-    """The names of all; raises `ValueError` if two have the same name."""
+    """The names of all reward functions; raises `ValueError` if two have the same name."""
     names = [reward_name(spec) for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"{names.count(name)} reward functions are called {name!r}. Give each a name of its own: "
+                f"{names.count(name)} reward functions are called {name!r}. Give each a different name: "
                 "RewardScorer(path, name=...), or another `__name__`."
             )
     return names
 
 
 def weights_by_name(specs: Sequence[RewardFunc], weights: Sequence[float] | None) -> dict[str, float]:
-    """The weight of each reward function, 1 by default; raises `ValueError` for another number of weights."""
+    """The weight of each reward function, 1 by default; raises `ValueError` if the number of weights is wrong."""
     weights = [1.0] * len(specs) if weights is None else list(weights)
     if len(weights) != len(specs):
         raise ValueError(
@@ -93,14 +93,14 @@ def weights_by_name(specs: Sequence[RewardFunc], weights: Sequence[float] | None
 
 def weighted_totals(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
-    The weighted sums of the scores that are there, as in TRL's GRPO.
+    The weighted sum of each sample's scores; missing scores add nothing, as in TRL's GRPO.
 
     Args:
-        scores (`np.ndarray` of shape `(M, N)`): of M reward functions for N samples; NaN where there is no score.
+        scores (`np.ndarray` of shape `(M, N)`): scores of M reward functions for N samples; NaN for no score.
         weights (`np.ndarray` of shape `(M,)`): one for each reward function.
 
     Returns:
-        `np.ndarray` of shape `(N,)`: NaN where no function gave a score.
+        `np.ndarray` of shape `(N,)`: NaN for a sample that no function scored.
     """
     absent = np.isnan(scores)
     total = np.where(absent, 0.0, scores * weights[:, None]).sum(0)
@@ -109,7 +109,7 @@ def weighted_totals(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_total(scores: dict[str, float | None], weights: dict[str, float]) -> float | None:
-    """[`weighted_totals`] for one sample, with `None` for a score that is not there."""
+    """[`weighted_totals`] for one sample, with `None` for a missing score."""
     column = np.array([[math.nan if score is None else score] for score in scores.values()], dtype=np.float64)
     total = float(weighted_totals(column.reshape(len(scores), 1), np.array([weights[name] for name in scores]))[0])
     return None if math.isnan(total) else total
@@ -117,7 +117,7 @@ def weighted_total(scores: dict[str, float | None], weights: dict[str, float]) -
 
 def load_reward(spec: RewardFunc) -> Callable[..., list[float | None]]:
     """
-    Load the callable that a name or a model stands for.
+    Turn a reward function's name, or a model, into a callable.
 
     Args:
         spec (reward function): a callable, which is returned; a reward model in memory; or a string: the name of one
@@ -147,12 +147,12 @@ def check_rewards(specs: Sequence[RewardFunc], columns: Iterable[str] | None = N
     """
     Check before anything is generated that every reward function can be loaded and called.
 
-    Functions are imported; of a model its folder is looked at (a Hub model is downloaded), but no weights are loaded.
+    Functions are imported. For a model the check looks at its folder (a Hub model is downloaded) and loads no weights.
 
     Args:
-        specs (sequence of reward functions): those of the run.
-        columns (iterable of `str`, *optional*): the data's columns beside `prompt`. With them the check covers what
-            the functions take: a column that is missing, or arguments that a function cannot take.
+        specs (sequence of reward functions): the reward functions of the run.
+        columns (iterable of `str`, *optional*): the data's columns other than `prompt`. With them the arguments are
+            checked too: whether a column is missing, or a function does not accept an argument.
 
     Raises:
         ValueError: a function cannot be imported, needs a package that is missing, or cannot be called with the data.
@@ -171,7 +171,7 @@ def check_rewards(specs: Sequence[RewardFunc], columns: Iterable[str] | None = N
 def _check_call(function: Callable[..., Any], name: str, given: set[str]) -> None:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C: nothing is known
+    except (TypeError, ValueError):  # functions written in C may have no signature
         return
     named = {item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
     needed = {item.name for item in parameters if item.name in named and item.default is item.empty}
@@ -183,13 +183,13 @@ def _check_call(function: Callable[..., Any], name: str, given: set[str]) -> Non
         )
     if not any(item.kind == item.VAR_KEYWORD for item in parameters) and given - named:
         raise ValueError(
-            f"The reward function {name!r} does not take the arguments {sorted(given - named)}, which every reward "
-            "function is called with. Add **kwargs to its parameters."
+            f"The reward function {name!r} does not accept the arguments {sorted(given - named)}, which every reward "
+            "function gets. Add **kwargs to its parameters."
         )
 
 
 def _folder(spec: str | Path) -> str:
-    """The local folder of a reward model; raises for one that is none."""
+    """The local folder of a reward model; raises an error if it holds none."""
     if str(spec).endswith(".py"):
         raise ValueError(
             f"reward_funcs names the file {spec}; needed: one of its functions, as file.py:function."
@@ -209,11 +209,13 @@ def _folder(spec: str | Path) -> str:
 
 def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     """
-    What the scores of a reward function depend on, as far as it can be known: for a model its content, for a scorer
-    also its settings; for other callables see [`~trl_ext.pipelines.stages.values.callable_key`].
+    The entries of a manifest for a reward function: everything known that its scores depend on.
+
+    For a model this is its content, and for a scorer also its settings. For other callables see
+    [`~trl_ext.pipelines.stages.values.callable_key`].
 
     Returns:
-        `dict`, or `None` for an ensemble in memory, whose scores cannot be used again.
+        `dict`, or `None` for an ensemble in memory, because a later run cannot use its scores again.
     """
     name = reward_name(spec)
     if isinstance(spec, str) and spec in TRL_REWARDS:
@@ -236,7 +238,8 @@ def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sampl
     Score samples with the arguments that TRL's trainers pass.
 
     Raises:
-        [`RewardError`]: the function raises, or returns a wrong number of scores, or one that is not finite.
+        [`RewardError`]: the function raises an error, returns a wrong number of scores, or returns a score that is not
+            finite.
     """
     names = dict.fromkeys(name for sample in samples for name in sample.columns if name not in GIVEN)
     columns: dict[str, Any] = {name: [sample.columns.get(name) for sample in samples] for name in names}
@@ -252,15 +255,15 @@ def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sampl
         if inspect.isawaitable(scores):
             scores = asyncio.run(_wait_for(scores))
         scores = list(scores)
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # a user's function may raise anything
         raise RewardError(
             f"The reward function {name!r} raised {type(error).__name__}: {error}. Scores of finished shards are "
-            "kept: repair it, and run the same again."
+            "kept. Repair the function, and run the same command again."
         ) from error
     if len(scores) != len(samples):
         raise RewardError(
-            f"The reward function {name!r} gave {len(scores)} scores for {len(samples)} completions. It must give one "
-            "each, in their order; None for what it cannot score."
+            f"The reward function {name!r} gave {len(scores)} scores for {len(samples)} completions; needed: one "
+            "score for each completion, in order, or None for one that it cannot score."
         )
     return [_checked(score, name, sample) for score, sample in zip(scores, samples, strict=True)]
 
@@ -280,8 +283,8 @@ def _checked(score: Any, name: str, sample: Sample) -> float | None:
 def _wrong(found: str, name: str, sample: Sample) -> str:
     return (
         f"The reward function {name!r} gave {found} for completion {sample.sample_index} of the prompt "
-        f"{sample.prompt_id}; needed: a finite number, or None for what it cannot score. Scores of finished shards "
-        "are kept."
+        f"{sample.prompt_id}; needed: a finite number, or None if it cannot score the completion. Scores of finished "
+        "shards are kept."
     )
 
 
@@ -290,11 +293,11 @@ async def _wait_for(scores: Any) -> Any:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for a trainer's logging functions."""
+    """Replaces a trainer's logging functions, and does nothing."""
 
 
 def with_tokenizers(reward_funcs: RewardFunc | Sequence[RewardFunc], tokenizers: Any) -> list[RewardFunc]:
-    """The reward functions; a model that comes with a tokenizer becomes a scorer."""
+    """The reward functions, with a scorer in place of each model that has a tokenizer."""
     rewards = as_list(reward_funcs)
     given = [None] * len(rewards) if tokenizers is None else as_list(tokenizers)
     if len(given) != len(rewards):

@@ -1,6 +1,6 @@
-"""Functions of the user that a string names: `package.module.function` or `file.py:function`.
+"""Imports the user's functions by name: `package.module.function` or `file.py:function`.
 
-This module imports them and says what was probably meant. It does not know what the functions compute.
+Errors suggest the nearest known name. This module does not know what the functions compute.
 """
 
 import ast
@@ -21,20 +21,20 @@ _DOTTED = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)[.:](?P<name>[^\W\
 
 
 def names_function(spec: str) -> bool:
-    """Whether a string names a function. What exists as a file or folder of that name does not, nor does a `.py`."""
+    """Whether a string names a function. The path of an existing file or folder does not, and neither does a `.py`."""
     return _parts(spec) is not None
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
     """
-    Import the function that a string names. Modules are also looked for in the current folder.
+    Import the function that a string names. Modules may also be in the current folder.
 
     Args:
         spec (`str`): `package.module.function` or `file.py:function`.
-        what (`str`): what it is, for messages, e.g. `"reward function"`.
+        what (`str`): what the function is used for, in messages, e.g. `"reward function"`.
 
     Raises:
-        ValueError: the module or file cannot be imported, or has no such function; names the nearest.
+        ValueError: the module or file cannot be imported, or has no such function; it names the nearest.
     """
     module, name = _parts(spec)
     try:
@@ -58,7 +58,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
 
 
 def names_of_functions(path: str | Path) -> str:
-    """A hint with the functions that a Python file defines, `""` if it cannot be read."""
+    """A hint that lists the functions of a Python file; `""` if the file cannot be read."""
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
@@ -68,7 +68,7 @@ def names_of_functions(path: str | Path) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """A hint with the nearest of the known names, `""` if none is as near as `cutoff` (1 is equal)."""
+    """A hint with the nearest known name; `""` if none has at least the similarity `cutoff` (1 is equal)."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -89,9 +89,9 @@ def _from_path(module: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module of a file, which can import what lies beside it. Two functions of a file share their module."""
+    """Import a file as a module, which can import files of its folder. Functions of one file share the module."""
     path = path.resolve()
-    name = f"_file_{path.stem}"  # the same wherever the folder is moved to, as cache keys contain it
+    name = f"_file_{path.stem}"  # without the folder, because cache keys contain the name and folders move
     known = sys.modules.get(name)
     if known is not None and getattr(known, "__file__", None) == str(path):  # the entry may be of another file
         return known

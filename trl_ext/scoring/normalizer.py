@@ -38,7 +38,7 @@ def mean_and_std(scores: Sequence[float | None], whose: str = "the model") -> di
     std = statistics.pstdev(found, mean)
     if std <= 1e-6 * max(1.0, abs(mean)):
         raise ValueError(
-            f"The {len(found)} scores of {whose} have the standard deviation {std:.3g} around {mean:.4g}, which is "
+            f"The standard deviation of the {len(found)} scores of {whose} is {std:.3g} around {mean:.4g}, which is "
             "too small to normalise by. Give rows of different quality, and check that the model was trained."
         )
     return {"mean": mean, "std": std}

@@ -110,7 +110,7 @@ def test_a_base_that_moved(members, tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(moved).requires_grad_(False)  # the same weights from another place
     assert largest_difference(RewardEnsemble(copies, base_model=policy).score_members(*rows()), want) < 1e-5
     assert RewardScorer(copies[0], base_model=moved)(*rows()) == RewardScorer(members[0])(*rows())
-    with pytest.raises(BaseMismatchError, match="gone, which is not there"):
+    with pytest.raises(BaseMismatchError, match="gone, which does not exist here"):
         RewardEnsemble(copies)
 
 

@@ -49,7 +49,7 @@ def test_unequal_shares_and_their_gradients(shares):
 def test_rows_that_cannot_be_shared_out_are_refused():
     rows = MemberRows(M)
     rows.use([1, 2, 4])
-    with pytest.raises(ValueError, match=r"6 rows cannot be shared out as \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"6 rows cannot be divided among the members in the ratio \[1, 2, 4\]"):
         rows.split(torch.zeros(6, D))
 
 

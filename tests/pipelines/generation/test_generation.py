@@ -148,7 +148,7 @@ def test_an_adapter_is_loaded_with_its_base(tiny, tmp_path):
     adapter.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     in_memory = make_generator(adapter, "transformers", Sampling(max_completion_length=8), processing_class=tokenizer)
-    with pytest.raises(ValueError, match="pass `processing_class`"):
+    with pytest.raises(ValueError, match="Pass `processing_class`"):
         make_generator(adapter, "transformers")
     assert texts(in_memory) != texts(in_process(tiny))
     tokenizer.save_pretrained(tmp_path)
@@ -218,7 +218,7 @@ def test_arguments_that_cannot_be_meant(arguments, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_return_sequences": 2}, "set num_generations"),
+        ({"num_return_sequences": 2}, "Set num_generations"),
         ({"typical": 0.5}, r"GenerationConfig does not know\. Did you mean 'typical_p'\?"),
     ],
 )
@@ -429,7 +429,7 @@ def test_a_real_server(transformers_server, tiny):
     assert long[0][0].text.startswith(served(temperature=0)[0][0].text)
     chat = in_process(tiny, temperature=0).generate([CHAT], 1, 0)[0][0].text
     assert served([CHAT], temperature=0)[0][0].text.strip() == chat.strip()
-    with pytest.raises(DataError, match="row 1.*to which `transformers serve` would give a new one"):
+    with pytest.raises(DataError, match="row 1.*`transformers serve` would begin a new answer"):
         served([CHAT, [*CHAT, {"role": "assistant", "content": "good"}]])
     with pytest.raises(GenerationError, match="HTTP 4"):
         served(generation_kwargs={"generation_config": "no json", "frequency_penalty": "x", "no_such": 1})

@@ -166,7 +166,7 @@ def test_an_openai_client_of_vllm_sends_and_asks_for_the_same():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"n": 4}, "generation_kwargs has 'n', which is set by num_generations"),
+        ({"n": 4}, "generation_kwargs has 'n', which the backend sets"),
         ({"seed": 4}, "generation_kwargs has 'seed'"),
         ({"frequency_penalti": 1}, r"does not know and ignores\. Did you mean 'frequency_penalty'\?"),
     ],
@@ -203,7 +203,7 @@ def test_what_a_server_must_be(tiny, caplog):
         assert f"serves policy, and the model is given as {tiny}" in caplog.text
         with pytest.raises(GenerationError, match="returned no token ids. Needed: vLLM"):
             generator.generate(PROMPTS[:1], 1, 0)
-        with pytest.raises(GenerationError, match="returned 1 completions; asked for: 2"):
+        with pytest.raises(GenerationError, match="returned 1 completions; requested: 2"):
             generator.generate(PROMPTS[:1], 2, 0)
 
 

@@ -166,7 +166,7 @@ def test_what_a_reward_function_reads_belongs_to_its_scores(tiny, tmp_path, capl
     sample(tiny, tmp_path, wanted)
     sample(tiny, tmp_path, wanted)
     assert len(calls) == 4
-    assert "The stored scores of wanted are used again. It reads connection (_thread.lock)" in caplog.text
+    assert "The stored scores of wanted are used again. The function reads connection (_thread.lock)" in caplog.text
     words["wanted"].append("e")
     sample(tiny, tmp_path, wanted)
     assert len(calls) == 8
@@ -182,7 +182,7 @@ def test_a_wrong_selection_fails_before_anything_is_generated(tiny, tmp_path):
 
 def test_own_process_is_still_taken_and_names_its_successor(tiny, tmp_path, caplog):
     sample(tiny, tmp_path, own_process=False)
-    assert "own_process=False is deprecated: say isolate='never'" in caplog.text
+    assert "own_process=False is deprecated. Use isolate='never'" in caplog.text
     with pytest.raises(ValueError, match="isolate='sometimes' is not known"):
         sample(tiny, tmp_path, isolate="sometimes")
 
@@ -290,12 +290,12 @@ def test_scores_of_a_lambda_are_used_again_and_those_of_an_ensemble_in_memory_ar
         sample(tiny, tmp_path, lambda completions, **_: calls.append(1) or [1.0] * len(completions))
     assert len(calls) == 4
     sample(tiny, tmp_path, lambda completions, **_: calls.append(1) or [2.0] * len(completions))
-    assert len(calls) == 8 and "cannot be used again" not in caplog.text
+    assert len(calls) == 8 and "a rerun cannot use" not in caplog.text
     ensemble = RewardEnsemble([scalar, length])
     for _ in range(2):
         sample(tiny, tmp_path, ensemble)
     assert len(list((tmp_path / "scores" / "RewardEnsemble").iterdir())) == 2
-    assert "an ensemble in memory, whose scores cannot be used again" in caplog.text
+    assert "an ensemble in memory, so a rerun cannot use its scores" in caplog.text
 
 
 def test_a_function_by_its_name_is_what_stands_there(tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ class TestRandomControls:
         assert len(few.rows) == len(select(data, "threshold", min_score=1.0, n=4).rows) == 2000
 
     def test_pairs_have_no_control(self):
-        with pytest.raises(ValueError, match="matches a selector of samples; 'best_worst_pairs' selects pairs"):
+        with pytest.raises(ValueError, match="best_worst_pairs.* selects pairs"):
             select(scored(BOOK), "random_per_prompt", like="best_worst_pairs")
 
 
@@ -348,7 +348,7 @@ def test_wrong_options_are_named(name, kwargs, message):
 def test_wrong_samples_are_named():
     with pytest.raises(ValueError, match="must have one shape"):
         Scored([0], [0], [0.1, 0.2], [1], [1], [True])
-    with pytest.raises(ValueError, match="Sample 0 of prompt 0 is there more than once"):
+    with pytest.raises(ValueError, match="Sample 0 of prompt 0 occurs more than once"):
         select(Scored([0, 0], [0, 0], [0.1, 0.2], [1, 2], [1, 1], [True, True]))
     with pytest.raises(ValueError, match="holds rows"):
         _ = select(scored(BOOK)).groups

@@ -171,7 +171,7 @@ def test_columns_count_for_scores_and_not_for_completions(tmp_path):
 def test_repeated_rows_are_used_once_and_counted(tmp_path, caplog):
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}]
     assert write_prompts(rows, tmp_path, 2).count == 2
-    assert "1 of 3 rows repeat an earlier one" in caplog.text
+    assert "1 of 3 rows repeat an earlier row" in caplog.text
 
 
 def test_prompts_that_repeat_with_other_columns_are_taken_and_the_columns_named(tmp_path, caplog):
@@ -180,8 +180,8 @@ def test_prompts_that_repeat_with_other_columns_are_taken_and_the_columns_named(
     (shard,) = (found for _, found in made.shards([0]))
     assert [row["columns"] for row in shard] == [{"answer": 1, "id": 1}, {"answer": 1, "id": 2}, {"id": 3}]
     assert len({row["prompt_id"] for row in shard}) == 3 and shard[0]["prompt_id"] == prompt_id("a")
-    assert "1 rows repeat the prompt of an earlier one with other values in ['id']" in caplog.text
-    assert "remove these columns" in caplog.text and "1 of 4 rows repeat an earlier one" in caplog.text
+    assert "1 rows repeat the prompt of an earlier row with other values in ['id']" in caplog.text
+    assert "remove these columns" in caplog.text and "1 of 4 rows repeat an earlier row" in caplog.text
 
 
 def test_tools_may_be_json_as_in_training(tmp_path):

@@ -1,6 +1,6 @@
-"""The generation backends by name, and what the completions of each depend on.
+"""Makes generation backends by name, and lists what the completions of each depend on.
 
-`transformers_backend`, `vllm_backend` and `openai_backend` do the work; this module only makes them.
+`transformers_backend`, `vllm_backend` and `openai_backend` do the work.
 """
 
 from collections.abc import Sequence
@@ -50,20 +50,21 @@ def make_generator(
             Folder or Hub id, full model or adapter; for `"transformers"` also a model in memory. For `"vllm"` the
             folder or id that the server serves, whose tokenizer is used here; for `"openai"` the server's name for it.
         backend (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"` generates in this process; `"vllm"` on `vllm serve`, by token ids; `"openai"` on any
-            OpenAI-compatible server, by texts and messages.
+            `"transformers"` generates in this process. `"vllm"` sends token ids to `vllm serve`. `"openai"` sends
+            texts and messages to any OpenAI-compatible server.
         sampling ([`Sampling`], *optional*): how to sample.
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the model's.
         generation_batch_size (`int`, *optional*, defaults to `32`): completions in a batch, in this process.
         model_init_kwargs (`dict`, *optional*): for `from_pretrained` (`dtype`, `revision`, `quantization_config` ...).
-        server_base_url (`str` or sequence of `str`, *optional*): where the server is, with or without `/v1`; several
-            servers with the same model as a list, or with commas between. Requests go to them in turn; if one dies,
-            the others go on.
+        server_base_url (`str` or sequence of `str`, *optional*): URL of the server, with or without `/v1`. Give
+            several servers with the same model as a list or separated by commas. They get requests in turn; if one
+            dies, the others continue.
         server_timeout (`float`, *optional*, defaults to `240.0`): seconds to wait for a server to start, and for the
             answer to a request.
         max_concurrency (`int`, *optional*, defaults to `64`): requests at a time, over all servers.
         max_retries (`int`, *optional*, defaults to `6`): how often a request is repeated after 429, 5xx, a broken
-            connection, a time-out or an unreadable answer, after 0.5, 1, 2 ... seconds or what the server asks for.
+            connection, a time-out or an unreadable answer. The waits are 0.5, 1, 2 ... seconds, or as long as the
+            server asks.
         api_key_variable (`str`, *optional*): name of the environment variable that holds the server's key.
     """
     if backend not in BACKENDS:
@@ -73,8 +74,8 @@ def make_generator(
         return TransformersGenerator(model, sampling, processing_class, generation_batch_size, model_init_kwargs)
     if not isinstance(model, (str, Path)):
         raise ValueError(
-            f"backend={backend!r} cannot take a {type(model).__name__}: a server holds its own weights. Give the "
-            "folder or id that it serves."
+            f"backend={backend!r} cannot take a {type(model).__name__}, because the server loads the weights. Give "
+            "the folder or id of the model that it serves."
         )
     servers = ServerPool(
         server_base_url, server_timeout, max_concurrency, max_retries, api_key_variable, GenerationError, _ADVICE
@@ -91,7 +92,7 @@ def make_generator(
 def model_of_backend(
     model: Any, backend: str, init: dict[str, Any], processing_class: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """What the policy's outputs depend on: content of its folder, or name and revision of what a server holds."""
+    """The model's entries in a manifest: the content of its folder, or the name and revision that a server has."""
     identity: dict[str, Any] = {}
     if backend == "transformers" or not isinstance(model, (str, Path)) or Path(model).is_dir():
         identity["content"] = model_identity(model, init.get("revision"))

@@ -1,4 +1,4 @@
-"""What every generation backend offers (`Generator`), and what the backends share.
+"""The interface of all generation backends (`Generator`), and the code that they share.
 
 The backends are `transformers_backend`, `vllm_backend` and `openai_backend`; `backends` makes them by name.
 `PromptEncoder` turns prompts into token ids and generated ids into texts. This module knows nothing of scores or of
@@ -39,7 +39,7 @@ class Generator(Protocol):
         Args:
             prompts (sequence of `str` or lists of messages): none of them empty.
             num_generations (`int`): completions of each.
-            seed (`int`): the same call with the same seed gives the same completions, as far as the backend can.
+            seed (`int`): the same call with the same seed gives the same completions, if the backend supports it.
             columns (sequence of `dict`, *optional*): each prompt's `tools` and `chat_template_kwargs`.
 
         Returns:
@@ -55,10 +55,10 @@ _CONTEXT = 8  # tokens of a text that can change how the next token is decoded
 
 class PromptEncoder:
     """
-    Encodes prompts, with the chat template and what `Sampling` puts before them, and decodes completions.
+    Encodes prompts, with the chat template, system prompt and examples of `Sampling`, and decodes completions.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        tokenizer (`PreTrainedTokenizerBase`): the policy's tokenizer.
         sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): template, examples, system prompt, stop texts.
     """
 
@@ -73,7 +73,7 @@ class PromptEncoder:
             own = columns[row] if columns is not None else {}
             try:
                 ids = self._encode(self._sampling.context(prompt), own)
-            except Exception as error:  # templates raise whatever they like
+            except Exception as error:  # templates may raise anything
                 raise DataError(
                     f"a prompt on which the tokenizer fails with {type(error).__name__}: {error}",
                     "a prompt that the tokenizer and its chat template accept",
@@ -96,7 +96,7 @@ class PromptEncoder:
                 raise DataError(
                     f"a prompt of {len(ids)} tokens, which with {longest} new ones is longer than the model's {limit} "
                     "positions",
-                    f"at most {limit} together",
+                    f"at most {limit} in all",
                     "Lower max_completion_length, or remove long prompts with dataset.filter.",
                     row=row,
                     column="prompt",
@@ -121,11 +121,11 @@ class PromptEncoder:
         self, prompt: str | Chat, before: list[int], ids: list[int], ends: set[int], max_length: int
     ) -> tuple[str, list[int], FinishReason]:
         """
-        Cut what was generated at the first end token or text of `stop`.
+        Cut the generated ids at the first end token or text of `stop`.
 
         Args:
             prompt (`str` or `list[dict]`): the prompt, and `before` (`list[int]`) its token ids.
-            ids (`list[int]`): the generated ids, of which at most `max_length` were asked for.
+            ids (`list[int]`): the generated ids; at most `max_length` were requested.
             ends (`set[int]`): end tokens.
 
         Returns:
@@ -148,18 +148,18 @@ class PromptEncoder:
         return cut, ids, reason
 
     def _text(self, before: list[int], ids: list[int]) -> str:
-        """The text that ids add to what is before: SentencePiece drops the space at the start of a text."""
+        """The text that ids add to those before. Decoded alone, SentencePiece would drop the space at their start."""
         whole = self.tokenizer.decode([*before, *ids], skip_special_tokens=True)
         start = self.tokenizer.decode(before, skip_special_tokens=True) if before else ""
         return whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def cut_at_stop(text: str, stop: Sequence[str] | None) -> str:
-    """The text before the first of the stop texts."""
+    """The part of a text before the first stop text."""
     places = [place for item in stop or () if (place := text.find(item)) >= 0]
     return text[: min(places)] if places else text
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """The seed of one request, from the run's seed and the sample; below 2³¹, which every server accepts."""
+    """The seed of one request, computed from the run's seed and the sample; every server accepts seeds below 2³¹."""
     return int.from_bytes(hashlib.sha256(canonical([seed, prompt_id, sample_index])).digest()[:4], "little") >> 1

@@ -1,4 +1,4 @@
-"""The backend `openai`: any server that speaks OpenAI's protocol; chats as messages, texts as texts.
+"""The backend `openai`: any server with OpenAI's protocol. It gets chats as messages and texts as texts.
 
 The server applies the chat template and the tokenizer. This module knows requests and answers, and nothing of shards
 or scores.
@@ -28,25 +28,25 @@ class OpenAIGenerator:
     Completes prompts with an OpenAI-compatible server; see [`~trl_ext.pipelines.generation.generator.Generator`].
 
     Chats go to `/v1/chat/completions`, texts to `/v1/completions`. Each completion is a request with its own seed,
-    because not every server knows `n`. What is sent depends on the server:
+    because not every server supports `n`. The request depends on the server:
 
-    - vLLM gets every sampling argument, also one that is off, because it replaces what is not sent by the model's
-      `generation_config.json`. It is asked for token ids and log-probabilities.
-    - `transformers serve` gets sampling arguments beside `temperature` and `top_p` inside `generation_config`; it
+    - vLLM gets every sampling argument, even one that is off, because it takes missing ones from the model's
+      `generation_config.json`. The request asks for token ids and log-probabilities.
+    - `transformers serve` gets sampling arguments other than `temperature` and `top_p` inside `generation_config`; it
       ignores them elsewhere.
-    - Other servers do not get arguments that are off, as not every server knows them.
+    - Other servers do not get arguments that are off, because not every server knows them.
 
-    A chat that ends with a begun answer is sent with the arguments by which vLLM and SGLang continue it; another
-    server may refuse them.
+    A chat that ends with a begun answer is sent with the arguments that make vLLM and SGLang continue it. Other
+    servers may refuse these.
 
     Args:
         servers ([`~trl_ext.serving.server_pool.ServerPool`]): one server, or several with one model.
-        model (`str`): the name by which they know it.
+        model (`str`): the model's name on the servers.
         sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how to sample.
 
     Raises:
         [`GenerationError`]: no server answers.
-        ValueError: `generation_kwargs` has a key that is set here, or that a vLLM server does not know.
+        ValueError: `generation_kwargs` has a key that this backend sets, or that a vLLM server does not know.
     """
 
     def __init__(self, servers: ServerPool, model: str, sampling: Sampling):
@@ -100,7 +100,7 @@ class OpenAIGenerator:
         extra = {name: value for name, (value, off) in extra.items() if value != off}
         if self._is_transformers:
             config = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_completion_length}
-            config |= {"top_k": sampling.top_k} | extra  # without top_k it would be 50
+            config |= {"top_k": sampling.top_k} | extra  # its default for top_k is 50
             body["generation_config"] = json.dumps(config)
         elif self._is_vllm:
             body |= arguments_that_vllm_fills_in(sampling) | {"return_token_ids": True}
@@ -113,7 +113,7 @@ class OpenAIGenerator:
         if ends_with_begun_answer(prompt):  # the model continues it, as in TRL
             if self._is_transformers:
                 raise DataError(
-                    "a chat that ends with a begun answer, to which `transformers serve` would give a new one",
+                    "a chat that ends with a begun answer; `transformers serve` would begin a new answer",
                     "a server that continues it",
                     "Use the backend 'transformers' or 'vllm', another server, or end the chat with a question.",
                     row=row,
@@ -140,7 +140,7 @@ class OpenAIGenerator:
         ids, (pieces, logprobs) = choice.get("token_ids"), _tokens(choice)
         if cut != text or isinstance(
             choice.get("stop_reason"), str
-        ):  # tokens of the stop text are there, its text not
+        ):  # the tokens include the stop text, and the text does not
             reason, kept = "stop", _tokens_of(cut, pieces)
             ids = ids[:kept] if ids is not None and kept is not None else None
             logprobs = logprobs[:kept] if kept is not None else []
@@ -148,7 +148,7 @@ class OpenAIGenerator:
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[float]]:
-    """The tokens' texts and log-probabilities, empty where the server does not return them."""
+    """The tokens' texts and log-probabilities; empty if the server does not return them."""
     given = choice.get("logprobs") or {}
     content = given.get("content") or ()
     pieces = given.get("tokens") or [entry["token"] for entry in content]
@@ -156,7 +156,7 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[float]]:
 
 
 def _tokens_of(text: str, pieces: Sequence[str]) -> int | None:
-    """How many of the tokens make up a text that was cut at a stop text; `None` if that cannot be told."""
+    """How many tokens make up a text that was cut at a stop text; `None` if no number of them gives that text."""
     if not "".join(pieces).startswith(text):
         return None
     count = len(pieces)

@@ -1,4 +1,4 @@
-"""The records of a run that samples: prompts, what a backend returns (`Completion`), and what is kept (`Sample`).
+"""The records of sampling: prompts, the completions that a backend returns, and the samples that a run keeps.
 
 This module checks prompts, gives them ids, and joins a prompt with the text generated after it. It knows nothing of
 models, reward functions or where records are kept.
@@ -16,13 +16,13 @@ from trl_ext.pipelines.stages.cache_key import canonical
 
 FinishReason = Literal["stop", "length"]
 
-# Columns that change what the model sees of a prompt, through its chat template.
+# Columns that the chat template reads, so that they change the token ids of a prompt.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(slots=True)
 class Completion:
-    """What a backend returns for one completion; [`Sample`] explains the fields of the same names.
+    """One completion as a backend returns it; [`Sample`] explains the fields of the same names.
 
     Args:
         text (`str`): the generated text, without its end token. After a begun answer it is the continuation alone.
@@ -39,22 +39,23 @@ class Completion:
 @dataclass(slots=True)
 class Sample:
     """
-    One completion of one prompt, and what is known about it.
+    One completion of one prompt, with its scores and its origin.
 
     Args:
         prompt_id (`str`): id of the prompt, see [`prompt_id`].
-        sample_index (`int`): which of the prompt's completions this is, from 0.
-        prompt (`str` or `list[dict]`): text or messages, as in the data set; without a begun answer, see
-            [`with_completion`].
+        sample_index (`int`): index of this completion among those of the prompt, from 0.
+        prompt (`str` or `list[dict]`): text or messages as in the data set, without a begun answer (see
+            [`with_completion`]).
         completion (`str` or `list[dict]`): text, or one assistant message after a chat prompt.
-        token_ids (`list[int]`, *optional*): the generated tokens with the end token; `None` where a server does not
+        token_ids (`list[int]`, *optional*): the generated tokens with the end token; `None` if a server does not
             return them.
         finish_reason (`str`): `"stop"`, or `"length"` for a completion that was cut at `max_completion_length`.
-        logprob (`float`, *optional*): sum of the tokens' log-probabilities under the model, where the backend returns
+        logprob (`float`, *optional*): sum of the tokens' log-probabilities under the model, if the backend returns
             them.
         seed (`int`): seed of the shard or of the request.
-        scores (`dict[str, float | None]`): score by each reward function; `None` is unscorable. Empty before scoring.
-        score (`float`, *optional*): the weighted total; `None` before scoring and where no function gave a score.
+        scores (`dict[str, float | None]`): score of each reward function; `None` if it cannot score this completion.
+            Empty before scoring.
+        score (`float`, *optional*): the weighted total; `None` before scoring and if no function gave a score.
         columns (`dict`): the other columns of the prompt's row.
         latency (`float`, *optional*): seconds that the request, or the batch in this process, took.
     """
@@ -96,9 +97,9 @@ def with_completion(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[
     """
     Join a prompt with the text that was generated after it.
 
-    A chat may end with a begun answer, which the model continues. The begun answer and its continuation are one
-    assistant turn: they become the completion, and the prompt ends before them. So reward functions, `SFTTrainer` and
-    the chat template see one turn.
+    A chat may end with a begun answer, which the model continues. The begun answer and its continuation together
+    become the completion, and the prompt ends before them. Reward functions, `SFTTrainer` and the chat template
+    therefore see one assistant turn.
 
     Args:
         prompt (`str` or `list[dict]`): text or messages.
@@ -123,19 +124,19 @@ def with_completion(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[
 
 
 def ends_with_begun_answer(prompt: Prompt) -> bool:
-    """Whether a prompt is a chat whose last message is the assistant's: the model continues this message."""
+    """Whether a prompt is a chat that ends with an assistant message, which the model then continues."""
     return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion: itself, or the contents of its messages."""
+    """The text of a completion, which may be a text or messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(_content(message) for message in completion)
 
 
 def _content(message: dict[str, Any]) -> str:
-    """The text of a message; its content is a text, or a list of parts of which `{"type": "text"}` have one."""
+    """The text of a message. Its content is a text, or a list of parts; parts of `{"type": "text"}` hold text."""
     content = message.get("content") or ""
     if isinstance(content, (list, tuple)):
         return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)
@@ -144,11 +145,11 @@ def _content(message: dict[str, Any]) -> str:
 
 def prompt_of(item: Mapping[str, Any], row: int) -> Prompt:
     """
-    The prompt of a row of a data set, checked.
+    Return the prompt of a row of a data set, after checking it.
 
     Raises:
-        [`DataError`]: it is missing, empty, no text and no messages, or a begun answer without a question; names the
-            row.
+        [`DataError`]: the prompt is missing or empty, is neither a text nor messages, or is a begun answer without a
+            question. It names the row.
     """
     checks = RowChecks(row, "prompt")
     if "prompt" not in item:
@@ -168,7 +169,7 @@ def prompt_id(prompt: Prompt, columns: dict[str, Any] | None = None) -> str:
 
     Args:
         prompt (`str` or `list[dict]`): text or messages.
-        columns (`dict`, *optional*): the row's other columns, of which `tools` and `chat_template_kwargs` count.
+        columns (`dict`, *optional*): the row's other columns; only `tools` and `chat_template_kwargs` count.
 
     Example:
 

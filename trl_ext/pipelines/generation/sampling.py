@@ -1,4 +1,4 @@
-"""How completions are sampled: the one declaration of the sampling arguments, and their checks (`Sampling`).
+"""The sampling arguments, declared and checked in one place (`Sampling`).
 
 The command line and `RejectionSamplingConfig` inherit the fields from here. This module knows no models and no
 servers, and imports neither torch nor transformers, so that `--help` is fast.
@@ -47,7 +47,7 @@ class SamplingFields(GRPOSamplingFields):
     """All sampling arguments; [`Sampling`] explains and checks them."""
 
     stop: list[str] | None = described(None, "Texts that end a completion; they are not part of it.")
-    chat_template: str | None = described(None, "Jinja template, or its path, in place of the model's own.")
+    chat_template: str | None = described(None, "Jinja template, or its path, in place of the model's template.")
     system_prompt: str | None = described(
         None, "System message for chats that have none; the model sees it, the rows do not keep it."
     )
@@ -59,14 +59,14 @@ class SamplingFields(GRPOSamplingFields):
 @dataclass(kw_only=True)
 class Sampling(SamplingFields):
     """
-    How completions are sampled. The names are those of `GRPOConfig`, and so are the defaults.
+    How completions are sampled. Names and defaults are those of `GRPOConfig`.
 
-    Every argument that is off is off: no default of the model's own `generation_config.json` takes its place, neither
-    in this process nor on a vLLM server.
+    The model's `generation_config.json` is not used, neither in this process nor on a vLLM server. An argument that is
+    off here is off.
 
     Args:
         max_completion_length (`int`, *optional*, defaults to `512`): longest completion in tokens.
-        temperature (`float`, *optional*, defaults to `1.0`): 0 decodes greedily, which gives one completion a prompt.
+        temperature (`float`, *optional*, defaults to `1.0`): 0 decodes greedily, so a prompt has only one completion.
         top_p (`float`, *optional*, defaults to `1.0`): nucleus; 1 switches it off.
         top_k (`int`, *optional*, defaults to `0`): number of likeliest tokens to keep; 0 switches it off.
         min_p (`float`, *optional*): smallest probability to keep, relative to that of the likeliest token.
@@ -74,7 +74,7 @@ class Sampling(SamplingFields):
         stop (`list[str]`, *optional*): texts that end a completion; they are not part of it.
         generation_kwargs (`dict`, *optional*): further arguments by the backend's names: those of `GenerationConfig`,
             or keys of the request to a server. They take precedence over the arguments above.
-        chat_template (`str`, *optional*): a Jinja template, or the path of one, in place of the model's own.
+        chat_template (`str`, *optional*): a Jinja template, or the path of one, in place of the model's template.
         chat_template_kwargs (`dict`, *optional*): arguments of the template; a row's column of this name takes
             precedence.
         system_prompt (`str`, *optional*): system message for chat prompts that have none. The model sees it; the
@@ -111,7 +111,7 @@ class Sampling(SamplingFields):
 
     @classmethod
     def of(cls, **arguments: Any) -> "Sampling":
-        """Build from keyword arguments; an unknown one is an error that names the nearest."""
+        """Build from keyword arguments. An unknown one raises `TypeError`, which names the nearest."""
         known = [item.name for item in dataclasses.fields(cls)]
         for name in arguments:
             if name not in known:
@@ -120,7 +120,7 @@ class Sampling(SamplingFields):
         return cls(**arguments)
 
     def context(self, prompt: str | Chat) -> str | Chat:
-        """The prompt as the model sees it: after the system prompt and the examples."""
+        """The prompt as the model sees it, with the system prompt and the examples before it."""
         examples = self.few_shot or []
         if isinstance(prompt, str):
             return "".join(f"{example['prompt']}{example['completion']}\n\n" for example in examples) + prompt

@@ -55,7 +55,7 @@ class TransformersGenerator:
             source = None if isinstance(model, PeftModel) else model.config._name_or_path
         if processing_class is None:
             if source is None:
-                raise ValueError("An adapter in memory does not know its tokenizer: pass `processing_class`.")
+                raise ValueError("An adapter in memory does not say its tokenizer. Pass `processing_class`.")
             remote_code = init.get("trust_remote_code", False)
             processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
         self.model = model
@@ -93,7 +93,7 @@ class TransformersGenerator:
         known = GenerationConfig().to_dict()
         for name in sampling.generation_kwargs or {}:
             if name == "num_return_sequences":
-                raise ValueError("generation_kwargs has 'num_return_sequences': set num_generations (n) instead.")
+                raise ValueError("generation_kwargs has 'num_return_sequences'. Set num_generations (n) instead.")
             if name not in known:
                 raise ValueError(
                     f"generation_kwargs has {name!r}, which GenerationConfig does not know.{did_you_mean(name, known)}"
@@ -114,7 +114,7 @@ class TransformersGenerator:
         self._encoder.check_lengths(encoded, self._config.max_new_tokens, limit)
         order = sorted(
             range(len(prompts)), key=lambda row: (-len(encoded[row]), row)
-        )  # the longest first: too large a batch fails at once
+        )  # the longest first, so that a batch that is too large fails at once
         rows = [row for row in order for _ in range(num_generations)]
         found: list[list[Completion]] = [[] for _ in prompts]
         with self._ready(), torch.random.fork_rng():
@@ -144,15 +144,15 @@ class TransformersGenerator:
             )  # (B, T + new)
         except torch.OutOfMemoryError as error:
             raise GenerationError(
-                f"The GPU has no memory for {len(encoded)} completions at a time, of prompts of up to {width} tokens "
-                f"and {self._config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
+                f"The GPU has not enough memory for {len(encoded)} completions at a time, with prompts of up to "
+                f"{width} tokens and {self._config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
             ) from error
         generated = output[:, width:].tolist()
         return [self._without_padding(row) for row in generated]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         if self._pad in self._ends:
-            return ids  # padding follows the first end token, where the ids are cut in any case
+            return ids  # padding follows the first end token, and the ids are cut there
         end = len(ids)
         while end and ids[end - 1] == self._pad:
             end -= 1
@@ -163,7 +163,7 @@ class TransformersGenerator:
         """Switch to eval mode without the checkpoint's sampling defaults, and back afterwards."""
         model, was_training, kept = self.model, self.model.training, self.model.generation_config
         model.eval()
-        model.generation_config = GenerationConfig()  # the checkpoint's would replace every None in ours
+        model.generation_config = GenerationConfig()  # else the checkpoint's would replace every None in ours
         try:
             with torch.inference_mode():
                 yield
@@ -184,5 +184,5 @@ def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = Non
     with attention_at_hand(kwargs.get("attn_implementation")):
         if not Path(folder, "adapter_config.json").is_file():
             return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        kwargs.pop("revision", None)  # it is the adapter's; the base has its own
+        kwargs.pop("revision", None)  # it belongs to the adapter; the base has another
         return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)

@@ -1,8 +1,8 @@
-"""The backend `vllm`: prompts go as token ids to `/v1/completions` of `vllm serve`, and token ids come back.
+"""The backend `vllm`: sends token ids to `/v1/completions` of `vllm serve`, and gets token ids back.
 
-The model sees what TRL's trainers show it, because the chat template is applied here. Every sampling argument is sent,
-also one that is off: vLLM replaces what is not sent by the model's `generation_config.json`. vLLM itself is not
-imported. This module knows nothing of shards or scores.
+The chat template is applied here, so the model sees the same tokens as in TRL's trainers. Every sampling argument is
+sent, even one that is off, because vLLM takes missing ones from the model's `generation_config.json`. vLLM itself is
+not imported. This module knows nothing of shards or scores.
 """
 
 import logging
@@ -24,7 +24,7 @@ from trl_ext.serving.server_pool import ServerPool
 logger = logging.getLogger(__name__)
 
 
-# Keys of a request that decide what comes back, and that the backends set themselves.
+# Keys of a request that the backends set, because they decide what the server returns.
 SET_HERE = ("n", "best_of", "seed", "stream", "echo", "model", "prompt", "messages", "logprobs", "top_logprobs")
 SET_HERE += ("return_token_ids", "use_beam_search")
 
@@ -33,17 +33,17 @@ class VLLMGenerator:
     """
     Completes prompts with vLLM; see [`~trl_ext.pipelines.generation.generator.Generator`].
 
-    One request a prompt, with a seed of its own.
+    Each prompt is one request with a separate seed.
 
     Args:
-        servers ([`~trl_ext.serving.server_pool.ServerPool`]): `vllm serve MODEL`, one or several.
-        model (`str` or `Path`): the folder or id that they serve.
+        servers ([`~trl_ext.serving.server_pool.ServerPool`]): one or several `vllm serve MODEL`.
+        model (`str` or `Path`): the folder or id that the servers serve.
         sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how to sample.
-        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        tokenizer (`PreTrainedTokenizerBase`): the policy's tokenizer.
 
     Raises:
-        [`GenerationError`]: no server answers, or one serves another model.
-        ValueError: `generation_kwargs` has a key that vLLM does not know, or that is set here.
+        [`GenerationError`]: no server answers, or a server has another model.
+        ValueError: `generation_kwargs` has a key that vLLM does not know, or that this backend sets.
     """
 
     def __init__(self, servers: ServerPool, model: str | Path, sampling: Sampling, tokenizer: PreTrainedTokenizerBase):
@@ -91,7 +91,7 @@ class VLLMGenerator:
             "seed": seed,
             "max_tokens": sampling.max_completion_length,
             **arguments_that_vllm_fills_in(sampling),
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # only the log-probability of the sampled token
             "return_token_ids": True,
         }
         if sampling.stop:
@@ -111,8 +111,8 @@ class VLLMGenerator:
         choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
         if len(choices) != num_generations:
             raise GenerationError(
-                f"{self._servers} returned {len(choices)} completions; asked for: {num_generations}. Needed: a "
-                "server that knows `n`, as vLLM does."
+                f"{self._servers} returned {len(choices)} completions; requested: {num_generations}. Needed: a server "
+                "that supports `n`, as vLLM does."
             )
         ends = {self._encoder.tokenizer.eos_token_id} - {None}
         found = []
@@ -133,7 +133,7 @@ class VLLMGenerator:
 
 
 def arguments_that_vllm_fills_in(sampling: Sampling) -> dict[str, Any]:
-    """The arguments that vLLM takes from `generation_config.json` where a request lacks them, in vLLM's notation."""
+    """The arguments, as vLLM writes them, that it takes from `generation_config.json` if a request lacks them."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -147,10 +147,10 @@ def arguments_that_vllm_fills_in(sampling: Sampling) -> dict[str, Any]:
 
 def served_model(url: str, answer: Any, model: str) -> tuple[str, int | None]:
     """
-    The name by which a server knows a model, and the longest text in tokens that it takes, where it says so.
+    The model's name on a server, and the longest text in tokens that the server accepts, if it says so.
 
     Raises:
-        [`GenerationError`]: it does not serve the model.
+        [`GenerationError`]: the server does not serve the model.
     """
     cards = cards_of(answer)
     if not cards:
@@ -161,19 +161,19 @@ def served_model(url: str, answer: Any, model: str) -> tuple[str, int | None]:
     if card is None and len(cards) == 1:
         card = cards[0]
         logger.warning(
-            f"The server at {url} serves {card['id']}, and the model is given as {model}: they must be the same "
-            "weights with the same tokenizer."
+            f"The server at {url} serves {card['id']}, and the model is given as {model}. Both must have the same "
+            "weights and the same tokenizer."
         )
     if card is None:
         raise GenerationError(
-            f"The server at {url} serves {names_of(cards)}, and not {model}. Start it with `vllm serve {model}`, or "
+            f"The server at {url} serves {names_of(cards)}, not {model}. Start it with `vllm serve {model}`, or "
             "correct server_base_url."
         )
     return card["id"], longest_text(card, cards)
 
 
 def known_arguments(servers: ServerPool, schemas: Iterable[str]) -> set[str] | None:
-    """The keys that a request may have, by the server's own description; `None` where it does not say."""
+    """The keys that a request may have according to the server's description; `None` if there is none."""
     for answer in servers.describe("/openapi.json").values():
         described = ((answer or {}).get("components") or {}).get("schemas") or {}
         keys = {key for name in schemas for key in described.get(name, {}).get("properties", ())}
@@ -183,12 +183,12 @@ def known_arguments(servers: ServerPool, schemas: Iterable[str]) -> set[str] | N
 
 
 def check_generation_kwargs(kwargs: dict[str, Any] | None, known: set[str] | None) -> None:
-    """Raise `ValueError` for a key of `generation_kwargs` that a server would ignore, or that is set here."""
+    """Raise `ValueError` for a key of `generation_kwargs` that a server would ignore, or that the backend sets."""
     for name in kwargs or {}:
         if name in SET_HERE:
             raise ValueError(
-                f"generation_kwargs has {name!r}, which is set by num_generations (n), seed and what is read back. "
-                "Remove it."
+                f"generation_kwargs has {name!r}, which the backend sets. Remove it; use num_generations (n) and seed "
+                "for the number and the seed of the completions."
             )
         if known is not None and name not in known:
             hint = did_you_mean(name, known)

@@ -1,4 +1,4 @@
-"""Rejection sampling: generate N completions a prompt, score them, keep the best, and fine-tune on them in rounds."""
+"""Rejection sampling: generate N completions per prompt, score them, keep the best, and fine-tune in rounds."""
 
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler, rejection_sample
 

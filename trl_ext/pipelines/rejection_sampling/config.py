@@ -14,14 +14,14 @@ from trl_ext.pipelines.stages.training_arguments import arguments_key
 
 logger = logging.getLogger(__name__)
 
-# Fields of both configs that mean different things in them.
+# Fields of both configs that mean different things in each.
 _NOT_SHARED = {"loss_type", "shuffle_dataset", "remove_unused_columns", "pad_to_multiple_of"}
-# GRPO fills these in by itself, from others.
+# GRPO derives these from other fields.
 _DERIVED = {"generation_batch_size", "steps_per_generation"}
 
-# Arguments that a finished round does not depend on, beside those of every training.
+# Arguments that a finished round does not depend on, in addition to those of every training.
 _SERVER = "It says where the vLLM server is and how long to wait for it."
-_DRAWS = "It changes which completions an unfinished round draws; they are stored under a key of their own."
+_DRAWS = "It changes which completions an unfinished round draws; they are stored under a separate key."
 ROUND_IRRELEVANT = {
     "num_rounds": "A rerun may add rounds to those that are done.",
     "use_vllm": _DRAWS,
@@ -36,8 +36,8 @@ ROUND_IRRELEVANT = {
 @dataclass
 class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
     r"""
-    Configuration of [`RejectionSamplingTrainer`]. All arguments of `trl.SFTConfig` keep their meaning and their
-    defaults, and apply to the fine-tuning of each round; those for sampling have GRPO's names, meaning and defaults.
+    Configuration of [`RejectionSamplingTrainer`]. All arguments of `trl.SFTConfig` keep their meaning and defaults;
+    they apply to the fine-tuning of each round. The sampling arguments have GRPO's names, meaning and defaults.
 
     Args:
         num_rounds (`int`, *optional*, defaults to `1`):
@@ -49,14 +49,14 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         selection_kwargs (`dict`, *optional*):
             Options of the selector, e.g. `{"n": 2}`.
         start_from (`"current"` or `"initial"`, *optional*, defaults to `"current"`):
-            Which weights the fine-tuning of a round starts from: those of the round before (as in RAFT), or the first
-            ones (as in ReST-EM). Samples always come from the round before.
+            Which weights the fine-tuning of a round starts from: those of the previous round (as in RAFT), or the
+            first ones (as in ReST-EM). The policy of the previous round always generates the samples.
         accumulate_rounds (`bool`, *optional*, defaults to `False`):
-            Fine-tune on what earlier rounds selected too; exact duplicates once.
+            Also fine-tune on the samples that earlier rounds selected; exact duplicates are used once.
         num_generations (`int`, *optional*, defaults to `8`):
             Completions of each prompt.
         num_generations_eval (`int`, *optional*):
-            The same in evaluation. `num_generations` by default.
+            Completions of each prompt in evaluation. `num_generations` by default.
         max_completion_length (`int`, *optional*, defaults to `512`):
             Longest completion in tokens.
         temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs, chat_template_kwargs:
@@ -64,13 +64,13 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         reward_weights (`list[float]`, *optional*):
             A weight for each reward function. All 1 by default.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Never fine-tune on completions that were cut at `max_completion_length`. Where it is off and some are
-            selected, a warning says how many: SFT puts an EOS behind them, and the policy learns to stop there.
+            Never fine-tune on completions that were cut at `max_completion_length`. If this is off and some are
+            selected, a warning says how many: SFT appends an EOS to them, so the policy learns to stop there.
         generation_batch_size (`int`, *optional*, defaults to `32`):
-            Completions generated at a time on a device.
+            Completions that a device generates at a time.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Generate on a vLLM server (`vllm serve MODEL`) with the model that training starts from. For one round,
-            because the server keeps its weights. Evaluation generates in this process.
+            Generate on a vLLM server (`vllm serve MODEL`) with the model that training starts from. This works for one
+            round only, because the server keeps its weights. Evaluation generates in this process.
         vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout:
             As in `GRPOConfig`.
     """
@@ -91,10 +91,10 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
     )
     start_from: Literal["current", "initial"] = field(
         default="current",
-        metadata={"help": "Weights that a round's fine-tuning starts from: of the round before, or the first ones."},
+        metadata={"help": "Weights that a round's fine-tuning starts from: 'current' (previous round) or 'initial'."},
     )
     accumulate_rounds: bool = field(
-        default=False, metadata={"help": "Fine-tune on what earlier rounds selected too; exact duplicates once."}
+        default=False, metadata={"help": "Also fine-tune on the samples that earlier rounds selected."}
     )
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     num_generations_eval: int | None = field(
@@ -106,8 +106,8 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Never fine-tune on completions that were cut at max_completion_length."}
     )
-    generation_batch_size: int = field(default=32, metadata={"help": "Completions generated at a time on a device."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate on a vLLM server; for one round."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Completions that a device generates at a time."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate on a vLLM server (one round only)."})
     vllm_server_base_url: str | None = field(default=None, metadata={"help": "The server, e.g. http://host:8000."})
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host, if no base URL is given."})
     vllm_server_port: int = field(default=8000, metadata={"help": "The server's port, if no base URL is given."})
@@ -124,16 +124,16 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
             raise ValueError(f"start_from={self.start_from!r}; needed: 'current' or 'initial'.")
         if self.use_vllm and self.num_rounds > 1:
             raise ValueError(
-                f"use_vllm=True with num_rounds={self.num_rounds}: the server would go on sampling from the weights "
-                "that it was started with. Run one round, start the server on what it saved, and go on from there."
+                f"use_vllm=True with num_rounds={self.num_rounds}: the server would keep sampling from the weights "
+                "that it was started with. Run one round, start the server on the saved policy, and run the next one."
             )
         if self.fsdp or self.deepspeed:
             raise ValueError(
-                "FSDP and DeepSpeed divide the weights, and generation in this process needs them whole: use DDP, or "
-                "call rejection_sample(...) and trl.SFTTrainer one after the other."
+                "FSDP and DeepSpeed shard the weights, and generation in this process needs whole weights. Use DDP, "
+                "or call rejection_sample(...) and trl.SFTTrainer one after the other."
             )
         if self.push_to_hub:
-            raise ValueError("push_to_hub cannot be used in rounds: upload output_dir with `hf upload` afterwards.")
+            raise ValueError("push_to_hub cannot be used in rounds. Upload output_dir with `hf upload` afterwards.")
         selectors.get(self.selection)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,16 +141,16 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         return {**super().to_dict(), "selection": name}
 
     def settings_of_a_round(self) -> dict[str, Any]:
-        """The arguments that change what a round gives, as JSON values."""
+        """The arguments that change the result of a round, as JSON values."""
         return arguments_key(self, irrelevant=ROUND_IRRELEVANT)
 
     @classmethod
     def from_grpo(cls, args: trl.GRPOConfig) -> "RejectionSamplingConfig":
         """
-        Our configuration from a `trl.GRPOConfig`, for scripts that swap only the trainer.
+        Convert a `trl.GRPOConfig`, for scripts that replace only the trainer.
 
-        A value that is GRPO's default becomes ours (a learning rate of 1e-6 is no fine-tuning). Fields that mean
-        nothing here, such as `beta`, are named in a warning if they were set.
+        A field with GRPO's default value gets our default (a learning rate of 1e-6 is too small for fine-tuning). If
+        fields were set that have no meaning here, such as `beta`, a warning names them.
         """
         ours = {item.name for item in dataclasses.fields(cls) if item.init} - _NOT_SHARED - _DERIVED
         defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)

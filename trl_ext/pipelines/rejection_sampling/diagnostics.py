@@ -24,13 +24,13 @@ def round_metrics(scored: Scored, selection: Selection) -> dict[str, float]:
 
     Args:
         scored ([`Scored`]):
-            All samples of the round, as [`select`] got them.
+            All samples of the round, which [`select`] got.
         selection ([`Selection`]):
-            The selection that it returned.
+            The selection that [`select`] returned.
 
     Returns:
-        `dict[str, float]`: the names and meanings are those of the table in docs/reference/metrics.md; those
-        that the data do not define (a mean of nothing) are left out.
+        `dict[str, float]`: the metrics of the table in `docs/reference/metrics.md`, without those that the data do not
+        define (a mean of nothing).
     """
     known = ~np.isnan(scored.score)
     taken = selection.rows if selection.rejected is None else np.concatenate([selection.rows, selection.rejected])
@@ -108,12 +108,12 @@ def hacking_warning(history: Sequence[Mapping[str, float]], width: float = 2.0) 
         history (`Sequence[Mapping[str, float]]`):
             The metrics of each round, the policy before training first.
         width (`float`, *optional*, defaults to `2.0`):
-            How many standard errors of the difference count as a rise. The rounds share their prompts, which these
-            errors ignore, so the warning comes late rather than too often.
+            How many standard errors of the difference count as a rise. The errors ignore that the rounds share their
+            prompts, so the warning comes late rather than too often.
 
     Returns:
         `str` or `None`: a sentence with the numbers if the last `eval_reward` is above the first by more than `width`
-        standard errors and `eval_verifier` is not; nothing else, also where there is no verifier.
+        standard errors and `eval_verifier` is not. `None` otherwise, and if there is no verifier.
     """
     names = ("eval_reward", "eval_verifier")
     if len(history) < 2 or not all(f"{name}_error" in history[at] for at in (0, -1) for name in names):
@@ -123,7 +123,7 @@ def hacking_warning(history: Sequence[Mapping[str, float]], width: float = 2.0) 
     first, last = history[0], history[-1]
     return (
         f"The reward rose from {first['eval_reward']:.4g} to {last['eval_reward']:.4g} while the verifier went from "
-        f"{first['eval_verifier']:.4g} to {last['eval_verifier']:.4g}: the policy may be learning the reward's "
+        f"{first['eval_verifier']:.4g} to {last['eval_verifier']:.4g}. The policy may be learning the reward's "
         "mistakes. Look at samples with a high reward, train fewer rounds, or use a better reward."
     )
 
@@ -134,7 +134,7 @@ def _rose(history: Sequence[Mapping[str, float]], name: str, width: float) -> bo
 
 
 def log_rounds(rows: Sequence[Mapping[str, float]], plot: Path | None) -> None:
-    """Log the metrics of rounds, and a plot, to the W&B run that is open, if one is; a failure is a warning."""
+    """Log the metrics of rounds, and a plot, to the open W&B run, if there is one. A failure gives a warning."""
     try:
         import wandb
 
@@ -145,7 +145,7 @@ def log_rounds(rows: Sequence[Mapping[str, float]], plot: Path | None) -> None:
             wandb.log({f"round/{name}": value for name, value in row.items()})
         if plot is not None:
             wandb.log({"round/plot": wandb.Image(str(plot))})
-    except Exception as error:  # a full disk, a dead service: no reason to stop
+    except Exception as error:  # training should survive a full disk or a dead service
         logger.warning(f"The metrics of round {rows[-1]['round']} could not be logged to Weights & Biases: {error!r}")
 
 
@@ -160,7 +160,7 @@ def plot_rounds(history: Sequence[Mapping[str, float]], path: str | Path) -> boo
             The PNG to write.
 
     Returns:
-        `bool`: `False` where matplotlib is not installed (the extra `plots`), and nothing was drawn.
+        `bool`: `False` if nothing was drawn, because matplotlib (the extra `plots`) is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

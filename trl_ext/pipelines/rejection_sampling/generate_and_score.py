@@ -1,8 +1,8 @@
 """The stages `generate` and `score` of rejection sampling: each makes the shards that are missing from its store.
 
-Several processes of `accelerate launch` divide the shards among them and meet in the folder, through no other channel,
-so results do not depend on how many there are. This module knows shards of prompts, generators and reward functions.
-It does not know how a stage gets a process of its own (`stages.runner`), nor what is selected.
+Several processes of `accelerate launch` divide the shards and exchange them only through the folder, so results do not
+depend on the number of processes. This module knows shards of prompts, generators and reward functions. It does not
+know how a stage runs in a separate process (`stages.runner`) or which samples are selected.
 """
 
 import gc
@@ -34,13 +34,13 @@ from trl_ext.pipelines.stages.store import ShardStore, StoreError
 
 logger = logging.getLogger(__name__)
 
-# Memory that a stage in this process may leave allocated on a GPU.
+# GPU memory that a stage in this process may leave allocated.
 MAX_LEFT_MIB = 500
 
 
 @dataclass
 class Workers:
-    """Which of several processes this is, as `accelerate launch` says in the environment."""
+    """The index and number of processes, which `accelerate launch` sets in the environment."""
 
     rank: int = 0
     count: int = 1
@@ -48,7 +48,7 @@ class Workers:
 
     @classmethod
     def here(cls) -> "Workers":
-        """From the environment of this process."""
+        """Read them from the environment of this process."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _LAUNCHER.items()))
 
     def own(self, shards: Sequence[int]) -> list[int]:
@@ -76,15 +76,15 @@ class GenerateStage:
 
     @property
     def portable(self) -> bool:
-        """Whether another process can run it: the model has a path, and nothing is in memory only."""
+        """Whether another process can run it: the model has a path, and no object exists only in memory."""
         return isinstance(self.model, (str, Path)) and self.processing_class is None
 
     def run(self, shards: list[int], progress: Callable[[int], Any]) -> None:
-        """Make these shards. The prompts of each are read when they are needed."""
+        """Make these shards. The prompts of a shard are read when it is made."""
         generator = make_generator(
             self.model, self.backend, self.sampling, processing_class=self.processing_class, **self.backend_kwargs
         )
-        # A server gets the next shard while the last answers of the one before come in.
+        # A server gets the next shard while it still answers the last requests of the previous one.
         at_once = 1 if self.backend == "transformers" else 2
         pending: set[Future[int]] = set()
         with ThreadPoolExecutor(at_once) as pool:
@@ -103,7 +103,7 @@ class GenerateStage:
                 raise
 
     def _make(self, generator: Generator, shard: int, rows: list[dict[str, Any]]) -> int:
-        # In this process a shard has one seed, so it is the unit of resuming; each request to a server has its own.
+        # In this process a shard has one seed, so it is the unit of resuming. With a server each request has a seed.
         seed = self.seed if self.backend != "transformers" else _shard_seed(self.seed, rows)
         try:
             found = generator.generate(
@@ -126,7 +126,7 @@ class GenerateStage:
 class ScoreStage:
     """
     Scores all completions with one reward function: a line of JSON for each prompt, with `prompt_id` and `scores`.
-    Selecting reads no texts, so the line also holds what it needs of them: `text_hash`, `length`, `finished`.
+    Selecting does not read texts, so the line also holds `text_hash`, `length` and `finished` of each completion.
     """
 
     name: ClassVar[str] = "score"
@@ -171,18 +171,19 @@ def read_samples(rows: Sequence[dict[str, Any]], lines: Iterator[dict[str, Any]]
     for row, line in zip(rows, lines, strict=True):
         if row["prompt_id"] != line["prompt_id"]:
             raise StoreError(
-                f"A shard holds the prompt {line['prompt_id']} in place of {row['prompt_id']}. Delete it."
+                f"A shard holds the prompt {line['prompt_id']} instead of {row['prompt_id']}. Delete the shard, and "
+                "run the same command again."
             )
         yield [sample_of(row, index, stored) for index, stored in enumerate(line["samples"])]
 
 
 def sample_of(row: dict[str, Any], index: int, stored: dict[str, Any]) -> Sample:
-    """One sample from the line of its prompt and what a backend returned."""
+    """Build one sample from the prompt's row and the stored completion."""
     return Sample.of(row["prompt_id"], index, row["prompt"], row["columns"], Completion(**stored))
 
 
 def length_of(sample: Sample) -> int:
-    """Tokens of a completion, or its words where a server does not return tokens."""
+    """Number of tokens of a completion, or of words if a server does not return tokens."""
     return len(sample.token_ids) if sample.token_ids is not None else len(text_of(sample.completion).split())
 
 
@@ -192,13 +193,14 @@ def _shard_seed(seed: int, rows: Sequence[dict[str, Any]]) -> int:
 
 def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = True) -> None:
     """
-    Make what is missing of a stage's shards.
+    Make the missing shards of a stage.
 
     Args:
-        stage ([`GenerateStage`] or [`ScoreStage`]): what to run.
+        stage ([`GenerateStage`] or [`ScoreStage`]): the stage to run.
         isolate (`str`, *optional*, defaults to `"auto"`):
-            Whether it gets a process of its own; see [`~trl_ext.pipelines.stages.runner.run_job`].
-        wait_for_others (`bool`, *optional*, defaults to `True`): return when the shards of all processes are there.
+            Whether the stage runs in a separate process; see [`~trl_ext.pipelines.stages.runner.run_job`].
+        wait_for_others (`bool`, *optional*, defaults to `True`): return only when all processes have made their
+            shards.
     """
     workers = Workers.here()
     stage.store.create()
@@ -218,7 +220,7 @@ def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = T
 
 
 def _make(stage: Stage, shards: list[int], shown: bool, on_progress: Callable[[float], None]) -> None:
-    """The job of a stage. Progress goes to a bar, in either process."""
+    """The job of a stage. It shows a progress bar, in this process or in a separate one."""
     prompts = sum(stage.prompts.sizes[shard] for shard in shards)
     title = stage.name if isinstance(stage, GenerateStage) else f"{stage.name} ({stage.reward_name})"
     with hf_logging.tqdm(total=prompts, unit=" prompts", desc=title, disable=not shown, file=sys.stderr) as bar:
@@ -226,7 +228,7 @@ def _make(stage: Stage, shards: list[int], shown: bool, on_progress: Callable[[f
 
 
 def _environment(workers: Workers) -> dict[str, str]:
-    """The environment of a stage's own process: one GPU of those that this process sees, and no launcher."""
+    """The environment of a stage's separate process: one of the GPUs that this process sees, and no launcher."""
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in alone}
     if torch.cuda.is_available() and workers.count > 1:
@@ -248,7 +250,7 @@ def _check_given_back(name: str, before: float) -> None:
     after = _allocated()
     if after - before > MAX_LEFT_MIB:
         raise StageError(
-            f"The stage {name} left {after:.0f} MiB allocated on the GPU; there were {before:.0f} MiB before it. What "
-            "it made is kept. Give the model and the reward functions by path, so that the stage gets a process of "
-            "its own, and run the same again."
+            f"The stage {name} left {after:.0f} MiB allocated on the GPU; there were {before:.0f} MiB before it. Its "
+            "results are kept. Give the model and the reward functions by path, so that the stage runs in a separate "
+            "process, and run the same command again."
         )

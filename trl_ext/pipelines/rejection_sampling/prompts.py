@@ -21,10 +21,10 @@ from trl_ext.pipelines.stages.store import StoreError, count_lines, read_lines, 
 
 logger = logging.getLogger(__name__)
 
-# Columns that no reward function gets: TRL's GRPOTrainer passes what the policy wrote under these names.
+# Columns that no reward function gets, because TRL's GRPOTrainer passes prompts and completions under these names.
 NOT_PASSED = {"prompt", "prompts", "completion", "completions", "completion_ids"}
-# Columns that reward functions get and that the selected rows do not have: a run adds them itself, or a trainer would
-# take them for its data.
+# Columns that reward functions get and that selected rows do not have: either the run adds columns of these names, or
+# a trainer would take them for its data.
 NOT_KEPT = {"prompt_id", "sample_index", "score", "scores", "finish_reason", "chosen", "rejected", "ratings"}
 NOT_KEPT |= {"chosen_rating", "rejected_rating", "score_margin", "margin", "label", "labels", "messages", "text"}
 
@@ -36,8 +36,8 @@ class PromptFile:
 
     Args:
         path (`Path`): JSON lines of `prompt_id`, `row` in the data set, `prompt`, `columns`.
-        count (`int`): prompts.
-        shard_size (`int`): prompts of a shard; the last one may have fewer.
+        count (`int`): number of prompts.
+        shard_size (`int`): number of prompts in a shard; the last shard may have fewer.
         ids_key (`str`): hash of the prompts' ids in their order.
         content_key (`str`): hash of prompts and columns.
     """
@@ -55,7 +55,7 @@ class PromptFile:
         return [self.shard_size] * whole + ([rest] if rest else [])
 
     def shards(self, wanted: Iterable[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(shard, its prompts) for each wanted shard, ascending."""
+        """Pairs of a shard's number and its prompts for each wanted shard, ascending."""
         lines, at = read_lines(self.path), 0
         for shard in sorted(wanted):
             rows = list(islice(lines, (shard - at) * self.shard_size, (shard - at + 1) * self.shard_size))
@@ -65,14 +65,14 @@ class PromptFile:
 
 def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: int) -> PromptFile:
     """
-    Check the rows of a data set and keep their prompts, unless the same are there already.
+    Check the rows of a data set and store their prompts, unless the same prompts are stored already.
 
-    A row has a `prompt`, a text or messages, and any columns that reward functions want. Equal rows are used once.
-    Rows with the same prompt and other columns (an answer, a source) each get completions of their own. A warning
+    A row has a `prompt`, a text or messages, and any columns that reward functions need. Equal rows are used once.
+    Rows with the same prompt and different other columns (an answer, a source) get separate completions. A warning
     counts both.
 
     Raises:
-        [`DataError`]: there is no row; a row has no usable prompt, or a value that JSON cannot hold.
+        [`DataError`]: there is no row, or a row has no usable prompt or a value that JSON cannot represent.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}; needed: a number of prompts >= 1.")
@@ -92,8 +92,8 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
         except (TypeError, ValueError) as error:
             name = next(name for name, value in columns.items() if not _is_json(value))
             raise DataError(
-                f"a value that is no JSON ({error})",
-                "texts, numbers, lists and objects, which a store can keep",
+                f"a value that is not JSON ({error})",
+                "texts, numbers, lists and objects, which can be stored",
                 f"Remove the column: dataset.remove_columns({name!r}).",
                 row=row,
                 column=name,
@@ -117,12 +117,12 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     if not records:
         raise DataError("no row", "at least one prompt", "Give another data set or split.")
     if repeated:
-        logger.warning(f"{repeated} of {repeated + len(records)} rows repeat an earlier one and are left out.")
+        logger.warning(f"{repeated} of {repeated + len(records)} rows repeat an earlier row and are ignored.")
     if again:
         logger.warning(
-            f"{again} rows repeat the prompt of an earlier one with other values in {sorted(differing)}. Each gets "
-            "completions and scores of its own. To generate once for each prompt, remove these columns: equal rows "
-            "are used once."
+            f"{again} rows repeat the prompt of an earlier row with other values in {sorted(differing)}. Each gets "
+            "separate completions and scores. To generate once for each prompt, remove these columns, because equal "
+            "rows are used once."
         )
     if not_kept:
         logger.info(

@@ -1,7 +1,7 @@
-"""The supervised fine-tuning of one round: it picks the rows and turns a policy on disk into another policy on disk.
+"""The supervised fine-tuning of one round: it chooses the rows, and trains the policy on disk into a new one on disk.
 
-A plain `trl.SFTTrainer` trains, with a new optimizer each time. After a kill it resumes from its last checkpoint, and
-nothing stays in memory afterwards. This module does not know sampling, scores or evaluation.
+A plain `trl.SFTTrainer` trains, with a new optimizer in each round. After a kill it resumes from its last checkpoint.
+Nothing stays in memory afterwards. This module does not know sampling, scores or evaluation.
 """
 
 import copy
@@ -26,7 +26,7 @@ from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
 
 def rows_to_learn_from(rounds: Rounds, number: int, rows: Dataset, accumulate: bool) -> Dataset:
-    """The rows that a round selected, which are stored; with `accumulate` those of earlier rounds too, each once."""
+    """Store and return the rows that a round selected; with `accumulate` also those of earlier rounds, each once."""
     folder = rounds.of(number)
     with PartialState().main_process_first():
         if PartialState().is_main_process and not (folder / "rows.jsonl").is_file():
@@ -59,18 +59,18 @@ def fine_tune(
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
     """
-    Train the policy of a round and put it in its place, unless that is done.
+    Train the policy of a round and move it to its place, unless that is done already.
 
     Args:
-        rounds ([`~trl_ext.pipelines.rejection_sampling.rounds.Rounds`]), number (`int`): the rounds and the number of
-        this one.
+        rounds ([`~trl_ext.pipelines.rejection_sampling.rounds.Rounds`]): the rounds of the run.
+        number (`int`): the number of this round.
         source (`str` or `Path`): the policy to start from, full or adapter.
         rows (`Dataset`): rows with `prompt` and `completion`.
         args (`trl.SFTConfig`): the run's arguments; the round's seed, run name and folder are derived from them.
         processing_class (`PreTrainedTokenizerBase`): the policy's tokenizer.
-        model_init_kwargs (`dict`): for `from_pretrained`.
+        model_init_kwargs (`dict`): arguments of `from_pretrained`.
         peft_config (`PeftConfig`, *optional*): config of a new adapter.
-        callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
+        callbacks (`list[TrainerCallback]`, *optional*): callbacks of the trainer.
     """
     folder = rounds.of(number)
     if rounds.policy(number).is_dir():
@@ -79,7 +79,7 @@ def fine_tune(
     args = copy.deepcopy(args)
     args.output_dir, args.run_name, args.seed = str(folder / "sft"), run_name, args.seed + number
     args.eval_strategy, args.load_best_model_at_end, args.model_init_kwargs = "no", False, None
-    set_seed(args.seed)  # the weights of a new adapter
+    set_seed(args.seed)  # a new adapter has random weights
     adapted = Path(source, "adapter_config.json").is_file()
     trainer = trl.SFTTrainer(
         model=load_policy(source, model_init_kwargs | ({"is_trainable": True} if adapted else {})),
@@ -87,7 +87,7 @@ def fine_tune(
         train_dataset=rows,
         processing_class=processing_class,
         callbacks=callbacks,
-        peft_config=copy.deepcopy(peft_config),  # PEFT writes into it
+        peft_config=copy.deepcopy(peft_config),  # PEFT changes it
     )
     use_safe_callback(trainer)
     open_run(trainer)

@@ -1,7 +1,7 @@
-"""The rounds of a run on disk: which are done, which policies are still needed, and whether a rerun is the same run.
+"""The rounds of a run on disk: finds those that are done, deletes unneeded policies, and compares settings on a rerun.
 
-    rounds/settings.json     what every round depends on
-    rounds/initial/          a model that was given in memory
+    rounds/settings.json     the settings that every round depends on
+    rounds/initial/          the first policy, if it was passed as a model in memory
     rounds/0/round.json      the policy before training, evaluated
     rounds/1/samples/        completions, scores and selections
     rounds/1/sft/            checkpoints of the fine-tuning, while it runs
@@ -37,16 +37,16 @@ class Rounds:
 
     def check(self, settings: dict[str, Any]) -> None:
         """
-        Keep the settings, or compare them with those of the rounds that are here.
+        Store the settings, or compare them with those of the stored rounds.
 
         Raises:
-            [`~trl_ext.pipelines.stages.cache_key.StaleError`]: they differ; names what does.
+            [`~trl_ext.pipelines.stages.cache_key.StaleError`]: the settings differ; it names the differences.
         """
         check_manifest(
             self.folder / "settings.json",
             settings,
             f"The rounds in {self.folder} were",
-            "Go on with the old ones, give another output_dir, or start over with "
+            "Continue with the old settings, give another output_dir, or start over with "
             "train(resume_from_checkpoint=False).",
         )
 
@@ -67,7 +67,7 @@ class Rounds:
         return self.folder / str(number)
 
     def policy(self, number: int) -> Path:
-        """The policy that came out of a round."""
+        """The folder of the policy that a round trained."""
         return self.of(number) / "policy"
 
     def finish_training(self, number: int, output: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Rounds:
                 shutil.rmtree(path)
 
     def last_checkpoint(self, number: int) -> str | None:
-        """The newest complete checkpoint of a round's fine-tuning: one with a trainer state, which is written last."""
+        """The newest complete checkpoint of a round's fine-tuning. It has a trainer state, which is written last."""
         found = []
         for path in (self.of(number) / "sft").glob("checkpoint-*"):
             try:
@@ -98,7 +98,7 @@ class Rounds:
 
 
 def best_round(history: list[dict[str, Any]]) -> int:
-    """The round whose policy is kept: the best by verifier, else by reward, else the last. Ties go to the first."""
+    """The round whose policy is kept: the best by verifier, else by reward, else the last. A tie keeps the first."""
     for name in ("eval_verifier", "eval_reward"):
         rated = [row for row in history if row["round"] > 0 and name in row]
         if rated:

@@ -1,7 +1,7 @@
-"""The stored samples of a run: as arrays for selecting, as `Sample`s, and the selected ones as rows.
+"""Reads the stored samples of a run: as arrays for selecting, as `Sample`s, and the selected ones as rows.
 
-It reads shard by shard. Only numbers of all samples are held in memory; texts are parsed only for prompts of which a
-sample was selected. This module knows stores; `selection` makes the selection.
+It reads shard by shard. Memory holds only numbers of all samples, and texts are parsed only for prompts with a
+selected sample. This module knows stores; `selection` makes the selection.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class Table:
 
     Args:
         scored ([`~trl_ext.pipelines.rejection_sampling.scored.Scored`]): the samples with their weighted totals.
-        scores (`np.ndarray` of shape `(M, N)`): scores of each reward function; NaN where it could not score.
+        scores (`np.ndarray` of shape `(M, N)`): scores of each reward function; NaN for samples that it cannot score.
     """
 
     scored: Scored
@@ -52,7 +52,7 @@ class StoredSamples:
     num_generations: int
 
     def table(self) -> Table:
-        """The arrays, from the files of scores alone."""
+        """The arrays of all samples. Only the files of scores are read."""
         weights = np.array([self.weights[name] for name in self.scores])  # (M,)
         parts: list[list[np.ndarray]] = []
         by_function: list[np.ndarray] = []
@@ -80,7 +80,7 @@ class StoredSamples:
         return Table(scored, np.concatenate(by_function, axis=1))
 
     def samples(self) -> Iterator[list[Sample]]:
-        """The samples of each prompt with their scores, in the order of the prompts, read as they are asked for."""
+        """The samples of each prompt with their scores, in the order of the prompts. They are read one by one."""
         for shard, rows in self.prompts.shards(range(len(self.prompts.sizes))):
             scores = [store.read(shard) for store in self.scores.values()]
             for row, line, *lines in zip(rows, self.rollouts.read(shard), *scores, strict=True):
@@ -119,14 +119,14 @@ class StoredSamples:
     def _check(self, shard: int, row: dict[str, Any], line: dict[str, Any], hashes: list[int]) -> None:
         if row["prompt_id"] != line["prompt_id"]:
             raise StoreError(
-                f"{self.rollouts.path(shard)} holds the prompt {line['prompt_id']} in place of {row['prompt_id']}. "
-                "Delete it, and run the same again."
+                f"{self.rollouts.path(shard)} holds the prompt {line['prompt_id']} instead of {row['prompt_id']}. "
+                "Delete the file, and run the same command again."
             )
         texts = [text_of(with_completion(row["prompt"], sample["text"])[1]) for sample in line["samples"]]
         if list(map(text_hash, texts)) != hashes:
             raise StoreError(
-                f"{next(iter(self.scores.values())).path(shard)} holds scores of other texts than are in "
-                f"{self.rollouts.path(shard)}. Delete the scores, and run the same again."
+                f"{next(iter(self.scores.values())).path(shard)} holds scores of other texts than those in "
+                f"{self.rollouts.path(shard)}. Delete the scores, and run the same command again."
             )
 
     def _sample(

@@ -1,7 +1,7 @@
 """Rejection sampling: generate N completions for each prompt, score them, keep the best. A rerun resumes a run.
 
-This module knows the order of the stages and what their results depend on. `generate_and_score` makes completions and
-scores, `sample_table` reads them as arrays, `selection` selects, and `pipelines.stages` keeps the files.
+This module knows the order of the stages and the cache keys of their results. `generate_and_score` makes completions
+and scores, `sample_table` reads them as arrays, `selection` selects, and `pipelines.stages` keeps the files.
 """
 
 import logging
@@ -41,7 +41,7 @@ from trl_ext.pipelines.stages.values import plain
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of all files; another number gets stores of its own
+FORMAT = 1  # format of all files; files of another format are in separate stores
 
 
 @dataclass
@@ -65,14 +65,15 @@ class Selected:
 
 
 def check_request(num_generations: int, backend: str, sampling: Sampling) -> None:
-    """Raise `ValueError` for settings with which nothing can be generated."""
+    """Raise `ValueError` for settings that make generation impossible."""
     if num_generations < 1:
         raise ValueError(f"num_generations={num_generations}; needed: a number of completions >= 1.")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; needed: one of {', '.join(BACKENDS)}.")
     if sampling.temperature == 0 and num_generations > 1:
         raise ValueError(
-            f"temperature=0 gives {num_generations} times the same completion. Raise it, or set num_generations=1."
+            f"temperature=0 gives {num_generations} times the same completion. Raise temperature, or set "
+            "num_generations=1."
         )
 
 
@@ -111,12 +112,12 @@ class RejectionSampler:
     ):
         if own_process is not None:
             isolate = {True: "always", False: "never"}.get(own_process, "auto")
-            logger.warning(f"own_process={own_process!r} is deprecated: say isolate={isolate!r}.")
+            logger.warning(f"own_process={own_process!r} is deprecated. Use isolate={isolate!r}.")
         check_isolate(isolate)
         self.sampling = Sampling.of(**sampling)
         check_request(num_generations, backend, self.sampling)
         if Workers.here().count > 1:
-            PartialState()  # all processes must make it together; a scorer needs it later, where not all may come
+            PartialState()  # all processes must create it together; later only some may need it for a scorer
         self.output_dir = Path(output_dir)
         self.num_generations = num_generations
         self._isolate = isolate
@@ -124,7 +125,7 @@ class RejectionSampler:
         self.reward_weights = weights_by_name(self._rewards, reward_weights)
         self.reward_names = list(self.reward_weights)
         self._prompts = write_prompts(dataset, self.output_dir / "prompts", shard_size)
-        if self._rewards:  # before anything is generated
+        if self._rewards:  # checked before anything is generated
             columns = (row["columns"] for _, rows in self._prompts.shards([0]) for row in rows)
             check_rewards(self._rewards, {name for item in columns for name in item})
         in_process = backend == "transformers"
@@ -143,7 +144,7 @@ class RejectionSampler:
             "prompts": self._prompts.ids_key,
             "shard_size": shard_size,
         }
-        if in_process:  # another batch size draws other completions
+        if in_process:  # the batch size changes the completions
             manifest["generation_batch_size"] = generation_batch_size
         self._generate = GenerateStage(
             self._prompts,
@@ -160,15 +161,17 @@ class RejectionSampler:
     @cached_property
     def _score(self) -> list[ScoreStage]:
         if not self._rewards:
-            raise ValueError("There is nothing to score with: give reward_funcs.")
+            raise ValueError("There is no reward function to score with. Give reward_funcs.")
         stages = []
         for name, spec in zip(self.reward_names, self._rewards, strict=True):
             identity = reward_identity(spec)
             if identity is None:
                 if Workers.here().count > 1:
-                    raise ValueError("An ensemble in memory cannot be shared by processes: save it and give its path.")
+                    raise ValueError(
+                        "Several processes cannot share an ensemble in memory. Save it and give its path."
+                    )
                 logger.warning(
-                    f"{name} is an ensemble in memory, whose scores cannot be used again: save it, and give its path."
+                    f"{name} is an ensemble in memory, so a rerun cannot use its scores. Save it, and give its path."
                 )
                 identity = {"name": name, "run": time.time_ns()}
             manifest = {
@@ -181,8 +184,8 @@ class RejectionSampler:
             if "unseen" in identity and len(store.missing()) < len(store.sizes):
                 read = ", ".join(f"{variable} ({kind})" for variable, kind in identity["unseen"].items())
                 logger.warning(
-                    f"The stored scores of {name} are used again. It reads {read}, whose content cannot be compared: "
-                    f"if that changed, delete {store.folder}."
+                    f"The stored scores of {name} are used again. The function reads {read}, whose content cannot be "
+                    f"compared. If that content changed, delete {store.folder}."
                 )
             stages.append(ScoreStage(self._prompts, self._generate.store, store, spec, name))
         return stages
@@ -210,11 +213,11 @@ class RejectionSampler:
 
     # ------------------------------------------------------------------------------------------------------ selecting
     def scored(self) -> Scored:
-        """All samples as arrays. It reads the scores alone, no texts."""
+        """All samples as arrays. It reads scores and no texts."""
         return self._stored().table().scored
 
     def samples(self) -> Iterator[list[Sample]]:
-        """The samples of each prompt with their scores, in the order of the prompts, read as they are asked for."""
+        """The samples of each prompt with their scores, in the order of the prompts. They are read one by one."""
         yield from self._stored().samples()
 
     def _stored(self) -> StoredSamples:
@@ -261,8 +264,8 @@ class RejectionSampler:
         write_json(folder / "report.json", report)
         if not counts:
             raise ValueError(
-                f"The selection {name!r} kept none of {len(scored)} samples ({chosen.counts}). Lower what it asks "
-                f"for; the samples and their scores are kept in {self.output_dir}."
+                f"The selection {name!r} kept none of {len(scored)} samples ({chosen.counts}). Choose less strict "
+                f"options; the samples and their scores are kept in {self.output_dir}."
             )
         return Selected(dataset_of_rows(path), scored, chosen, report, path)
 
@@ -284,26 +287,26 @@ def rejection_sample(
     """
     Generate `num_generations` completions of each prompt, score them, and keep the best.
 
-    `output_dir` keeps everything in shards, each of which is complete or missing. Kill the run at any moment and run
-    the same again: it continues, nothing is missing and nothing is there twice. With the backend `"transformers"` the
-    selection is then that of an uninterrupted run. All reward functions and selections share the completions: another
-    reward function only scores, another selection only selects.
+    `output_dir` holds all results in shards, and a shard is either complete or missing. You can kill the run at any
+    moment and run the same command again: it continues, and no sample is missing or stored twice. With the backend
+    `"transformers"` the selection equals that of an uninterrupted run. All reward functions and selections share the
+    completions: a rerun with another reward function only scores, and one with another selection only selects.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
-            The policy: folder or Hub id, full model or adapter; in memory only with `"transformers"`. With `"openai"`
-            the name by which the server knows it.
+            The policy: folder or Hub id, full model or adapter; in memory only with `"transformers"`. For `"openai"`
+            its name on the server.
         reward_funcs (`str`, `Path`, model, `Callable`, or list of these):
             TRL reward functions: a reward model by its path or in memory, a [`~trl_ext.RewardScorer`], a function, one
             of `trl.rewards` by name, or a function by name (`package.module.function` or `file.py:function`). A
-            function returns `None` for what it cannot score, which is counted; a sample for which all return `None` is
-            never selected.
+            function returns `None` for a sample that it cannot score, and these are counted. A sample that no function
+            scores is never selected.
         dataset (`Dataset` or `IterableDataset`):
             Rows with a `prompt`, text or messages. The other columns go to the reward functions, and into the selected
-            rows, except those that a trainer would take for its data (`label`, `text`, `chosen` ...). Rows with one
-            prompt and different columns each get completions of their own.
+            rows, except those that a trainer would take for its data (`label`, `text`, `chosen` ...). Rows with the
+            same prompt and different other columns get separate completions.
         output_dir (`str` or `Path`):
-            Where everything is kept.
+            Folder of all results.
         num_generations (`int`, *optional*, defaults to `8`):
             Completions of each prompt.
         selection (`str` or `Callable`, *optional*, defaults to `"top_per_prompt"`):
@@ -311,19 +314,19 @@ def rejection_sample(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the generation.
         backend (`str`, *optional*, defaults to `"transformers"`):
-            `"transformers"`, in this process (several with `accelerate launch`); `"vllm"`, a vLLM server through TRL's
-            client; `"openai"`, any OpenAI-compatible server.
+            `"transformers"` generates in this process (or several, with `accelerate launch`), `"vllm"` on a server of
+            `vllm serve`, and `"openai"` on any OpenAI-compatible server.
         selection_kwargs (`dict`, *optional*):
             Options of the selector.
         drop_truncated (`bool`, *optional*, defaults to `False`):
             Never select a completion that was cut at `max_completion_length`.
         options:
-            `reward_weights` (one number a function; 1 by default); `shard_size` (prompts that are generated and stored
-            at a time, 64); `processing_class`; `generation_batch_size` (completions in a batch in this process, 32);
-            `model_init_kwargs`; `server`, a `dict` of `server_base_url`, `server_timeout`, `max_concurrency`,
-            `max_retries`, `api_key_variable` (see [`make_generator`]); `isolate`
-            (whether each stage gets a process of its own, which gives all memory back: `"always"`, `"never"`, or
-            `"auto"`, the default: on a GPU, if everything is given by path); and the fields of [`Sampling`]:
+            `reward_weights` (one number per function; 1 by default); `shard_size` (prompts that are generated and
+            stored at a time, 64); `processing_class`; `generation_batch_size` (completions in a batch in this process,
+            32); `model_init_kwargs`; `server`, a `dict` of `server_base_url`, `server_timeout`, `max_concurrency`,
+            `max_retries`, `api_key_variable` (see [`make_generator`]); `isolate` (whether each stage runs in a
+            separate process, which frees all its memory: `"always"`, `"never"`, or `"auto"`, the default: on a GPU, if
+            models and functions are given by path or name); and the fields of [`Sampling`]:
             `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, `stop`,
             `generation_kwargs`, `chat_template`, `chat_template_kwargs`, `system_prompt`, `few_shot`.
 
@@ -335,9 +338,8 @@ def rejection_sample(
 
     Raises:
         [`DataError`]: a row cannot be used; names row and column.
-        [`GenerationError`], [`RewardError`],
-        [`StoreError`]: a backend, a reward function or the disk fails. What was finished is
-            kept, and the same call goes on from there.
+        [`GenerationError`], [`RewardError`], [`StoreError`]: a backend, a reward function or the disk fails. Finished
+            shards are kept, and the same call continues from there.
 
     Example:
 
@@ -346,7 +348,7 @@ def rejection_sample(
     >>> trl.SFTTrainer("Qwen/Qwen3-0.6B", train_dataset=best).train()
     ```
     """
-    check_selection(selection, selection_kwargs)  # before anything is generated
+    check_selection(selection, selection_kwargs)  # checked before anything is generated
     sampler = RejectionSampler(
         model, reward_funcs, dataset, output_dir, num_generations, seed=seed, backend=backend, **options
     )

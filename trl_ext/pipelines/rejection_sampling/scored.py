@@ -1,4 +1,4 @@
-"""Scored samples as arrays, a few bytes for each sample, and selections of them as row numbers.
+"""Scored samples as arrays of a few bytes per sample, and selections as row numbers.
 
 This module knows prompts, samples and scores by number. It does not know texts, models or files.
 """
@@ -18,15 +18,15 @@ class Scored:
         prompt (`np.ndarray` of `int64`, shape `(N,)`):
             The prompt's place in the data set.
         sample (`np.ndarray` of `int64`, shape `(N,)`):
-            Which of the prompt's samples it is.
+            Index of the sample among those of the prompt.
         score (`np.ndarray` of `float64`, shape `(N,)`):
-            Higher is better; NaN where it could not be scored.
+            Higher is better; NaN if no function could score it.
         text_hash (`np.ndarray` of `uint64`, shape `(N,)`):
             [`text_hash`] of the completion. Equal hashes within a prompt mean the same text.
         length (`np.ndarray` of `int64`, shape `(N,)`):
-            Tokens of the completion.
+            Length of the completion in tokens.
         finished (`np.ndarray` of `bool`, shape `(N,)`):
-            Whether the completion ended by itself rather than at the length limit.
+            Whether the completion ended before the length limit.
     """
 
     prompt: np.ndarray
@@ -49,7 +49,7 @@ class Scored:
         return len(self.prompt)
 
     def take(self, rows: np.ndarray) -> "Scored":
-        """These samples, in this order."""
+        """The samples in these rows, in this order."""
         return Scored(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
@@ -60,13 +60,14 @@ class Selection:
 
     Args:
         rows (`np.ndarray` of `int64`):
-            The selected samples; for pairs the chosen ones; for groups all members, group after group, best first.
+            The selected samples. For pairs the chosen ones; for groups the members of each group, best first, one
+            group after the other.
         rejected (`np.ndarray` of `int64`, *optional*):
             For pairs: the rejected samples, as many as `rows`.
         margin (`np.ndarray` of `float64`, *optional*):
             For pairs: score of the chosen minus score of the rejected sample, above 0.
         starts (`np.ndarray` of `int64`, *optional*):
-            For groups: where each of them starts in `rows`.
+            For groups: the index in `rows` where each group starts.
         counts (`dict[str, int]`):
             How many samples were used or left out; see [`~trl_ext.pipelines.rejection_sampling.selection.select`].
     """
@@ -86,7 +87,7 @@ class Selection:
     def groups(self) -> list[np.ndarray]:
         """The rows of each group, best first."""
         if self.starts is None:
-            raise ValueError(f"This selection holds {self.kind}. Groups come from 'ranked_groups'.")
+            raise ValueError(f"This selection holds {self.kind}, not groups. Select with 'ranked_groups'.")
         return np.split(self.rows, self.starts[1:])
 
 
@@ -96,7 +97,7 @@ def text_hash(text: str) -> int:
 
 
 def group_numbers(prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(number of the group of each row, size of each group) of rows that are sorted by prompt."""
+    """The group number of each row and the size of each group, for rows that are sorted by prompt."""
     new = np.ones(len(prompt), dtype=bool)
     new[1:] = np.diff(prompt) != 0
     group = np.cumsum(new) - 1

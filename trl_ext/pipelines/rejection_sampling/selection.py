@@ -1,9 +1,9 @@
-"""Selectors: which scored samples are kept, to fine-tune on, as preference pairs, or as ranked groups.
+"""Selectors: choose scored samples for fine-tuning, as preference pairs, or as ranked groups.
 
-[`select`] leaves out the samples that no selector should see and hands the rest, sorted, to a selector of the
-registry. All of it works on the arrays of `scored`.
+[`select`] removes the samples that no selector should see and passes the rest, sorted, to a selector of the registry.
+Selectors work on the arrays of `scored`.
 
-Ties are decided the same way each time: among equal scores of a prompt the lowest sample index comes first, and among
+Ties are always decided in the same way. Among equal scores of a prompt the lowest sample index comes first; among
 prompts the one that comes first in the data set.
 """
 
@@ -27,30 +27,31 @@ def select(
     """
     Select samples.
 
-    Samples without a score are left out, then on request those that were cut off at the length limit, and then exact
-    duplicates within a prompt (the one with the lowest sample index stays). The selector gets the rest sorted by
-    prompt, then best first, then by sample index. Some selectors also get the duplicates: the random controls, which
-    draw each text as often as the policy generates it, and `budget_by_difficulty`, which measures how often the policy
-    is right.
+    First, samples without a score are removed. Then, if `drop_truncated` is set, those that were cut at the length
+    limit. Last, exact duplicates within a prompt (the one with the lowest sample index stays). The selector gets the
+    rest sorted by prompt, then best first, then by sample index. Some selectors also get the duplicates: the random
+    controls, which draw each text as often as the policy generates it, and `budget_by_difficulty`, which measures how
+    often the policy is right.
 
     Args:
         scored ([`Scored`]):
-            All samples, in any order, which does not matter for the result.
+            All samples. Their order does not change the result.
         selection (`str` or `Callable`, *optional*, defaults to `"top_per_prompt"`):
-            A selector by name, or a function `(Scored, **kwargs) -> Selection` that gets what is described above.
+            A selector by name, or a function `(Scored, **kwargs) -> Selection`, which gets the samples as described
+            above.
         drop_truncated (`bool`, *optional*, defaults to `False`):
-            Leave out samples that did not end by themselves. `SFTTrainer` puts an EOS behind them.
+            Remove samples that were cut at the length limit. `SFTTrainer` would append an EOS to them.
         kwargs:
             Options of the selector.
 
     Returns:
-        [`Selection`]: with row numbers of `scored`, and in its `counts`, beside what the selector counts: `samples`
-        all; `unscorable`, `truncated_dropped`, `duplicates` left out, in this order; `candidates` the rest;
-        `truncated` those among the candidates; `prompts` with samples, `prompts_selected`, and `selected` samples,
-        pairs or groups.
+        [`Selection`]: row numbers of `scored`. Its `counts` hold the selector's counts and: `samples` (all);
+        `unscorable`, `truncated_dropped` and `duplicates` (removed, in this order); `candidates` (the rest);
+        `truncated` (candidates that were cut); `prompts` (with samples), `prompts_selected`, and `selected` (samples,
+        pairs or groups).
 
     Raises:
-        ValueError: on an option that the selector does not have, or if a sample is there twice.
+        ValueError: the selector does not have an option, or a sample occurs twice.
 
     Example:
 
@@ -68,8 +69,8 @@ def select(
     if len(twice):
         row = order[twice[0]]
         raise ValueError(
-            f"Sample {scored.sample[row]} of prompt {scored.prompt[row]} is there more than once ({len(twice)} such "
-            "samples). Each sample of a prompt needs an index of its own."
+            f"Sample {scored.sample[row]} of prompt {scored.prompt[row]} occurs more than once ({len(twice)} such "
+            "samples). Each sample of a prompt needs a different index."
         )
     counts = {"samples": len(scored), "prompts": len(np.unique(scored.prompt))}
 
@@ -78,7 +79,7 @@ def select(
     kept = rows[scored.finished[rows]] if drop_truncated else rows
     counts["truncated_dropped"] = len(rows) - len(kept)
     counts["duplicates"] = 0
-    if function not in _SEE_DUPLICATES:  # after what was cut: a text that is whole may have been cut elsewhere
+    if function not in _SEE_DUPLICATES:  # after truncated samples are removed: the same text may also occur uncut
         distinct = _first_of_each_text(scored.prompt[kept], scored.text_hash[kept])
         counts["duplicates"] = len(kept) - len(distinct)
         kept = kept[distinct]
@@ -97,10 +98,10 @@ def select(
 @selectors.register("top_per_prompt")
 def top_per_prompt(scored: Scored, n: int = 1) -> Selection:
     """
-    The `n` best samples of each prompt (all of a prompt that has fewer).
+    The `n` best samples of each prompt (all samples of a prompt that has fewer).
 
     Args:
-        n (`int`, *optional*, defaults to `1`): Samples a prompt.
+        n (`int`, *optional*, defaults to `1`): Samples per prompt.
     """
     _check_positive("n", n)
     return Selection(np.flatnonzero(_rank(scored) < n))
@@ -109,10 +110,10 @@ def top_per_prompt(scored: Scored, n: int = 1) -> Selection:
 @selectors.register("top_k_overall")
 def top_k_overall(scored: Scored, k: int) -> Selection:
     """
-    The `k` best samples of all prompts together, best first. Easy prompts may give several, hard ones none.
+    The `k` best samples of all prompts together, best first. An easy prompt may give several, a hard one none.
 
     Args:
-        k (`int`): Samples in all.
+        k (`int`): Total number of samples.
     """
     _check_positive("k", k)
     return Selection(np.lexsort((scored.sample, scored.prompt, -scored.score))[:k])
@@ -125,7 +126,7 @@ def threshold(scored: Scored, min_score: float, n: int | None = None) -> Selecti
 
     Args:
         min_score (`float`): The lowest score to keep.
-        n (`int`, *optional*): At most this many of a prompt, the best. All by default.
+        n (`int`, *optional*): Keep at most the `n` best of a prompt. All by default.
     """
     good = scored.score >= min_score
     if n is not None:
@@ -137,9 +138,9 @@ def threshold(scored: Scored, min_score: float, n: int | None = None) -> Selecti
 @selectors.register("random_per_prompt")
 def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", seed: int = 0, **kwargs) -> Selection:
     """
-    The random control of a selector: as many samples of each prompt as it selects, drawn without looking at scores.
+    The random control of a selector: it draws as many samples of each prompt as the selector, and ignores scores.
 
-    All samples are equally likely, duplicates included, so that a text is drawn as often as the policy generates it.
+    All samples are equally likely, duplicates included, so a text is drawn as often as the policy generates it.
     Without duplicates, the texts that the policy is surest of would be drawn too seldom, and training on the control
     would do harm.
 
@@ -158,8 +159,8 @@ def random_per_prompt(scored: Scored, like: str | Callable = "top_per_prompt", s
 @selectors.register("random_k_overall")
 def random_k_overall(scored: Scored, like: str | Callable = "top_k_overall", seed: int = 0, **kwargs) -> Selection:
     """
-    The random control of a selector: as many samples in all as it selects, drawn without looking at scores.
-    Duplicates are as likely as any sample.
+    The random control of a selector: it draws as many samples in all as the selector, and ignores scores. Duplicates
+    are as likely as any other sample.
 
     Args:
         like (`str` or `Callable`, *optional*, defaults to `"top_k_overall"`): The selector to match.
@@ -175,8 +176,8 @@ def best_worst_pairs(scored: Scored, min_margin: float = 0.0) -> Selection:
     """
     The best and the worst sample of each prompt, as a preference pair with the difference of their scores.
 
-    A prompt whose samples all have one score gives none; `no_spread` counts them, and `below_margin` those whose
-    difference is under `min_margin`.
+    A prompt whose samples all have the same score gives no pair; `no_spread` counts such prompts. `below_margin`
+    counts prompts whose difference is below `min_margin`.
 
     Args:
         min_margin (`float`, *optional*, defaults to `0.0`): The smallest difference to keep.
@@ -199,20 +200,21 @@ def best_worst_pairs(scored: Scored, min_margin: float = 0.0) -> Selection:
 @selectors.register("rso")
 def rso(scored: Scored, n: int = 8, beta: float = 0.5, seed: int = 0, pairs: bool = False) -> Selection:
     r"""
-    Statistical rejection sampling: `n` samples a prompt that follow the policy tilted by the reward.
+    Statistical rejection sampling: `n` samples per prompt that follow the policy tilted by the reward.
 
     See *Statistical Rejection Sampling Improves Preference Optimization* by Liu et al.
-    (https://huggingface.co/papers/2309.06657), algorithm 1: going through the samples in the order in which they were
-    drawn, each is accepted with probability \\( \exp((r - r_{max}) / \beta) \\), where \\( r_{max} \\) is the highest
-    score that is left; then once more through those that are left, until there are `n` or none is left. Small `beta`
-    gives the best `n`, large `beta` a random `n`.
+    (https://huggingface.co/papers/2309.06657), algorithm 1. It goes through the samples in the order in which they
+    were drawn and accepts each with probability \\( \exp((r - r_{max}) / \beta) \\), where \\( r_{max} \\) is the
+    highest score among those not accepted yet. It repeats this with the rest until `n` are accepted or none is left.
+    Small `beta` gives the best `n`, large `beta` a random `n`.
 
     Args:
-        n (`int`, *optional*, defaults to `8`): Samples a prompt (the paper's 8, of 64).
-        beta (`float`, *optional*, defaults to `0.5`): Temperature, in units of the score (the paper's).
+        n (`int`, *optional*, defaults to `8`): Samples per prompt (the paper takes 8 of 64).
+        beta (`float`, *optional*, defaults to `0.5`): Temperature, in units of the score (the paper's value).
         seed (`int`, *optional*, defaults to `0`): Seed of the draws.
-        pairs (`bool`, *optional*, defaults to `False`): Pair the accepted two by two in the order of acceptance, the
-            better one chosen (the paper's first-round ranking); equal scores make no pair, `no_spread` counts them.
+        pairs (`bool`, *optional*, defaults to `False`): Pair the accepted samples two by two in the order of
+            acceptance, with the better one as chosen (the paper's first-round ranking). Equal scores make no pair;
+            `no_spread` counts them.
     """
     _check_positive("n", n)
     if not beta > 0:
@@ -221,7 +223,7 @@ def rso(scored: Scored, n: int = 8, beta: float = 0.5, seed: int = 0, pairs: boo
     drawn = scored.take(rows)
     group, sizes = group_numbers(drawn.prompt)
     accepted_in = np.full(len(rows), -1)  # the pass in which a row was accepted
-    for turn in range(n):  # the best that is left is accepted for certain, so n passes are enough
+    for turn in range(n):  # each pass accepts at least the best of the rest, so n passes are enough
         taken = np.bincount(group[accepted_in >= 0], minlength=len(sizes))
         left = np.flatnonzero((accepted_in < 0) & (taken < n)[group])
         if not len(left):
@@ -229,7 +231,7 @@ def rso(scored: Scored, n: int = 8, beta: float = 0.5, seed: int = 0, pairs: boo
         top = np.full(len(sizes), -np.inf)
         np.maximum.at(top, group[left], drawn.score[left])
         at_top = drawn.score[left] == top[group[left]]
-        with np.errstate(invalid="ignore", over="ignore"):  # infinities; where they are the top they are accepted
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite scores; an infinite maximum is accepted
             chance = np.exp((drawn.score[left] - top[group[left]]) / beta)
         passed = left[at_top | (_uniform(drawn, seed, turn)[left] < chance)]
         counts = np.bincount(group[passed], minlength=len(sizes))
@@ -256,7 +258,7 @@ def ranked_groups(scored: Scored) -> Selection:
     """
     All samples of each prompt as one ranked group, with the scores as ratings: data for `RewardTrainer`.
 
-    Prompts whose samples all have one score say nothing about an order and are left out; `no_spread` counts them.
+    Prompts whose samples all have the same score give no order and are dropped; `no_spread` counts them.
     """
     group, sizes = group_numbers(scored.prompt)
     first = np.cumsum(sizes) - sizes
@@ -274,15 +276,15 @@ def budget_by_difficulty(
     Right samples of the prompts that are neither solved nor hopeless.
 
     A sample is right if its score is at least `min_score`. Prompts whose samples are all right or all wrong are
-    dropped (`all_right`, `all_wrong` count them). The right samples of the others are taken, exact duplicates once. If
-    they are more than `k`, the best of each prompt come first, then the second best, and so on; within each turn the
-    hardest prompts come first. A prompt is hard if a small share of its samples is right, duplicates included: the
-    share estimates how often the policy is right.
+    dropped (`all_right`, `all_wrong` count them). Of the other prompts the right samples are taken, exact duplicates
+    once. If there are more than `k`, the best of each prompt come first, then the second best, and so on; within each
+    turn the hardest prompts come first. A prompt is hard if a small share of its samples, duplicates included, is
+    right: this share estimates how often the policy is right.
 
     Args:
         min_score (`float`, *optional*, defaults to `1.0`): The lowest score of a right sample.
-        n (`int`, *optional*): At most this many of a prompt. All by default.
-        k (`int`, *optional*): At most this many in all. All by default.
+        n (`int`, *optional*): Largest number of samples per prompt. All by default.
+        k (`int`, *optional*): Largest number of samples in all. All by default.
     """
     for name, value in (("n", n), ("k", k)):
         if value is not None:
@@ -293,8 +295,8 @@ def budget_by_difficulty(
     counts = {"all_right": int((share == 1).sum()), "all_wrong": int((share == 0).sum())}
     distinct = _distinct(scored)
     counts |= {"duplicates": int((~distinct).sum()), "candidates": int(distinct.sum())}
-    before = np.cumsum(distinct) - distinct  # distinct samples before a row, in all
-    rank = before - before[np.cumsum(sizes) - sizes][group] if len(sizes) else before  # and in its prompt
+    before = np.cumsum(distinct) - distinct  # number of distinct samples before a row
+    rank = before - before[np.cumsum(sizes) - sizes][group] if len(sizes) else before  # the same within its prompt
     kept = distinct & right & (share < 1)[group]
     if n is not None:
         kept &= rank < n
@@ -311,28 +313,29 @@ def check_selection(
     selection: str | Callable, kwargs: dict[str, Any] | None = None, kinds: tuple[str, ...] = ()
 ) -> None:
     """
-    Check before anything is generated that a selector exists, has these options, and gives what is needed.
+    Check before anything is generated that a selector exists, has these options, and gives the right kind of result.
 
     Args:
         selection (`str` or `Callable`): a selector.
         kwargs (`dict`, *optional*): its options.
-        kinds (`tuple[str, ...]`, *optional*): what it may give: `"rows"`, `"pairs"`, `"groups"`. Anything by default.
+        kinds (`tuple[str, ...]`, *optional*): allowed kinds of result: `"rows"`, `"pairs"`, `"groups"`. All by
+            default.
 
     Raises:
-        ValueError: an unknown name (with the nearest), an option that the selector does not have or cannot take, or
-            another kind of result.
+        ValueError: the name is unknown (the error names the nearest), the selector does not have an option or refuses
+            its value, or it gives another kind of result.
     """
     function, kwargs = selectors.get(selection), kwargs or {}
     _check_options(function, selection, kwargs)
     if "like" in kwargs:
         selectors.get(kwargs["like"])
     if not function.__module__.startswith("trl_ext."):
-        return  # a plugin may want other samples than these
+        return  # a plugin may need other samples than these
     tried = Scored([0, 0, 1, 1], [0, 1, 0, 1], [0.0, 1.0, 0.0, 1.0], [0, 1, 2, 3], [1] * 4, [True] * 4)
     found = select(tried, selection, **kwargs)
     if kinds and found.kind not in kinds:
         raise ValueError(
-            f"selection={selection!r} gives {found.kind}, which are not for supervised fine-tuning. Use a selector of "
+            f"selection={selection!r} gives {found.kind}, which supervised fine-tuning cannot use. Use a selector of "
             "samples here, and rejection_sample(...) for pairs and groups."
         )
 
@@ -352,18 +355,18 @@ def _check_positive(name: str, value: int) -> None:
 
 
 def _matched(like: str | Callable, scored: Scored, kwargs: dict[str, Any]) -> np.ndarray:
-    """The rows that a selector takes, of the samples that [`select`] would show it."""
+    """The rows that a selector takes from the samples that [`select`] would pass to it."""
     function = selectors.get(like)
     _check_options(function, like, kwargs)
     shown = np.arange(len(scored)) if function in _SEE_DUPLICATES else np.flatnonzero(_distinct(scored))
     matched = function(scored.take(shown), **kwargs)
     if matched.kind != "rows":
-        raise ValueError(f"A random control matches a selector of samples; {like!r} selects {matched.kind}.")
+        raise ValueError(f"like={like!r} selects {matched.kind}; needed: a selector of samples, which can be matched.")
     return shown[matched.rows]
 
 
 def _distinct(scored: Scored) -> np.ndarray:
-    """Which rows are the first of their text in a prompt, by sample index."""
+    """Whether each row is the first with its text in its prompt, by sample index."""
     order = np.lexsort((scored.sample, scored.prompt))
     first = np.zeros(len(scored), dtype=bool)
     first[order[_first_of_each_text(scored.prompt[order], scored.text_hash[order])]] = True
@@ -383,17 +386,17 @@ def _first_of_each_text(prompt: np.ndarray, text: np.ndarray) -> np.ndarray:
 
 
 def _position(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, ... within each group, for groups of these sizes one after the other."""
+    """The place of each row in its group (0, 1, ...), for consecutive groups of these sizes."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _rank(scored: Scored) -> np.ndarray:
-    """Rank of each row within its prompt, 0 = best, of rows sorted as [`select`] sorts them."""
+    """The rank of each row within its prompt, 0 = best, for rows in the order of [`select`]."""
     return _position(group_numbers(scored.prompt)[1])
 
 
 def _uniform(scored: Scored, *seeds: int) -> np.ndarray:
-    """A number in [0, 1) for each row, from prompt, sample and seeds only: other rows do not change it."""
+    """A number in [0, 1) for each row. It depends only on prompt, sample and seeds, not on other rows."""
     mixed = np.zeros(len(scored), dtype=np.uint64)
     for part in (*(np.uint64(seed % 2**64) for seed in seeds), scored.prompt.astype(np.uint64), scored.sample):
         mixed = _mix(mixed ^ _mix(np.asarray(part).astype(np.uint64)))
@@ -401,7 +404,7 @@ def _uniform(scored: Scored, *seeds: int) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """SplitMix64's mixing function (Steele, Lea and Flood 2014), by element; it wraps around on purpose."""
+    """SplitMix64's mixing function (Steele, Lea and Flood 2014) for each element. It overflows on purpose."""
     with np.errstate(over="ignore"):
         value = value + np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

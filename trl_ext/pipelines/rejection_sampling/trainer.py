@@ -1,7 +1,8 @@
 """Expert iteration with the arguments of `trl.GRPOTrainer`: sample, score, select, fine-tune, repeat.
 
-Every finished round is on disk, and so are the samples and checkpoints of an unfinished one: the same script run again
-continues where it stopped. Nothing stays in memory between stages; each loads the policy that the one before saved.
+Every finished round is on disk, and so are the samples and checkpoints of an unfinished one. If you run the same
+script again, it continues where it stopped. Nothing stays in memory between stages; each stage loads the policy that
+the previous one saved.
 """
 
 import hashlib
@@ -67,8 +68,8 @@ class RejectionSamplingTrainer:
     Rounds of rejection sampling and supervised fine-tuning.
 
     A round draws `num_generations` completions of each prompt from the policy, scores them with the reward functions,
-    selects, and fine-tunes with `trl.SFTTrainer`, whose optimizer is new each time. After each round the policy is
-    evaluated on `eval_dataset`, and the best one is kept: by the verifier if there is one, else by the reward.
+    selects samples, and fine-tunes on them with `trl.SFTTrainer` and a new optimizer. After each round the policy is
+    evaluated on `eval_dataset`, and the best policy is kept: by the verifier if there is one, else by the reward.
 
     See *RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment* by Dong et al.
     (https://huggingface.co/papers/2304.06767) and, for `start_from="initial"`, *Beyond Human Data: Scaling
@@ -76,20 +77,21 @@ class RejectionSamplingTrainer:
 
     Args:
         model, reward_funcs, processing_class, reward_processing_classes, callbacks, quantization_config, peft_config:
-            As in `trl.GRPOTrainer`. A model in memory is saved first and stays as it is; the trained policy is
+            As in `trl.GRPOTrainer`. A model in memory is saved first and does not change; the trained policy is
             `trainer.model`. A model by path is trained in float32, as by `trl.SFTTrainer`, unless
-            `args.model_init_kwargs` sets another `dtype`, and generates in the dtype of its checkpoint. Reward
+            `args.model_init_kwargs` sets another `dtype`; it generates in the dtype of its checkpoint. Reward
             functions may also be reward models of this package, by path.
         args ([`RejectionSamplingConfig`] or `trl.GRPOConfig`, *optional*):
-            The configuration. From a `GRPOConfig`, the arguments that mean something here are used.
+            The configuration. Only those arguments of a `GRPOConfig` are used that have a meaning here.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
             Rows with a `prompt`; the reward functions get the other columns.
         verifier (reward function, *optional*):
-            What the reward stands for, such as a check of the answer. It never decides what is selected: it rates
-            rounds on `eval_dataset`, and a warning says if the reward rises and the verifier's score does not.
+            The true objective that the reward approximates, such as a check of the answer. It does not select samples.
+            It rates rounds on `eval_dataset`, and a warning is logged if the reward rises and the verifier's score
+            does not.
 
     Attributes:
-        history (`list[dict]`): the metrics of each round, round 0 being the policy before training.
+        history (`list[dict]`): the metrics of each round; round 0 is the policy before training.
 
     Example:
 
@@ -138,12 +140,12 @@ class RejectionSamplingTrainer:
             if value is not None:
                 raise ValueError(f"RejectionSamplingTrainer cannot use `{name}` of GRPOTrainer.")
         if any(item is not None for item in optimizers):
-            raise ValueError("Each round needs a new optimizer: set `optim` and `learning_rate`, not `optimizers`.")
+            raise ValueError("Each round needs a new optimizer. Set `optim` and `learning_rate`, not `optimizers`.")
         if reward_funcs is None or train_dataset is None:
             missing = "reward_funcs" if reward_funcs is None else "train_dataset"
             raise ValueError(f"RejectionSamplingTrainer needs {missing}.")
         if isinstance(eval_dataset, dict):
-            raise ValueError("Rounds are compared on one eval_dataset, found a dict of them. Give one of them.")
+            raise ValueError("eval_dataset is a dict; needed: one data set, on which rounds are compared.")
         if verifier is not None and eval_dataset is None:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         if isinstance(model, PeftModel) and peft_config is not None:
@@ -185,16 +187,17 @@ class RejectionSamplingTrainer:
 
         Returns:
             `TrainOutput`: the optimizer steps of the rounds that this call finished, including steps before an
-            interruption; the last round's loss and its metrics.
+            interruption, and the loss and metrics of the last round.
 
         Raises:
             [`~trl_ext.pipelines.stages.cache_key.StaleError`]: the rounds in `output_dir` were made with other
-            settings. ValueError: a selection kept nothing.
+                settings.
+            ValueError: a selection kept no sample.
         """
         if isinstance(resume_from_checkpoint, (str, Path)):
             raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}; needed: None, True or False. What is resumed is "
-                "in output_dir."
+                f"resume_from_checkpoint={resume_from_checkpoint!r}; needed: None, True or False. The rounds to "
+                "resume are in output_dir."
             )
         self._begin(start_over=resume_from_checkpoint is False)
         self._model = None
@@ -211,7 +214,7 @@ class RejectionSamplingTrainer:
         return TrainOutput(steps, self.history[-1]["train_loss"], dict(self.history[-1]))
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the kept policy on `eval_dataset`. Stored results are used again."""
+        """Evaluate the kept policy on `eval_dataset`. Stored results are reused."""
         if self._eval_dataset is None:
             raise ValueError("There is no eval_dataset to evaluate on.")
         if not self.history:
@@ -273,15 +276,15 @@ class RejectionSamplingTrainer:
             )
         if "completion" not in selected.dataset.column_names:
             raise ValueError(
-                f"selection={args.selection!r} gives {selected.selection.kind}, which are not for supervised "
-                "fine-tuning. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
+                f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot "
+                "use. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
             )
         cut = int((~selected.scored.finished[selected.selection.rows]).sum())
         if cut and PartialState().is_main_process:
             logger.warning(
                 f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
-                f"max_completion_length={args.max_completion_length}. SFT puts an EOS behind them, and the policy "
-                "learns to stop there: set mask_truncated_completions=True, or raise max_completion_length."
+                f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy "
+                "learns to stop there. Set mask_truncated_completions=True, or raise max_completion_length."
             )
         metrics = {"round": number, **round_metrics(selected.scored, selected.selection)}
         rows = rows_to_learn_from(self._rounds, number, selected.dataset, args.accumulate_rounds)
@@ -304,7 +307,7 @@ class RejectionSamplingTrainer:
     def _sampler(
         self, number: int, dataset: Any, folder: Path, seed: int, evaluating: bool = False
     ) -> RejectionSampler:
-        """A sampler from the policy that came out of a round."""
+        """A sampler with the policy of a round."""
         args = self.args
         weights = list(weights_by_name(self._rewards, args.reward_weights).values())
         rewards = list(self._rewards)
@@ -322,7 +325,7 @@ class RejectionSamplingTrainer:
             seed=seed,
             backend="vllm" if on_server else "transformers",
             reward_weights=weights,
-            # only the policy before training may lack a tokenizer of its own
+            # every policy but the first is saved with its tokenizer
             processing_class=self._given_tokenizer if number == 0 and not self._in_memory else None,
             generation_batch_size=args.generation_batch_size,
             model_init_kwargs=self._init_kwargs if number == 0 else self._generates_with(),
@@ -331,7 +334,7 @@ class RejectionSamplingTrainer:
         )
 
     def _evaluate(self, number: int) -> dict[str, float]:
-        """Reward and verifier of the policy that came out of a round; the same prompts and seed every time."""
+        """Evaluate the policy of a round, with the same prompts and seed for all rounds."""
         if self._eval_dataset is None:
             return {}
         folder = self._rounds.of(number) / "evaluation"
@@ -354,7 +357,7 @@ class RejectionSamplingTrainer:
         write_json(Path(self.args.output_dir) / "rounds.json", self.history)
         plot = Path(self.args.output_dir) / "rounds.png"
         drawn = plot_rounds(self.history, plot)
-        self._rounds.record(metrics)  # last: a rerun repeats nothing of a recorded round
+        self._rounds.record(metrics)  # last, because a rerun skips recorded rounds
         self._rounds.keep({metrics["round"], best_round(self.history)})
         if "wandb" in self.args.report_to:
             log_rounds(self.history[:2] if metrics["round"] == 1 else [metrics], plot if drawn else None)
@@ -364,23 +367,23 @@ class RejectionSamplingTrainer:
         best = self.history[self.best_round]
         if best[name] <= self.history[0][name]:
             logger.warning(
-                f"No round is better than the policy before training: {name} {self.history[0][name]:.4g} before, "
-                f"{best[name]:.4g} after round {best['round']}, which is kept."
+                f"No round is better than the policy before training: {name} {self.history[0][name]:.4g} before "
+                f"training, {best[name]:.4g} after round {best['round']}. The policy of that round is kept."
             )
 
     def _policy(self, number: int) -> str | Path:
-        """The policy after a round; 0: the one that training starts from."""
+        """The policy after a round; for round 0 the policy that training starts from."""
         if number:
             return self._rounds.policy(number)
         return self._rounds.folder / "initial" if self._in_memory else self._given
 
     def _trains_with(self, fresh: bool) -> dict[str, Any]:
-        """How a policy is loaded to be trained: in float32, as in `trl.SFTTrainer`, if the user names no dtype."""
+        """The loading arguments for training: float32, as in `trl.SFTTrainer`, unless the user sets a dtype."""
         default = {} if self._in_memory else {"dtype": "float32"}  # a model in memory keeps its dtype, as in TRL
         return default | (self._init_kwargs if fresh else self._without_revision())
 
     def _generates_with(self) -> dict[str, Any]:
-        """How the policy of a round is loaded to generate: in the dtype of the checkpoint that round 1 starts from."""
+        """The loading arguments for generation: the dtype of the checkpoint that round 1 starts from."""
         return ({} if self._dtype is None else {"dtype": self._dtype}) | self._without_revision()
 
     @cached_property
@@ -396,7 +399,7 @@ class RejectionSamplingTrainer:
         return {name: value for name, value in self._init_kwargs.items() if name != "revision"}
 
     def _save_initial(self) -> None:
-        """Save a model that was given in memory, once."""
+        """Save a model that was passed in memory, once."""
         folder = self._rounds.folder / "initial"
         if not self._in_memory or folder.is_dir():
             return
@@ -407,7 +410,7 @@ class RejectionSamplingTrainer:
         os.replace(staging, folder)
 
     def _settings(self) -> dict[str, Any]:
-        """What every round depends on."""
+        """The settings that every round depends on."""
         settings = self.args.settings_of_a_round()
         settings["model"] = model_identity(self._given, self._init_kwargs.get("revision"))
         if "quantization_config" in self._init_kwargs:
@@ -424,7 +427,7 @@ class RejectionSamplingTrainer:
 
 
 def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
-    """The columns that reward functions get, by the first row."""
+    """The columns that reward functions get, read from the first row."""
     return set(next(iter(dataset), {})) - NOT_PASSED
 
 
