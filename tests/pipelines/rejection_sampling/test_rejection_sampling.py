@@ -429,7 +429,7 @@ def test_a_failure_in_the_middle_keeps_what_was_done(tiny, tmp_path):
         ({"shard_size": 0}, ValueError, "shard_size=0"),
         ({"generation_batch_size": 0}, ValueError, "generation_batch_size=0"),
         ({"top_kk": 1}, TypeError, "Did you mean 'top_k'"),
-        ({"isolate": "always", "rewards": vowels}, ValueError, "cannot have a process of its own"),
+        ({"isolate": "always", "rewards": vowels}, ValueError, "cannot run in a separate process"),
         ({"max_completion_length": 600}, DataError, "prompt data, row 0, column 'prompt'"),
     ],
 )
@@ -523,7 +523,9 @@ def test_a_stage_in_its_own_process_dies_with_its_parent_and_says_what_failed(ti
         time.sleep(0.1)
     apart = sample(tiny, jobs, str(scalar), isolate="always")
     assert apart.to_list() == sample(tiny, tmp_path / "here", str(scalar)).to_list()
-    with pytest.raises(DataError, match=r"(?s)prompt of .* 512 positions.*stage generate failed in its own process"):
+    with pytest.raises(
+        DataError, match=r"(?s)prompt of .* 512 positions.*stage generate failed in a separate process"
+    ):
         sample(tiny, jobs, str(scalar), isolate="always", max_completion_length=600)
 
 

@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(StageError, match="put them before it"):
         run_stages(stages()[::-1], tmp_path)
     (tmp_path / "one").mkdir()
-    with pytest.raises(StageError, match="left alone"):
+    with pytest.raises(StageError, match="not replaced"):
         run_stages(stages(), tmp_path)
 
 

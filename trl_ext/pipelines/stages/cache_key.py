@@ -1,8 +1,7 @@
-"""Cache keys: what a stored result depends on, as JSON, and what to say when that has changed.
+"""Cache keys: hash and compare manifests, and raise an error that names the changes.
 
-A *manifest* is a dictionary of JSON values that names everything a result depends on. Its hash is the cache key. This
-module compares manifests; it does not know where they are kept (`store`), nor how a Python value becomes JSON
-(`values`).
+A *manifest* is a dictionary of JSON values with everything that a result depends on. Its hash is the cache key. This
+module does not know where manifests are kept (`store`), or how a Python value becomes JSON (`values`).
 """
 
 import hashlib
@@ -19,8 +18,8 @@ class Change:
 
     Args:
         name (`str`): the entry; entries of nested dictionaries are joined by dots.
-        before: the value that the stored result was made with.
-        now: the value that was given now.
+        before: the value when the stored result was made.
+        now: the current value.
     """
 
     name: str
@@ -33,14 +32,14 @@ class Change:
 
 class StaleError(ValueError):
     """
-    A stored result was made from something else than what was given now.
+    A stored result was made with other settings than the current ones.
 
     The message names every entry that changed, with its old and new value, and what to do.
 
     Args:
-        where (`str`): what is stored and where, with its verb: `"The rounds in runs/1 were"`.
-        changes (`Sequence[Change | str]`): what differs.
-        fix (`str`): what to do about it.
+        where (`str`): the stored result, as the start of a sentence: `"The rounds in runs/1 were"`.
+        changes (`Sequence[Change | str]`): the differences.
+        fix (`str`): what the user should do.
     """
 
     def __init__(self, where: str, changes: Sequence[Change | str], fix: str):
@@ -77,8 +76,8 @@ def changes_between(
     The entries that differ, by name.
 
     Args:
-        before (`Mapping`): the manifest of what is stored.
-        now (`Mapping`): the manifest of what was asked for.
+        before (`Mapping`): the manifest of the stored result.
+        now (`Mapping`): the manifest of the requested result.
         ignore (`Collection[str]`, *optional*): top-level entries that may differ.
         prefix (`str`, *optional*): put before each name.
     """

@@ -1,7 +1,7 @@
-"""Stages that depend on each other. Each has its own folder, which is kept and used again.
+"""Stages that depend on each other. Each has a folder, which is kept and reused.
 
-A stage is used again while nothing that its result depends on has changed: its settings, the versions of the
-libraries, and, through their cache keys, the stages that it needs. This module does not know what a stage does.
+The result of a stage is reused until something changes that it depends on: its settings, the versions of the
+libraries, or (through their cache keys) the stages that it needs. This module does not know what a stage does.
 
     >>> two = Stage("two", "Two", lambda context: {"value": context.settings["value"]}, {"value": 2})
     >>> four = Stage("four", "Four", lambda context: {"value": 2 * context.results["two"]["value"]}, {}, ("two",))
@@ -36,7 +36,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
 @dataclass(frozen=True)
 class StageContext:
     """
-    What a stage gets when it runs.
+    The inputs of a stage when it runs.
 
     Args:
         folder (`Path`):
@@ -46,9 +46,9 @@ class StageContext:
         results (`Mapping[str, dict]`):
             The results of the stages that it needs, by name.
         folders (`Mapping[str, Path]`):
-            Their folders.
+            The folders of these stages.
         report_to (`str`):
-            For the `report_to` of trainers.
+            The value for a trainer's `report_to`.
         progress (`Callable[[float], None]`):
             A function to call with the share that is done, in `[0, 1]`.
     """
@@ -68,20 +68,20 @@ class Stage:
 
     Args:
         name (`str`):
-            Its name, and that of its folder.
+            Name of the stage and of its folder.
         title (`str`):
-            What the progress line calls it.
+            Name in the progress display.
         run (`Callable[[StageContext], dict]`):
-            Does the work, writes its files into `context.folder`, and returns what is worth reporting as JSON values.
+            Does the work, writes its files into `context.folder`, and returns a result of JSON values.
         settings (`Mapping[str, Any]`):
-            Everything that its result depends on, as JSON values. Arguments of a trainer go through
+            Everything that its result depends on, as JSON values. Convert the arguments of a trainer with
             [`~trl_ext.pipelines.stages.training_arguments.arguments_key`].
         needs (`tuple[str, ...]`, *optional*):
             Names of the stages whose results or folders it uses.
         seconds (`float`, *optional*, defaults to `10.0`):
             How long it takes on two CPU cores, for the estimate of the remaining time.
         trains (`bool`, *optional*, defaults to `False`):
-            Whether it trains, and therefore has its own run on Weights & Biases.
+            Whether it trains, and therefore has a separate run on Weights & Biases.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a stage: its result, its folder, the seconds it took, and whether an earlier run made it."""
+    """The outcome of a stage: result, folder, seconds, and whether the result was reused from an earlier run."""
 
     result: dict[str, Any]
     folder: Path
@@ -163,22 +163,22 @@ def run_stages(
     """
     Run the stages, except those whose result is still valid.
 
-    A stage writes to `<name>.partial`, which becomes `<name>` when it is done: a run that was interrupted leaves no
-    folder that looks complete. Only folders that a stage of this name made are ever replaced.
+    A stage writes to `<name>.partial`, which is renamed to `<name>` when the stage is done, so an interrupted run
+    leaves no folder that looks complete. Only folders that a stage of this name made are replaced.
 
     Args:
         stages (`Sequence[Stage]`):
-            In an order in which each comes after those that it needs.
+            The stages; each comes after those that it needs.
         output_dir (`str` or `Path`):
-            Where the folders are.
+            The folder that holds the stages' folders.
         fresh (`bool`, *optional*, defaults to `False`):
-            Run all of them, whatever is there.
+            Run all stages, even those with a valid result.
         on_start (`Callable[[Stage], None]`, *optional*):
-            Called before a stage that really runs.
+            Called before each stage that runs.
         on_progress (`Callable[[Stage, float], None]`, *optional*):
             Called with a stage and the share of it that is done.
         on_end (`Callable[[Stage, Outcome], None]`, *optional*):
-            Called after every stage, also after one that was kept.
+            Called after every stage, including reused ones.
         open_run (`Callable[[Stage], AbstractContextManager[str]]`, *optional*):
             Opens a stage's run on an experiment tracker and gives its `report_to`. It is closed when the stage ends.
         runner ([`~trl_ext.pipelines.stages.runner.JobRunner`], *optional*):
@@ -190,8 +190,8 @@ def run_stages(
         `dict[str, Outcome]`: By name, in order.
 
     Raises:
-        [`StageError`]: see [`stage_keys`]; or a result holds something that JSON cannot; or a folder has a stage's
-            name and no stage made it.
+        [`StageError`]: see [`stage_keys`]; or JSON cannot represent a result; or a folder has a stage's name but was
+            not made by a stage.
     """
     output_dir = Path(output_dir)
     keys = stage_keys(stages)
@@ -225,7 +225,7 @@ def _run(
     folder, draft = output_dir / stage.name, output_dir / f"{stage.name}.partial"
     if folder.exists() and _read_record(folder) is None:
         raise StageError(
-            f"{folder} is there but was not made by this stage (it has no {RECORD}): it is left alone. "
+            f"{folder} exists but was not made by this stage (it has no {RECORD}), so it is not replaced. "
             "Move it away or choose another output folder."
         )
     shutil.rmtree(draft, ignore_errors=True)
@@ -251,12 +251,12 @@ def _run(
     (draft / RECORD).write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-    # what a later run will read: tuples are lists there
+    # return what a later run will read: JSON turns tuples into lists
     return Outcome(json.loads(text)["result"], folder, seconds, cached=False, title=stage.title)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a stage that is done, or `None` where there is no such record or it is damaged."""
+    """The record of a finished stage; `None` if there is none or it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""How far a run of several stages is and when it will be over: a live display in a terminal, lines elsewhere.
+"""Shows the progress of a run of several stages and the time left: a live display in a terminal, lines elsewhere.
 
 It knows names, shares and seconds, and nothing of what the stages do.
 """
@@ -27,7 +27,7 @@ def clock(seconds: float) -> str:
 
 def seconds_left(left: Mapping[str, float], needs: Mapping[str, Sequence[str]], workers: int) -> float:
     """
-    How long it takes until all are done, if each free worker takes the first stage whose needs are done.
+    Seconds until all stages are done, if each free worker takes the first stage whose needs are done.
 
     >>> seconds_left({"a": 1.0, "b": 2.0, "c": 3.0}, {"b": ["a"], "c": ["a"]}, workers=2)
     4.0
@@ -44,23 +44,23 @@ def seconds_left(left: Mapping[str, float], needs: Mapping[str, Sequence[str]], 
 
 class Progress:
     """
-    Shows how far the stages of a run are, and estimates the time that is left.
+    Shows the progress of the stages of a run, and estimates the time left.
 
-    On a terminal it is a live display: a bar for each stage that runs, with log lines above it. Elsewhere it writes a
-    line each `interval` seconds. The estimate comes from how long each stage takes on a reference machine and from how
-    fast this machine is. It is a context, so that the terminal is as before at the end, after an interrupt too.
+    On a terminal it is a live display: a bar for each running stage, with log lines above it. Elsewhere it writes a
+    line every `interval` seconds. The estimate uses the seconds of each stage on a reference machine and the speed of
+    this machine. It is a context manager, which restores the terminal at the end, also after an interrupt.
 
     Args:
         expected (`Mapping[str, float]`, *optional*):
-            Seconds that each stage will take, by title, in order. Without them there is no estimate.
+            Expected seconds of each stage, by title, in order. Without them there is no estimate.
         needs (`Mapping[str, Sequence[str]]`, *optional*):
-            The stages that have to be done before a stage can start.
+            The stages that must be done before a stage can start.
         workers (`int`, *optional*, defaults to `1`):
             How many stages run side by side.
         stream (`TextIO`, *optional*, defaults to standard error):
             Where the display or the lines go.
         interval (`float`, *optional*, defaults to `15.0`):
-            Seconds between two lines, where the stream is no terminal.
+            Seconds between two lines, if the stream is not a terminal.
         now (`Callable[[], float]`, *optional*, defaults to `time.monotonic`):
             The clock, in seconds.
     """
@@ -92,7 +92,7 @@ class Progress:
             console = Console(file=self._stream)
             self._live = Live(console=console, get_renderable=self._display, refresh_per_second=4, transient=True)
             self._live.start()
-            _move_logs(before, sys.stderr)  # which is now the display's, so that log lines appear above it
+            _move_logs(before, sys.stderr)  # now the display's stream, so that log lines appear above it
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,12 +108,12 @@ class Progress:
         self._show(always=True)
 
     def update(self, title: str, share: float) -> None:
-        """A stage is done to this share, in `[0, 1]`."""
+        """Set the share of a stage that is done, in `[0, 1]`."""
         self._running[title] = share
         self._show(always=False)
 
     def finish(self, title: str, line: str) -> None:
-        """A stage is done: writes a line that stays."""
+        """Mark a stage as done, and write a line that stays."""
         self._running.pop(title, None)
         self._finished.add(title)
         self._write(line)
@@ -124,7 +124,7 @@ class Progress:
         later = {t: s for t, s in self._expected.items() if t not in present and t not in self._finished}
         left = seconds_left(present | later, self._needs, self._workers)
         done = seconds_left(self._expected, self._needs, self._workers) - left
-        # The first seconds of a run say little about the machine: the reference counts for 10 of them.
+        # The first seconds say little about this machine's speed, so the reference machine counts as 10 of them.
         return left * (self._now() - self._begin + 10.0) / (max(done, 0.0) + 10.0)
 
     def _times(self) -> str:
@@ -135,10 +135,10 @@ class Progress:
         return f"[{len(self._finished & self._expected.keys())}/{len(self._expected)}] " if self._expected else ""
 
     def _display(self) -> Table:
-        """What a terminal shows now: a bar for each stage that runs, and the times."""
+        """The current display of a terminal: a bar for each running stage, and the times."""
         table = Table.grid(padding=(0, 1))
         for title, share in list(self._running.items()):
-            # a bar that moves, for a stage that has not reported yet
+            # a moving bar for a stage that has not reported its progress yet
             table.add_row(Text(title), ProgressBar(1.0, share, width=30, pulse=share == 0), f"{share:.0%}")
         table.add_row(Text(f"{self._counts()}{self._times()}"))
         return table
@@ -159,7 +159,7 @@ class Progress:
 
 
 def _move_logs(before: TextIO, after: TextIO) -> None:
-    """Log handlers keep the stream that was standard error when they were made: give them the new one."""
+    """Give log handlers the new standard error; they hold the stream of the time when they were made."""
     loggers = [logging.root, *(one for one in logging.root.manager.loggerDict.values())]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):  # a placeholder for a logger has none
@@ -168,12 +168,12 @@ def _move_logs(before: TextIO, after: TextIO) -> None:
 
 
 def ended(title: str, outcome: Outcome) -> str:
-    """The line for a stage that is done."""
+    """The line for a finished stage."""
     return f"{title}: {'kept from an earlier run' if outcome.cached else f'done in {clock(outcome.seconds)}'}"
 
 
 class ProgressCallback(TrainerCallback):
-    """Hands the share of a trainer's steps that are done to a function."""
+    """Passes the share of a trainer's steps that are done to a function."""
 
     def __init__(self, update: Callable[[float], None]):
         self._update = update

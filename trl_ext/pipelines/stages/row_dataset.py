@@ -1,8 +1,8 @@
-"""A file of rows as a data set, with exactly the values that the file holds.
+"""Reads a file of rows as a data set, with exactly the values of the file.
 
-`Dataset.from_json` reads texts that look like dates as dates, and fails if a column is empty in the first ten
-megabytes and not later. Here texts stay texts, and a column gets its type from all rows. Rows are read in chunks, so
-the file may be larger than memory. This module knows lines of JSON and Arrow types.
+`Dataset.from_json` turns texts that look like dates into dates, and fails if a column is empty in the first ten
+megabytes and not later. This module keeps texts as texts, and a column gets its type from all rows. Rows are read in
+chunks, so the file may be larger than memory. The module knows lines of JSON and Arrow types.
 """
 
 import json
@@ -21,10 +21,10 @@ CHUNK_ROWS = 1000
 
 def dataset_of_rows(path: Path) -> Dataset:
     """
-    The rows of a file of JSON lines.
+    The rows of a file of JSON lines as a data set.
 
-    Some columns fit no Arrow type (objects with different keys, numbers beside texts). They become
-    [`~datasets.Json`], which returns the values as they were. The data set lies in a file beside that of the rows.
+    Some columns have no Arrow type (objects with different keys, or both numbers and texts). They become
+    [`~datasets.Json`], which returns the original values. The data set is stored in a file beside that of the rows.
     """
     types: dict[str, pa.DataType | None] = {}
     for rows in _chunks(path):
@@ -58,7 +58,7 @@ def _chunks(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _type_of(values: list[Any], known: pa.DataType | None) -> pa.DataType | None:
-    """The type that holds these values and those of a known type as they are, or `None`."""
+    """The type that holds these values and those of a known type without conversion, or `None`."""
     if known is None:
         return None
     try:

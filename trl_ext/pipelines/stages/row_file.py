@@ -1,7 +1,7 @@
 """A file of rows that a command writes in the order of its input, and that a rerun continues.
 
-The rows of the output are those of the input with columns added. A manifest beside the file says what made it. On a
-rerun the manifest and the rows that are there are compared with what was given now; a torn last line is cut off.
+The output holds the input rows with added columns. A manifest beside the file holds everything that it depends on. A
+rerun compares the manifest and the existing rows with its arguments and input, and cuts off an incomplete last line.
 This module knows rows of JSON. It does not know what the added columns mean.
 """
 
@@ -28,17 +28,17 @@ class RowFile:
 
     ```python
     output = RowFile(Path("scored.jsonl"), {"model_sha256": ..., "max_length": 512}, added=("score",))
-    done = output.resume(rows, "rows.jsonl")  # an iterator of (line number, row), now behind those that are there
+    done = output.resume(rows, "rows.jsonl")  # skips the rows of the iterator that the output holds
     output.append(row | {"score": 1.0} for _, row in islice(rows, 64))
     ```
 
     Args:
         path (`Path`): the JSONL file.
-        manifest (`dict`): JSON-ready; everything that the added columns depend on beside the rows.
+        manifest (`dict`): JSON-ready; everything except the rows that the added columns depend on.
         added (`Collection[str]`): columns that the command adds. Input rows must not have them.
         places (`dict[str, str]`, *optional*):
-            Entries of the manifest that only say where something lies, and the entry that holds its content:
-            `{"model": "model_sha256"}`. A changed content is reported with both places.
+            Entries of the manifest that only name a place, with the entry for its content:
+            `{"model": "model_sha256"}`. If the content changes, the error names both places.
         block (`int`, *optional*, defaults to `1`):
             How many rows are computed together, so that an unfinished block is computed again.
     """
@@ -51,24 +51,24 @@ class RowFile:
 
     @property
     def manifest_path(self) -> Path:
-        """The file beside the output that says what made it."""
+        """The file with the manifest, beside the output."""
         return self.path.with_name(self.path.name + ".manifest.json")
 
     def resume(self, rows: Iterable[tuple[int, Row]], name: str, total: int | None = None) -> int:
         """
-        Take up what is there, and move `rows` behind the rows that the output holds.
+        Check the existing output, and advance `rows` past the rows that it holds.
 
         Args:
             rows (iterator of `tuple[int, dict]`): line number and row of the input.
-            name (`str`): what errors call the input.
-            total (`int`, *optional*): how many rows the input has; a last block may be shorter than `block`.
+            name (`str`): name of the input in errors.
+            total (`int`, *optional*): number of input rows; the last block may be shorter than `block`.
 
         Returns:
             `int`: number of rows that the output holds and keeps.
 
         Raises:
             [`StaleError`]: the output was made with other settings or from other rows.
-            [`StoreError`]: the output was not made by this command, or a line of it is no JSON.
+            [`StoreError`]: the output was not made by this command, or a line is not JSON.
         """
         if not self.path.exists() or self.path.stat().st_size == 0:
             self.manifest_path.unlink(missing_ok=True)
@@ -109,7 +109,7 @@ class RowFile:
             )
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows and wait until they are on the disk. The file appears with its first rows."""
+        """Write rows and wait until they are on the disk. The first rows create the file."""
         with open(self.path, "ab") as file:
             file.write(b"".join(map(line_of, rows)))
             file.flush()
@@ -118,9 +118,9 @@ class RowFile:
 
 def line_of(row: Row) -> bytes:
     """A row as a line of JSON."""
-    # half a surrogate pair, which a JSON escape can hold and UTF-8 cannot, is written as its escape again
+    # half a surrogate pair is valid in a JSON escape and not in UTF-8, so it is written as an escape
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _text(row: Row) -> str:
-    return json.dumps(row, sort_keys=True)  # NaN equals NaN here
+    return json.dumps(row, sort_keys=True)  # as text, NaN equals NaN

@@ -1,10 +1,10 @@
-"""How jobs run: in this process, or in processes of their own that give all their memory back.
+"""Runs jobs in this process, or in separate processes that free all their memory when they end.
 
 [`run_job`] runs one job. [`ThisProcess`] and [`OwnProcesses`] run several, for `run_stages`. A job is a function that
-gets a function to report its progress with. This module knows jobs by name; it does not know what they do.
+gets one argument: a function that reports its progress. This module does not know what jobs do.
 
-A process of its own is a fresh Python that imports this package (`worker`), not your script: a script needs no
-`if __name__ == "__main__"` for it. It ends with the process that started it, however that one ends.
+A separate process is a new Python that imports this package (`worker`), not your script, so your script needs no
+`if __name__ == "__main__"`. It ends when the process that started it ends, for whatever reason.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
 
 
-# What is to be done: it gets a function to call with the share that is done, in `[0, 1]`, and returns its result.
+# A job gets a function to call with the share that is done, in `[0, 1]`, and returns its result.
 Job = Callable[[Callable[[float], None]], Any]
 OnProgress = Callable[[str, float], None]
 
@@ -37,7 +37,7 @@ class StageError(RuntimeError):
 
 
 class NotPortableError(ValueError):
-    """A job holds something that another process cannot import or receive."""
+    """A job holds an object that another process cannot import or receive."""
 
 
 def run_job(
@@ -53,30 +53,30 @@ def run_job(
     Run one job to its end.
 
     Args:
-        name (`str`): what errors call it.
-        job (`Callable`): the job; in a process of its own it travels by pickle, as does its result.
+        name (`str`): name of the job in errors.
+        job (`Callable`): the job. For a separate process the job and its result are pickled.
         isolate (`str`, *optional*, defaults to `"auto"`):
-            `"always"` gives the job a process of its own, so that it leaves no memory behind; `"never"` runs it in
-            this one; `"auto"` isolates it where there is a GPU and the job can travel.
+            `"always"` runs the job in a separate process, so that it leaves no memory allocated. `"never"` runs it in
+            this process. `"auto"` uses a separate process if there is a GPU and the job can be pickled.
         portable (`bool`, *optional*, defaults to `True`):
-            Whether the job can travel. `False` for one that holds a model in memory.
+            Whether the job can be sent to another process. `False` for a job that holds a model in memory.
         environment (`Mapping[str, str]`, *optional*):
-            The environment variables of a process of its own. Those of this process by default.
+            The environment variables of a separate process. Those of this process by default.
         on_progress (`Callable[[float], None]`, *optional*): called with the share that is done, in `[0, 1]`.
 
     Returns:
-        What the job returns.
+        The result of the job.
 
     Raises:
-        [`NotPortableError`]: `"always"`, and the job cannot travel.
-        [`StageError`]: its process was killed.
-        Exception: whatever the job raises, in either process, with the other process's traceback as a note.
+        [`NotPortableError`]: `isolate="always"`, and the job cannot be sent to another process.
+        [`StageError`]: the separate process was killed.
+        Exception: any error of the job. One from a separate process has that process's traceback as a note.
     """
     check_isolate(isolate)
     if isolate == "always" and not portable:
         raise NotPortableError(
-            f"The stage {name} cannot have a process of its own: it holds a model or a function in memory. Give "
-            "models and reward functions by path or name, or set isolate='never'."
+            f"The stage {name} cannot run in a separate process, because it holds a model or a function in memory. "
+            "Give models and reward functions by path or name, or set isolate='never'."
         )
     if isolate == "never" or not portable or (isolate == "auto" and not _on_gpu()):
         return job(on_progress)
@@ -91,19 +91,19 @@ def run_job(
 
 
 def check_isolate(isolate: str) -> None:
-    """Raise `ValueError` for a value that is no [`Isolate`]."""
+    """Raise `ValueError` for an unknown value of `isolate`."""
     if isolate not in get_args(Isolate):
         raise ValueError(f"isolate={isolate!r} is not known. Needed: one of {', '.join(get_args(Isolate))}.")
 
 
 def _on_gpu() -> bool:
-    import torch  # here, so that a process for stages without it starts fast
+    import torch  # imported here, so that processes for stages without torch start fast
 
     return torch.cuda.is_available()
 
 
 class JobRunner(Protocol):
-    """Runs jobs. At most as many are started as are `free`; `wait` gives them back as they end."""
+    """Runs jobs. Callers start at most `free` jobs at a time; `wait` returns them as they end."""
 
     @property
     def free(self) -> int:
@@ -113,7 +113,7 @@ class JobRunner(Protocol):
         """Start a job."""
 
     def wait(self, on_progress: OnProgress) -> tuple[str, Any]:
-        """Name and result of the next job that ends; raises what it raised."""
+        """Return the name and result of the next job that ends, or raise the job's error."""
 
 
 class ThisProcess:
@@ -136,15 +136,15 @@ class ThisProcess:
 
 class OwnProcesses:
     """
-    Jobs side by side in a few processes. Each process takes one job after the other, and is started when there is a
-    first one for it. Use it as a context: leaving it ends the processes, at once if an exception leaves it.
+    Runs jobs side by side in a few processes. Each process takes one job after the other and starts with its first
+    job. Use it as a context manager: leaving it ends the processes, at once if there was an exception.
 
-    Jobs, results and exceptions travel by pickle, so that a job is a function of a module, or a `partial` of one. What
-    a job prints goes to standard error.
+    Jobs, results and exceptions are pickled, so a job must be a function of a module or a `partial` of one. The output
+    of jobs goes to standard error.
 
     Args:
         count (`int`):
-            How many processes at most.
+            Largest number of processes.
         prepare (`Callable[[], None]`, *optional*):
             Called once in each process, before its first job.
         environment (`Mapping[str, str]`, *optional*):
@@ -152,7 +152,7 @@ class OwnProcesses:
 
     Raises:
         ValueError: `count` is below 1.
-        [`NotPortableError`]: (`start`) the job cannot travel.
+        [`NotPortableError`]: (`start`) the job cannot be sent to another process.
         [`StageError`]: (`wait`) a process was killed, often for lack of memory.
     """
 
@@ -164,7 +164,7 @@ class OwnProcesses:
         self._count = count
         self._prepare = prepare
         self._environment = environment
-        self._processes: dict[subprocess.Popen[bytes], threading.Thread] = {}  # and what listens to it
+        self._processes: dict[subprocess.Popen[bytes], threading.Thread] = {}  # with the thread that listens to each
         self._busy: dict[subprocess.Popen[bytes], str] = {}
         self._messages: queue.Queue[tuple[subprocess.Popen[bytes], bytes | None]] = queue.Queue()
 
@@ -175,8 +175,8 @@ class OwnProcesses:
         for process in self._processes:
             if kind is not None:
                 process.kill()
-            with suppress(OSError):  # it is dead already
-                process.stdin.close()  # which ends a process that waits for a job
+            with suppress(OSError):  # the process has ended already
+                process.stdin.close()  # ends a process that waits for a job
         for process, listener in self._processes.items():
             process.wait()
             listener.join()
@@ -215,7 +215,7 @@ class OwnProcesses:
         while True:
             process, message = self._messages.get()
             name = self._busy.get(process)
-            if name is None:  # it ended while it had nothing to do
+            if name is None:  # the process ended while it had no job
                 continue
             if message is None:
                 raise StageError(
@@ -229,13 +229,13 @@ class OwnProcesses:
             del self._busy[process]
             if kind == "failed":
                 error, trace = content
-                error.add_note(f"The stage {name} failed in its own process:\n{trace}")
+                error.add_note(f"The stage {name} failed in a separate process:\n{trace}")
                 raise error
             return name, content
 
 
 def dumps(value: Any) -> bytes:
-    """A pickle for another process. Raises [`NotPortableError`] for what that process could not import."""
+    """Pickle a value for another process. Raises [`NotPortableError`] for code that the process cannot import."""
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
@@ -246,7 +246,7 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-_MOVE = "Put it into a module of its own, or set isolate='never'."
+_MOVE = "Put it into a module, or set isolate='never'."
 
 
 class _Pickler(pickle.Pickler):
@@ -255,25 +255,25 @@ class _Pickler(pickle.Pickler):
             name = f"{value.__module__}.{value.__qualname__}"
             if value.__module__ == "__main__" or "<l" in name:  # <lambda>, <locals>
                 raise NotPortableError(
-                    f"{name!r} is defined in the script, within a function or as a lambda, and another process cannot "
+                    f"{name!r} is defined in the script, inside a function or as a lambda, so another process cannot "
                     f"import it. {_MOVE}"
                 )
         return NotImplemented
 
 
 def _send(process: "subprocess.Popen[bytes]", message: bytes) -> None:
-    with suppress(OSError):  # it died; `wait` says so
+    with suppress(OSError):  # the process died; `wait` reports it
         write_message(process.stdin, message)
 
 
 def write_message(file: Any, message: bytes) -> None:
-    """Write a message, with its length before it."""
+    """Write the length of a message, then the message."""
     file.write(len(message).to_bytes(8, "little") + message)
     file.flush()
 
 
 def read_message(file: Any) -> bytes | None:
-    """The next message, or `None` where the other end is gone."""
+    """The next message, or `None` if the other end is closed."""
     head = file.read(8)
     if len(head) < 8:
         return None

@@ -1,8 +1,8 @@
-"""Files that survive a crash: shards of JSON lines, and the manifest that says what a result depends on.
+"""Files that survive a crash: shards of JSON lines, and the manifest with everything that a result depends on.
 
 A store is a folder that is named after its cache key, the hash of its manifest. Its shards are numbered, and each
-holds a known number of records, each line with a checksum. A shard is written to one side, synced and renamed, so that
-a kill at any moment leaves it either missing or complete. This module does not know what records mean.
+holds a known number of records, each line with a checksum. A shard is written to a temporary file, synced and renamed,
+so a kill at any moment leaves it either missing or complete. This module does not know what records mean.
 """
 
 import json
@@ -25,7 +25,7 @@ _CHECKSUM = len(b'{"crc": "00000000", ')
 
 
 class StoreError(RuntimeError):
-    """Stored data cannot be read or written; the message says what was found, what was kept and what to do."""
+    """Stored data cannot be read or written. The message says what was found, what was kept and what to do."""
 
 
 class DamagedError(StoreError):
@@ -34,8 +34,8 @@ class DamagedError(StoreError):
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool = True) -> int:
     """
-    Write records as lines of JSON, each with a checksum or without. The file appears when it is complete, never
-    before.
+    Write records as lines of JSON, each with a checksum if `checksums` is true. The file appears only when it is
+    complete.
 
     Returns:
         `int`: number of records.
@@ -46,8 +46,8 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool =
     count = 0
     with _whole_file(
         path,
-        "Everything that was finished before is kept. Make room or give another output_dir (and copy this one there), "
-        "then run the same again.",
+        "Everything that was finished before is kept. Free some disk space or give another output_dir "
+        "(and copy this one there), then run the same command again.",
     ) as file:
         for record in records:
             file.write(_line(record) if checksums else _json(record) + b"\n")
@@ -57,7 +57,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool =
 
 def read_lines(path: Path, places: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
     """
-    The records of a file that `write_lines` made; with `places`, those with these numbers, from 0.
+    The records of a file of `write_lines`; with `places` only the records with these numbers, from 0.
 
     Raises:
         [`DamagedError`]: a line is truncated or was changed.
@@ -88,12 +88,12 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _json(record: dict[str, Any]) -> bytes:
-    # half a surrogate pair, which a text can hold and UTF-8 cannot, is written as its escape
+    # half a surrogate pair is valid in a Python text and not in UTF-8, so it is written as an escape
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut, where the system can."""
+    """Make a rename in the folder survive a power cut, if the system supports it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -106,19 +106,19 @@ def check_manifest(
     path: Path, manifest: dict[str, Any], where: str, fix: str, places: Mapping[str, str] | None = None
 ) -> None:
     """
-    Keep a manifest in a file, or compare it with the one that is there.
+    Store a manifest in a file, or compare it with the stored one.
 
     Args:
         path (`Path`): the file.
         manifest (`dict`): JSON-ready; everything that the result beside it depends on.
-        where (`str`): what errors call the result, with its verb: `"The rounds in runs/1 were"`.
-        fix (`str`): what to do about a difference.
+        where (`str`): the result, as the start of a sentence in errors: `"The rounds in runs/1 were"`.
+        fix (`str`): what the user should do if they differ.
         places (`Mapping[str, str]`, *optional*):
-            Entries that only say where something lies, and the entry that holds its content:
-            `{"model": "model_sha256"}`. A moved model is the same; one whose content changed is named by its places.
+            Entries that only name a place, with the entry for its content: `{"model": "model_sha256"}`. A moved model
+            is the same model. If its content changed, the error names both places.
 
     Raises:
-        [`StaleError`]: the two differ; names every entry that does, with both values.
+        [`StaleError`]: the manifests differ; it names every entry that does, with both values.
         [`StoreError`]: the file is damaged.
     """
     manifest = json.loads(json.dumps(manifest))
@@ -143,8 +143,8 @@ class ShardStore:
 
     Args:
         root (`Path`): folder of all stores of this kind.
-        manifest (`dict`): JSON-ready; all that the content depends on.
-        sizes (`list[int]`): records of each shard.
+        manifest (`dict`): JSON-ready; everything that the content depends on.
+        sizes (`list[int]`): number of records of each shard.
 
     Attributes:
         folder (`Path`): where the shards are.
@@ -164,14 +164,14 @@ class ShardStore:
         """The store that [`~ShardStore.create`] made at this place."""
         store = cls(folder.parent, read_json(folder / "manifest.json"), sizes)
         if store.folder.name != folder.name:
-            raise StoreError(f"{folder}/manifest.json was changed: it does not belong there. Delete {folder}.")
+            raise StoreError(f"{folder}/manifest.json was changed, so it does not fit its folder. Delete {folder}.")
         return store
 
     def create(self) -> None:
         """
-        Make the folder with its manifest, or check the one that is there.
+        Create the folder with its manifest, or check the existing one.
 
-        Stores of other configurations stay beside it; a warning names once what differs from the nearest of them.
+        Stores of other configurations stay beside it. A warning names once how the nearest of them differs.
         """
         path = self.folder / "manifest.json"
         if path.is_file():
@@ -180,13 +180,13 @@ class ShardStore:
         near = self.nearest()
         if near is not None:
             logger.warning(
-                f"{self.root} already holds {near[0].name}, made with {near[1]}. It is kept and not used: this "
-                f"configuration gets its own folder, {self.folder.name}."
+                f"{self.root} already holds {near[0].name}, made with {near[1]}. It is kept and not used; this "
+                f"configuration uses the folder {self.folder.name}."
             )
         write_json(path, self.manifest)
 
     def nearest(self) -> tuple[Path, str] | None:
-        """The store beside this one whose manifest differs least, and what differs (its value first, then ours)."""
+        """The store beside this one whose manifest differs least, and the differences (its value, then ours)."""
         found = []
         for path in sorted(self.root.glob("*/manifest.json")):
             if path.parent != self.folder:
@@ -209,7 +209,7 @@ class ShardStore:
     def read(self, shard: int, places: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
         """The records of a shard, or those at `places`. Raises [`StoreError`] if the shard is missing or damaged."""
         if not self.path(shard).is_file():
-            raise StoreError(f"{self.path(shard)} is missing. Run the stage that makes it again.")
+            raise StoreError(f"{self.path(shard)} is missing. Run again the stage that makes it.")
         needed = self.sizes[shard] if places is None else len(places)
         count = 0
         for record in read_lines(self.path(shard), places):
@@ -219,7 +219,7 @@ class ShardStore:
             raise DamagedError(f"{self.path(shard)} gave {count} records; needed: {needed}.")
 
     def is_complete(self, shard: int) -> bool:
-        """Whether a shard is there and complete. It is checked once; a damaged shard is reported by a warning."""
+        """Whether a shard exists and is complete. It is checked once; a damaged shard gives a warning."""
         if shard in self._complete:
             return True
         path = self.path(shard)
@@ -240,20 +240,20 @@ class ShardStore:
         return [shard for shard in range(len(self.sizes)) if not self.is_complete(shard)]
 
     def wait(self, seconds: float = 0.2) -> None:
-        """Wait until all shards are there, including those that other processes make."""
+        """Wait until all shards exist, including those that other processes make."""
         while self.missing():
             time.sleep(seconds)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file that appears when it is complete. Raises [`StoreError`]."""
-    with _whole_file(path, "Make room and run again.") as file:
+    """Write a JSON file, which appears only when it is complete. Raises [`StoreError`]."""
+    with _whole_file(path, "Free some disk space and run again.") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 @contextmanager
 def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
-    """A file to write to. It takes its name once it is complete and synced. Raises [`StoreError`] with what to do."""
+    """A file to write to. It is renamed to `path` when it is complete and synced. Raises [`StoreError`]."""
     staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")  # two processes may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What [`write_json`] wrote. Raises [`StoreError`] for a file that is damaged."""
+    """Read a file of [`write_json`]. Raises [`StoreError`] if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""What each training argument does to a result: the one table of arguments that a kept result does not depend on.
+"""The training arguments that a stored result does not depend on, in one table with reasons.
 
-An argument that is not in the table counts: a rerun with another value starts anew or is refused. Pipelines that set
-an argument themselves, or store what it changes elsewhere, say so in a table of their own with a reason for each.
+An argument that is not in the table counts: a rerun with another value starts over or is refused. Pipelines that set
+an argument themselves, or that handle its effect elsewhere, list it in an additional table with a reason.
 
 This module knows names and values of arguments. It does not know trainers.
 """
@@ -14,7 +14,7 @@ from trl_ext.models.fingerprint import path_identity
 from trl_ext.pipelines.stages.values import plain
 
 
-_PLACE = "It says where files lie, and they are found by their content."
+_PLACE = "It says where files are, and their content is compared instead."
 _LOG = "It changes what is logged, shown or reported, and nothing else."
 _HUB = "It says whether and how files are uploaded."
 _SAVE = "It says when checkpoints are written; the result is the policy or model after the last step."
@@ -22,7 +22,7 @@ _EVALUATION = "It belongs to evaluation, which these trainings do not run; the p
 _BEST = "The pipelines keep the weights after the last step, never those of the best evaluation."
 _SCRIPT = "Scripts read it; trainers do not."
 _LOADING = "It changes how fast batches are loaded, and not which rows they hold."
-_MEMORY = "It changes when memory is freed, and no value."
+_MEMORY = "It changes when memory is freed, and not what is computed."
 
 # Name of the argument -> why a result does not depend on it.
 IRRELEVANT: dict[str, str] = {
@@ -95,16 +95,16 @@ def arguments_key(
     args: Any, overrides: Mapping[str, Any] | None = None, irrelevant: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """
-    The part of a manifest that the arguments of a training are: every argument that changes its result.
+    The entries of a manifest for the arguments of a training: all arguments that change its result.
 
     Args:
         args (`TrainingArguments`):
-            The arguments, of any trainer. A callable counts by its source and what it holds (see
+            The arguments, of any trainer. A callable is represented by its source and the values that it holds (see
             [`~trl_ext.pipelines.stages.values.callable_key`]), a file by its content.
         overrides (`Mapping`, *optional*):
             Arguments that have other values in this training.
         irrelevant (`Mapping[str, str]`, *optional*):
-            Further arguments that do not count here, each with the reason.
+            Further arguments that do not change this result, each with the reason.
 
     Returns:
         `dict`: JSON-ready, by name.

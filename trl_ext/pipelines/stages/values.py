@@ -1,7 +1,7 @@
-"""Python values in a cache key: `plain` gives readable JSON, `callable_key` says what a function depends on.
+"""Python values in a cache key: `plain` gives readable JSON, `callable_key` lists what a function depends on.
 
-A function depends on its source, on the values that it holds or reads, and on the functions of yours that it calls.
-This module knows Python objects. It does not know what the functions do, nor where results are kept.
+A function depends on its source, on the values that it holds or reads, and on those of the user's functions that it
+calls. This module knows Python objects. It does not know what the functions do, or where results are kept.
 """
 
 import dataclasses
@@ -25,18 +25,19 @@ import torch
 from trl_ext.pipelines.stages.cache_key import canonical
 
 
-# Code from here belongs to a library. It is known by its name and not looked into.
+# Code from these folders belongs to a library. It is represented by its name; its source is not read.
 _INSTALLED = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
-# Methods by which a function writes into a container: a log or a cache of its own, which its results do not depend on.
+# Methods that write into a container. A container that a function writes into is a log or a cache, and its results do
+# not depend on it.
 _WRITERS = {"append", "appendleft", "extend", "extendleft", "insert", "add", "update", "setdefault", "pop", "popleft"}
 _WRITERS |= {"popitem", "remove", "discard", "clear"}
 
 
 def plain(value: Any) -> Any:
     """
-    A value as JSON can hold it: configs as their dictionaries, dtypes by name, sets sorted, functions by
-    [`callable_key`]. What has none of these forms is represented by a hash of its content.
+    Convert a value to JSON: configs to dictionaries, dtypes to names, sets to sorted lists, functions to their
+    [`callable_key`]. Any other value is represented by a hash of its content.
 
     Example:
 
@@ -71,21 +72,22 @@ def plain(value: Any) -> Any:
 
 def callable_key(function: Callable[..., Any]) -> dict[str, Any]:
     """
-    What the results of a callable depend on, as far as Python can tell.
+    Everything that the results of a callable depend on, as far as Python can find out.
 
     - **Its definition**: module, name, and a hash of the source (for an object: of its class and of base classes
       outside of libraries). A lambda shares its lines with others and a function typed in an interpreter has no
       source; their compiled code is hashed instead.
-    - **What it holds and reads**: a partial's arguments, an object's public attributes (those that begin with an
-      underscore count as working state), default values, and the variables around it. Texts, numbers, lists,
-      dictionaries, sets, regular expressions, arrays, tensors and objects made of them count by content, functions and
-      classes of yours by their own key, modules of yours by their file, and everything in a library by its name.
-    - **Not** a container that the function itself writes into, such as a cache or a list of calls, and not files.
+    - **The values that it holds and reads**: a partial's arguments, an object's public attributes (those that begin
+      with an underscore are working state), default values, and the variables around it. Texts, numbers, lists,
+      dictionaries, sets, regular expressions, arrays, tensors and objects made of them are represented by their
+      content, the user's functions and classes by their key, the user's modules by their file, and everything in a
+      library by its name.
+    - **Not** files, and not a container that the function writes into, such as a cache or a list of calls.
 
     Returns:
-        `dict`: JSON-ready, with `function` and `source`; `holds`, where there is something; and `unseen`, the names
-        and types of values whose content cannot be read (a connection, a lock), where there are some. Whoever reuses a
-        result should say that a change in these goes unnoticed.
+        `dict`: JSON-ready, with `function` and `source`; `holds`, the values, if there are any; and `unseen`, the
+        names and types of values whose content cannot be read (a connection, a lock), if there are any. A caller that
+        reuses a result should warn that a change in the unseen values goes unnoticed.
 
     Example:
 
@@ -101,12 +103,12 @@ def callable_key(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads one callable, with everything that it reaches; each object once."""
+    """Reads one callable and all objects that it refers to, each object once."""
 
     def __init__(self) -> None:
         self.unseen: dict[str, str] = {}
         self._seen: set[int] = set()
-        self._kept: list[Any] = []  # so that no id is given to another object meanwhile
+        self._kept: list[Any] = []  # so that Python does not reuse their ids meanwhile
 
     def callable(self, function: Callable[..., Any]) -> dict[str, Any]:
         code = function
@@ -126,7 +128,7 @@ class _Reader:
         return key | ({"holds": held} if held else {})
 
     def _one(self, name: str, value: Any) -> str | None:
-        """A text for one held value; `None` for one that says nothing."""
+        """A text for one held value; `None` for a value that is not represented."""
         if _is_constant(value):
             return repr(value)
         if isinstance(value, ModuleType) and _is_library(value.__name__):
@@ -148,7 +150,7 @@ class _Reader:
             return None
         try:
             return self._content(name, value)
-        except Exception:  # whatever an object raises that cannot be taken apart
+        except Exception:  # an object that cannot be taken apart may raise anything
             self.unseen[name] = f"{type(value).__module__}.{type(value).__qualname__}"
             return None
 
@@ -175,7 +177,7 @@ class _Reader:
         if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
             return self.callable(value)
         if not _is_library(type(value).__module__):
-            return self.callable(value)  # an object of yours: its class and its public attributes
+            return self.callable(value)  # an object of the user: its class and its public attributes
         reduced = value.__reduce_ex__(4)  # how pickle and copy take it apart
         if isinstance(reduced, str):
             return f"{type(value).__module__}.{reduced}"
@@ -211,11 +213,11 @@ def _source_of_module(module: ModuleType) -> str:
 
 
 def _source(code: Callable[..., Any]) -> str | None:
-    """A hash of the source, else of the compiled code, else nothing (what is written in C)."""
+    """A hash of the source, or else of the compiled code; `None` for code in C."""
     functions = _functions(code)
     try:
         if code.__name__ != "<lambda>":
-            # a decorated function counts by its own code; it holds the one behind it
+            # a decorated function is represented by the wrapper's code; the wrapper holds the original function
             parts = [functions[0].__code__] if inspect.isroutine(code) and functions else _classes(code)
             text = "".join(map(inspect.getsource, parts))
             return hashlib.sha256(text.encode()).hexdigest()
@@ -226,7 +228,7 @@ def _source(code: Callable[..., Any]) -> str | None:
 
 
 def _classes(code: Callable[..., Any]) -> list[Any]:
-    """A class and those of its base classes that are in no library; anything else alone."""
+    """A class with those of its base classes that are not from a library; for other objects only the object."""
     if not inspect.isclass(code):
         return [code]
     return [code, *(base for base in code.__mro__[1:] if not _is_library(base.__module__))]
@@ -236,7 +238,7 @@ def _functions(code: Callable[..., Any]) -> list[FunctionType]:
     """The Python functions that a routine or a class consists of."""
     if inspect.isclass(code):
         found: dict[str, FunctionType] = {}
-        for owner in reversed(_classes(code)):  # a method of a subclass replaces that of its base
+        for owner in reversed(_classes(code)):  # a method of a subclass overrides that of its base
             found |= {name: value for name, value in vars(owner).items() if isinstance(value, FunctionType)}
         return [found[name] for name in sorted(found)]
     code = code.__func__ if inspect.ismethod(code) else code
@@ -244,18 +246,18 @@ def _functions(code: Callable[..., Any]) -> list[FunctionType]:
 
 
 def _compiled(code: CodeType) -> list[Any]:
-    """What of compiled code does not depend on where it stands, the same in every process."""
+    """The parts of compiled code that do not depend on its place in a file, equal in every process."""
     constants: list[Any] = []
     for value in code.co_consts:
         if isinstance(value, CodeType):
             constants.append(_compiled(value))
-        else:  # a set has no order that another process shares
+        else:  # the order of a set differs between processes
             constants.append(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value))
     return [code.co_code.hex(), constants, code.co_names, code.co_varnames, code.co_freevars]
 
 
 def _held(function: Callable[..., Any], code: Callable[..., Any]) -> dict[str, Any]:
-    """Names and values that a callable carries with it or reads from around it."""
+    """Names and values that a callable holds, or reads from its surroundings."""
     given: dict[str, Any] = {}
     while isinstance(function, functools.partial):
         arguments = {str(place): value for place, value in enumerate(function.args)} | function.keywords
@@ -273,13 +275,13 @@ def _held(function: Callable[..., Any], code: Callable[..., Any]) -> dict[str, A
 
 
 def _around(function: FunctionType) -> dict[str, Any]:
-    """What a function reads from its module and from the functions around it, also in comprehensions."""
+    """The variables that a function, or a comprehension in it, reads from its module and from enclosing functions."""
     names = set().union(*(code.co_names for code in _codes(function.__code__)))
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             found[name] = cell.cell_contents
-        except ValueError:  # not set yet
+        except ValueError:  # the variable is not set yet
             continue
     return found
 

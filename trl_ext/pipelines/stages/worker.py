@@ -1,6 +1,6 @@
-"""What each process of [`~trl_ext.pipelines.stages.runner.OwnProcesses`] does: take jobs and give back results.
+"""The program of each process of [`~trl_ext.pipelines.stages.runner.OwnProcesses`]: it takes jobs and returns results.
 
-Jobs come in on standard input and results leave by what was standard output; what jobs print goes to standard error.
+Jobs arrive on standard input, and results leave on standard output. The output of jobs goes to standard error.
 """
 
 import os
@@ -15,8 +15,8 @@ from trl_ext.pipelines.stages.runner import StageError, read_message, write_mess
 
 
 def main() -> None:
-    """Do jobs until there are no more; end at once when the process that gives them is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
+    """Run jobs until there are no more; end at once when the parent process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     os.environ["TRL_EXT_STAGE_PROCESS"] = "1"
     jobs, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -36,7 +36,7 @@ def main() -> None:
         busy.clear()
         try:
             write_message(results, content)
-        except BrokenPipeError:  # nobody waits for it any more
+        except BrokenPipeError:  # the parent process no longer waits for the result
             return
 
 
@@ -54,11 +54,11 @@ def _send(results: BinaryIO, value: Any) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one of ours with its words where it does not survive the way to the other process."""
+    """The error, or a [`StageError`] with its text if it cannot be sent to the other process."""
     try:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except Exception:  # whatever an exception's own constructor raises
+    except Exception:  # an exception's constructor may raise anything
         pass
     return StageError(f"{type(error).__name__}: {error}")
