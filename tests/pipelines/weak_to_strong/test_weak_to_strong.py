@@ -298,7 +298,7 @@ def test_texts_that_were_cut_or_are_empty_are_left_out_and_counted(models, tmp_p
     assert [(row["prompt"], row["completion"]) for row in learnt] == [("0", "whole"), ("3", "too")]
     assert told == {"left_out": {"cut": 1, "empty": 1}}
     assert "Of 4 weak texts 1 were cut at max_completion_length=4 and 1 are empty" in caplog.text
-    with pytest.raises(ValueError, match="nothing to learn from: of 2 texts 1 were cut .* raise max_compl"):
+    with pytest.raises(ValueError, match="no usable text: of 2 texts 1 were cut .* raise max_compl"):
         task.learnable(rows[:2], judged[1:3], False)
 
 
@@ -338,7 +338,7 @@ def test_rows_whose_gold_label_is_one_half_are_not_tested_on(models, caplog):
     splits = make_splits(arguments(models), Dataset.from_list(rows), None)
     assert {row["preference_probability"] for row in splits["test"]} == {0.1}
     assert {row["preference_probability"] for row in splits["weak"]} == {0.1, 0.5}
-    assert "of the split 'test' have the label 0.5" in caplog.text
+    assert "of the split 'test' are ignored: with the label 0.5" in caplog.text
     held_back = Dataset.from_list([{**rows[0], "prompt": "x", "preference_probability": 1.5}])
     with pytest.raises(ValueError, match=r"'test' has the label 1.5"):
         make_splits(arguments(models), make_rows("preference"), held_back)
@@ -452,7 +452,7 @@ def test_pairs_without_a_prompt_column_stay_with_their_prompt():
         ("process", "xent", {"num_labels": 3}, "three classes"),
         ("process", "logconf", {"num_labels": 1, "loss_type": "bce"}, "num_labels=2"),
         ("outcome", "xent", {"loss_type": "mse"}, "no log-odds"),
-        ("preference", "xent", {"loss_type": "plackett_luce"}, "takes no probability"),
+        ("preference", "xent", {"loss_type": "plackett_luce"}, "does not accept probabilities"),
     ],
 )
 def test_outputs_that_are_no_log_odds_are_refused(task, loss, kwargs, message, models, tmp_path):
@@ -478,8 +478,8 @@ def test_missing_columns_are_named(models):
     ("kwargs", "message"),
     [
         ({"weak_share": 1.0}, "weak_share=1.0"),
-        ({"seeds": [1, 1]}, "each once"),
-        ({"student_loss": "kd"}, "does not go with task='preference'"),
+        ({"seeds": [1, 1]}, "none twice"),
+        ({"student_loss": "kd"}, "cannot be used with task='preference'"),
         ({"student_loss_kwargs": {"alpha": 0.1}}, "of 'logconf'"),
         ({"task": "generation", "weak_ensemble": "mean"}, "texts cannot be averaged"),
         ({"weak_ensemble": True}, "weak_ensemble=True"),

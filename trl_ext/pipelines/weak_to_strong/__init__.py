@@ -1,4 +1,4 @@
-"""Weak-to-strong experiments: a weak model labels what a strong model learns from."""
+"""Weak-to-strong experiments: a strong model learns from the labels of a weak model."""
 
 from trl_ext.pipelines.weak_to_strong.experiment import weak_to_strong
 

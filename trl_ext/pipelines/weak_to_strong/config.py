@@ -1,4 +1,4 @@
-"""Arguments of `weak_to_strong`: which models, which task, which splits. It knows values, and checks each alone."""
+"""Arguments of `weak_to_strong`: models, task and splits. It checks values; it knows no models, data or trainers."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (PreferenceTask, Out
 @dataclass
 class WeakToStrongArguments:
     """
-    A weak-to-strong experiment. The trainer's own arguments, beside these, say how each model is trained.
+    A weak-to-strong experiment. The arguments of the trainer, which are separate, say how each model is trained.
 
     Args:
         weak_model_name_or_path (`list[str]`):
@@ -26,16 +26,17 @@ class WeakToStrongArguments:
             or wrong; `"steps"`, its former name, is accepted) or `"generation"`.
         student_loss (`str`, *optional*, defaults to `"xent"`):
             How the student learns weak labels: `"xent"`, cross-entropy to them; `"logconf"`, with the auxiliary
-            confidence loss (see [`~trl_ext.losses.distillation.ConfidenceLoss`]). For generation: `"sft"` on the weak
-            model's texts (which `"xent"` also means), or `"kd"`, with the divergence from the weak model.
+            confidence loss (see [`~trl_ext.losses.distillation.ConfidenceLoss`]). For generation: `"sft"` (or
+            `"xent"`, which means the same) on the weak model's texts, or `"kd"`, with the divergence from the weak
+            model.
         student_loss_kwargs (`dict` or `str`, *optional*):
             Arguments of `logconf`, as JSON on the command line.
         hard_labels (`bool`, *optional*, defaults to `False`):
             Round the weak labels to 0 and 1. By default they stay probabilities.
         weak_ensemble (`str`, *optional*):
             All weak models label together: by the `"mean"` of their probabilities, by `"vote"` (the share of models
-            that say more than 0.5), or with `"learned"` weights of their log-odds (extra `fusion`). By default each
-            labels alone.
+            with a probability above 0.5), or with `"learned"` weights of their log-odds (extra `fusion`). By default
+            each model labels alone.
         fusion_share (`float`, *optional*, defaults to `0.2`):
             For `"learned"`: the share of split A, by prompt, on which the weights are learnt. No weak model is
             trained on it.
@@ -45,7 +46,7 @@ class WeakToStrongArguments:
             Share of the training rows, by prompt, that the weak model learns from (split A, as in Burns et al.). The
             rest is split B, which the students learn from.
         test_share (`float`, *optional*, defaults to `0.2`):
-            Share of the rows, by prompt, held out as test split where no test data set is given.
+            Share of the rows, by prompt, held out as test split if no test data set is given.
         split_seed (`int`, *optional*, defaults to `0`):
             Seed of the splits.
         weak_training (`dict` or `str`, *optional*):
@@ -54,13 +55,13 @@ class WeakToStrongArguments:
         generation_temperature (`float`, *optional*, defaults to `0.0`):
             Temperature of the weak model's texts for split B; 0 is greedy. Tests are always greedy.
         max_completion_length (`int`, *optional*, defaults to `256`):
-            For generation: most tokens of a text. The student does not learn from a weak text that is cut there.
+            For generation: longest text in tokens. The student does not learn from weak texts that are cut there.
         isolate (`str`, *optional*, defaults to `"auto"`):
-            Whether each run has a process of its own, which gives back all its memory: `"auto"` (on a GPU),
+            Whether each run has a separate process, which frees all its memory when it ends: `"auto"` (on a GPU),
             `"always"` or `"never"`.
 
     Raises:
-        ValueError: no model, a value out of its range, or values that do not go together.
+        ValueError: no model is named, a value is out of its range, or values cannot be combined.
     """
 
     weak_model_name_or_path: list[str] = field(
@@ -91,7 +92,7 @@ class WeakToStrongArguments:
         default=0.5, metadata={"help": "Share of the training rows, by prompt, that the weak model learns from."}
     )
     test_share: float = field(
-        default=0.2, metadata={"help": "Share of the rows held out for testing where no test data set is given."}
+        default=0.2, metadata={"help": "Share of the rows held out for testing if no test data set is given."}
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of the splits."})
     weak_training: dict[str, Any] | str | None = field(
@@ -115,21 +116,21 @@ class WeakToStrongArguments:
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share. Needed: a number between 0 and 1.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds}. Needed: at least one, and each once.")
+            raise ValueError(f"seeds={self.seeds}. Needed: at least one seed, and none twice.")
         self.task = "process" if self.task == "steps" else self.task
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is not known. Needed: one of {', '.join(map(repr, TASKS))}.")
         task = TASKS[self.task]
         if self.student_loss not in task.student_losses:
             raise ValueError(
-                f"student_loss={self.student_loss!r} does not go with task={self.task!r}. Needed: one of "
+                f"student_loss={self.student_loss!r} cannot be used with task={self.task!r}. Needed: one of "
                 f"{', '.join(map(repr, task.student_losses))}."
             )
         for name in ("student_loss_kwargs", "weak_training"):
             setattr(self, name, _dictionary(name, getattr(self, name)))
         if self.student_loss_kwargs and self.student_loss != "logconf":
             raise ValueError(
-                f"student_loss_kwargs are arguments of 'logconf', and student_loss is {self.student_loss!r}. Leave "
+                f"student_loss_kwargs are arguments of 'logconf', but student_loss is {self.student_loss!r}. Leave "
                 "them out, or set student_loss='logconf'."
             )
         if self.weak_ensemble not in (None, "mean", "vote", "learned"):
@@ -141,7 +142,7 @@ class WeakToStrongArguments:
 
 
 def _dictionary(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A dictionary, or JSON of one, or nothing."""
+    """Read a dictionary, or JSON of one; `None` gives an empty one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -1,11 +1,11 @@
-"""`weak_to_strong`: the whole experiment. A weak model learns from ground truth and labels what a strong model learns.
+"""`weak_to_strong`: the whole experiment. A weak model learns from ground truth and labels data for a strong model.
 
     split A, gold labels  ->  weak supervisor  ->  weak labels for split B  ->  strong student
     split B, gold labels  ->  strong ceiling
     test split            ->  all three are judged on the same rows         ->  performance gap recovered
 
 See *Weak-to-Strong Generalization* by C. Burns et al. (https://huggingface.co/papers/2312.09390). Each run trains one
-model. A run is kept, and used again while nothing that it depends on changes. This module plans the runs, starts them
+model. A run is kept, and reused until something changes that it depends on. This module plans the runs, starts them
 and collects their results. `runs` trains and judges one model, `tasks` knows the data, `splits` divides the rows.
 """
 
@@ -44,13 +44,13 @@ from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Metric, Row, Task
 
 logger = logging.getLogger(__name__)
 
-# Arguments that a run does not depend on, beside those of every training.
+# Arguments that a run does not depend on, in addition to those of every training.
 RUN_IRRELEVANT = {
     "seed": "Each run has its own seed, which is part of its cache key.",
-    "data_seed": "Runs leave it unset and draw their order from their own seed.",
+    "data_seed": "Runs leave it unset and draw the order of rows from their seed.",
 }
 
-# Arguments that the experiment sets for each run, so that weak_training cannot.
+# Arguments that the experiment sets for each run; weak_training must not set them.
 SET_BY_THE_EXPERIMENT = ("output_dir", "run_name", "seed", "data_seed", "save_strategy", "eval_strategy", "report_to")
 
 
@@ -81,22 +81,22 @@ def weak_to_strong(
             Rows of the task with ground truth, split by prompt into A and B; a stream is read to its end.
         test_dataset (`Dataset` or `IterableDataset`, *optional*):
             Rows to test on; by default a share of the prompts of `train_dataset`.
-        peft_config, quantization_config (*optional*): of the strong models.
-        weak_peft_config, weak_quantization_config (*optional*): of the weak supervisors.
+        peft_config, quantization_config (*optional*): configs of the strong models.
+        weak_peft_config, weak_quantization_config (*optional*): configs of the weak supervisors.
         metric (`Callable`, *optional*):
             For generation: a reward function in [0, 1]; an exact match with the row's `completion` by default.
         on_start, on_progress, on_end (`Callable`, *optional*):
-            Called before a run that really trains, with the share of it that is done, and after each run.
+            Called before each run that trains, with the share of it that is done, and after each run.
 
     Returns:
         [`WeakToStrongReport`]: `.weak`, `.weak_to_strong`, `.ceiling`, `.pgr` and `.pgr_interval` of one pair of
         models, `.pairs` of several; written to `report.json`, `report.md` and, with matplotlib, `report.png`.
 
     Raises:
-        ValueError: splits that share a prompt, an empty split, one class only, rows without the task's columns, labels
-            that are no probabilities, a head or loss whose outputs are none, `kd` between two vocabularies, unknown
-            trainer arguments in `weak_training`, or several processes.
-        ImportError: `weak_ensemble="learned"` without scikit-learn.
+        ValueError: splits share a prompt, a split is empty or has one class only, rows lack the task's columns, labels
+            or the outputs of a head or loss are not probabilities, `kd` is used between two vocabularies,
+            `weak_training` has unknown trainer arguments, or there are several processes.
+        ImportError: `weak_ensemble="learned"` is used and scikit-learn is not installed.
     """
     if PartialState().num_processes > 1:
         raise ValueError(
@@ -136,7 +136,7 @@ class Loading:
 
 class Experiment:
     """
-    The runs of an experiment and what becomes of their results.
+    The runs of an experiment, and the report of their results.
 
     Args:
         config ([`WeakToStrongArguments`]): the experiment.
@@ -152,13 +152,13 @@ class Experiment:
 
     @property
     def _supervisors(self) -> dict[str, list[int]]:
-        """Who labels: each weak model alone, or all together. Maps a supervisor to the numbers of its models."""
+        """The supervisors: each weak model alone, or all together. Maps their names to the numbers of their models."""
         numbers = list(range(len(self._config.weak_model_name_or_path)))
         return {"ensemble": numbers} if self._config.weak_ensemble else {f"weak-{i}": [i] for i in numbers}
 
     def plan(self, weak: Loading, strong: Loading) -> list[Stage]:
         """All runs, each after those that it needs."""
-        config, model_key = self._config, cache(model_identity)  # which reads whole models
+        config, model_key = self._config, cache(model_identity)  # cached, because it reads whole models
         clash = sorted(set(SET_BY_THE_EXPERIMENT) & set(config.weak_training))
         if clash:
             raise ValueError(f"weak_training sets {clash}, which the experiment sets for each run. Leave it out.")
@@ -197,7 +197,7 @@ class Experiment:
     def _work(
         self, run: Run, rows: str, judged: Sequence[str], supervisors: tuple[str, ...], context: StageContext
     ) -> dict[str, Any]:
-        """Train and judge the model of a run, on weak labels where it has supervisors."""
+        """Train and judge the model of a run; if it has supervisors, it learns from their labels."""
         training, teacher, measured = self._splits[rows], None, {}
         if supervisors:
             labels, _ = self._weak_labels([context.folders[name] for name in supervisors], rows)
@@ -210,7 +210,7 @@ class Experiment:
         return measured | run_job(name, work, self._config.isolate, on_progress=context.progress)
 
     def _weak_labels(self, folders: Sequence[Path], split: str) -> tuple[list[Judgement], list[float] | None]:
-        """The labels that weak supervisors give a split together, and the weights that were learnt for it."""
+        """The joint labels of weak supervisors for a split, and the learned weights of the supervisors."""
         weights = None
         if self._config.weak_ensemble == "learned":
             held_back = [read_judgements(folder, "fusion") for folder in folders]
@@ -220,7 +220,7 @@ class Experiment:
 
     # ------------------------------------------------------------------------------------------------------- report
     def report(self, outcomes: Mapping[str, Outcome]) -> WeakToStrongReport:
-        """The report of the runs that are done."""
+        """The report of the finished runs."""
         config = self._config
         test = self._splits["test"]
         classes, prompts = [self._task.gold_class(row) for row in test], [group_of(row) for row in test]
@@ -262,9 +262,9 @@ class Experiment:
 @contextmanager
 def _one_group(folder: Path, report_to: str) -> Iterator[None]:
     """
-    All W&B runs of the experiment, the report's too, share a project and a group: the user's (`WANDB_PROJECT`,
-    `WANDB_RUN_GROUP`), or the project of transformers and a group named after the output folder. The variables also
-    reach runs in processes of their own.
+    All W&B runs of the experiment, including that of the report, share a project and a group: the user's
+    (`WANDB_PROJECT`, `WANDB_RUN_GROUP`), or the project of transformers and a group named after the output folder.
+    Runs in separate processes inherit these variables.
     """
     if report_to != "wandb":
         yield
@@ -281,7 +281,7 @@ def _one_group(folder: Path, report_to: str) -> Iterator[None]:
 
 @contextmanager
 def _tracked(stage: Stage, report_to: str) -> Iterator[str]:
-    """One W&B run for each model that is trained, closed with it. A run that you opened is used, and stays open."""
+    """One W&B run for each model, closed after its training. A run that the user opened is used and stays open."""
     if report_to != "wandb":
         yield report_to
         return
@@ -296,7 +296,7 @@ def _tracked(stage: Stage, report_to: str) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- cache key
 def cache_settings(run: Run, model_key: str, judged: Sequence[str]) -> dict[str, Any]:
     """
-    Everything that the result of a run depends on beside its rows, as JSON values.
+    Everything except the rows that the result of a run depends on, as JSON values.
 
     Args:
         run ([`~trl_ext.pipelines.weak_to_strong.runs.Run`]): the run.

@@ -1,4 +1,4 @@
-"""The task of weak-to-strong generation: a weak model's texts are what the strong student learns from.
+"""The task of weak-to-strong generation: the strong student learns from texts that a weak model generates.
 
 It knows texts, a metric that judges them, and the trainer with a weak teacher. It knows no splits, seeds or reports.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def exact_match(prompts: list, completions: list, completion: list, **columns: Any) -> list[float]:
-    """1 where the text equals the reference `completion` up to surrounding space: a TRL reward function."""
+    """A TRL reward function: 1 if the text equals the reference `completion` up to surrounding space, else 0."""
     pairs = zip(completions, completion, strict=True)
     return [float(text_of(text).strip() == text_of(gold).strip()) for text, gold in pairs]
 
@@ -37,7 +37,7 @@ class GenerationTask(Task):
             A reward function in [0, 1] that judges a completion; all other columns are passed to it.
         temperature (`float`, *optional*, defaults to `0.0`):
             Temperature of the weak labels; 0 is greedy. Other splits are always greedy.
-        max_completion_length (`int`, *optional*, defaults to `256`): most tokens of a text.
+        max_completion_length (`int`, *optional*, defaults to `256`): longest text in tokens.
     """
 
     name = "generation"
@@ -59,7 +59,7 @@ class GenerationTask(Task):
         return  # any text can be learnt from and compared
 
     def unused_columns(self, columns: Sequence[str]) -> list[str]:
-        return []  # the metric gets all of them
+        return []  # the metric gets all columns
 
     def gold_class(self, row: Row) -> str:
         return "text"
@@ -89,7 +89,7 @@ class GenerationTask(Task):
         inputs: dict[str, Any] = {"model": model, "args": args}
         if args.kd_weight > 0:
             inputs["teacher_model"] = load_policy(teacher, args.teacher_model_init_kwargs)
-        if quantization_config is not None:  # SFTTrainer has no argument for it
+        if quantization_config is not None:  # SFTTrainer takes it inside model_init_kwargs
             init_kwargs = {"quantization_config": quantization_config, **(args.model_init_kwargs or {})}
             inputs["model"] = load_policy(model, init_kwargs)
             args.model_init_kwargs = None
@@ -117,7 +117,7 @@ class GenerationTask(Task):
         wrong = [value for value in values if value is None or not 0.0 <= value <= 1.0]
         if len(values) != len(rows) or wrong:
             raise ValueError(
-                f"The metric gave {len(values)} values for {len(rows)} rows, of which {len(wrong)} are not in [0, 1]. "
+                f"The metric gave {len(values)} values for {len(rows)} rows, and {len(wrong)} are not in [0, 1]. "
                 "Needed: one number from 0 to 1 for each row."
             )
         return [Judgement(float(value), *text) for value, *text in zip(values, texts, finished, strict=True)]
@@ -129,9 +129,8 @@ class GenerationTask(Task):
         self, rows: Sequence[Row], labels: Sequence[Judgement], hard: bool
     ) -> tuple[list[Row], dict[str, Any]]:
         """
-        The texts that ended by themselves and are not empty. SFT would put an end of text after a text that was cut
-        at the limit, and the student would learn to stop in the middle; GRPO's `mask_truncated_completions` leaves
-        such texts out too.
+        The texts that are complete and not empty. SFT would append an end of text to a text that was cut at the limit,
+        and the student would learn to stop in the middle. GRPO's `mask_truncated_completions` drops such texts too.
         """
         reasons = [self._why_unusable(label) for label in labels]
         left_out = {reason: reasons.count(reason) for reason in ("cut", "empty")}
@@ -140,11 +139,11 @@ class GenerationTask(Task):
         kept = [pair for *pair, reason in zip(rows, labels, reasons, strict=True) if reason is None]
         if not kept:
             raise ValueError(
-                f"The weak model generated nothing to learn from: of {len(rows)} texts {found}. Train it longer "
+                f"The weak model generated no usable text: of {len(rows)} texts {found}. Train it longer "
                 "(weak_training), or raise max_completion_length."
             )
         if len(kept) < len(rows):
-            logger.warning(f"Of {len(rows)} weak texts {found}: the student does not learn from these.")
+            logger.warning(f"Of {len(rows)} weak texts {found}. The student does not learn from these.")
         return [self.relabel(row, label.output, hard) for row, label in kept], {"left_out": left_out}
 
     @staticmethod
@@ -157,7 +156,8 @@ class GenerationTask(Task):
         metric = reward_identity(self.metric)
         if metric is None:
             raise ValueError(
-                "The metric is an ensemble in memory, which a later run cannot recognise. Save it and give a scorer."
+                "The metric is an ensemble in memory, which a later run cannot recognise. Save it, and pass a scorer "
+                "of the saved ensemble."
             )
         settings = super().settings(judged) | {"metric": metric, "length": self._max_completion_length}
         return settings | ({"temperature": self._temperature} if "labelled" in judged else {})

@@ -1,4 +1,4 @@
-"""The label of several weak models together: their mean, their vote, or a sum with weights that were learnt.
+"""Combines the labels of several weak models: by their mean, their vote, or a sum with learned weights.
 
 It knows judgements of rows, and how a task judges an output. It knows no models, splits or files.
 """
@@ -12,30 +12,30 @@ from trl_ext.pipelines.weak_to_strong.tasks import Judgement, RewardTask, Row, T
 from trl_ext.scoring.fusion import fit_fusion_weights
 
 
-# A probability of 0 or 1 has no log-odds. It counts as this far from 0 or 1.
+# A probability of 0 or 1 has no finite log-odds. It is moved this far from 0 or 1.
 CLOSEST = 1e-6
 
 
 def log_odds(probability: float) -> float:
-    """log(p / (1 - p)), finite."""
+    """log(p / (1 - p)), kept finite for 0 and 1."""
     probability = min(max(probability, CLOSEST), 1.0 - CLOSEST)
     return math.log(probability / (1.0 - probability))
 
 
 def learnt_weights(task: RewardTask, rows: Sequence[Row], judgements: Sequence[Sequence[Judgement]]) -> list[float]:
     """
-    The weight of each weak model, from the logistic fit of [`~trl_ext.scoring.fusion.fit_fusion_weights`] on rows with
+    Fit the weight of each weak model with [`~trl_ext.scoring.fusion.fit_fusion_weights`] (logistic), on rows with
     ground truth that no weak model was trained on.
 
     Args:
         task ([`~trl_ext.pipelines.weak_to_strong.tasks.RewardTask`]): a task whose labels are probabilities.
-        rows (sequence of `dict`, N): with ground truth.
-        judgements (sequence of N [`Judgement`] each, M): of the M weak models.
+        rows (sequence of `dict`, N): rows with ground truth.
+        judgements (sequence of M sequences of N [`Judgement`]): judgements of the M weak models.
 
     Returns:
         `list[float]`: M weights of log-odds.
     """
-    margins = []  # log-odds in favour of the truth, of every label that is known
+    margins = []  # log-odds in favour of the truth, for every known label
     for row, given in zip(rows, zip(*judgements, strict=True), strict=True):
         outputs = [_values(judgement.output) for judgement in given]
         for place, gold in enumerate(task.gold_labels(row)):
@@ -52,14 +52,14 @@ def combine(
     weights: Sequence[float] | None = None,
 ) -> list[Judgement]:
     """
-    The judgements of several weak models as those of one. The judgements of a single model stay as they are.
+    Combine the judgements of several weak models into one per row. Those of a single model are returned unchanged.
 
     Args:
         task, rows, judgements: as in [`learnt_weights`].
         how (`str`, *optional*):
-            `"mean"` of probabilities; `"vote"`, the share of the models that say more than 0.5; `"learned"`, the
+            `"mean"` of probabilities; `"vote"`, the share of the models with a probability above 0.5; `"learned"`, the
             sigmoid of the weighted sum of log-odds.
-        weights (sequence of `float`, *optional*): of `"learned"`.
+        weights (sequence of `float`, *optional*): the weights of `"learned"`.
 
     Returns:
         `list[Judgement]`, N.

@@ -20,7 +20,7 @@ from trl_ext.pipelines.stages.store import write_json
 
 logger = logging.getLogger(__name__)
 
-# The three models of a pair: the figure's name, its title, its colour.
+# The three models of a pair: name of the figure, title and colour.
 ROLES = (
     ("weak", "weak supervisor", "#9aa5b1"),
     ("weak_to_strong", "strong student", "#3b7dd8"),
@@ -34,19 +34,19 @@ class PairReport:
     One weak supervisor and one strong student, over all seeds.
 
     Args:
-        weak_models (`list[str]`), strong_model (`str`): names; several weak models labelled together.
+        weak_models (`list[str]`), strong_model (`str`): names. Several weak models label together.
         weak, weak_to_strong, ceiling (`float`): mean performance over test rows and seeds.
         intervals (`dict[str, tuple[float, float]]`, *optional*): their 95 % bootstrap intervals over prompts; `None`
-            where the test split has one prompt only.
-        pgr (`float`, *optional*): performance gap recovered, not clipped; `None` where it is undefined.
-        pgr_interval (`tuple[float, float]`, *optional*): 95 % bootstrap interval over prompts, paired; an end is
-            infinite (null in `report.json`) where the gap may be zero.
-        reason (`str`, *optional*): why it is undefined.
+            if the test split has only one prompt.
+        pgr (`float`, *optional*): performance gap recovered, not clipped; `None` if it is undefined.
+        pgr_interval (`tuple[float, float]`, *optional*): 95 % bootstrap interval over prompts, paired. An end is
+            infinite (null in `report.json`) if the gap may be zero.
+        reason (`str`, *optional*): why `pgr` is undefined.
         gap_error (`float`): standard error of `ceiling - weak`.
-        by_seed (`list[dict]`): the same for each seed, and the `weights` of the weak models where they were learnt.
-            For generation `left_out` counts the texts of split B that the student did not learn from: `cut` at the
-            length limit, and `empty`.
-        agreement (`dict`): how often the student does as its supervisor on test rows where the supervisor is right
+        by_seed (`list[dict]`): the same figures for each seed, and the `weights` of the weak models if they were
+            learned. For generation `left_out` counts the texts of split B that the student did not learn from: `cut`
+            at the length limit, and `empty`.
+        agreement (`dict`): how often student and supervisor agree on test rows where the supervisor is right
             (`when_right`) and wrong (`when_wrong`). A high `when_wrong` means that the student imitates mistakes.
         weak_labels (`dict`): `accuracy` of the weak labels on split B and, for probabilities, their expected
             calibration error (10 bins).
@@ -83,13 +83,13 @@ def pair_report(
     outputs_are_probabilities: bool,
 ) -> PairReport:
     """
-    The report of a pair of models.
+    Make the report of a pair of models.
 
     Args:
-        runs (sequence of `dict`): for each seed, `seed` and the judgements `weak`, `student`, `ceiling` of the test
-            rows and `labels` of split B; `weights` and `left_out` where there are some.
+        runs (sequence of `dict`): for each seed: `seed`, the judgements `weak`, `student` and `ceiling` of the test
+            rows, and `labels` of split B; also `weights` and `left_out`, if there are any.
         classes (sequence of `str`), prompts (sequence of `str`): gold class and prompt of each test row.
-        outputs_are_probabilities (`bool`): whether calibration means anything.
+        outputs_are_probabilities (`bool`): whether a calibration error can be computed.
     """
     order = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     clusters = [order[prompt] for prompt in prompts]
@@ -139,7 +139,7 @@ def pair_report(
 
 
 def _calibration(labels: Sequence[Any]) -> float | None:
-    """Expected calibration error of the side that a label prefers. `None` for steps: performance is per row there."""
+    """Expected calibration error of the side that a label prefers; `None` for steps, which are judged per row."""
     if any(isinstance(label.output, list) for label in labels):
         return None
     sure = [max(label.output, 1.0 - label.output) for label in labels]
@@ -155,12 +155,12 @@ class WeakToStrongReport:
     `.ceiling`, `.pgr`, `.pgr_interval`. With several, look at `.pairs`.
 
     Args:
-        task (`str`), student_loss (`str`): of the experiment.
+        task (`str`), student_loss (`str`): task and loss of the experiment.
         rows (`dict[str, int]`): rows of each split.
         pairs (`list[PairReport]`): strong models in order, with each weak one.
         seconds (`dict[str, float]`): how long each run took when it trained.
         peak_memory_gib (`dict[str, float]`):
-            peak memory of each run: of the GPU; on a CPU of the run's process, where it has its own (Linux).
+            peak GPU memory of each run; on a CPU the peak memory of its process, if that is a separate one (Linux).
     """
 
     task: str
@@ -208,7 +208,7 @@ class WeakToStrongReport:
         return columns, rows
 
     def markdown(self) -> str:
-        """The table of all pairs, and for each pair what is undefined and why, and how the student does as told."""
+        """The table of all pairs; for each pair also why PGR is undefined and how often both models agree."""
         columns, rows = self.table()
         lines = [f"# Weak to strong: {self.task}, {self.student_loss}", ""]
         lines += [" | ".join(["", *columns, ""]).strip(), "|" + "---|" * len(columns)]
@@ -221,8 +221,8 @@ class WeakToStrongReport:
                 lines.append(f"- PGR is undefined: {pair.reason}.")
             shares = {name: "none" if value is None else f"{value:.3f}" for name, value in pair.agreement.items()}
             lines.append(
-                f"- The student does as its supervisor where that is right: {shares['when_right']}; where it is "
-                f"wrong: {shares['when_wrong']}."
+                f"- The student agrees with its supervisor where the supervisor is right: {shares['when_right']}; "
+                f"where it is wrong: {shares['when_wrong']}."
             )
             calibration = pair.weak_labels["calibration_error"]
             known = "" if calibration is None else f", expected calibration error {calibration:.3f}"
@@ -231,8 +231,8 @@ class WeakToStrongReport:
             if left_out:
                 cut, empty = (sum(counts[reason] for counts in left_out) for reason in ("cut", "empty"))
                 lines.append(
-                    f"- Of {len(left_out) * self.rows['labelled']} weak texts (all seeds) {cut} that were cut at the "
-                    f"length limit and {empty} empty ones are left out."
+                    f"- The student does not learn from {cut} of {len(left_out) * self.rows['labelled']} weak texts "
+                    f"(all seeds) that were cut at the length limit, and from {empty} empty ones."
                 )
             for name, values in pair.by_class.items():
                 figures = ", ".join(f"{model} {value:.3f}" for model, value in values.items())
@@ -240,7 +240,7 @@ class WeakToStrongReport:
         return "\n".join(lines) + "\n"
 
     def save(self, folder: Path, report_to: str = "none") -> None:
-        """Write `report.json`, `report.md`, with matplotlib `report.png`, and log to W&B if asked to."""
+        """Write `report.json`, `report.md` and (with matplotlib) `report.png`; log to W&B if `report_to` says so."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "report.json", _plain(asdict(self)))
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
@@ -291,23 +291,23 @@ class WeakToStrongReport:
                 axes.text(k, 0, "undefined", ha="center", va="bottom")
                 continue
             axes.plot(k, pair.pgr, "o", color="#3b7dd8")
-            for end, sign in zip(pair.pgr_interval, (-1, 1), strict=True):  # an arrow where there is no end
+            for end, sign in zip(pair.pgr_interval, (-1, 1), strict=True):  # an arrow for an infinite end
                 length, arrow = (abs(end - pair.pgr), "_") if math.isfinite(end) else (1.0, "^" if sign > 0 else "v")
                 axes.plot([k, k], [pair.pgr, pair.pgr + sign * length], color="#3b7dd8", marker=arrow, markevery=[1])
-        for value in (0, 1):  # as good as the supervisor, as good as the ceiling
+        for value in (0, 1):  # 0: as good as the supervisor; 1: as good as the ceiling
             axes.axhline(value, color="#9aa5b1", linewidth=0.8, linestyle="-" if value == 0 else ":")
         axes.set_xticks(range(len(self.pairs)), [name.replace(" -> ", "\n-> ") for name in self.pair_names()])
         axes.set_ylabel("PGR, 95 % interval")
         axes.spines[["top", "right"]].set_visible(False)
 
     def pair_names(self) -> list[str]:
-        """A name for each pair: the last parts of the models' paths, or the whole paths where those do not tell."""
+        """A name for each pair: the last parts of the models' paths, or the whole paths if those are ambiguous."""
         short = [f"{' + '.join(map(_short, pair.weak_models))} -> {_short(pair.strong_model)}" for pair in self.pairs]
         whole = [f"{' + '.join(pair.weak_models)} -> {pair.strong_model}" for pair in self.pairs]
         return short if len(set(short)) == len(short) else whole
 
     def _log(self, folder: Path) -> None:
-        """A table and figures in a W&B run of the report; in the user's run, where one is open."""
+        """Log a table and figures to the user's open W&B run, or to a new run for the report."""
         import wandb
 
         columns, rows = self.table()
@@ -323,19 +323,19 @@ class WeakToStrongReport:
             figures |= {prefix + key: value for key, value in found.items()}
         try:
             opened = wandb.run is None
-            project = os.environ.get("WANDB_PROJECT", "huggingface")  # as the trainers' runs
+            project = os.environ.get("WANDB_PROJECT", "huggingface")  # the same default as the trainers' runs
             name = f"weak-to-strong-{self.task}"
             run = wandb.init(project=project, name=name, dir=str(folder)) if opened else wandb.run
             run.log({"weak_to_strong": wandb.Table(columns=columns, data=rows)})
             run.summary.update(figures)
             if opened:
                 run.finish()
-        except Exception as error:  # a missing key, an unreachable server, a full disk: the report is on disk
+        except Exception as error:  # a missing key, an unreachable server, a full disk; the report is on disk already
             logger.warning(f"Weights & Biases failed; the report was not logged there: {error!r}")
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: lists for tuples, and null for an end of an interval that is infinite."""
+    """Convert to JSON values: tuples become lists, and infinite ends of intervals become null."""
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):

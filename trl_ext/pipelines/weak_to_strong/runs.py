@@ -21,7 +21,8 @@ from trl_ext.pipelines.stages.store import read_lines, write_lines
 from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, Task
 
 
-# transformers resolves the deprecated name once, when the arguments are made, and reads the new one (from 5.23 on).
+# transformers (from 5.23 on) copies the deprecated field to the new one once, when the arguments are made, and then
+# reads only the new one.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -32,7 +33,7 @@ def changed_arguments(
     args: TrainingArguments, changes: Mapping[str, Any], source: str = "changes"
 ) -> TrainingArguments:
     """
-    New training arguments with some values changed, as if you had written them so.
+    Make new training arguments with some values changed, as if the user had passed these values.
 
     The dataclass is made again, so that everything its `__post_init__` derives (mixed precision, gradient
     checkpointing, devices, plugins) follows the new values.
@@ -53,7 +54,7 @@ def changed_arguments(
     for old, new in RENAMED.items():
         if old in changes and new in known:
             changes.setdefault(new, changes[old])
-    if changes.get("fp16") and args.bf16:  # TRL chose bf16 because fp16 was not set
+    if changes.get("fp16") and args.bf16:  # TRL turned bf16 on because fp16 was not set
         changes.setdefault("bf16", False)
     return dataclasses.replace(args, **changes)
 
@@ -65,15 +66,15 @@ TRAINING_SHARE = 0.8
 @dataclass(frozen=True)
 class Run:
     """
-    What is trained, and how. A run can be sent to another process.
+    A model to train, with its data and arguments. A run can be sent to another process.
 
     Args:
         task ([`~trl_ext.pipelines.weak_to_strong.tasks.Task`]): the task.
         model (`str`): path or Hub id of the model to train.
         args (`TrainingArguments`): the trainer's arguments; the run sets the output folder and what is saved.
         seed (`int`): seed of training and of generation.
-        peft_config, quantization_config (*optional*): as the trainer takes them.
-        loss (`str`, *optional*, defaults to `"gold"`): `"gold"` labels need nothing else; otherwise the student's
+        peft_config, quantization_config (*optional*): arguments of the trainer.
+        loss (`str`, *optional*, defaults to `"gold"`): `"gold"` for training on ground truth, otherwise the student's
             loss.
         loss_kwargs (`dict`, *optional*): arguments of that loss.
     """
@@ -105,7 +106,7 @@ def train(
     report_to: str,
     on_progress: Callable[[float], None],
 ) -> dict[str, float]:
-    """Train on rows, save to a folder, and return what the trainer measured."""
+    """Train on rows, save to a folder, and return the trainer's metrics."""
     inputs = run.task.trainer_inputs(run.model, run.arguments(folder, report_to), run.quantization_config, teacher)
     data = run.task.training_data(rows)
     trainer = run.task.trainer(train_dataset=data, peft_config=run.peft_config, **inputs)
@@ -134,7 +135,7 @@ def train_and_judge(
         `dict`: training loss and seconds, mean performance on each split, and on a GPU the peak memory.
     """
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # earlier runs used this process too
+        torch.cuda.reset_peak_memory_stats()  # earlier runs may have used this process
     measured = train(run, rows, folder, teacher, report_to, on_progress)
     gc.collect()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The splits of a weak-to-strong experiment: each prompt is in one split, and each split has labels to learn from.
+"""Divides the rows of a weak-to-strong experiment into splits, so that each prompt is in one split only.
 
 It knows rows and their hashes. It knows no models.
 """
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 def group_of(row: Row) -> str:
     """
-    What keeps rows in one split: the prompt. Pairs without a prompt are kept together by the messages that both sides
-    begin with, or, where the sides are texts, by the pair itself. Other rows are kept together by all their values.
+    The group of a row; rows of one group stay in one split. The group is the prompt. For pairs without a prompt it is
+    the messages that both sides begin with, or the whole pair if the sides are texts. For other rows it is all values.
     """
     key = row.get("prompt")
     if key in (None, "", []):
@@ -32,7 +32,7 @@ def group_of(row: Row) -> str:
 
 
 def _shared_messages(row: Row) -> list[dict]:
-    """The messages that both sides of a pair begin with; none where they are texts."""
+    """The messages that both sides of a pair begin with; none if the sides are texts."""
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         return []
     pairs = zip(row["chosen"], row["rejected"], strict=False)
@@ -53,12 +53,12 @@ def make_splits(
     test_dataset: Dataset | IterableDataset | None,
 ) -> dict[str, list[Row]]:
     """
-    Split A (`"weak"`), split B (`"labelled"`) and `"test"`. A hash of the prompt decides its split. Where the weights
-    of weak models are learnt, a part of A becomes `"fusion"`.
+    Make split A (`"weak"`), split B (`"labelled"`) and `"test"`. A hash of the prompt decides its split. If the
+    weights of weak models are learned, a part of A becomes `"fusion"`.
 
     Raises:
-        ValueError: a column is missing, a split is empty, a prompt of the test split is also trained on, a label is no
-            probability, or a split of right and wrong rows has one class.
+        ValueError: a column is missing, a split is empty, a prompt of the test split is also trained on, a label is
+            not a probability, or a split of right and wrong rows has only one class.
     """
     task = TASKS[config.task].make()
     for name, data in (("train", train_dataset), ("test", test_dataset)):
@@ -68,7 +68,7 @@ def make_splits(
             raise ValueError(f"The {name} data set has no column {missing}. {config.task} rows need {task.columns}.")
         unused = task.unused_columns(names)
         if unused:
-            logger.warning(f"Of the {name} data set these columns are not used: {', '.join(unused)}.")
+            logger.warning(f"These columns of the {name} data set are not used: {', '.join(unused)}.")
     splits: dict[str, list[Row]] = {"weak": [], "labelled": [], "test": []}
     for row in train_dataset:
         digest = hashlib.sha256(f"{config.split_seed} {group_of(row)}".encode()).digest()
@@ -105,6 +105,6 @@ def check_splits(splits: dict[str, list[Row]]) -> None:
             shared = groups[first] & groups[second]
             if shared:
                 raise ValueError(
-                    f"The splits '{first}' and '{second}' share {len(shared)} prompts, so what is tested was trained "
-                    "on. Remove them from one data set."
+                    f"The splits '{first}' and '{second}' share {len(shared)} prompts, so the test would use training "
+                    "prompts. Remove them from one data set."
                 )

@@ -1,4 +1,4 @@
-"""What a weak-to-strong experiment asks of a task: train on rows, judge rows, and label rows with a weak model.
+"""The tasks of weak-to-strong experiments: how to train on rows, judge rows, and label rows with a weak model.
 
 Four tasks: preferences, outcomes, processes (right and wrong steps) and generation. Each task knows its columns, its
 trainer, its losses and how a trained model judges a row. The rest of the experiment treats all tasks alike. This
@@ -41,7 +41,7 @@ class Judgement:
         right (`float`): the model's performance on the row against ground truth, in [0, 1].
         output (`float`, `list[float]`, `str` or messages): the label that the model gives: a probability, one
             probability for each step, or a text.
-        finished (`bool`, *optional*, defaults to `True`): whether the text ended by itself, and not at the limit.
+        finished (`bool`, *optional*, defaults to `True`): whether the text ended before the length limit.
     """
 
     right: float
@@ -57,9 +57,9 @@ class Task(ABC):
         name (`str`): the task's name in a config.
         trainer (`type`): the trainer of all runs.
         columns (`tuple[str, ...]`): columns that rows need.
-        optional_columns (`tuple[str, ...]`): columns that the trainer reads where rows have them.
-        student_losses (`tuple[str, ...]`): what the strong student can learn weak labels by.
-        labels_are_texts (`bool`): a weak label is a text, and not a probability.
+        optional_columns (`tuple[str, ...]`): columns that the trainer reads if rows have them.
+        student_losses (`tuple[str, ...]`): the losses with which the strong student can learn weak labels.
+        labels_are_texts (`bool`): whether a weak label is a text instead of a probability.
     """
 
     name: ClassVar[str]
@@ -71,9 +71,9 @@ class Task(ABC):
 
     @classmethod
     def make(cls, metric: Metric | None = None, temperature: float = 0.0, max_completion_length: int = 256) -> "Task":
-        """The task of an experiment. The arguments are those of a task of texts; another task refuses a metric."""
+        """Make the task of an experiment. The arguments are for tasks of texts; other tasks refuse a metric."""
         if metric is not None:
-            raise ValueError(f"A metric judges texts, and task={cls.name!r} has none. Leave metric out.")
+            raise ValueError(f"A metric judges texts, and task={cls.name!r} generates none. Leave metric out.")
         return cls()
 
     # ------------------------------------------------------------------------------------------------- the data
@@ -83,7 +83,7 @@ class Task(ABC):
 
     @abstractmethod
     def check_split(self, rows: Sequence[Row], split: str) -> None:
-        """Raise `ValueError` where the rows of a split hold nothing to learn or to test."""
+        """Raise `ValueError` if a split cannot be learned from or tested on."""
 
     def unused_columns(self, columns: Sequence[str]) -> list[str]:
         """Columns that neither training nor judging reads."""
@@ -95,7 +95,7 @@ class Task(ABC):
         return Dataset.from_list([{name: value for name, value in row.items() if name in wanted} for row in rows])
 
     def gold_class(self, row: Row) -> str:
-        """The class of a row, for which the report has figures of its own."""
+        """The class of a row; the report has separate figures for each class."""
         return self.name
 
     # ----------------------------------------------------------------------------------------------- the training
@@ -103,7 +103,7 @@ class Task(ABC):
     def check(
         self, args: TrainingArguments, student_loss: str, weak_models: Sequence[str], strong_models: Sequence[str]
     ) -> None:
-        """Raise `ValueError` for arguments or models that cannot work, before a model is trained."""
+        """Raise `ValueError` for arguments or models that cannot work. It runs before a model is trained."""
 
     @abstractmethod
     def loss_arguments(self, loss: str, loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Task(ABC):
         quantization_config: BitsAndBytesConfig | None,
         teacher: Path | None,
     ) -> dict[str, Any]:
-        """The trainer's keyword arguments `model`, `args`, and what else the task's trainer takes."""
+        """The keyword arguments of the task's trainer: `model`, `args` and others."""
 
     # ---------------------------------------------------------------------------------------------------- labels
     @abstractmethod
@@ -126,17 +126,17 @@ class Task(ABC):
 
     @abstractmethod
     def relabel(self, row: Row, output: Any, hard: bool) -> Row:
-        """The row with a weak model's label in place of ground truth; `hard` rounds probabilities to 0 and 1."""
+        """The row with a weak model's label instead of ground truth; `hard` rounds probabilities to 0 and 1."""
 
     def learnable(
         self, rows: Sequence[Row], labels: Sequence[Judgement], hard: bool
     ) -> tuple[list[Row], dict[str, Any]]:
-        """The rows that a student learns from, with weak labels, and what the run reports of the others."""
+        """The rows that a student learns from, with weak labels, and what the run reports about the others."""
         pairs = zip(rows, labels, strict=True)
         return [self.relabel(row, label.output, hard) for row, label in pairs], {}
 
     def settings(self, judged: Sequence[str]) -> dict[str, Any]:
-        """What the judgements of these splits depend on beside the model, as JSON values: part of the cache key."""
+        """Everything except the model that the judgements of these splits depend on, as JSON for the cache key."""
         return {"task": self.name}
 
 
@@ -146,7 +146,7 @@ def sigmoid(value: float) -> float:
 
 
 def agreement(output: float, gold: float) -> float:
-    """1 where a probability is on the same side of one half as ground truth, else 0. Gold of one half gives 0.5."""
+    """1 if a probability is on the same side of one half as ground truth, else 0. Ground truth 0.5 gives 0.5."""
     return 0.5 if gold == 0.5 else float((output > 0.5) == (gold > 0.5))
 
 
@@ -160,7 +160,7 @@ class RewardTask(Task):
     A task whose model is a reward model and whose labels are probabilities.
 
     Attributes:
-        has_classes (`bool`): a label says right or wrong. False where the two sides of a row are interchangeable.
+        has_classes (`bool`): whether a label says right or wrong. False if the two sides of a row are interchangeable.
         confidence_loss (`type`): the auxiliary confidence loss in the trainer's signature.
     """
 
@@ -170,7 +170,7 @@ class RewardTask(Task):
 
     @abstractmethod
     def gold_labels(self, row: Row) -> list[float | None]:
-        """Ground truth for each output of the row: a probability, or `None` where it is not known."""
+        """Ground truth for each output of the row: a probability, or `None` if it is unknown."""
 
     @abstractmethod
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
@@ -181,13 +181,13 @@ class RewardTask(Task):
         """How good an output is on a row."""
 
     def usable(self, rows: list[Row], split: str) -> list[Row]:
-        if split not in ("test", "fusion"):  # only these need to know which answer is right
+        if split not in ("test", "fusion"):  # only these splits need a right answer
             return rows
         decided = [row for row in rows if not _is_undecided(self.gold_labels(row))]
         if len(decided) < len(rows):
             logger.warning(
-                f"{len(rows) - len(decided)} rows of the split '{split}' have the label 0.5, so no answer is right: "
-                "left out."
+                f"{len(rows) - len(decided)} rows of the split '{split}' are ignored: with the label 0.5 no answer is "
+                "right."
             )
         return decided
 
@@ -228,14 +228,14 @@ class RewardTask(Task):
 
 
 def template_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The columns for the chat template, as a scorer takes them."""
+    """The columns for the chat template, as arguments of a scorer."""
     return {name: [row.get(name) for row in rows] for name in TEMPLATE_COLUMNS if any(name in row for row in rows)}
 
 
 def is_flipped(row: Row) -> bool:
     """
-    Whether the student sees a pair the other way round. The hashes of the two sides decide, so that the order of the
-    columns, which is ground truth, does not reach the student.
+    Whether the student sees the two sides of a pair exchanged. Hashes of the sides decide, because their order in the
+    columns is ground truth, which the student must not see.
     """
     sides = [hashlib.sha256(canonical([row.get("prompt"), row[side]])).digest() for side in ("chosen", "rejected")]
     return sides[1] < sides[0]
@@ -243,8 +243,8 @@ def is_flipped(row: Row) -> bool:
 
 class PreferenceTask(RewardTask):
     """
-    Pairs. A label is the probability that `chosen` is better than `rejected`: 1, or `preference_probability` where the
-    rows have that column. The student sees no `margin`, because a margin belongs to ground truth.
+    Preference pairs. A label is the probability that `chosen` is better than `rejected`: `preference_probability` if
+    the rows have that column, else 1. The student gets no `margin`, because a margin is part of ground truth.
     """
 
     name = "preference"
@@ -265,8 +265,8 @@ class PreferenceTask(RewardTask):
     ) -> None:
         if student_loss == "xent" and not ranking_losses.properties_of(args.loss_type).takes_target:
             raise ValueError(
-                f"loss_type={args.loss_type!r} takes no probability, which a weak label is. Needed: 'bradley_terry', "
-                "or a loss that is declared with takes_target=True."
+                f"loss_type={args.loss_type!r} does not accept probabilities, and weak labels are probabilities. "
+                "Needed: 'bradley_terry', or a loss that is declared with takes_target=True."
             )
 
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
@@ -284,7 +284,7 @@ class PreferenceTask(RewardTask):
         return Judgement(agreement(output, gold), output)
 
     def relabel(self, row: Row, output: float, hard: bool) -> Row:
-        """The pair in an order that its content decides, with the weak model's probability."""
+        """The pair in the order of [`is_flipped`], with the weak model's probability."""
         row = {name: value for name, value in row.items() if name not in ("margin", "preference_probability")}
         if is_flipped(row):
             row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
@@ -293,12 +293,12 @@ class PreferenceTask(RewardTask):
 
 
 class TokenTask(RewardTask):
-    """A task whose model has labels on tokens: it reads probabilities from log-odds."""
+    """A task whose model has labels on tokens. It reads probabilities from log-odds."""
 
     def check(
         self, args: TrainingArguments, student_loss: str, weak_models: Sequence[str], strong_models: Sequence[str]
     ) -> None:
-        if getattr(args, "num_labels", None) == 3:  # an outcome model's arguments have no such field
+        if getattr(args, "num_labels", None) == 3:  # the config of an outcome model lacks this field
             raise ValueError(
                 "Weak labels are probabilities, and num_labels=3 has three classes. Map the labels to 0 and 1."
             )
@@ -336,7 +336,7 @@ class OutcomeTask(TokenTask):
 
 
 class ProcessTask(TokenTask):
-    """Steps that are right or wrong (`labels`). Performance on a row is the share of its labelled steps."""
+    """Steps that are right or wrong (`labels`). Performance on a row is the share of labelled steps judged right."""
 
     name = "process"
     trainer = PRMTrainer
@@ -352,7 +352,7 @@ class ProcessTask(TokenTask):
     def usable(self, rows: list[Row], split: str) -> list[Row]:
         labelled = [row for row in rows if any(label is not None for label in row["labels"])]
         if len(labelled) < len(rows):
-            logger.warning(f"{len(rows) - len(labelled)} rows of the split '{split}' have no label: left out.")
+            logger.warning(f"{len(rows) - len(labelled)} rows of the split '{split}' have no label and are ignored.")
         return super().usable(labelled, split)
 
     def check(
@@ -360,7 +360,7 @@ class ProcessTask(TokenTask):
     ) -> None:
         super().check(args, student_loss, weak_models, strong_models)
         if student_loss == "logconf" and args.num_labels != 2:
-            raise ValueError("logconf of steps needs a head of two outputs: set num_labels=2 and loss_type='ce'.")
+            raise ValueError("logconf on steps needs a head with two outputs. Set num_labels=2 and loss_type='ce'.")
 
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         prompts, steps = ([row[name] for row in rows] for name in ("prompt", "completions"))
@@ -373,7 +373,7 @@ class ProcessTask(TokenTask):
         return Judgement(sum(agreement(p, gold) for p, gold in decided) / len(decided), output)
 
     def relabel(self, row: Row, output: list[float], hard: bool) -> Row:
-        """Weak labels on the steps that have a gold label, so that student and ceiling learn from the same steps."""
+        """Label the steps that have a gold label, so that student and ceiling learn from the same steps."""
         given = [float(p > 0.5) if hard else p for p in output]
         known = [p if gold is not None else None for p, gold in zip(given, row["labels"], strict=True)]
         return {**row, "labels": known}
