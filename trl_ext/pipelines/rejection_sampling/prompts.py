@@ -84,8 +84,9 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     for row, item in enumerate(dataset):
         prompt = prompt_of(item, row)
         columns = {name: value for name, value in item.items() if name not in NOT_PASSED}
-        if isinstance(columns.get("tools"), str):  # JSON, as TRL's trainers take it
-            columns["tools"] = template_arguments(item, RowChecks(row, "prompt"))[0]
+        if isinstance(columns.get("tools"), str):  # JSON, as in TRL's trainers; the id does not depend on it
+            template_arguments(item, RowChecks(row, "prompt"))
+            columns["tools"] = json.loads(columns["tools"])
         not_kept |= NOT_KEPT & columns.keys()
         try:
             digest = hashlib.sha256(canonical(columns)).digest()
