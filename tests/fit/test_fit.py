@@ -222,7 +222,11 @@ def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
         ("prm/prm_lora_0.6b.yaml", ["loss_type=bce"], "`bce` needs 1 output(s)"),
         ("segment/segment_lora_0.6b.yaml", ["loss_type=nope"], "Unknown token loss 'nope'"),
         ("ensemble/rankings_lora_0.6b.yaml", ["use_peft=false"], "are LoRA adapters"),
-        ("ensemble/rankings_lora_0.6b.yaml", ["max_tokens_per_batch=512"], "draws each member's order itself"),
+        (
+            "ensemble/rankings_lora_0.6b.yaml",
+            ["max_tokens_per_batch=512"],
+            "decides the order of rows for each member",
+        ),
     ],
 )
 def test_what_the_trainer_refuses_is_refused_without_a_run(config, override, words, shape, capsys):

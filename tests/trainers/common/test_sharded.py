@@ -115,7 +115,7 @@ def test_a_launch_with_fsdp_is_seen_and_an_ensemble_refuses_it(base, tmp_path, m
     assert not uses_fsdp(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert uses_fsdp(args)
-    with pytest.raises(ValueError, match="FSDP and DeepSpeed cut up the stacked weights"):
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard the stacked weights"):
         trainer_for(base, args, trainer_class=RewardEnsembleTrainer, peft_config=lora())
     with pytest.raises(ValueError, match="every GPU would hold all of them"):
         trainer_for(base, config(tmp_path), peft_config=lora(), quantization_config=nf4(torch.uint8))

@@ -1,4 +1,4 @@
-"""Arguments of the trainers of ensembles: those of the trainer of one model, and what members are and train on."""
+"""Arguments of the ensemble trainers: those of the trainer of one model, and the number, seeds and data of members."""
 
 from dataclasses import dataclass, field
 
@@ -12,26 +12,27 @@ from trl_ext.trainers.token.segment_config import SegmentRewardConfig
 @dataclass
 class EnsembleFields:
     """
-    What the configurations of ensembles have beside the arguments for one model, which keep meaning and defaults.
+    The arguments that ensembles add to the configuration of one model. The others keep their meaning and defaults.
 
-    `max_grad_norm` applies to each member by itself. `seed` decides the order of rows that all members share.
+    `max_grad_norm` applies to each member separately. `seed` decides the order of rows if all members share it.
 
     Args:
         num_members (`int`, *optional*, defaults to `4`):
             M, the number of members.
         member_seeds (`list[int]`, *optional*):
-            A seed for each member: its head, its adapter and (with `"shuffle"`) its order of rows are those of a
-            trainer of one model with that seed. Defaults to `seed`, `seed + 1`, ...
+            A seed for each member. The member gets the head, the adapter and (with `"shuffle"`) the order of rows that
+            a trainer of one model has with this seed. Defaults to `seed`, `seed + 1`, ...
         data_strategy (`str`, *optional*, defaults to `"shuffle"`):
-            What members train on. `"shuffle"`: all rows, each in an order of its own. The others give all members the
-            same batches, so that the layers below the first adapted one run once for all: `"shared"`: all rows, in one
-            order; `"bootstrap"`: each row counts as often as a Poisson(1) draw of the member says; `"kfold"`: all rows
-            but the member's own fold; `"column:<name>"`: the rows that the column names for it (one distinct value per
-            member, in sorted order; a list names several, null all).
+            The rows that each member trains on. With `"shuffle"`, each member trains on all rows in a different order.
+            With every other strategy all members get the same batches, so that the layers below the first adapted
+            layer run once for all members. `"shared"`: all members train on all rows. `"bootstrap"`: a member counts
+            each row as often as a Poisson(1) draw. `"kfold"`: each member leaves one fold of the rows out.
+            `"column:<name>"`: the column assigns rows to members. It has one distinct value per member, in sorted
+            order; a list names several members, null names all.
         branch_at (`float`, *optional*):
-            Share of the layers, from the first on, that have no adapters and run once for all members, e.g. 0.75. It
-            sets `layers_to_transform` of the LoRA config, which may have `target_modules="all-linear"` all the same.
-            `None`: the layers that the LoRA config says.
+            Share of the layers, counted from the first, that have no adapters and run once for all members, e.g. 0.75.
+            It sets `layers_to_transform` of the LoRA config; `target_modules="all-linear"` still works. With `None`,
+            the LoRA config decides which layers have adapters.
     """
 
     num_members: int = field(default=4, metadata={"help": "Number of members."})
@@ -41,13 +42,13 @@ class EnsembleFields:
     data_strategy: str = field(
         default="shuffle",
         metadata={
-            "help": "What members train on: 'shuffle' (all rows, each in its own order), or on the same batches "
-            "'shared', 'bootstrap', 'kfold' or 'column:<name>'."
+            "help": "The rows that members train on: 'shuffle' (all rows, each member in another order), or with the "
+            "same batches for all 'shared', 'bootstrap', 'kfold' or 'column:<name>'."
         },
     )
     branch_at: float | None = field(
         default=None,
-        metadata={"help": "Share of the layers, from the first on, without adapters: they run once for all members."},
+        metadata={"help": "Share of the layers, counted from the first, without adapters: they run once for all."},
     )
 
     def __post_init__(self):

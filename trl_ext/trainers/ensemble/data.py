@@ -1,6 +1,6 @@
-"""Which rows each ensemble member trains on: batches of its own, or a weight for each row of a shared batch.
+"""Decides which rows each member of an ensemble trains on: separate batches, or weights for the rows of shared ones.
 
-Knows row numbers, seeds and columns. Knows nothing of models, scores or losses.
+It knows row numbers, seeds and columns. It knows nothing of models, scores or losses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ from trl_ext.trainers.common.batching import make_loader
 STRATEGIES = ("shuffle", "shared", "bootstrap", "kfold")
 COLUMN_PREFIX = "column:"
 
-# Poisson(1): probability of at most 0, 1, 2, ... draws; more than 12 have one of 6e-11
+# Poisson(1): the probability of at most 0, 1, 2, ... draws. More than 12 draws have the probability 6e-11.
 _POISSON = np.cumsum([np.exp(-1.0) / np.prod(np.arange(1.0, k + 1)) for k in range(13)])
 
 
 class RowWeights:
     """
-    How often each member counts a row of a shared batch; a function of seeds and row number alone.
+    How often each member counts a row of a shared batch. It depends only on the seeds and the row number.
 
     Args:
         strategy (`str`): `"bootstrap"`, `"kfold"` or `"column:<name>"`.
@@ -43,11 +43,11 @@ class RowWeights:
         self._by_row: np.ndarray | None = None  # (rows, M), of a column
 
     def read_column(self, dataset: Dataset | IterableDataset, name: str) -> None:
-        """Take note of who trains on which row; raises [`DataError`] where the column does not say so."""
+        """Read which members train on which row. Raises [`DataError`] if the column cannot be used for this."""
         need = f"a column with {len(self._seeds)} distinct values, one per member"
         if isinstance(dataset, IterableDataset):
             raise DataError(
-                "a stream, of which nobody knows the values before training", "a data set that is not streamed",
+                "a stream, whose values are not known before training", "a data set that is not streamed",
                 f"Load it without `streaming`, or use another data_strategy than '{self._strategy}'.",
                 column=self.column, dataset=name,
             )  # fmt: skip
@@ -68,7 +68,7 @@ class RowWeights:
             self._by_row[row] = [members is None or value in members for value in known]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Weights (M, B) fp32 of the rows (B,), on their device."""
+        """The weights (M, B), fp32, of the rows (B,), on the same device."""
         numbers = rows.cpu().numpy()
         if self._by_row is not None:
             weights = self._by_row[numbers].T
@@ -81,7 +81,7 @@ class RowWeights:
 
 
 def _uniform(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each row, as random as SplitMix64 (Steele et al., 2014) makes it."""
+    """A pseudo-random number in [0, 1) for each row, by SplitMix64 (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         state = np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95) + numbers.astype(np.uint64)
         state = (state + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -93,10 +93,10 @@ def _uniform(seed: int, numbers: np.ndarray) -> np.ndarray:
 
 class MemberSampler(Sampler):
     """
-    Places in the data set, one for each member at a time: member m's order is that of a trainer with its seed.
+    Yields tuples of row positions, one for each member. Member m has the order of a trainer with the member's seed.
 
     Args:
-        number (`int`): rows of the data set.
+        number (`int`): number of rows of the data set.
         seeds (`Sequence[int]`): a seed for each member.
     """
 
@@ -137,10 +137,10 @@ class MemberRows(TorchDataset):
 
 class MemberCollator:
     """
-    Tuples of rows -> one batch, all rows of member 0 first.
+    Turns tuples of rows into one batch. All rows of member 0 come first.
 
-    Each row gets the number of its `member`. Beside what the collator returns the batch has `member_shares`: how many
-    sequences of a padded batch, or tokens of a flat row, are each member's.
+    Each row gets the number of its `member`. The batch has the collator's tensors and `member_shares`: the number of
+    sequences of a padded batch, or of tokens of a flat row, that belong to each member.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -159,9 +159,9 @@ class MemberCollator:
 
 
 def member_dataloader(trainer: Trainer, columns: Sequence[str], seeds: Sequence[int]) -> DataLoader:
-    """The loader of a training in which each member has an order of its own."""
+    """The training loader for `data_strategy="shuffle"`, where each member has a different order of rows."""
     args, sampler = trainer.args, MemberSampler(len(trainer.train_dataset), seeds)
-    # smaller than the arguments' where `auto_find_batch_size` tries again
+    # may be smaller than in the arguments, because `auto_find_batch_size` reduces it
     batch_size = trainer.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
     loader = make_loader(
         trainer,
@@ -172,6 +172,6 @@ def member_dataloader(trainer: Trainer, columns: Sequence[str], seeds: Sequence[
         collate_fn=MemberCollator(trainer.data_collator),
         drop_last=args.dataloader_drop_last,
     )
-    # with several processes, a loader that skips batches after a resume finds the sampler to tell its epoch only so
+    # with several processes, a resumed run's loader finds the sampler only like this, to tell it the epoch
     loader.set_sampler(sampler)
     return loader

@@ -1,7 +1,7 @@
-"""Metrics of a token-level ensemble: of each member, of their mean output, and how far members are apart.
+"""Metrics of a token-level ensemble: of each member, of their mean output, and the disagreement of the members.
 
-It knows logits, labels and processes, as `trl_ext.trainers.token.recording` does, and nothing of models or of where
-metrics go.
+It knows logits, labels and processes, as `trl_ext.trainers.token.recording` does. It knows nothing of models or of
+where metrics go.
 """
 
 import math
@@ -22,13 +22,13 @@ class MemberEvaluator:
     deviation over the members (divided by M) of a span's score, averaged over the spans.
 
     Args:
-        make (`Callable[[], Evaluator]`): new, empty metrics of one model.
-        objective ([`TokenObjective`]): how outputs are read.
-        members (`int`): M; the points' logits are (B, L, M * C), member after member.
+        make (`Callable[[], Evaluator]`): makes new, empty metrics of one model.
+        objective ([`TokenObjective`]): turns outputs into scores.
+        members (`int`): M. The logits of the points are (B, L, M * C), member after member.
 
     Attributes:
-        disagreements (`list[tuple[float, float]]`): of the first spans, disagreement and whether their mean output is
-            wrong (1.0; NaN where outputs are numbers).
+        disagreements (`list[tuple[float, float]]`): for the first spans, the disagreement, and 1.0 if the mean output
+            is wrong (else 0.0; NaN if outputs are numbers).
     """
 
     def __init__(self, make: Callable[[], Evaluator], objective: TokenObjective, members: int):
@@ -63,11 +63,11 @@ class MemberEvaluator:
 
 class MemberTrainingRecorder(TrainingRecorder):
     """
-    Besides, loss and accuracy of each member between two log entries.
+    A [`TrainingRecorder`] that also records loss and accuracy of each member between two log entries.
 
     Args:
-        accelerator (`Accelerator`): for adding up over processes.
-        is_number (`bool`): labels are numbers, so that there is no accuracy.
+        accelerator (`Accelerator`): sums over processes.
+        is_number (`bool`): labels are numbers, so there is no accuracy.
     """
 
     def __init__(self, accelerator: Accelerator, is_number: bool):
@@ -78,14 +78,17 @@ class MemberTrainingRecorder(TrainingRecorder):
 
     def add_members(self, losses: torch.Tensor, items: torch.Tensor, hits: torch.Tensor, labels: torch.Tensor) -> None:
         """
-        Take a batch: loss terms and what divides them, labels that were predicted right and all labels, each summed
-        over the rows that a member counts, (M,).
+        Add a batch. All arguments have the shape (M,) and are summed over the rows that a member counts.
+
+        Args:
+            losses, items: the loss terms and their divisor.
+            hits, labels: the number of correctly predicted labels and of all labels.
         """
         sums = torch.stack([tensor.float() for tensor in (losses, items, hits, labels)])
         self._new = sums if self._new is None else self._new + sums
 
     def flush(self) -> None:
-        """Add up over processes. With several of them a collective operation: all call it, or none."""
+        """Sum over processes. A collective operation: all processes call it, or none."""
         super().flush()
         if self._new is None:
             return
@@ -94,7 +97,7 @@ class MemberTrainingRecorder(TrainingRecorder):
         self._new = None
 
     def of_members(self) -> dict[str, float]:
-        """`loss_member_<m>` and `accuracy_member_<m>` since the last call; of a member without labels, none."""
+        """`loss_member_<m>` and `accuracy_member_<m>` since the last call. A member without labels has none."""
         if self._sums is None:
             return {}
         losses, items, hits, labels = self._sums

@@ -1,8 +1,8 @@
-"""`MemberTraining`: what trainers of ensembles add to the trainer of one model, whatever a member predicts.
+"""`MemberTraining`: the part that all ensemble trainers add to the trainer of one model.
 
-The stacked model, rows of each member, clipping member by member, and the members' folders. How members run in one
-pass is in `trl_ext.models.ensemble.stacked_model`; which rows each sees in `ensemble_data`. Knows nothing of losses
-or scores.
+It makes the stacked model, gives each member its rows, clips gradients for each member, and saves a folder for each.
+`trl_ext.models.ensemble.stacked_model` runs all members in one pass; `data.py` decides which rows each member gets. It
+knows nothing of losses or scores.
 """
 
 import logging
@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 
 class MemberTraining:
     """
-    Put before [`RewardTrainer`] or a token-level trainer: `class X(MemberTraining, RewardTrainer)`.
+    The first base class of an ensemble trainer, before the trainer of one model: `class X(MemberTraining, Y)`.
 
-    The loss must be the sum of the members' losses in training, each over the rows that the member counts, so that no
-    member knows of the others.
+    In training, the loss must be the sum of the members' losses, each over the rows that the member counts. Then no
+    member influences another.
     """
 
     _writer_class = EnsembleWriter
@@ -62,8 +62,8 @@ class MemberTraining:
         self._own_batches = args.data_strategy == "shuffle"
         if self._own_batches and data_collator is not None:
             raise ValueError(
-                "data_strategy='shuffle' puts the members' batches together itself. Leave `data_collator` out, or use "
-                "data_strategy='shared'."
+                "data_strategy='shuffle' needs its own collator, which joins the batches of the members. Leave "
+                "`data_collator` out, or use data_strategy='shared'."
             )
         weighted = args.data_strategy not in ("shuffle", "shared")
         self._weights = RowWeights(args.data_strategy, args.seeds, args.seed) if weighted else None
@@ -97,8 +97,8 @@ class MemberTraining:
             raise ValueError("The model has an adapter already. Merge it first (`merge_reward_model`).")
         if args.chat_template_path is not None and not is_template_file(args.chat_template_path):
             raise ValueError(
-                f"chat_template_path={args.chat_template_path!r} may add tokens, whose embeddings members would have "
-                "to train each. Give a Jinja file."
+                f"chat_template_path={args.chat_template_path!r} may add tokens, and each member would have to train "
+                "their embeddings. Give a Jinja file."
             )
         if not isinstance(model, str):
             check_base_is_saved(model)
@@ -107,7 +107,7 @@ class MemberTraining:
             peft_config = branch_at(base, peft_config, args.branch_at)
         stacked = StackedRewardModel(base, peft_config, head, args.num_members, args.seeds)
         layers = base.config.get_text_config().num_hidden_layers
-        logger.info(f"{args.num_members} members; {stacked.branch_layer} of {layers} layers run once for all.")
+        logger.info(f"{args.num_members} members; {stacked.branch_layer} of {layers} layers run once for all members.")
         return TrainableModel(stacked, tokenizer, head)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -120,7 +120,7 @@ class MemberTraining:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
-            return super().training_step(*args, **kwargs) / self.args.num_members  # what is logged is the mean
+            return super().training_step(*args, **kwargs) / self.args.num_members  # log the mean over the members
         finally:
             self.model.use_rows()
 
@@ -134,7 +134,7 @@ class MemberTraining:
 
     @contextmanager
     def _member_clipping(self) -> Iterator[None]:
-        """Hand `max_grad_norm` to the callback, which takes it away from Trainer, and give it back."""
+        """Pass `max_grad_norm` to the callback, which sets it to 0 for Trainer, and restore it after training."""
         max_norm = self._clipping.max_norm = self.args.max_grad_norm
         try:
             yield
@@ -153,9 +153,11 @@ class MemberTraining:
 
 class MemberClipping(TrainerCallback):
     """
-    Clips each member's gradients by their own norm, before the optimizer step, in place of Trainer, which knows one
-    norm only. Trackers have noted `max_grad_norm` when training begins, which it may do several times
-    (`auto_find_batch_size`).
+    Clips the gradients of each member by the member's norm, before the optimizer step. Trainer would use one norm for
+    all members, so its clipping is switched off.
+
+    It is switched off when training begins, because trackers have recorded `max_grad_norm` by then. Training may begin
+    several times (`auto_find_batch_size`).
     """
 
     def __init__(self):
@@ -174,12 +176,12 @@ class MemberClipping(TrainerCallback):
 
 
 def for_members(batch: dict[str, Any], names: tuple[str, ...], members: int) -> dict[str, torch.Tensor]:
-    """Those tensors of a shared batch that have these names, repeated for each member, (M * B, ...)."""
+    """The named tensors of a shared batch, repeated for each member, (M * B, ...)."""
     return {name: batch[name].repeat(members, *[1] * (batch[name].dim() - 1)) for name in names if name in batch}
 
 
 def check_adapter(peft_config: PeftConfig | None) -> None:
-    """Raise `ValueError` where there is none."""
+    """Raise `ValueError` if there is no adapter."""
     if peft_config is None:
         raise ValueError("The members of an ensemble are LoRA adapters. Pass `peft_config=LoraConfig(...)`.")
 
@@ -187,7 +189,7 @@ def check_adapter(peft_config: PeftConfig | None) -> None:
 def _check_arguments(args: EnsembleFields, train_dataset: Dataset | IterableDataset | None) -> None:
     if args.deepspeed_plugin is not None or uses_fsdp(args):
         raise ValueError(
-            "An ensemble trains with one process or DDP: FSDP and DeepSpeed cut up the stacked weights and clip all "
+            "An ensemble trains with one process or DDP: FSDP and DeepSpeed shard the stacked weights and clip all "
             "members together. Start it with plain `accelerate launch`."
         )
     if args.data_strategy != "shuffle":
@@ -197,14 +199,14 @@ def _check_arguments(args: EnsembleFields, train_dataset: Dataset | IterableData
         raise ValueError(f"data_strategy='shuffle' needs random access to the rows, and this is a stream: {shared}.")
     if args.train_sampling_strategy != "random" or args.max_tokens_per_batch is not None:
         raise ValueError(
-            "data_strategy='shuffle' draws each member's order itself, so that train_sampling_strategy and "
-            f"max_tokens_per_batch cannot: {shared}."
+            "data_strategy='shuffle' decides the order of rows for each member, so train_sampling_strategy and "
+            f"max_tokens_per_batch do not work with it: {shared}."
         )
 
 
 @contextmanager
 def _without_best_model_warning() -> Iterator[None]:
-    """Trainer looks for the best checkpoint's weights beside the members' folders, finds none, and says so."""
+    """Hide Trainer's warning that the best checkpoint has no weights: they are in the members' folders."""
     upstream = logging.getLogger("transformers.trainer")
 
     def keep(record: logging.LogRecord) -> bool:

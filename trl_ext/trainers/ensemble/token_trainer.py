@@ -1,8 +1,8 @@
 """`ORMEnsembleTrainer`, `PRMEnsembleTrainer`, `SegmentEnsembleTrainer`: M token-level reward models in one run.
 
-Each member is as if it were trained alone: the loss is the sum of the members' losses, each over the labels that the
-member counts. What does not depend on what a member predicts is in `member_training`; rows, labels and metrics are
-those of the trainer of one model.
+Each member ends as if it were trained alone: the loss is the sum of the members' losses, each over the labels that the
+member counts. `member_training.py` has the parts that all ensembles share. Rows, labels and metrics are those of the
+trainer of one model.
 """
 
 from collections.abc import Callable
@@ -31,23 +31,23 @@ from trl_ext.trainers.token.trainer import TokenRewardTrainer
 
 
 PER_ROW = ("token_labels", "label_mask", "attention_mask", "row_index")
-"""What the loss and its checks want to know of the rows."""
+"""Tensors of a batch that the loss and its checks read."""
 
 
 class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
     """
-    What the trainers of token-level ensembles share. Use [`ORMEnsembleTrainer`], [`PRMEnsembleTrainer`] or
+    The base class of the token-level ensemble trainers. Use [`ORMEnsembleTrainer`], [`PRMEnsembleTrainer`] or
     [`SegmentEnsembleTrainer`].
 
-    Rows and arguments are those of the trainer of one model, with the configuration that has [`EnsembleFields`] too;
-    `peft_config` is needed. Member i ends as that trainer with `seed=member_seeds[i]` would, on the same rows in the
-    same order (dropout aside). `save_model()`, and every checkpoint, writes one ordinary adapter folder per member and
-    `reward_ensemble.json`. Branching and refusals are those of [`RewardEnsembleTrainer`].
+    Rows and arguments are those of the trainer of one model. The configuration also has [`EnsembleFields`], and
+    `peft_config` is required. Member i ends as the trainer of one model would with `seed=member_seeds[i]`, on the same
+    rows in the same order (apart from dropout). `save_model()` and every checkpoint write one ordinary adapter folder
+    per member and `reward_ensemble.json`. Branching and errors are as in [`RewardEnsembleTrainer`].
 
-    In training, `loss` is the mean of the members' and `accuracy` is over all their labels. Metrics of the evaluation
-    are those of the members' mean output, except `loss`, the mean of the members' losses. What `predict` returns, and
-    `compute_metrics` gets, are the outputs of all members: those of one model with an axis of M at the end, as of
-    [`RewardEnsembleTrainer`], so that `predictions.mean(-1)` is what the metrics are about.
+    In training, `loss` is the mean of the members' losses, and `accuracy` is over the labels of all members. In
+    evaluation, the metrics are those of the members' mean output; only `loss` is the mean of the members' losses.
+    `predict` returns, and `compute_metrics` gets, the outputs of all members: the shape of one model with an axis of M
+    at the end. The metrics are those of `predictions.mean(-1)`.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
 
     @classmethod
     def check_arguments(cls, args: EnsembleFields, *rows: Any) -> TokenObjective:
-        """As of one model; and what members cannot do."""
+        """The checks of one model, and those of ensembles."""
         if args.data_strategy == "shuffle" and args.group_by_prompt:
             raise ValueError(
-                "data_strategy='shuffle' draws each member's order itself, so that group_by_prompt cannot: use "
-                "data_strategy='shared' or another with shared batches."
+                "data_strategy='shuffle' decides the order of rows for each member, so group_by_prompt does not work "
+                "with it: use data_strategy='shared' or another strategy with shared batches."
             )
         return super().check_arguments(args, *rows)
 
     def _items(self, batch: dict[str, Any]) -> torch.Tensor:
-        """What a batch adds to the divisor of each member, (M,)."""
+        """What a batch adds to the divisor of each member's loss, (M,)."""
         items = self._objective.items(batch["label_mask"])
         if self._own_batches:
             return items.view(self.args.num_members, -1).sum(1)
@@ -94,7 +94,7 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The sum of the members' losses in training; in evaluation their mean."""
+        """The sum of the members' losses in training. In evaluation, their mean."""
         members, shares = self.args.num_members, inputs.get("member_shares")
         self.model.use_rows(shares)
         batch = inputs if shares is not None else {**inputs, **for_members(inputs, PER_ROW, members)}
@@ -104,7 +104,7 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
         if self.model.training and num_items_in_batch is not None:
             weights = self._row_weights(inputs)  # (M, B)
             losses = (self._objective.terms(sums, mask).view(members, -1) * weights).sum(1)  # (M,)
-            # a member that counts no label of this step has the loss 0
+            # a member that counts no label in this step has the loss 0
             counts = num_items_in_batch.to(losses.device).clamp(min=1)
             loss = (losses * (self.accelerator.num_processes / counts)).sum()
             with torch.no_grad():
@@ -127,7 +127,7 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
         batch: dict[str, torch.Tensor],
         weights: torch.Tensor,
     ) -> None:
-        """Record a pass of the training, each member's labels for themselves."""
+        """Record a training pass, separately for each member."""
         mask = batch["label_mask"]
         hits = self._objective.hits(logits, batch) & mask
         each = (self._objective.items(mask), hits.flatten(1).sum(1), mask.flatten(1).sum(1))  # (M * B,)
@@ -154,7 +154,7 @@ class TokenEnsembleTrainer(MemberTraining, TokenRewardTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            if self.accelerator.num_processes == 1:  # else RecordingCallback did, in all processes
+            if self.accelerator.num_processes == 1:  # otherwise RecordingCallback has flushed in all processes
                 self._training.flush()
             logs.update(self._training.of_members())
         super().log(logs, start_time)

@@ -1,7 +1,7 @@
 """`RewardEnsembleTrainer`: M reward models on one base in one run, each as if it were trained alone.
 
-The loss is the sum of the members' losses and their gradients are clipped member by member, so that no member knows of
-the others. What does not depend on what a member predicts is in `member_training`.
+The loss is the sum of the members' losses, and gradients are clipped for each member, so no member influences another.
+`member_training.py` has the parts that all ensembles share.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,27 +26,27 @@ from trl_ext.trainers.ranking.trainer import RewardTrainer, in_groups
 
 
 PER_GROUP = ("ratings", "group_mask", "completion_lengths", "row_index", "margin", "target")
-"""What a loss wants to know of the groups."""
+"""Tensors of a batch that the loss and its checks read."""
 
 
 class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
     """
-    Trainer for M reward models that share one base: LoRA adapters and heads of their own, trained in one run.
+    Trainer for M reward models that share one base. Each has a LoRA adapter and a head; all train in one run.
 
-    Takes the arguments of [`RewardTrainer`], with a `RewardEnsembleConfig`; `peft_config` is needed. Member i ends as
-    `RewardTrainer` with `seed=member_seeds[i]` would, on the same rows in the same order (dropout aside, which is off
-    by default). `save_model()`, and every checkpoint, writes one ordinary adapter folder per member and
+    It takes the arguments of [`RewardTrainer`], with a `RewardEnsembleConfig`. `peft_config` is required. Member i
+    ends as `RewardTrainer` would with `seed=member_seeds[i]`, on the same rows in the same order (apart from dropout,
+    which is off by default). `save_model()` and every checkpoint write one ordinary adapter folder per member and
     `reward_ensemble.json`.
 
-    With LoRA on the last layers only (`branch_at`, or `layers_to_transform` of the LoRA config) the layers below run
-    without a gradient, and if the members share their batches, once for all.
+    If only the last layers have LoRA (`branch_at`, or `layers_to_transform` of the LoRA config), the layers below run
+    without a gradient. If the members also share their batches, these layers run once for all members.
 
-    Metrics in training are means over the members. In evaluation they are those of the members' mean score, except
-    `loss`, the mean of the members' losses. What `predict` returns are the scores of all members, (rows, K, M).
+    In training, metrics are means over the members. In evaluation, the metrics are those of the members' mean score;
+    only `loss` is the mean of the members' losses. `predict` returns the scores of all members, (rows, K, M).
 
     Raises:
-        `ValueError`: what cannot be trained together: FSDP, DeepSpeed, adapters other than plain LoRA, a family that
-            mixes rows.
+        `ValueError`: for set-ups in which members cannot train together: FSDP, DeepSpeed, adapters other than plain
+            LoRA, or a model family that mixes rows.
     """
 
     _tag_names = ["trl", "reward-trainer", "reward-ensemble", "trl-ext"]
@@ -87,13 +87,13 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The batches of an optimizer step, and the groups each member counts in them, (M,), over all processes."""
+        """The batches of one optimizer step, and the number of groups that each member counts, (M,)."""
         batches, groups = super().get_batch_samples(epoch_iterator, num_batches, device)
         members = self.args.num_members
         if self._weights is None:
             return batches, (groups / members if self._own_batches else groups).expand(members)
         counts = torch.zeros(members, device=device)
-        for batch in batches:  # none where a stream ends
+        for batch in batches:  # empty at the end of a stream
             batch["member_weights"] = self._weights(batch["row_index"])  # (M, B)
             counts = counts + batch["member_weights"].sum(1).to(device)
         if self.accelerator.num_processes > 1:
@@ -108,7 +108,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The sum of the members' losses in training; in evaluation their mean."""
+        """The sum of the members' losses in training. In evaluation, their mean."""
         members, shares = self.args.num_members, inputs.get("member_shares")
         self.model.use_rows(shares)
         batch = inputs if shares is not None else {**inputs, **for_members(inputs, PER_GROUP, members)}
@@ -118,7 +118,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         weights = inputs.get("member_weights")  # (M, B)
         if self.model.training and num_items_in_batch is not None:
             each = losses.view(members, -1) if weights is None else losses.view(members, -1) * weights
-            # a member that counts no group of this step has the loss 0
+            # a member that counts no group in this step has the loss 0
             counts = num_items_in_batch.to(each.device).clamp(min=1)
             loss = (each.sum(1) * (self.accelerator.num_processes / counts)).sum()
         else:
@@ -136,7 +136,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
     def _observe_training(
         self, scores: torch.Tensor, losses: torch.Tensor, batch: dict[str, Any], weights: torch.Tensor | None
     ) -> None:
-        """Check and record a pass, each member's groups for themselves."""
+        """Check and record a training pass, separately for each member."""
         self._watch_training(scores, losses, batch)
         mask, rows, recorder = batch["group_mask"], batch["row_index"], self._recorders["train"]
         ratings = signed_ratings(batch)

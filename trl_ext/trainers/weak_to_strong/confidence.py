@@ -1,4 +1,4 @@
-"""Tells a [`ConfidenceLoss`](trl_ext.losses.distillation) where training stands, and keeps its memory in checkpoints.
+"""Tells a [`ConfidenceLoss`](trl_ext.losses.distillation) how far training is, and stores its state in checkpoints.
 
 It knows optimizer steps, processes and the trainer's state. It does not know what the loss computes.
 """
@@ -20,10 +20,10 @@ STATE = "confidence_loss"
 
 class ConfidenceCallback(TrainerCallback):
     """
-    Ends the loss's step with every optimizer step, with the predictions of all processes.
+    After every optimizer step, gives the loss the predictions of all processes.
 
-    The loss's memory of earlier steps, from which it takes its threshold, is part of each checkpoint
-    (`trainer_state.json`), so that a resumed run goes on as if it had not stopped.
+    The loss takes its threshold from earlier steps. Each checkpoint stores what it remembers of them
+    (`trainer_state.json`), so that a resumed run continues exactly.
 
     Args:
         loss ([`~trl_ext.losses.distillation.ConfidenceLoss`]): the loss, e.g. `LogConfRanking(...).confidence`.
@@ -40,8 +40,8 @@ class ConfidenceCallback(TrainerCallback):
             self._loss.load_state_dict(saved["loss"])
         elif state.global_step > 0:
             logger.warning(
-                "The checkpoint has no state of the confidence loss. Its threshold starts anew, so the next steps "
-                "differ a little from those of an uninterrupted run."
+                "The checkpoint has no state of the confidence loss. The loss starts with an empty history, so the "
+                "next steps differ a little from those of an uninterrupted run."
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

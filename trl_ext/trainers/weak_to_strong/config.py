@@ -16,7 +16,7 @@ class WeakToStrongConfig(trl.SFTConfig):
             Lambda of equation 10.13 of *Foundations of Large Language Models* by T. Xiao and J. Zhu: the weight of the
             divergence from the weak teacher beside the cross-entropy. The source gives no value; this one is ours.
         kd_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, or from `kd_weight` to 0 over the run: `"linear"` or `"cosine"`.
+            `"constant"` keeps `kd_weight`. `"linear"` and `"cosine"` reduce it to 0 over the run.
         teacher_model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `AutoModelForCausalLM.from_pretrained` for a teacher given by its path (JSON on the
             command line).
@@ -42,7 +42,9 @@ class WeakToStrongConfig(trl.SFTConfig):
         if self.kd_schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"kd_schedule={self.kd_schedule!r} is not known. Needed: 'constant', 'linear', 'cosine'.")
         if self.loss_type != "nll":
-            raise ValueError(f"loss_type={self.loss_type!r} does not go with a teacher. Needed: 'nll'.")
+            raise ValueError(f"loss_type={self.loss_type!r} does not work with a teacher. Needed: 'nll'.")
         for name in ("use_liger_kernel", "label_smoothing_factor"):
             if getattr(self, name):
-                raise ValueError(f"{name} does not go with a teacher: the loss needs the student's own logits.")
+                raise ValueError(
+                    f"{name} does not work with a teacher, because the loss needs the student's logits. Leave it out."
+                )

@@ -33,10 +33,11 @@ class WeakToStrongTrainer(trl.SFTTrainer):
     r"""
     Supervised fine-tuning with a weak teacher: cross-entropy to the data plus lambda KL(weak || strong).
 
-    See *Foundations of Large Language Models* by T. Xiao and J. Zhu, equation 10.13. The data are what the student
-    imitates: the weak model's outputs, or labels. On the weak model's outputs `kd_weight=0` gives equation 10.10.
+    See *Foundations of Large Language Models* by T. Xiao and J. Zhu, equation 10.13. The student imitates the
+    completions in the data: outputs of the weak model, or labels. With outputs of the weak model, `kd_weight=0` gives
+    equation 10.10.
 
-    All arguments of `trl.SFTTrainer` keep their meaning, and:
+    All arguments of `trl.SFTTrainer` keep their meaning. These are new:
 
     Args:
         teacher_model (`str` or `PreTrainedModel`):
@@ -48,8 +49,8 @@ class WeakToStrongTrainer(trl.SFTTrainer):
     `kd_weight`.
 
     Raises:
-        ValueError: a teacher with another vocabulary, no teacher, or a mixture of experts whose auxiliary loss this
-            trainer would lose.
+        ValueError: if the teacher is missing or has another vocabulary, or if the model is a mixture of experts with
+            an auxiliary loss, which this trainer does not compute.
     """
 
     _tag_names = ["trl", "sft", "weak-to-strong"]
@@ -72,7 +73,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError(
-                "The model adds a router loss, which this trainer would lose. Load the model with "
+                "The model adds a router loss, which this trainer does not compute. Load the model with "
                 "output_router_logits=False."
             )
         self._teacher: PreTrainedModel | None = None
@@ -123,7 +124,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         else:
             with torch.no_grad():
                 teacher_logits = self._teacher(**given, use_cache=False).logits[:, :-1][mask]  # (n, V')
-            # the heads of one family may be padded to different sizes: compare the tokens that both know
+            # models of one family may pad their vocabularies to different sizes: compare the tokens that both have
             known = min(logits.shape[-1], teacher_logits.shape[-1])
             logits, teacher_logits = logits[:, :known], teacher_logits[:, :known]
         real = torch.ones_like(wanted, dtype=torch.bool)
