@@ -427,7 +427,7 @@ def test_steps_errors():
     mask = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"one shape \(B, S\)"):
         StepStream().add(torch.zeros(2, 3), torch.zeros(2, 3), mask[:, :2])
-    with pytest.raises(ValueError, match="annotated that is not real"):
+    with pytest.raises(ValueError, match="annotated but not real"):
         StepStream().add(torch.zeros(2, 3), torch.zeros(2, 3), mask, ~mask)
 
 

@@ -9,7 +9,7 @@ import torch
 
 def member_disagreement(scores: torch.Tensor) -> torch.Tensor:
     """
-    How far the members' scores of one thing are apart: their population standard deviation.
+    The disagreement of the members about each item: the population standard deviation of their scores.
 
     Args:
         scores (`torch.Tensor` of shape `(M, ...)`): scores of the members, all on one scale.
@@ -22,10 +22,10 @@ def member_disagreement(scores: torch.Tensor) -> torch.Tensor:
 
 def group_disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    How far members are apart about the candidates of each group, whatever their level.
+    The disagreement of the members about the candidates of each group, without differences of level.
 
-    It is the [`member_disagreement`] about a candidate's score minus the member's mean score of its group, averaged
-    over the candidates. (Losses of comparisons do not fix a member's level.)
+    From each score the member's mean score of the group is subtracted. The result is the [`member_disagreement`] of
+    these values, averaged over the candidates. (Losses of comparisons do not fix a member's level.)
 
     Args:
         scores (`torch.Tensor` of shape `(M, B, K)`): scores of the members.
@@ -51,11 +51,11 @@ def group_disagreement(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 
 def pair_disagreement(differences: torch.Tensor) -> torch.Tensor:
     """
-    How much members differ about a pair: the population standard deviation of their score differences.
+    The disagreement of the members about a pair: the population standard deviation of their score differences.
 
     Args:
         differences (`torch.Tensor` of shape `(P, M)`):
-            Score of the better less that of the worse text, by each member, all on one scale.
+            Each member's score of the better text minus that of the worse text, all on one scale.
 
     Returns:
         `torch.Tensor` of shape `(P,)`, 0 for one member.
@@ -65,10 +65,10 @@ def pair_disagreement(differences: torch.Tensor) -> torch.Tensor:
 
 def relative_disagreement(differences: torch.Tensor) -> torch.Tensor:
     """
-    [`pair_disagreement`] over the size of the mean difference: how sure members are of which text is better.
+    [`pair_disagreement`] divided by the absolute mean difference: how unsure the members are which text is better.
 
-    The standard deviation alone grows with the difference itself, so that pairs of very different texts, which are the
-    easiest, can have the most of it.
+    The standard deviation alone grows with the difference. Pairs of very different texts are the easiest and can have
+    the largest standard deviation.
 
     Returns:
         `torch.Tensor` of shape `(P,)`, infinite where the mean difference is 0.
@@ -81,20 +81,20 @@ def error_by_disagreement(margins: torch.Tensor, disagreement: torch.Tensor, bin
     """
     The share of wrongly ordered pairs, from the pairs that members agree on most to those they agree on least.
 
-    Disagreement is of use if the error rate rises with it.
+    Disagreement is useful if the error rate rises with it.
 
     Args:
         margins (`torch.Tensor` of shape `(P,)`):
-            Ensemble score of the better less that of the worse text. At most 0 is wrong, as in
-            [`~trl_ext.metrics.ranking.pair_accuracy`].
+            The ensemble's score of the better text minus that of the worse text. A pair with a margin of at most 0 is
+            wrong, as in [`~trl_ext.metrics.ranking.pair_accuracy`].
         disagreement (`torch.Tensor` of shape `(P,)`):
-            Of each pair, larger is more; see [`pair_disagreement`].
+            Disagreement about each pair, see [`pair_disagreement`].
         bins (`int`, *optional*, defaults to `10`):
-            Bins of equal size (by up to one pair): deciles.
+            Number of bins; 10 gives deciles. Their sizes differ by at most one pair.
 
     Returns:
-        `list[dict]`: for each bin `pairs`, `disagreement` (mean) and `error` (share of pairs). Pairs of equal
-        disagreement that do not fit into one bin are cut apart in their order.
+        `list[dict]`: for each bin `pairs`, `disagreement` (mean) and `error` (share of pairs). Pairs with equal
+        disagreement that do not fit into one bin are divided in their order.
 
     Raises:
         ValueError: fewer pairs than bins.
@@ -120,14 +120,14 @@ def error_by_disagreement(margins: torch.Tensor, disagreement: torch.Tensor, bin
 
 def error_by_decile(groups: list[tuple[float, float]]) -> list[list[float]]:
     """
-    As [`error_by_disagreement`], of groups that each have a disagreement and an error rate.
+    [`error_by_disagreement`] for groups that each have a disagreement and an error rate.
 
     Args:
-        groups (`list[tuple[float, float]]`): disagreement and error rate; groups whose error is NaN are left out.
+        groups (`list[tuple[float, float]]`): disagreement and error rate; groups whose error is NaN are ignored.
 
     Returns:
-        `list[list[float]]`: rows of decile (from 1), groups, mean disagreement, mean error rate. Of fewer than ten
-        groups some deciles have no row.
+        `list[list[float]]`: rows of decile (from 1), number of groups, mean disagreement, mean error rate. With fewer
+        than ten groups some deciles have no row.
 
     Example:
 
@@ -141,7 +141,7 @@ def error_by_decile(groups: list[tuple[float, float]]) -> list[list[float]]:
 
 
 def _by_bin(errors: torch.Tensor, disagreement: torch.Tensor, bins: int) -> list[list[float]]:
-    """Rows of bin (from 1), things in it, their mean disagreement and mean error, (P,) each; empty bins have none."""
+    """A row for each bin that is not empty: bin (from 1), number of items, mean disagreement and mean error."""
     order, size = disagreement.argsort(stable=True), len(errors)
     rows = []
     for number in range(bins):
@@ -153,8 +153,10 @@ def _by_bin(errors: torch.Tensor, disagreement: torch.Tensor, bins: int) -> list
 
 def error_auc(margins: torch.Tensor, disagreement: torch.Tensor) -> float | None:
     """
-    The chance that a wrongly ordered pair has more disagreement than a rightly ordered one, ties counting half: 0.5 if
-    disagreement says nothing, 1 if it says all. `None` if all pairs are right or all are wrong.
+    The chance that a wrongly ordered pair has more disagreement than a rightly ordered one; ties count half.
+
+    It is 0.5 if disagreement says nothing about errors, and 1 if it separates wrong from right pairs. `None` if all
+    pairs are right or all are wrong.
 
     Arguments as in [`error_by_disagreement`].
     """

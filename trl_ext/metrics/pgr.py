@@ -1,4 +1,4 @@
-r"""Performance gap recovered (PGR): how much of the gap between a weak model and a ceiling a strong student closes.
+r"""Performance gap recovered (PGR): the share of the gap between weak model and ceiling that a strong student closes.
 
 $$
 \mathrm{PGR} = \frac{\text{weak-to-strong} - \text{weak}}{\text{ceiling} - \text{weak}}
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 
-# A gap below so many of its standard errors is too uncertain to take a share of it.
+# With a gap below this many of its standard errors, PGR is undefined.
 DECIDED_AT = 2.0
 
 
@@ -29,11 +29,11 @@ def performance_gap_recovered(weak: float, weak_to_strong: float, ceiling: float
         weak_to_strong (`float`): performance of the strong student trained on the weak supervisor's labels.
         ceiling (`float`): performance of the strong model trained on ground truth.
         clip (`bool`, *optional*, defaults to `True`):
-            Keep the result in [0, 1], as the equation's definition does; `False` shows a student that falls below its
-            supervisor or passes the ceiling.
+            Limit the result to [0, 1], as the definition does. With `False` it is negative for a student below its
+            supervisor, and above 1 for a student above the ceiling.
 
     Returns:
-        `float`: 0 where the student is no better than its supervisor, 1 where it reaches the ceiling.
+        `float`: 0 if the student is no better than its supervisor, 1 if it reaches the ceiling.
 
     Raises:
         ValueError: the ceiling is not above the weak model, or a value is not finite: there is no gap to recover.
@@ -64,12 +64,12 @@ class PGREstimate:
     Args:
         weak, weak_to_strong, ceiling (`float`): mean performance over the rows.
         gap_error (`float`): standard error of `ceiling - weak` (paired, over prompts).
-        pgr (`float`, *optional*): not clipped; `None` where it is undefined.
-        interval (`tuple[float, float]`, *optional*): percentile bootstrap interval of `pgr`; `None` with it.
-        reason (`str`, *optional*): why it is undefined.
+        pgr (`float`, *optional*): PGR, not clipped; `None` if it is undefined.
+        interval (`tuple[float, float]`, *optional*): percentile bootstrap interval of `pgr`; `None` if `pgr` is.
+        reason (`str`, *optional*): why `pgr` is undefined.
         intervals (`dict[str, tuple[float, float]]`, *optional*):
-            percentile bootstrap intervals of `weak`, `weak_to_strong` and `ceiling`; `None` where all rows belong to
-            one prompt.
+            percentile bootstrap intervals of `weak`, `weak_to_strong` and `ceiling`; `None` if all rows belong to one
+            prompt.
     """
 
     weak: float
@@ -92,21 +92,21 @@ def estimate_pgr(
     seed: int = 0,
 ) -> PGREstimate:
     """
-    PGR with a paired bootstrap interval: the same resampled rows for all three models.
+    PGR with a paired bootstrap interval: all three models use the same resampled rows.
 
-    PGR is undefined (`None`) where `ceiling - weak` is below twice its standard error: a share of a gap that may be
-    zero says nothing. A resample without a gap counts as the infinity of its sign.
+    PGR is undefined (`None`) if `ceiling - weak` is below twice its standard error, because the gap may then be zero.
+    A resample without a gap counts as infinity, with the sign of the difference.
 
     Args:
         weak, weak_to_strong, ceiling (`torch.Tensor` of shape `(N,)`):
-            Performance of each model on each test row, e.g. 1 where it is right. Rows of several seeds may follow each
-            other.
+            Performance of each model on each test row, e.g. 1 if it is right. The rows of several seeds may be
+            concatenated.
         clusters (sequence of `int` of length N, *optional*):
             Rows that are resampled together: the prompt of each row, because several rows of a prompt, or the seeds of
             a row, are not independent. By default each row is its own cluster.
         level (`float`, *optional*, defaults to `0.95`): coverage of the interval.
         num_resamples (`int`, *optional*, defaults to `2000`): bootstrap resamples.
-        seed (`int`, *optional*, defaults to `0`): of the bootstrap.
+        seed (`int`, *optional*, defaults to `0`): seed of the bootstrap.
 
     Returns:
         [`PGREstimate`].

@@ -1,10 +1,10 @@
-"""Metrics within a question, streamed: right against wrong answers, and best-of-n.
+"""Streamed metrics within a question: right against wrong answers, and best-of-n.
 
 The answers to a question may arrive scattered over batches. Memory stops growing at a fixed size, and results depend
-neither on batch size nor on the order of the rows. Between processes, gather a batch first and add it on each. Scores
-are taken to be finite: whoever scores stops on NaN. They are rounded to fp32.
+neither on batch size nor on the order of the rows. With several processes, gather each batch and add it in every
+process. Scores must be finite (scorers check this), and are rounded to fp32.
 
-It knows scores, labels and numbers of questions, and nothing of models, tokens or text.
+This module knows scores, labels and numbers of questions. It knows nothing of models, tokens or text.
 """
 
 import math
@@ -21,12 +21,12 @@ class QuestionStream:
     """
     Right against wrong answers to the *same* question.
 
-    An AUC over all answers mostly measures whether the model knows which questions are hard; to choose among answers
-    only the order within a question counts.
+    An AUC over all answers mostly measures whether the model knows which questions are hard. To choose among the
+    answers to a question, only their order matters.
 
-    The answers to a question may arrive scattered, so they have to be kept: 13 bytes a row. When there are more than
-    `capacity` rows, half of the questions are left out, with all their rows, and so on. Which ones a fixed hash of
-    their number decides, so that neither batch size nor order changes the result.
+    The answers to a question may arrive scattered, so they must be kept: 13 bytes per row. When there are more than
+    `capacity` rows, half of the questions are dropped with all their rows, and so on. A fixed hash of the question's
+    number decides which, so neither batch size nor order changes the result.
 
     Args:
         capacity (`int`, *optional*, defaults to `65_536`):
@@ -51,16 +51,16 @@ class QuestionStream:
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor, questions: torch.Tensor) -> None:
         """
-        Take more answers.
+        Add answers.
 
         Args:
             scores, labels (`torch.Tensor` of shape `(B,)`):
                 Score and label of each answer.
             questions (`torch.LongTensor` of shape `(B,)`):
-                A number of the question, the same for all of its answers.
+                The number of each answer's question.
 
         Raises:
-            ValueError: if the shapes differ, or the numbers are no integers (floats merge questions above 2^24).
+            ValueError: the shapes differ, or the numbers are not integers (floats merge questions above 2^24).
         """
         if not scores.shape == labels.shape == questions.shape == (len(scores),):
             raise ValueError(
@@ -81,8 +81,8 @@ class QuestionStream:
             self._rows, self._kept = [rows], len(rows[0])
 
     def _sample(self, rows: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The rows of the questions that are kept: those of whose hash the leading bits are 0."""
-        mixed = (rows[0] ^ (rows[0] >> 32) ^ 0x5851F42D4C957F2D) * 0x1E3779B97F4A7C15  # wraps around, on purpose
+        """The rows of the questions that are kept. The hashes of their numbers have leading bits of 0."""
+        mixed = (rows[0] ^ (rows[0] >> 32) ^ 0x5851F42D4C957F2D) * 0x1E3779B97F4A7C15  # overflows on purpose
         leading = (mixed >> (63 - self._halvings)) & ((1 << self._halvings) - 1)
         return tuple(column[leading == 0] for column in rows)
 
@@ -96,14 +96,15 @@ class QuestionStream:
         Returns:
             `dict[str, float]`:
 
-            - `question_auc`: AUC within a question, equal scores half, mean over the questions with right and wrong
-              answers; each such question weighs the same.
-            - `right_wrong_accuracy`: share of all pairs of a right and a wrong answer to a question in which the
-              right one scores higher; equal scores are wrong. Each pair weighs the same.
-            - `best_of_n`: share of the questions with several answers of which the best scored is right; among equal
-              scores the share of right ones. `mean_of_n`: of one picked blindly. `oracle_of_n`: with a right answer
-              at all.
-            - `questions`: their number; `rows_left_out`: rows of questions left out for lack of capacity.
+            - `question_auc`: AUC within a question (equal scores count half), averaged over the questions that have
+              right and wrong answers. Each such question has the same weight.
+            - `right_wrong_accuracy`: share of all pairs of a right and a wrong answer to one question in which the
+              right one scores higher; equal scores are wrong. Each pair has the same weight.
+            - `best_of_n`: share of the questions with several answers whose best-scored answer is right (among equal
+              best scores the share of right ones). `mean_of_n`: the same for a random answer. `oracle_of_n`: share of
+              these questions that have a right answer.
+            - `questions`: number of questions. `rows_left_out`: rows of questions that were dropped for lack of
+              capacity.
         """
         rows = sorted(zip(*(column.tolist() for column in self._all()), strict=True))
         areas, best, mean, oracle = [], [], [], []

@@ -1,11 +1,10 @@
-"""Metrics: from the scores and ratings of a group to one number per group, and their aggregation over a data set.
+"""Ranking metrics: one number per group from its scores and ratings, and their aggregation over a data set.
 
-Per-group functions take `(scores, ratings, mask)`, each `(B, K)`, and return fp32 `(B,)`, NaN where the metric is not
-defined for the group. [`StreamedMetrics`] then weighs every group once, so that batch size and number of processes do
-not change the result. Scores and ratings are taken to be finite: whoever scores stops on NaN. What lies under the mask
-changes nothing.
+Per-group functions take `(scores, ratings, mask)`, each `(B, K)`, and return fp32 `(B,)`, with NaN for groups on which
+the metric is not defined. [`StreamedMetrics`] then counts every group once, so batch size and number of processes do
+not change the result. Scores and ratings must be finite (scorers check this). Masked values do not change the result.
 
-It knows nothing of models, losses, trainers or processes.
+This module knows nothing of models, losses, trainers or processes.
 """
 
 import math
@@ -15,7 +14,7 @@ import torch
 
 
 def _signs(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """sign(v_i - v_j) of real pairs, 0 elsewhere: (B, K, K)."""
+    """sign(v_i - v_j) for real pairs, 0 elsewhere: (B, K, K)."""
     values = values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~mask, 0.0)
     both = mask[:, :, None] & mask[:, None, :]
     return (values[:, :, None] - values[:, None, :]).sign() * both
@@ -28,10 +27,9 @@ def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def pair_accuracy(scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Share of the decided pairs of a group that the scores order as the ratings do.
+    Share of the decided pairs of a group that scores and ratings order in the same way.
 
-    A pair is decided if its ratings differ. Equal scores are wrong, as in TRL's `accuracy`, to which this reduces for
-    a group of two.
+    A pair is decided if its ratings differ. Equal scores are wrong. For a group of two it is TRL's `accuracy`.
 
     Args:
         scores (`torch.Tensor` of shape `(B, K)`):
@@ -42,7 +40,7 @@ def pair_accuracy(scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tenso
             True for a real candidate.
 
     Returns:
-        `torch.Tensor` of shape `(B,)` in [0, 1]; NaN without a decided pair.
+        `torch.Tensor` of shape `(B,)` in [0, 1]; NaN if there is no decided pair.
 
     Example:
 
@@ -67,17 +65,18 @@ def length_accuracy(lengths: torch.Tensor, ratings: torch.Tensor, mask: torch.Te
             As in [`pair_accuracy`].
 
     Returns:
-        `torch.Tensor` of shape `(B,)` in [0, 1]; NaN without a decided pair.
+        `torch.Tensor` of shape `(B,)` in [0, 1]; NaN if there is no decided pair.
     """
     return pair_accuracy(lengths, ratings, mask)
 
 
 def top1_agreement(scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    1 if the best scored candidate is (one of) the best rated, else 0: whether best-of-K picks right.
+    1 if the best-scored candidate has the best rating, else 0: whether best-of-K picks the best candidate.
 
-    Where several share the best score all of them have to be among the best rated: a model that scores everything
-    alike gets 0, and the order of the candidates does not matter. For a group of two it is [`pair_accuracy`].
+    If several candidates share the best score, all of them must have the best rating. So a model that gives all
+    candidates the same score gets 0, and the order of the candidates does not matter. For a group of two it is
+    [`pair_accuracy`].
 
     Args:
         scores, ratings, mask:
@@ -101,9 +100,9 @@ def kendall_tau(scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor)
     \tau_b = \frac{C - D}{\sqrt{(C + D + T_s)(C + D + T_r)}}
     $$
 
-    with C concordant and D discordant pairs, T_s pairs tied in the score only, T_r in the rating only. See *The
-    Treatment of Ties in Ranking Problems* by M. G. Kendall (https://doi.org/10.1093/biomet/33.3.239). Equals
-    `scipy.stats.kendalltau`.
+    C and D are the numbers of concordant and discordant pairs, T_s and T_r those of pairs tied only in the score and
+    only in the rating. See *The Treatment of Ties in Ranking Problems* by M. G. Kendall
+    (https://doi.org/10.1093/biomet/33.3.239). It equals `scipy.stats.kendalltau`.
 
     Args:
         scores, ratings, mask:
@@ -127,9 +126,9 @@ def ndcg(scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor) -> tor
     $$
 
     See *Cumulated gain-based evaluation of IR techniques* by K. Järvelin and J. Kekäläinen
-    (https://doi.org/10.1145/582415.582418). Candidates of equal score share the mean discount of their places. Equals
-    `sklearn.metrics.ndcg_score` where no rating is negative; a group with negative ratings (ranks become such) is
-    first shifted so that its lowest gain is 0.
+    (https://doi.org/10.1145/582415.582418). Candidates with equal scores get the mean discount of their places. It
+    equals `sklearn.metrics.ndcg_score` if no rating is negative. A group with negative ratings (ranks become negative
+    ratings) is first shifted so that its lowest gain is 0.
 
     Args:
         scores, ratings, mask:
@@ -163,7 +162,7 @@ def margin(scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor) -> t
             As in [`pair_accuracy`].
 
     Returns:
-        `torch.Tensor` of shape `(B,)`; NaN without a decided pair.
+        `torch.Tensor` of shape `(B,)`; NaN if there is no decided pair.
     """
     scores = scores.float().masked_fill(~mask, 0.0)
     decided = _signs(ratings, mask) > 0  # (B, K, K)
@@ -175,7 +174,7 @@ def centered_products(
     x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Per group the sums of (x - mean)², (y - mean)² and (x - mean)(y - mean): what [`pearson`] needs, in addable parts.
+    The sums of (x - mean)², (y - mean)² and (x - mean)(y - mean) of each group, which can be added for [`pearson`].
 
     Args:
         x, y (`torch.Tensor` of shape `(B, K)`):
@@ -196,8 +195,8 @@ def pearson(xx: float, yy: float, xy: float) -> float:
     """
     Pearson correlation from summed [`centered_products`].
 
-    Summed over groups that were centred one by one it is the correlation *within* groups: that a prompt with long
-    answers has high scores does not count. NaN if x or y does not vary within any group.
+    If the products are summed over groups, the result is the correlation *within* groups. For example, it ignores that
+    a prompt with long answers has high scores. NaN if x or y does not vary within any group.
 
     Example:
 
@@ -213,7 +212,7 @@ def ranking_columns(
     scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """
-    Everything that [`ranking_summary`] needs of a batch, one number per group, ready to be gathered across processes.
+    The values that [`ranking_summary`] needs from a batch, one number per group, which processes can gather.
 
     Args:
         scores, ratings, mask:
@@ -222,8 +221,8 @@ def ranking_columns(
             Lengths of the completions, in tokens.
 
     Returns:
-        `dict[str, torch.Tensor]`: always the same keys in the same order; each value fp32 of shape `(B,)`, NaN where
-        it is not defined for the group.
+        `dict[str, torch.Tensor]`: always the same keys in the same order. Each value is fp32 of shape `(B,)`, with NaN
+        for groups on which it is not defined.
     """
     real_scores = scores.float()
     count = mask.sum(-1).float()  # (B,)
@@ -247,9 +246,9 @@ def ranking_columns(
 
 class StreamedMetrics:
     """
-    Count, sum, minimum and maximum of named columns that arrive batch by batch; NaN means undefined and is left out.
+    Count, sum, minimum and maximum of named columns that arrive batch by batch. NaN means undefined and is ignored.
 
-    Sums are kept in fp64, so the result does not depend on how the rows were cut into batches.
+    Sums are kept in fp64 and added row by row, so the batch size does not change the result.
 
     Example:
 
@@ -270,21 +269,21 @@ class StreamedMetrics:
 
     def add(self, columns: Mapping[str, torch.Tensor]) -> None:
         """
-        Take one batch.
+        Add one batch.
 
         Args:
             columns (`Mapping[str, torch.Tensor]`):
-                One number per row for each name, shape `(B,)`. B may be 0 and may differ from name to name.
+                One number per row for each name, shape `(B,)`. B may be 0 and may differ between names.
 
         Raises:
-            ValueError: if a column is not one-dimensional.
+            ValueError: a column is not one-dimensional.
         """
         for name, column in columns.items():
             if column.dim() != 1:
                 raise ValueError(f"The column '{name}' must have the shape (B,), found {tuple(column.shape)}.")
             values = [value for value in column.tolist() if not math.isnan(value)]
             total = self.sum(name)
-            for value in values:  # one by one in the order of the rows: the same additions for every batch size
+            for value in values:  # one by one, so that every batch size gives the same additions
                 total += value
             self._sums[name] = total
             self._counts[name] = self.count(name) + len(values)
@@ -292,7 +291,7 @@ class StreamedMetrics:
             self._maxima[name] = max([self._maxima.get(name, -math.inf), *values])
 
     def count(self, name: str) -> int:
-        """Rows for which the column was defined."""
+        """Number of rows on which the column is defined."""
         return self._counts.get(name, 0)
 
     def sum(self, name: str) -> float:
@@ -318,10 +317,10 @@ def ranking_summary(stream: StreamedMetrics) -> dict[str, float]:
 
     Args:
         stream ([`StreamedMetrics`]):
-            To which the columns of every batch were added.
+            A stream that has the columns of all batches.
 
     Returns:
-        `dict[str, float]`, NaN where no group defines the metric:
+        `dict[str, float]`, with NaN for a metric that no group defines:
 
         - `accuracy`, `top1_agreement`, `kendall_tau`, `ndcg`, `margin`: means over the groups that define them.
         - `length_accuracy`: the accuracy of preferring the longer completion.
@@ -342,7 +341,7 @@ def ranking_summary(stream: StreamedMetrics) -> dict[str, float]:
 
 def spearman(x: torch.Tensor, y: torch.Tensor) -> float:
     """
-    Spearman's rank correlation of two quantities, ties given their mean rank.
+    Spearman's rank correlation of two quantities; tied values get their mean rank.
 
     Args:
         x, y (`torch.Tensor` of shape `(N,)`): the two quantities.
@@ -362,6 +361,6 @@ def spearman(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def _mean_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Rank of each value from 1 on, those of equal values shared equally: fp64 (N,)."""
+    """The rank of each value, from 1; equal values get their mean rank: fp64 (N,)."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1).double() / 2)[place]

@@ -1,10 +1,10 @@
-"""Streamed counts: what metrics over any number of labelled positions need, in memory that stops growing.
+"""Streamed counts for metrics over any number of labelled positions, in memory of a bounded size.
 
-Everything here takes tensors batch by batch and gives the same result for every batch size and every order of the
-rows: counts are integers, and sums are exact until they are read. Between processes, gather a batch first and add it
-on each. Scores and labels are taken to be finite, and are rounded to fp32.
+All classes take tensors batch by batch and give the same result for every batch size and every order of the rows:
+counts are integers, and sums are exact until they are read. With several processes, gather each batch and add it in
+every process. Scores and labels must be finite, and are rounded to fp32.
 
-It knows scores and labels, and nothing of tokens, steps, questions or models.
+This module knows scores and labels. It knows nothing of tokens, steps, questions or models.
 """
 
 import math
@@ -16,18 +16,18 @@ import torch
 from trl_ext.metrics.ranking import pearson
 
 
-# 65,536 counted pairs of score and label take 1 MB, and as much again while more arrive.
+# 65,536 counted pairs of score and label take 1 MB, and another MB while more arrive.
 CAPACITY = 65_536
 
-# Batches to hold as they came before they are merged: small tensors cost far more than what is in them.
+# Number of batches that are held before they are merged: a small tensor takes far more memory than its values.
 HELD_BATCHES = 1024
 
 
 class ExactSum:
     """
-    A sum of floats without rounding: the same for every order and every batch size.
+    A sum of floats without rounding, which is the same for every order and every batch size.
 
-    It keeps the few non-overlapping floats whose sum is the total. See *Adaptive Precision Floating-Point Arithmetic
+    It keeps a few non-overlapping floats whose sum is the total. See *Adaptive Precision Floating-Point Arithmetic
     and Fast Robust Geometric Predicates* by J. R. Shewchuk (https://doi.org/10.1007/PL00009321).
 
     Example:
@@ -44,13 +44,13 @@ class ExactSum:
         self._parts: list[float] = []
 
     def add(self, values: Iterable[float]) -> None:
-        """Take more values, all finite."""
+        """Add values, which must be finite."""
         for value in values:
             kept = []
             for part in self._parts:
                 total = value + part
                 shift = total - value
-                rest = (value - (total - shift)) + (part - shift)  # what rounding took from the total
+                rest = (value - (total - shift)) + (part - shift)  # the rounding error of the total
                 if rest:
                     kept.append(rest)
                 value = total
@@ -62,7 +62,7 @@ class ExactSum:
 
 
 def _keys(values: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the fp32 values, in (-2^31, 2^31); equal for 0.0 and -0.0."""
+    """Integers in (-2^31, 2^31) with the same order as the fp32 values; 0.0 and -0.0 get the same."""
     bits = (values.float() + 0.0).contiguous().view(torch.int32).long()
     return torch.where(bits < 0, -bits - 2**31, bits)
 
@@ -71,10 +71,10 @@ class PairCounts:
     """
     A bounded multiset of pairs (score, label), for metrics that only need their order.
 
-    Each distinct pair is counted, so up to `capacity` distinct pairs everything is exact. When there are more, the
-    last bit of all fp32 numbers is dropped, and so on: scores then fall into bins whose width is a fixed share of
-    the score, as fine as the capacity allows, on any scale and without a range to choose. How coarse the bins end up
-    depends on the pairs alone, not on their order. Labels 0 and 1 are never confused.
+    Each distinct pair is counted, so everything is exact up to `capacity` distinct pairs. When there are more, the
+    last bit of all fp32 numbers is dropped, and so on. Scores then fall into bins whose width is a fixed share of the
+    score. The bins are as fine as the capacity allows and need no range. Their width depends on the pairs and not on
+    their order. Labels 0 and 1 always stay distinct.
 
     Args:
         capacity (`int`, *optional*, defaults to `65_536`):
@@ -92,7 +92,7 @@ class PairCounts:
 
     def __init__(self, capacity: int = CAPACITY):
         if capacity < 1024:
-            raise ValueError(f"A capacity of at least 1024 distinct pairs is needed, found {capacity}.")
+            raise ValueError(f"capacity={capacity}; needed: at least 1024 distinct pairs.")
         self.capacity = capacity
         self._dropped_bits = 0
         self._pairs = torch.empty(0, dtype=torch.int64)
@@ -102,14 +102,14 @@ class PairCounts:
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """
-        Take more pairs.
+        Add pairs.
 
         Args:
             scores, labels (`torch.Tensor`, both of one shape):
                 Finite numbers.
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: the shapes differ.
         """
         if scores.shape != labels.shape:
             raise ValueError(f"Scores and labels differ in shape: {tuple(scores.shape)}, {tuple(labels.shape)}.")
@@ -134,7 +134,7 @@ class PairCounts:
         self._pairs, self._counts = pairs, counts
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys of scores and of labels, and counts."""
+        """The keys of scores and labels, and the counts."""
         self._compact()
         return self._pairs >> 32, (self._pairs & (2**32 - 1)) - 2**31, self._counts
 
@@ -149,8 +149,8 @@ class PairCounts:
 
     def auc(self) -> float:
         """
-        Area under the ROC curve: the probability that a positive (label above one half) scores above a negative; of
-        equal scores each wins half. NaN without both.
+        Area under the ROC curve: the probability that a positive (label above one half) scores above a negative. Equal
+        scores count half. NaN if positives or negatives are missing.
         """
         negative, positive = self._by_score()
         total = 2 * int(negative.sum()) * int(positive.sum())
@@ -159,8 +159,8 @@ class PairCounts:
 
     def auc_error(self) -> float:
         """
-        Bound on the error of [`auc`]: 0 while all pairs are kept, then half the share of positive-negative pairs that
-        fell into a common bin. NaN where the area is.
+        Bound on the error of [`auc`]: 0 while all pairs are kept, then half the share of positive-negative pairs in a
+        common bin. NaN if the area is NaN.
         """
         negative, positive = self._by_score()
         total = 2 * int(negative.sum()) * int(positive.sum())
@@ -170,8 +170,8 @@ class PairCounts:
 
     def spearman(self) -> float:
         """
-        Spearman's rank correlation of score and label, ties given their mean rank; NaN if either does not vary. Once
-        bits are dropped, numbers of a common bin are ties.
+        Spearman's rank correlation of score and label; tied values get their mean rank. NaN if either does not vary.
+        Once bits are dropped, numbers in a common bin are ties.
         """
         scores, labels, counts = self._read()
         x, y = (_centered_ranks(keys, counts) for keys in (scores, labels))
@@ -180,13 +180,13 @@ class PairCounts:
 
 
 def _merge(pairs: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct pairs in order, and their summed counts."""
+    """The distinct pairs in order, with their summed counts."""
     pairs, place = pairs.unique(return_inverse=True)
     return pairs, torch.zeros(len(pairs), dtype=torch.int64).index_add_(0, place, counts)
 
 
 def _centered_ranks(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean rank of each key among all that are counted, less the mean of all ranks."""
+    """The mean rank of each key among all counted ones, minus the mean of all ranks."""
     bins, place = keys.unique(return_inverse=True)
     sizes = torch.zeros(len(bins), dtype=torch.int64).index_add_(0, place, counts)
     ranks = sizes.cumsum(0).double() - (sizes - 1).double() / 2
@@ -217,14 +217,14 @@ class ClassCounts:
 
     def add(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
         """
-        Take more positions.
+        Add positions.
 
         Args:
             predictions, labels (`torch.Tensor`, both of one shape):
                 Class numbers from 0, or bool.
 
         Raises:
-            ValueError: if the shapes differ, or a number is no class.
+            ValueError: the shapes differ, or a number is not a class.
         """
         if predictions.shape != labels.shape:
             raise ValueError(f"Predictions and labels differ in shape: {predictions.shape}, {labels.shape}.")
@@ -240,8 +240,8 @@ class ClassCounts:
     def summary(self) -> dict[str, float]:
         """
         Returns:
-            `dict[str, float]`, NaN where a metric has nothing to divide by: `accuracy`; `balanced_accuracy`, the mean
-            recall of the classes that occur; for each class `<name>_rate`, its share of the labels,
+            `dict[str, float]`, with NaN for a metric whose denominator is 0: `accuracy`; `balanced_accuracy`, the mean
+            recall of the classes that occur; for each class `<name>_rate` (its share of the labels),
             `<name>_precision`, `<name>_recall` and `<name>_f1`.
         """
         total, hits = int(self._table.sum()), self._table.diag()
@@ -272,13 +272,13 @@ class Calibration:
     $$
 
     See *Verification of Forecasts Expressed in Terms of Probability* by G. W. Brier and *On Calibration of Modern
-    Neural Networks* by C. Guo et al. (https://huggingface.co/papers/1706.04599), which has the error for the likeliest
-    class of many; here it is that of the one outcome, over bins of equal width that hold their lower edge. Differences
-    are summed in steps of 2^-32, so that the result does not depend on the order.
+    Neural Networks* by C. Guo et al. (https://huggingface.co/papers/1706.04599). The paper defines the error for the
+    likeliest class of many; here it is for the probability of one outcome, over bins of equal width that include their
+    lower edge. Differences are summed in steps of 2^-32, so the result does not depend on the order.
 
     Args:
         bins (`int`, *optional*, defaults to `15`):
-            Bins of the calibration error, 15 as in the paper.
+            Number of bins of the calibration error; 15 as in the paper.
     """
 
     def __init__(self, bins: int = 15):
@@ -287,14 +287,14 @@ class Calibration:
 
     def add(self, probabilities: torch.Tensor, labels: torch.Tensor) -> None:
         """
-        Take more positions.
+        Add positions.
 
         Args:
             probabilities, labels (`torch.Tensor`, both of one shape):
                 Predicted probability and outcome (or its probability), in [0, 1].
 
         Raises:
-            ValueError: if the shapes differ, or a number is outside [0, 1].
+            ValueError: the shapes differ, or a number is outside [0, 1].
         """
         if probabilities.shape != labels.shape:
             raise ValueError(f"Probabilities and labels differ in shape: {probabilities.shape}, {labels.shape}.")
@@ -310,7 +310,7 @@ class Calibration:
         self._count += len(gaps)
 
     def summary(self) -> dict[str, float]:
-        """`brier` and `ece`, both in [0, 1], lower is better; NaN without a position."""
+        """`brier` and `ece`, both in [0, 1], lower is better; NaN if there is no position."""
         if not self._count:
             return {"brier": math.nan, "ece": math.nan}
         scale = self._count * 2**32

@@ -1,16 +1,16 @@
-"""Metrics of token-level reward models, streamed: outcomes, steps and segments.
+"""Streamed metrics of token-level reward models: outcomes, steps and segments.
 
-Each class here is filled batch by batch with `add` and read with `summary`, which always has the same keys, NaN where
-a metric is not defined for what was added. Memory stops growing at a fixed size (a few MB with the default
-capacities), and results do not depend on batch size or on the order of the rows. Between processes, gather a batch
-first and add it on each.
+Fill each class batch by batch with `add` and read it with `summary`, which always has the same keys, with NaN for a
+metric that is not defined on the data. Memory stops growing at a fixed size (a few MB with the default capacities),
+and results do not depend on batch size or on the order of the rows. With several processes, gather each batch and add
+it in every process.
 
-Scores are log-odds of *right*, or any score of which more is better and `threshold` divides the two classes; of the
-logits of two or three classes [`log_odds`] makes them. Prefer log-odds to probabilities, which are all alike near 1.
-A label above one half is *right*, so that 1 / 0, +1 / -1 and probabilities are all understood. Scores and labels are
-taken to be finite where the mask is True: whoever scores stops on NaN. What lies elsewhere changes nothing.
+Scores are log-odds of *right*, or any score that is higher for better and has a `threshold` between the two classes.
+[`log_odds`] computes them from the logits of two or three classes. Prefer log-odds to probabilities, which can hardly
+be told apart near 1. A label above one half is *right*, so labels may be 1 / 0, +1 / -1 or probabilities. Scores and
+labels must be finite where the mask is True (scorers check this). Masked values do not change the result.
 
-It knows nothing of models, tokens' text, losses, trainers or processes.
+This module knows nothing of models, tokens' text, losses, trainers or processes.
 """
 
 import math
@@ -27,7 +27,7 @@ NAMES = ["wrong", "right"]
 
 def log_odds(logits: torch.Tensor, positive: Sequence[int] = (-1,)) -> torch.Tensor:
     r"""
-    Log-odds of some classes against the others, without a detour over probabilities.
+    Log-odds of some classes against the others, computed from logits and not from probabilities.
 
     $$
     \log \frac{P}{1 - P} = \log \sum_{c \in positive} e^{z_c} - \log \sum_{c \notin positive} e^{z_c}
@@ -37,14 +37,14 @@ def log_odds(logits: torch.Tensor, positive: Sequence[int] = (-1,)) -> torch.Ten
         logits (`torch.Tensor` of shape `(..., C)`):
             For C = 1 the result is the logit itself.
         positive (sequence of `int`, *optional*, defaults to `(-1,)`):
-            Classes that count as right: the last one. For step labels -1, 0, 1 in three classes, `(1, 2)` takes
-            neutral for right.
+            Classes that count as right; by default the last one. With three classes for the step labels -1, 0, 1,
+            `(1, 2)` counts neutral steps as right.
 
     Returns:
         `torch.Tensor` of shape `(...)`, at least fp32. Its sigmoid is the probability.
 
     Raises:
-        ValueError: if every class, or none, is positive.
+        ValueError: every class, or none, is positive.
 
     Example:
 
@@ -65,7 +65,7 @@ def log_odds(logits: torch.Tensor, positive: Sequence[int] = (-1,)) -> torch.Ten
 
 
 def harmonic_mean(first: float, second: float) -> float:
-    """Harmonic mean of two numbers of at least 0: 0 if either is, NaN if either is."""
+    """Harmonic mean of two numbers of at least 0: 0 if either is 0, NaN if either is NaN."""
     if math.isnan(first) or math.isnan(second):
         return math.nan
     return 2 * first * second / (first + second) if first + second else 0.0
@@ -77,9 +77,10 @@ class BinaryStream:
 
     Args:
         threshold (`float`, *optional*, defaults to `0.0`):
-            A score above, not at, it predicts *right*. 0 for log-odds is a probability of one half.
+            A score above the threshold predicts *right*; a score equal to it does not. Log-odds of 0 are a probability
+            of one half.
         calibrated (`bool`, *optional*, defaults to `True`):
-            Whether sigmoid(score) is a probability and labels are in [0, 1]: not so after a hinge loss.
+            Whether sigmoid(score) is a probability and labels are in [0, 1]. Set it to `False` for a hinge loss.
         capacity (`int`, *optional*, defaults to `65_536`):
             Distinct pairs of score and label up to which the AUC is exact.
 
@@ -101,13 +102,13 @@ class BinaryStream:
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """
-        Take more positions.
+        Add positions.
 
         Args:
             scores, labels (`torch.Tensor`, both of one shape):
-                Any shape.
+                Score and label of each position, in any shape.
             mask (`torch.BoolTensor` of the same shape, *optional*):
-                True where a label is given. Defaults to everywhere.
+                True for a position with a label. All positions by default.
         """
         scores, labels = _taken(mask, scores, labels)
         right = labels > 0.5
@@ -119,9 +120,9 @@ class BinaryStream:
     def summary(self) -> dict[str, float]:
         """
         Returns:
-            `dict[str, float]`: `accuracy`, `balanced_accuracy`, and of each class (`wrong`, `right`) `_rate`,
-            `_precision`, `_recall` and `_f1`, as in [`ClassCounts`]; `auc`, of *right* against *wrong*, and
-            `auc_error`, the bound on its error, 0 while the capacity suffices; if calibrated `brier` and `ece`.
+            `dict[str, float]`: `accuracy`, `balanced_accuracy`, and for each class (`wrong`, `right`) `_rate`,
+            `_precision`, `_recall` and `_f1`, as in [`ClassCounts`]; `auc` of *right* against *wrong*, and
+            `auc_error`, the bound on its error (0 while the capacity suffices); if calibrated, `brier` and `ece`.
         """
         return {
             **self._counts.summary(),
@@ -133,18 +134,18 @@ class BinaryStream:
 
 class StepStream:
     """
-    Metrics of process reward models: single steps, and where a solution first goes wrong.
+    Metrics of process reward models: single steps, and the first error of a solution.
 
-    What follows the first error is often labelled wrong by convention, and then the position of a step alone predicts
-    its label: such steps count for the classes, but not for the AUC. Whether neutral steps (0 of -1, 0, 1) are right
-    the caller decides, for the labels as for [`log_odds`].
+    Steps after the first error are often labelled wrong by convention, so the position of a step alone predicts their
+    label. Such steps count for the class metrics and not for the AUC. The caller decides whether neutral steps (0 of
+    -1, 0, 1) are right, both in the labels and in [`log_odds`].
 
     See *ProcessBench: Identifying Process Errors in Mathematical Reasoning* by C. Zheng et al.
     (https://huggingface.co/papers/2412.06559) for the first-error metrics.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.0`):
-            A step whose score is above, not at, it is predicted right.
+            A step with a score above the threshold is predicted right; one with a score equal to it is not.
         capacity (`int`, *optional*, defaults to `65_536`):
             Distinct pairs of score and label up to which the AUC is exact.
     """
@@ -166,7 +167,7 @@ class StepStream:
         real: torch.Tensor | None = None,
     ) -> None:
         """
-        Take more solutions.
+        Add solutions.
 
         Args:
             scores, labels (`torch.Tensor` of shape `(B, S)`):
@@ -174,10 +175,10 @@ class StepStream:
             annotated (`torch.BoolTensor` of shape `(B, S)`):
                 True for a step with a label.
             real (`torch.BoolTensor` of shape `(B, S)`, *optional*):
-                True for a step at all. Needed where a step may lack a label. Defaults to the annotated ones.
+                True for a real step. Needed if steps may lack a label. Defaults to `annotated`.
 
         Raises:
-            ValueError: if the shapes differ or are not `(B, S)`, or a step that is not real is annotated.
+            ValueError: the shapes differ or are not `(B, S)`, or a step that is not real is annotated.
         """
         real = annotated if real is None else real
         if scores.dim() != 2 or not scores.shape == labels.shape == annotated.shape == real.shape:
@@ -186,12 +187,12 @@ class StepStream:
                 f"{tuple(scores.shape)}, {tuple(labels.shape)}, {tuple(annotated.shape)} and {tuple(real.shape)}."
             )
         if (annotated & ~real).any():
-            raise ValueError("A step is annotated that is not real: `real` must be True wherever `annotated` is.")
+            raise ValueError("A step is annotated but not real. Needed: `real` is True wherever `annotated` is.")
         right, predicted = labels > 0.5, scores > self.threshold  # (B, S)
         self._counts.add(predicted[annotated], right[annotated])
 
         wrong = annotated & ~right  # (B, S)
-        to_first_error = real & ((wrong.cumsum(1) - wrong.long()) == 0)  # (B, S): it included; all without one
+        to_first_error = real & ((wrong.cumsum(1) - wrong.long()) == 0)  # (B, S): error included
         scored = to_first_error & annotated  # (B, S)
         index = real.cumsum(1)  # (B, S)
         self._pairs.add(scores[scored], right[scored])
@@ -210,15 +211,15 @@ class StepStream:
         Returns:
             `dict[str, float]`:
 
-            - Over all annotated steps `accuracy`, `balanced_accuracy`, and of each class (`wrong`, `right`) `_rate`,
+            - Over all annotated steps: `accuracy`, `balanced_accuracy`, and for each class (`wrong`, `right`) `_rate`,
               `_precision`, `_recall` and `_f1`, as in [`ClassCounts`].
-            - Over the annotated steps up to and including the first error `auc_to_first_error`, its error bound
-              `auc_error`, and `step_index_auc`, the AUC of a baseline that trusts a step less the later it comes.
-            - `first_error_accuracy`: share of the solutions with an error of which the first step predicted wrong is
-              the first error. `no_error_accuracy`: share of those without one in which no step is predicted wrong.
-              `processbench_f1`: their harmonic mean.
-            - `first_error_rows`: solutions behind these; `first_error_skipped`: solutions that cannot be judged, as
-              a step before the first error, or any step where there is none, has no label.
+            - Over the annotated steps up to and including the first error: `auc_to_first_error`, its error bound
+              `auc_error`, and `step_index_auc`, the AUC of a baseline that trusts later steps less.
+            - `first_error_accuracy`: share of the solutions with an error in which the first step predicted wrong is
+              the first error. `no_error_accuracy`: share of the solutions without an error in which no step is
+              predicted wrong. `processbench_f1`: their harmonic mean.
+            - `first_error_rows`: number of solutions in these metrics. `first_error_skipped`: number of solutions that
+              cannot be judged, because a step before the first error has no label (or any step, if there is no error).
         """
         found, clean = (
             self._hits[has_error] / self._judged[has_error] if self._judged[has_error] else math.nan
@@ -252,7 +253,7 @@ class RegressionStream:
         self._pairs = PairCounts(capacity)
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Take more positions; arguments as in [`BinaryStream.add`]."""
+        """Add positions; arguments as in [`BinaryStream.add`]."""
         scores, labels = (values.double() for values in _taken(mask, scores, labels))
         self._count += len(labels)
         self._labels.add(labels.tolist())
@@ -263,8 +264,9 @@ class RegressionStream:
     def summary(self) -> dict[str, float]:
         """
         Returns:
-            `dict[str, float]`: `mse`; `r2`, the share of the labels' variance that the scores explain (1 is perfect,
-            0 is the mean label, it may be negative; NaN if the labels do not vary); `spearman`, in [-1, 1].
+            `dict[str, float]`: `mse`; `r2`, the share of the labels' variance that the scores explain (1 is perfect, 0
+            is as good as the mean label, and it may be negative; NaN if the labels do not vary); `spearman`, in
+            [-1, 1].
         """
         residual = self._residual_squares.value()
         spread = self._label_squares.value() - self._labels.value() ** 2 / max(self._count, 1)
@@ -285,7 +287,7 @@ class SegmentStream:
         kind (`str`, *optional*, defaults to `"binary"`):
             `"binary"`: [`BinaryStream`], for labels of two classes; `"number"`: [`RegressionStream`].
         **kwargs:
-            For the stream of each category.
+            Arguments of the stream of each category.
     """
 
     def __init__(self, categories: list[str], kind: Literal["binary", "number"] = "binary", **kwargs):
@@ -296,16 +298,16 @@ class SegmentStream:
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> None:
         """
-        Take more sequences.
+        Add sequences.
 
         Args:
             scores, labels (`torch.Tensor` of shape `(B, T, G)`):
                 Score and label of each position in each category.
             mask (`torch.BoolTensor` of shape `(B, T, G)`):
-                True where a label is given.
+                True for a position with a label.
 
         Raises:
-            ValueError: if the shapes differ, or G is not the number of categories.
+            ValueError: the shapes differ, or G is not the number of categories.
         """
         if scores.shape[-1:] != (len(self._streams),):
             raise ValueError(f"{len(self._streams)} categories need scores (B, T, G), found {tuple(scores.shape)}.")
@@ -322,7 +324,7 @@ class SegmentStream:
 
 
 def _taken(mask: torch.Tensor | None, scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and labels under the mask, flat, on the CPU and in fp32."""
+    """The scores and labels where the mask is True, flat, on the CPU and in fp32."""
     if scores.shape != labels.shape or (mask is not None and mask.shape != scores.shape):
         raise ValueError(
             f"Scores, labels and mask must have one shape, found {tuple(scores.shape)}, {tuple(labels.shape)} and "

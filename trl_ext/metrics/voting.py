@@ -1,7 +1,7 @@
 r"""Several answers to one question: votes, and metrics of the best of k samples.
 
-Pure Python and torch, on lists. This module knows nothing of models or of how answers are read off texts. All curves
-use every sample: the value at k is the exact expectation over all subsets of k of the n samples.
+The functions take lists and use plain Python and torch. This module knows nothing of models or of how answers are read
+from texts. All curves use every sample: the value at k is the exact expectation over all subsets of k of n samples.
 """
 
 import math
@@ -19,7 +19,7 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
 
     Args:
         answers (`Sequence[Hashable or None]`):
-            Answers in a form in which equal answers compare equal. `None` (no answer was found) does not vote.
+            Answers in a form in which equal answers compare equal. `None` (no answer found) does not vote.
 
     Returns:
         `Hashable` or `None`: the answer, or `None` if nobody voted.
@@ -41,16 +41,16 @@ def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float | 
 
     Args:
         answers (`Sequence[Hashable or None]`):
-            As for [`majority_vote`].
+            As in [`majority_vote`].
         weights (`Sequence[float or None]`):
-            A weight of at least 0 for each answer, e.g. a verifier's probability. `None` or NaN: no vote.
+            A weight of at least 0 for each answer, e.g. a verifier's probability. `None` or NaN means no vote.
 
     Returns:
         `Hashable` or `None`: the answer, or `None` if nobody voted.
 
     Raises:
-        ValueError: if there are not as many weights as answers, or one is negative: a frequent answer with negative
-            weights would lose because it is frequent.
+        ValueError: the numbers of weights and answers differ, or a weight is negative. (A frequent answer with
+            negative weights would lose because it is frequent.)
 
     Example:
 
@@ -100,31 +100,31 @@ def best_of_k(values: Sequence[float], scores: Sequence[float], k: int) -> float
     r"""
     Return the mean value of the highest-scored of `k` samples, drawn without replacement from all n.
 
-    With distinct scores \\( \sum_r v_r \binom{n - r}{k - 1} / \binom{n}{k} \\), over the ranks \\( r \\) by score (1 =
-    highest); equally scored samples share the weights of their ranks. With `values` as `scores` this is the oracle;
-    for values of 0 and 1 the oracle equals [`pass_at_k`]. `k=1` gives the mean of `values`.
+    With distinct scores it is \\( \sum_r v_r \binom{n - r}{k - 1} / \binom{n}{k} \\) over the ranks \\( r \\) by score
+    (1 = highest). Samples with equal scores share the weights of their ranks. With `values` as `scores` this is the
+    oracle; for values of 0 and 1 the oracle equals [`pass_at_k`]. `k=1` gives the mean of `values`.
 
     Args:
         values (`Sequence[float]`):
             True value of each sample: 0 or 1 from a verifier, or a gold reward.
         scores (`Sequence[float]`):
-            Scores by which the best is picked, higher is better.
+            Scores that decide which sample is best; higher is better.
         k (`int`):
-            From 1 to n.
+            Number of samples, from 1 to n.
 
     Example:
 
     >>> best_of_k([0.0, 1.0, 1.0], [3.0, 2.0, 1.0], k=2)
     0.3333333333333333
     """
-    values, scores = list(values), list(scores)  # a pandas Series reads by label, not by place
+    values, scores = list(values), list(scores)  # a pandas Series is indexed by label, not by place
     n = len(values)
     if len(scores) != n:
         raise ValueError(f"found {n} values and {len(scores)} scores; needed: a score for each value")
     if not 1 <= k <= n:
         raise ValueError(f"cannot draw k={k} of {n} samples; needed: a number from 1 to {n}")
     if any(math.isnan(score) for score in scores):
-        raise ValueError("a score is NaN, which has no rank; leave unscorable samples out")
+        raise ValueError("a score is NaN, which has no rank; needed: numbers. Leave out samples without a score.")
     order = sorted(range(n), key=lambda index: -scores[index])
     expected, start = 0.0, 0
     while start < n:
@@ -145,7 +145,7 @@ def best_of_k_curve(
 
     Args:
         values, scores (`Sequence[Sequence[float]]`):
-            For each question, one number a sample.
+            For each question, one number per sample.
         ks (`Sequence[int]`, *optional*):
             By default the powers of two up to the smallest number of samples of any question.
 
@@ -157,7 +157,7 @@ def best_of_k_curve(
         raise ValueError("found no questions; needed: at least one")
     fewest = min(len(row) for row in values)
     if not fewest:
-        raise ValueError("found a question without samples; needed: at least one; leave such questions out")
+        raise ValueError("found a question without samples; needed: at least one. Leave such questions out.")
     if ks is None:
         ks = [2**power for power in range(fewest.bit_length()) if 2**power <= fewest]
     pairs = list(zip(values, scores, strict=True))
@@ -195,15 +195,15 @@ def bootstrap_interval(
 
     Args:
         values (`Sequence[float]`):
-            One value a question, not one a sample: samples of a question are not independent.
+            One value per question, not per sample: samples of a question are not independent.
         level (`float`, *optional*, defaults to `0.95`):
-            Share of the resampled means inside.
+            Share of the resampled means that lie in the interval.
         resamples (`int`, *optional*, defaults to `2000`):
             Number of resampled means.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the resampling; the global random state does not change.
         groups (`Sequence[Hashable]`, *optional*):
-            A group for each value, where values depend on each other, e.g. the conversation that questions come from.
+            The group of each value, if values depend on each other, e.g. the conversation that a question comes from.
             Values of a group are resampled together.
 
     Returns:
