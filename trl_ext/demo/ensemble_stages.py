@@ -1,6 +1,6 @@
-"""The stage `ensemble`: members that share the first layers, trained in one run and reloaded, and what they pick.
+"""The stage `ensemble`: trains members that share the first layers in one run, reloads them, and picks answers.
 
-It compares reducers on one set of scores: the mean, the worst member, and the mean less a share of the variance. It
+It compares reducers on one set of scores: the mean, the worst member, and the mean minus a share of the variance. It
 knows trainers and folders; `picking` knows how an answer is picked.
 """
 
@@ -26,7 +26,7 @@ from trl_ext.metrics.voting import best_of_k
 from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
-# Beside the mean, by which the stage reports its best of n.
+# Reducers whose best of n the stage reports in addition to that of the mean.
 REDUCERS = {"min": {"reduce": "min"}, "uwo": {"reduce": "mean_minus_var", "coefficient": 0.5}}
 
 
@@ -34,13 +34,14 @@ def run_ensemble(context: StageContext) -> dict[str, Any]:
     """
     Trains on `train.jsonl`, saves a folder for each member, reloads all in one pass and scores `held_out.jsonl`.
 
-    Settings beside those of the other models: `members`, and `branch_at`, the share of the layers without adapters.
+    It has two settings that the other models lack: `members`, and `branch_at`, the share of the layers without
+    adapters.
 
     Returns:
-        `dict`: what [`~trl_ext.demo.training.picks`] gives for the mean of the members, and `pair_accuracy`;
+        `dict`: the result of [`~trl_ext.demo.training.picks`] for the mean of the members, and `pair_accuracy`;
         `best_of_n_by`: the best of n by each member alone (`member-0`, ...) and by `REDUCERS`;
-        `mean_over_members`: the paired gain of the mean over the average of the members; `loss`, `reload_difference`
-        beside `score_std`, and seconds, as for the other models.
+        `mean_over_members`: the paired gain of the mean over the average of the members; `loss`, `reload_difference`,
+        `score_std` and seconds, as for the other models.
     """
     settings = context.settings
     held_out_rows = read_rows(context.folders["samples"], "held_out")

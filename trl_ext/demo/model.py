@@ -1,7 +1,7 @@
 """A tokenizer and a Llama-style model that are built in code, in milliseconds and without a network.
 
 The demo trains on them, and benches, examples and smoke runs borrow them. Every byte of a text is one token, so any
-text in any script can be encoded without loss; beginning, end and padding have tokens of their own. It knows no task.
+text in any script can be encoded without loss; beginning, end and padding have separate tokens. It knows no task.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """
     Builds a byte-level tokenizer: 256 bytes and `<pad>`, `<bos>`, `<eos>`, which are three different tokens.
 
-    A plain text gets `<bos>` in front and nothing at its end, as Llama's does.
+    A plain text gets `<bos>` at its start and nothing at its end, as with Llama's tokenizer.
 
     Example:
 
@@ -91,14 +91,14 @@ def tiny_reward_base(path: str | Path, *, seed: int = 0, **config_kwargs) -> str
 
     Args:
         path (`str` or `Path`):
-            The folder to write; made when missing, files of the same names are replaced.
+            The folder to write to. It is created if it is missing, and files of the same names are replaced.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
         config_kwargs:
             Passed to [`tiny_config`].
 
     Returns:
-        `str`: The folder, as `from_pretrained` and trainers take it.
+        `str`: The folder, for `from_pretrained` and trainers.
     """
     tiny_tokenizer().save_pretrained(path)
     tiny_model(seed, **config_kwargs).save_pretrained(path)

@@ -1,4 +1,4 @@
-"""The stages of `trl-ext demo` and how much of everything they do.
+"""The stages of `trl-ext demo` and their sizes.
 
     policy -> samples -> reward        Plackett-Luce, LoRA on the policy
                       -> reward_nf4    the same, shorter, on the policy quantized to 4 bits

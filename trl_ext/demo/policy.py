@@ -25,18 +25,18 @@ from trl_ext.demo.task import Problem, verify
 
 class StopWhenMediocre(TrainerCallback):
     """
-    Ends training as soon as one sample for each of some problems is right often enough, and keeps the weights of that
-    trial or of the one before it, whichever was nearer.
+    Stops training when enough of the trial problems get a right sample, and keeps the weights of that trial or of the
+    previous one, whichever is nearer to the target.
 
-    The accuracy of so small a model rises from 0.1 to 0.9 within a few hundred steps, at another time for each seed,
-    and by up to 0.3 within 25 steps: a fixed number of steps would give a hopeless policy or a perfect one, and a
-    reward model nothing to pick from.
+    The accuracy of such a small model rises from 0.1 to 0.9 within a few hundred steps, at a different time for each
+    seed, and by up to 0.3 within 25 steps. A fixed number of steps would give a hopeless or a perfect policy, so a
+    reward model would have nothing to choose from.
 
     Args:
         problems (`Sequence[Problem]`):
-            What is tried; apart from the problems that anything is reported on.
+            The trial problems. No figure of the report uses them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's.
+            The policy's tokenizer.
         target (`float`):
             The share of right samples to stop at, in `[0, 1]`.
         every (`int`):
@@ -45,7 +45,7 @@ class StopWhenMediocre(TrainerCallback):
             Temperature of the samples.
 
     Attributes:
-        accuracy (`float` or `None`): that of the weights that were kept.
+        accuracy (`float` or `None`): accuracy of the kept weights.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ def train_policy(
         problems (`Sequence[Problem]`):
             The problems whose solutions are shown.
         trial_problems (`Sequence[Problem]`):
-            Problems that tell when to stop.
+            Problems that decide when to stop.
         output_dir (`str` or `Path`):
-            Where the model goes.
+            The folder to save the model in.
         seed (`int`):
             Seed of the weights, of the order of rows and of the trials' samples.
         max_steps (`int`, *optional*, defaults to `1500`):
-            Optimizer steps at most; it usually stops between 300 and 500.
+            Largest number of optimizer steps; training usually stops between 300 and 500.
         batch_size (`int`, *optional*, defaults to `16`):
-            Solutions a step.
+            Solutions per step.
         learning_rate (`float`, *optional*, defaults to `5e-4`):
             Learning rate after a warm-up of 50 steps.
         target_accuracy (`float`, *optional*, defaults to `0.25`):
