@@ -225,7 +225,7 @@ def test_what_cannot_be_estimated_is_said(arguments, words, shape, capsys):
         (
             "ensemble/rankings_lora_0.6b.yaml",
             ["max_tokens_per_batch=512"],
-            "decides the order of rows for each member",
+            "decides the order of rows",
         ),
     ],
 )

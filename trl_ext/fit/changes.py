@@ -1,6 +1,6 @@
-"""The single changes of a training config that could make it fit, or run faster, and which one to advise.
+"""Single changes of a training config that could make it fit or run faster, and the advice which one to make.
 
-It knows the arguments of a command and what a change of one does to a run. It estimates nothing itself.
+It knows the arguments of a command and the effect of each change. It estimates nothing itself.
 """
 
 import json
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 class Change(NamedTuple):
     """
-    A change of one thing.
+    One change of a config.
 
     Args:
-        name (`str`): for the table.
+        name (`str`): its name in the table.
         values (`dict`): the arguments that it sets.
-        same_result (`bool`): whether the run learns the same but for rounding, and for rows in other batches.
+        same_result (`bool`): whether the run learns the same, apart from rounding and from rows in other batches.
     """
 
     name: str
@@ -61,17 +61,19 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
 
 def advise(cases: list[dict[str, Any]], now: dict[str, Any]) -> str:
     """
-    The change to make: to fit, with what learns the same first and then with the fewest operations for a row; where it
-    fits already, the one with the fewest operations that still fits.
+    The advice which change to make, as a sentence.
+
+    If the config does not fit, it prefers changes that learn the same, and among them the one with the fewest
+    operations per row. If the config fits, it looks for a change that learns the same, still fits and computes less.
 
     Args:
         cases (`list[dict]`): the changes, each with `name`, `same_result`, `gib`, `flops_per_row` and `fits`.
-        now (`dict`): the config as it is, likewise.
+        now (`dict`): the unchanged config, with the same keys.
     """
     fitting = [case for case in cases if case["fits"]]
     if not now["fits"]:
         if not fitting:
-            return "No single change makes it fit: combine those that save most."
+            return "No single change makes it fit. Combine the changes that save the most."
         best = min(fitting, key=lambda case: (not case["same_result"], case["flops_per_row"], case["gib"]))
         return f"To make it fit: {best['name']} ({_flags(best)}), {best['gib']:.1f} GiB."
     faster = [case for case in fitting if case["same_result"] and case["flops_per_row"] < 0.98 * now["flops_per_row"]]

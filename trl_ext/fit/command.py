@@ -1,9 +1,8 @@
 """`trl-ext bench fit`: does a training config fit on a card, what takes the memory, and what still fits.
 
-The estimate needs neither a GPU nor weights (`trl_ext.fit.memory_estimate`). Beside it, real steps of the config's
-trainer run on random weights: on a GPU capped at `--gpu_memory`, on a CPU only where the model is tiny, to see how far
-off the estimate is. Nothing is downloaded. This module knows configs and reports. It does not know how memory is
-counted.
+The estimate needs neither a GPU nor weights (`trl_ext.fit.memory_estimate`). To show how far off the estimate is, the
+config's trainer also runs real steps on random weights: on a GPU under a cap of `--gpu_memory`, on a CPU only if the
+model is tiny. Nothing is downloaded. This module knows configs and reports. It does not know how memory is counted.
 """
 
 import argparse
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
-    Estimate, and measure where that can be done.
+    Estimate the memory, and measure it where that is possible.
 
     Returns:
         `dict` with the `batch`, the `estimate` (GiB of each part and of the whole, operations), `fits`, `dominates`,
@@ -82,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if "distributed_type" in values_of(args):
         raise ValueError(
             f"{args.config} says how processes are launched (`accelerate launch --config_file`) and names no model. "
-            "Give the config of what is launched."
+            "Give the config of the training command that is launched."
         )
     if command not in TRAINERS:
         raise ValueError(
@@ -122,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 new = changed(parsed, change.values)
                 own = sizes_of(command, new, config, args)
                 case |= _case(command, new, config, own, args)
-            except ValueError:  # what the change leads to cannot be trained or estimated
+            except ValueError:  # the changed config cannot be trained or estimated
                 continue
             del case["estimate"]
             report["changes"].append(case)
@@ -132,7 +131,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report["not_measured"] = too_much_here(estimate.flops)
         if report["not_measured"] is None:
             report["measured"] = _measured(command, parsed, args, config, sizes)
-    for name in ("dtype", "attn_implementation"):  # what `circumstances` says of a run
+    for name in ("dtype", "attn_implementation"):  # `circumstances` reports them
         vars(args)[name] = vars(parsed.model)[name]
     return {**report, **circumstances(args)}
 
@@ -153,7 +152,7 @@ def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argpars
 def _limits(
     command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """The largest value of each thing that can be enlarged."""
+    """The largest value that fits, for each argument that can be enlarged."""
     for knob in knobs(command, parsed, sizes, config):
 
         def gib(value: int, knob: Knob = knob) -> float:
@@ -164,7 +163,7 @@ def _limits(
 
 
 def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: Any, sizes: Sizes) -> dict[str, Any]:
-    """Real steps of the trainer on random weights, beside the estimate of the same."""
+    """Measure real steps of the trainer on random weights, and compare them with the estimate."""
     import torch
 
     from trl_ext.fit.memory_estimate import estimate
@@ -220,7 +219,7 @@ def _cell(value: float | bool) -> str:
 
 
 def in_gib(estimate: Any) -> dict[str, Any]:
-    """An `Estimate` as it is reported."""
+    """An `Estimate` in the form of the report, in GiB."""
     return {
         "gib": {name: size / GIB for name, size in estimate.parts().items()},
         "total_gib": estimate.peak / GIB,
@@ -240,7 +239,7 @@ def dominates(parts: dict[str, int]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """What the memory is made of, and each change, beside the card; `False` where matplotlib is not installed."""
+    """Draw the parts of the memory, and each change, against the card. `False` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,7 +1,7 @@
-"""What `trl-ext bench fit` reads in a training config: the arguments, the rows that fill it, the step to estimate.
+"""From a training config to the step that `trl-ext bench fit` estimates: arguments, sizes of rows, the step itself.
 
-The config is parsed as its own command parses it. This module knows trainers, their configs, and what the estimate
-asks for. It runs nothing.
+It parses the config like the command that the config belongs to. It knows trainers, their configs, and the inputs of
+the estimate. It runs nothing.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TRAINERS = {
 
 
 PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
-"""Names of attention that is no part of a model: kernels of packages, of torch's compiler, and of the Hub."""
+"""Names of attention kernels that come from packages, from torch's compiler or from the Hub."""
 
 
 class Parsed(argparse.Namespace):
@@ -31,7 +31,7 @@ class Parsed(argparse.Namespace):
 
 
 def parse(command: str, args: argparse.Namespace) -> Parsed:
-    """The config of a command with the overrides, as the command itself reads it."""
+    """Parse the config of a command, with the overrides, as the command does."""
     import torch
 
     from trl_ext import trainers
@@ -47,7 +47,7 @@ def parse(command: str, args: argparse.Namespace) -> Parsed:
 
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the file says, with the overrides."""
+    """The values of the file, with the overrides."""
     import yaml
 
     try:
@@ -80,7 +80,7 @@ def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace
     wanted = (args.prompt_length or 0) + (args.completion_length or 0)
     if longest is not None and wanted > longest:
         raise ValueError(
-            f"--prompt_length and --completion_length are {wanted} tokens, and the config's max_length is {longest}: "
+            f"--prompt_length and --completion_length are {wanted} tokens, but the config's max_length is {longest}: "
             f"the trainer would drop or cut such rows. Add --override max_length={wanted}."
         )
     if longest is None and None in (args.prompt_length, args.completion_length):
@@ -96,7 +96,8 @@ def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace
         candidates = 1 if alone else min(4, most or 4)
     elif most == 2 and candidates != 2:
         raise ValueError(
-            f"--candidates is {candidates}, and the config's loss_type {training.loss_type} learns from pairs."
+            f"--candidates is {candidates}, but the config's loss_type {training.loss_type} learns from pairs. Give "
+            "--candidates 2, or another loss_type with --override."
         )
     if min(prompt, candidates) < 1 or completion < 2:
         raise ValueError("Needed: at least 1 token of prompt, 2 of completion and 1 candidate.")
@@ -112,7 +113,7 @@ def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace
 
 
 def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gpu: bool = True) -> Any:
-    """What the estimate has to know of a command's run."""
+    """The training step of a command, in the form that the estimate needs."""
     import torch
     from transformers.training_args import OptimizerNames
     from trl import get_peft_config
@@ -157,7 +158,7 @@ def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gp
 
 
 def check(command: str, parsed: Parsed) -> None:
-    """Raise `ValueError` for arguments that the trainer would refuse, with its own checks."""
+    """Run the trainer's checks of the arguments. Raises the trainer's `ValueError`."""
     from transformers.integrations import get_reporting_integration_callbacks
     from trl import get_peft_config, get_quantization_config
 
@@ -174,22 +175,23 @@ def check(command: str, parsed: Parsed) -> None:
 
 
 def estimated_attention(wanted: str | None) -> str:
-    """What the estimate runs for an `attn_implementation`: kernels that keep no weights run as `sdpa`."""
+    """The attention that the estimate runs for an `attn_implementation`: kernels of packages become `sdpa`."""
     return "sdpa" if wanted is None or PACKAGES.search(wanted) else wanted
 
 
 def attention_note(wanted: str | None) -> str | None:
-    """What the estimate leaves out of an `attn_implementation`, if it does."""
+    """A note on how the estimate differs for this `attn_implementation`, or `None`."""
     if wanted in (None, estimated_attention(wanted)):
         return None
     return (
-        f"attn_implementation={wanted!r} is estimated as 'sdpa', on padded rows, as flat rows need 'sdpa' or 'eager': "
-        "neither keeps attention weights for the backward pass, and padding that a kernel leaves out is counted."
+        f"attn_implementation={wanted!r} is estimated as 'sdpa' on padded rows, because flat rows need 'sdpa' or "
+        "'eager'. Neither kernel keeps attention weights for the backward pass. The estimate also counts padding, "
+        "which the kernel may leave out."
     )
 
 
 def check_attention(config: Any, wanted: str | None) -> None:
-    """Raise `ValueError` if a run would need an attention that is not installed here."""
+    """Raise `ValueError` if the run needs an attention that is not installed here."""
     import torch
     from transformers import AutoModel
 
@@ -203,7 +205,7 @@ def check_attention(config: Any, wanted: str | None) -> None:
 
 
 def _flat_rows(training: Any, config: Any, attention: str) -> bool:
-    """Whether the trainer's batches are flat rows, as far as can be told without numbers."""
+    """Whether the trainer uses flat rows, as far as its config and the model's config show."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from trl_ext.models.shared_prefix import SharedPrefixSupport, is_granted, refused_by_config

@@ -1,7 +1,7 @@
 """The largest batch, length, group and rank that still fit on a card, each changed alone.
 
-It knows the arguments that set these, and looks for the largest value with a few estimates: memory grows almost in a
-straight line with each of them, so the next guess is where the line through the last two estimates meets the card.
+It knows the arguments that set these, and finds the largest value with a few estimates. Memory grows almost linearly
+with each of them, so the next guess is the value at which the line through two estimates reaches the card's memory.
 It does not know how an estimate is made.
 """
 
@@ -14,19 +14,21 @@ from trl_ext.fit.rows import Sizes
 
 
 ESTIMATES = 6
-"""At most so many estimates for each of them."""
+"""The search for each value makes at most this many estimates."""
 GROUP_LIMIT = 64
 RANK_LIMIT = 1024
 
 
 class Knob(NamedTuple):
     """
-    One thing to enlarge.
+    A value of a config that can be enlarged.
 
     Args:
-        name (`str`): in words. now (`int`): its value in the config.
-        step (`int`): values are multiples of it. most (`int`): larger values are not tried.
-        set (`Callable`): a value -> the arguments and sizes with it.
+        name (`str`): its name in the table.
+        now (`int`): its value in the config.
+        step (`int`): tried values are multiples of it.
+        most (`int`): larger values are not tried.
+        set (`Callable`): returns the arguments and sizes with a given value.
     """
 
     name: str
@@ -72,13 +74,14 @@ def largest(gib: Callable[[int], float], knob: Knob, room: float) -> dict[str, A
     The largest value that fits.
 
     Args:
-        gib (`Callable`): a value -> the estimate in GiB.
-        knob ([`Knob`]): what is enlarged. room (`float`): GiB that may be used.
+        gib (`Callable`): returns the estimate in GiB for a value.
+        knob ([`Knob`]): the value to enlarge.
+        room (`float`): GiB that may be used.
 
     Returns:
-        `dict` with `name`, `now`, `largest` (`None` where not even the smallest fits), its `gib`, and `bound`:
-        `"card"` where the next larger value does not fit, `"limit"` where it is the most that was tried, and
-        `"at least"` where the estimates ran out before.
+        `dict` with `name`, `now`, `largest` (`None` if not even the smallest value fits), its `gib`, and `bound`:
+        `"card"` if the next larger value does not fit, `"limit"` if it is the largest value that was tried, and
+        `"at least"` if the search used all of its estimates.
     """
     step, most = knob.step, max(knob.now, knob.most)
 
@@ -99,7 +102,7 @@ def largest(gib: Callable[[int], float], knob: Knob, room: float) -> dict[str, A
             slope = (at_b - at_a) / (b - a)
             guess = a + (room - at_a) / slope if slope > 0 else most
         value = rounded(guess)
-        if value == low:  # is that the end?
+        if value == low:  # check whether the next larger value still fits
             value = low + step
         elif not low < value < high:
             value = max(low + step, rounded((low + high) / 2))
@@ -118,7 +121,7 @@ def largest(gib: Callable[[int], float], knob: Knob, room: float) -> dict[str, A
 
 
 def _around(known: dict[int, float], low: int, high: int) -> list[tuple[int, float]]:
-    """Two estimates for a line: those next to the card on both sides, or the two smallest of what does not fit."""
+    """Two estimates for the line: the nearest ones that fit and do not fit, or the two smallest that do not fit."""
     if low in known:
         return [(low, known[low]), (high, known[high])]
     return sorted(known.items())[:2]

@@ -1,7 +1,7 @@
-"""How many bytes of tensors are alive while code runs, and their peak, on any device and for fake tensors too.
+"""Counts the bytes of live tensors while code runs, and their peak, on any device and for fake tensors too.
 
-It knows tensors and their storages. It does not see what a kernel allocates for itself, and what an allocator rounds
-up.
+It knows tensors and their storages. It does not see memory that a kernel allocates internally, or that an allocator
+adds by rounding up.
 """
 
 import weakref
@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 class LiveBytes(TorchDispatchMode):
     """
-    Counts the storages that operations make while it is active, each once, until they are freed.
+    Counts the storages that operations create while it is active. Each counts once, until it is freed.
 
     Args:
-        known (`Iterable[torch.Tensor]`): tensors that were there before and are not counted (weights, inputs).
+        known (`Iterable[torch.Tensor]`): existing tensors that do not count, such as weights and inputs.
 
     Attributes:
-        live (`int`): bytes alive now. peak (`int`): the most there ever were.
+        live (`int`): bytes that are alive now.
+        peak (`int`): the largest value of `live` so far.
 
     Example:
 

@@ -1,7 +1,8 @@
-"""Counting what runs on tensors that have a shape, a dtype and no numbers: bytes that are alive, and operations.
+"""Counts live bytes and operations of a training step on fake tensors, which have a shape and a dtype but no data.
 
-[`LiveBytes`] counts every tensor that an operation makes, until it is freed. Stand-ins of the same size replace 4-bit
-layers and make the same tensors. This module knows models, optimizers and bytes. It does not know what is trained.
+[`LiveBytes`] counts every tensor that an operation makes, until it is freed. Stand-ins replace 4-bit layers; they have
+the same size and make the same tensors. This module knows models, optimizers and bytes. It knows nothing of data sets
+or losses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,9 @@ GIB = 2**30
 BLOCK = 64
 """Weights that share a scale in NF4 (bitsandbytes' default)."""
 NESTED_BLOCK = 256
-"""Scales that share a scale when they are quantized too (double quantization)."""
+"""Scales that share a second scale under double quantization."""
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
-"""Not among the operations that torch counts."""
+"""Attention on the CPU, which torch's flop counter does not know."""
 STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
@@ -39,7 +40,7 @@ STATE_BYTES = {
 }
 """Bytes of optimizer state for each trained parameter (in fp32)."""
 SMALLEST_IN_8_BITS = 4096
-"""Numbers of a tensor: bitsandbytes keeps 32-bit states for smaller ones, and Trainer has it do so for embeddings."""
+"""bitsandbytes keeps 32-bit states for tensors with fewer elements, and Trainer makes it do so for embeddings."""
 
 
 @dataclass
@@ -47,9 +48,10 @@ class Estimate:
     """
     Bytes and operations of one micro-batch, forward and backward.
 
-    `weights` by kind; `gradients` and `optimizer` of what is trained; `activations` is the most that was alive beside
-    these at one time: `saved` of it waited for the backward pass when the forward pass had ended, and `logits` is the
-    head's output. `peak` is the whole. `flops` counts matrix products and attention.
+    Bytes: `weights` by kind, `gradients` and `optimizer` of the trained parameters, and `activations`, the most that
+    was alive at one time besides these. `saved` is the part of the activations that the backward pass still needs
+    after the forward pass, and `logits` is the head's output. `peak` is the total. `flops` counts matrix products and
+    attention.
     """
 
     weights: dict[str, int]
@@ -64,7 +66,7 @@ class Estimate:
     trained_parameters: int
 
     def parts(self) -> dict[str, int]:
-        """What the peak is made of, in bytes."""
+        """The parts of the peak, in bytes."""
         return {
             **{f"weights: {name}": size for name, size in self.weights.items() if size},
             "gradients": self.gradients,
@@ -75,7 +77,7 @@ class Estimate:
 
 
 class _Flops(TorchDispatchMode):
-    """Operations of matrix products and attention. (torch's own counter also keeps what checkpointing would free.)"""
+    """Counts operations of matrix products and attention. (torch's counter keeps tensors that checkpointing frees.)"""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +96,7 @@ class _Flops(TorchDispatchMode):
 
 
 class _Dequantized(torch.autograd.Function):
-    """x W^T with a W that is made for the product and freed after it, once more in the backward pass."""
+    """x W^T, where W is dequantized for the product and freed after it, and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int], scales: int) -> torch.Tensor:
@@ -113,7 +115,7 @@ def _unpacked(shape: tuple[int, int], scales: int, like: torch.Tensor) -> torch.
 
 
 class StandIn4bit(bnb.nn.Linear4bit):
-    """A linear layer of bitsandbytes' size in NF4 that makes the tensors of one, without numbers."""
+    """A stand-in for an NF4 layer of bitsandbytes: it has the same size and makes the same tensors, without data."""
 
     def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype, nested: bool):
         nn.Module.__init__(self)
@@ -124,7 +126,7 @@ class StandIn4bit(bnb.nn.Linear4bit):
         packed = linear.weight.new_empty(-(-number // 2), dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scales", linear.weight.new_empty(scales + 4 * 16, dtype=torch.uint8))
-        self.weight.compress_statistics, self.weight.quant_type = nested, "nf4"  # PEFT asks
+        self.weight.compress_statistics, self.weight.quant_type = nested, "nf4"  # PEFT reads them
         self.bias = linear.bias
         self.compute_dtype = compute_dtype
         self._blocks = blocks if nested else 0
@@ -157,10 +159,11 @@ def count_training(
     One forward and backward pass of a model on the device `meta`.
 
     Args:
-        model (`nn.Module`): what is trained, in training mode.
-        loss_of (`Callable`): runs it; returns the loss and the bytes of the logits.
-        optimizer (`str`): Trainer's `optim`. accumulates (`bool`): gradients of an earlier micro-batch are there.
-        tokens (`int`): that go through the model.
+        model (`nn.Module`): the model, in training mode.
+        loss_of (`Callable`): runs the model; returns the loss and the bytes of the logits.
+        optimizer (`str`): Trainer's `optim`.
+        accumulates (`bool`): gradients of an earlier micro-batch exist already.
+        tokens (`int`): number of tokens that the model processes.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
@@ -177,7 +180,7 @@ def count_training(
             loss, logits = loss_of()
             saved = count.live
             loss.backward()
-    grown = 0 if accumulates else gradients  # they came into being during the pass
+    grown = 0 if accumulates else gradients  # gradients that the pass has created
     states = _optimizer_bytes(model, optimizer)
     own = sum(weights.values()) + states
     peak = own + max(count.peak + (gradients - grown), gradients)
@@ -196,7 +199,7 @@ def count_training(
 
 
 def quantized(model: nn.Module, dtype: torch.dtype, nested: bool, skip: Sequence[str] = ()) -> None:
-    """Put stand-ins in 4 bits in place of linear layers, in place, those under the names of `skip` aside."""
+    """Replace the linear layers of a model by 4-bit stand-ins, except modules named in `skip`."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not any(path == name or path.startswith(f"{name}.") for name in skip):
             model.set_submodule(path, StandIn4bit(module, dtype, nested))
@@ -205,7 +208,7 @@ def quantized(model: nn.Module, dtype: torch.dtype, nested: bool, skip: Sequence
 
 
 def prepare_layers(model: nn.Module, dropout: bool, on_gpu: bool) -> None:
-    """Dropout off unless it is wanted; LoRA layers as they are on a GPU."""
+    """Switch dropout off unless it is wanted, and let LoRA layers behave as on a GPU."""
     for module in model.modules():
         if isinstance(module, nn.Dropout) and not dropout:
             module.p = 0.0
@@ -214,14 +217,14 @@ def prepare_layers(model: nn.Module, dropout: bool, on_gpu: bool) -> None:
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> None:
-    """Switch gradient checkpointing on as Trainer does."""
+    """Switch gradient checkpointing on, as Trainer does."""
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if isinstance(model, PeftModel):
         model.enable_input_require_grads()
 
 
 def make_fake(model: nn.Module) -> None:
-    """Tensors on the CPU without numbers in place of those on the device `meta`, on which fewer operations run."""
+    """Replace tensors on the device `meta` by fake tensors on the CPU, for which more operations exist."""
     new: dict[int, torch.Tensor] = {}
     for module in model.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -234,7 +237,7 @@ def make_fake(model: nn.Module) -> None:
 
 
 def _weights(model: nn.Module) -> dict[str, int]:
-    """Bytes of the base (4-bit and other), and of what is trained."""
+    """Bytes of the base (4-bit and other weights), and of the trained parameters."""
     sizes = {"base, 4-bit": 0, "base": 0, "trained": 0}
     packed = {id(t) for m in model.modules() if isinstance(m, StandIn4bit) for t in (m.weight, m.scales)}
     for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values():
@@ -244,7 +247,7 @@ def _weights(model: nn.Module) -> dict[str, int]:
 
 
 def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
-    """What the optimizer keeps for all that is trained."""
+    """Bytes of the optimizer's states for all trained parameters."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     size = 0.0
     for parameter in model.parameters():
@@ -260,13 +263,13 @@ def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
 
 
 def _autocast_as_on_gpu(module: nn.Module, args: tuple) -> None:
-    """PEFT's 4-bit layers ask for the autocast state of a GPU, also when a checkpointed layer runs again."""
+    """PEFT's 4-bit layers read the autocast state of the GPU, so copy the CPU's state to it before each layer."""
     torch.set_autocast_enabled("cuda", torch.is_autocast_enabled("cpu"))
 
 
 @contextmanager
 def autocast(bf16: bool) -> Iterator[None]:
-    """bf16 autocast of the CPU, whose tensors these are; that of the GPU is put back as it was."""
+    """bf16 autocast on the CPU, where the fake tensors are. The autocast state of the GPU is restored afterwards."""
     if not bf16:
         yield
         return

@@ -1,9 +1,11 @@
-"""How much memory a training step takes, and how much it computes, found without a GPU and without weights.
+"""Estimates the memory and the operations of a training step, without a GPU and without weights.
 
-The model is built with tensors that have a shape, a dtype and no numbers, and runs a real forward and backward pass on
-them: LoRA, gradient checkpointing, flat rows, members of an ensemble, autocast. `memory_count` counts what they make.
+It builds the model with fake tensors, which have a shape and a dtype but no data, and runs a real forward and backward
+pass on them, with LoRA, gradient checkpointing, flat rows, members of an ensemble and autocast. `memory_count.py`
+counts the tensors.
 
-Not seen: what a kernel allocates for itself, what the allocator rounds up and keeps, the CUDA context.
+The estimate does not include memory that kernels allocate internally, the rounding and caching of the allocator, and
+the CUDA context.
 """
 
 import copy
@@ -36,23 +38,26 @@ from trl_ext.models.shared_prefix import flat_token_logits
 @dataclass
 class TrainingStep:
     """
-    What is trained, and on which batch.
+    The model and the batch of a training step.
 
     Args:
         config (`PretrainedConfig`): the architecture.
-        batch (`dict`): of a collator: `prefix_layout` for a flat row, or `input_ids` and `attention_mask`.
-        num_labels (`int`): outputs of the head. token_level (`bool`): whether it gives them for every token.
-        dtype (`torch.dtype`): of the base's weights. bf16 (`bool`): whether the step runs under bf16 autocast.
-        four_bit (`bool`), nested (`bool`): NF4 for linear layers; with double quantization.
-        peft_config (`LoraConfig`, *optional*): adapters; all weights are trained without.
-        members (`int`, *optional*), branch_share (`float`, *optional*): of an ensemble.
-        own_batches (`bool`): the rows of the batch are the members' own, equally many each.
-        checkpointing (`bool`): gradient checkpointing. reentrant (`bool`): its kind.
-        accumulates (`bool`): gradients of an earlier micro-batch are there already.
+        batch (`dict`): a collated batch: `prefix_layout` for a flat row, or `input_ids` and `attention_mask`.
+        num_labels (`int`): number of outputs of the head.
+        token_level (`bool`): whether the head gives outputs for every token.
+        dtype (`torch.dtype`): dtype of the base's weights.
+        bf16 (`bool`): whether the step runs under bf16 autocast.
+        four_bit (`bool`), nested (`bool`): whether linear layers are NF4, and with double quantization.
+        peft_config (`LoraConfig`, *optional*): the adapter. Without it, all weights are trained.
+        members (`int`, *optional*): number of members of an ensemble.
+        branch_share (`float`, *optional*): share of the layers without adapters, for an ensemble.
+        own_batches (`bool`): each member has a different batch, all of the same size.
+        checkpointing (`bool`), reentrant (`bool`): gradient checkpointing, and whether it is reentrant.
+        accumulates (`bool`): gradients of an earlier micro-batch exist already.
         dropout (`bool`): leave dropout on.
         optimizer (`str`): Trainer's `optim`.
         attention (`str`): `attn_implementation` for padded rows.
-        on_gpu (`bool`): follow what PEFT does under autocast on a GPU; `False` to compare with a run on CPU.
+        on_gpu (`bool`): do what PEFT does under autocast on a GPU. `False` to compare with a run on a CPU.
     """
 
     config: PretrainedConfig
@@ -78,7 +83,7 @@ class TrainingStep:
 
 @dataclass
 class _RepeatedBefore(PrefixLayout):
-    """A layout whose copies for the members were made where tensors have numbers."""
+    """A layout whose copies for the members are made in advance, because that needs real tensors."""
 
     copies: PrefixLayout | None = None
 
@@ -88,10 +93,10 @@ class _RepeatedBefore(PrefixLayout):
 
 def estimate(step: TrainingStep) -> Estimate:
     """
-    Run one forward and backward pass without numbers and count.
+    Run one forward and backward pass on fake tensors, and count memory and operations.
 
     Raises:
-        `ValueError`: something that cannot be estimated; says what.
+        `ValueError`: if something cannot be estimated. The message says what.
     """
     check_optimizer(step.optimizer)
     layout = _layout(step)
@@ -114,7 +119,7 @@ def _layout(step: TrainingStep) -> PrefixLayout | None:
 
 
 def _build(step: TrainingStep) -> nn.Module:
-    """The model as the trainers build it: head, 4-bit layers, adapters, checkpointing, no dropout."""
+    """Build the model as the trainers do: head, 4-bit layers, adapters, checkpointing, no dropout."""
     config = copy.deepcopy(step.config)
     config.num_labels = step.num_labels
     kind = choose_head_class(config) if step.token_level else "sequence"

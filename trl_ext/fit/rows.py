@@ -1,6 +1,6 @@
-"""What `trl-ext bench fit` trains on: rows of given lengths for each trainer, and a model with random weights.
+"""Makes the inputs of `trl-ext bench fit`: rows of given lengths for each trainer, and a model with random weights.
 
-The values of weights and tokens change neither memory nor time. This module knows rows, collators and files. It runs
+The values of weights and tokens affect neither memory nor time. This module knows rows, collators and files. It runs
 nothing.
 """
 
@@ -32,10 +32,10 @@ class Sizes:
     Lengths of the rows, in tokens.
 
     Args:
-        prompt (`int`), completion (`int`): of every row; a final EOS is one of the completion.
-        candidates (`int`): of a group, or answers to a question that are kept together.
+        prompt (`int`), completion (`int`): lengths in every row. The completion includes a final EOS.
+        candidates (`int`): candidates of a group, or answers to a question that are kept together.
         rows (`int`): groups or rows in a micro-batch.
-        words (`int`): different tokens.
+        words (`int`): number of different tokens.
     """
 
     prompt: int
@@ -51,7 +51,7 @@ class Sizes:
 
 
 def rows_for(command: str, sizes: Sizes, number: int, categories: list[str] | None = None, seed: int = 0) -> "Dataset":
-    """`number` rows of the kind that the trainer of a command takes."""
+    """Make `number` rows of the type that the trainer of a command reads."""
     from datasets import Dataset
 
     rng = random.Random(seed)
@@ -74,7 +74,7 @@ def rows_for(command: str, sizes: Sizes, number: int, categories: list[str] | No
 
 
 def _group(ids: Any, rng: random.Random, sizes: Sizes) -> dict[str, Any]:
-    """A tokenized ranking. The last candidate is a token shorter, so that padded rows have padding, as real ones."""
+    """A tokenized ranking. The last candidate is one token shorter, so that padded rows contain padding."""
     prompt, first = ids(sizes.prompt), rng.sample(range(FIRST_WORD, sizes.words), sizes.candidates)
     candidates = [[*prompt, own, *ids(sizes.completion - 1)] for own in first]
     candidates[-1] = candidates[-1][:-1] if sizes.completion > 1 else candidates[-1]
@@ -97,7 +97,7 @@ def _answer(command: str, text: Any, sizes: Sizes, categories: list[str] | None)
 
 
 def batch_for(command: str, sizes: Sizes, flat: bool, multiple: int | None = None, members: int = 1) -> dict[str, Any]:
-    """One micro-batch as the trainer's collator makes it; `members` times as many groups where each has its own."""
+    """One micro-batch, made by the trainer's collator. It has `members` times as many groups."""
     from trl_ext.data.collators import GroupCollator, SpanCollator
 
     rng = random.Random(0)
@@ -123,7 +123,7 @@ def batch_for(command: str, sizes: Sizes, flat: bool, multiple: int | None = Non
 
 
 def write_random_model(folder: Path, config: "PretrainedConfig", dtype: "dtype", words: int, seed: int = 0) -> None:
-    """A checkpoint without a head in files of up to 4 GiB, and a tokenizer of `words` of its ids."""
+    """Write a checkpoint without a head, in files of up to 4 GiB, and a tokenizer with `words` tokens."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModel

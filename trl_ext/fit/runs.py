@@ -1,6 +1,6 @@
-"""Real steps of trainers on models with random weights: what `trl-ext bench fit` measures.
+"""The measurement of `trl-ext bench fit`: real steps of trainers on models with random weights.
 
-It knows trainers and tensors that are alive. Of the estimates it knows nothing but their numbers.
+It knows trainers and live tensors. It does not know how an estimate is made.
 """
 
 import argparse
@@ -19,11 +19,11 @@ GIB = 2**30
 WARMUP = 1
 """Optimizer steps that are not timed."""
 MOST_FLOPS_ON_CPU = 2e12
-"""Of a batch: more than that is not run without a GPU."""
+"""A batch with more operations is not run without a GPU."""
 
 
 def too_much_here(flops: float) -> str | None:
-    """Why a batch of so many operations is not run on this machine; `None` where it is."""
+    """The reason why a batch with this many operations is not run on this machine, or `None`."""
     import torch
 
     if torch.cuda.is_available() or flops <= MOST_FLOPS_ON_CPU:
@@ -33,10 +33,10 @@ def too_much_here(flops: float) -> str | None:
 
 def measured(run: Callable[[bool], dict[str, Any]], gpu_memory: float, activations: int) -> dict[str, Any]:
     """
-    What a run takes, and how far off the estimate of its activations (bytes) is.
+    Measure a run, and the error of the estimate of its activations (in bytes).
 
-    `run` is called with `False`; on a CPU, where the system cannot tell what tensors take, with `True` too: then it
-    counts them.
+    `run` is called with `False`. On a CPU the system does not report the memory of tensors, so `run` is called a
+    second time with `True` and counts them.
     """
     import torch
 
@@ -62,7 +62,7 @@ def measured(run: Callable[[bool], dict[str, Any]], gpu_memory: float, activatio
 def run_training(
     command: str, parsed: Parsed, model: Path, sizes: Sizes, args: argparse.Namespace, count: bool
 ) -> dict[str, Any]:
-    """Some steps of a command's trainer of reward models."""
+    """Run a few steps of the trainer of a command."""
     from trl_ext import trainers
     from trl_ext.trainers.common.command_line import build_trainer
 
@@ -83,7 +83,7 @@ def run_training(
 
 def _for_a_run(parsed: Parsed, model: Path, args: argparse.Namespace) -> Parsed:
     training = parsed.training
-    steps = min(2, training.gradient_accumulation_steps)  # where gradients of an earlier micro-batch are there or not
+    steps = min(2, training.gradient_accumulation_steps)  # 2 covers steps with and without earlier gradients
     new = {
         "output_dir": str(model.parent / "run"),
         "gradient_accumulation_steps": steps,
@@ -104,7 +104,7 @@ def _micro_batches(training: Any, args: argparse.Namespace) -> int:
 
 
 def _train(trainer: Any, args: argparse.Namespace, tokens: int, count: bool) -> dict[str, Any]:
-    """Train: time, peak memory, and which part of it was activations. A micro-batch has `tokens` of text."""
+    """Train and measure time, peak memory and activations. `tokens` is the text of a micro-batch in tokens."""
     import torch
 
     from trl_ext.fit.live_bytes import LiveBytes
@@ -127,7 +127,7 @@ def _train(trainer: Any, args: argparse.Namespace, tokens: int, count: bool) -> 
 
 
 def _memory(tensors: Sequence[Any], beside: int, live: int | None) -> dict[str, Any]:
-    """Peaks in GiB, and of the peak what is neither a tensor of the model nor `beside`."""
+    """Peaks in GiB, and the activations: the peak without the model's tensors and without the bytes `beside`."""
     import torch
 
     if torch.cuda.is_available():
