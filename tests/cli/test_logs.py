@@ -4,7 +4,9 @@ import logging
 import warnings
 
 import pytest
+from transformers.utils import logging as upstream
 
+from trl_ext import logs
 from trl_ext.cli import _logs
 
 
@@ -42,17 +44,70 @@ def test_warnings_about_calls_that_are_not_the_users_are_hidden():
     assert [str(one.message) for one in found] == ["`something_of_yours` is deprecated"]
 
 
+@pytest.fixture
+def ours():
+    """Our logger as it is in a new program."""
+    logger = logging.getLogger("trl_ext")
+    before, handlers = logger.level, list(logger.handlers)
+    logger.setLevel(logging.NOTSET)
+    yield logger
+    logger.setLevel(before)
+    logger.handlers[:] = handlers
+
+
 @pytest.mark.parametrize(
-    ("verbosity", "level"), [("info", logging.INFO), ("error", logging.ERROR), ("", logging.WARNING)]
+    ("verbosity", "level"),
+    [("info", logging.INFO), ("error", logging.ERROR), ("warning", logging.WARNING), ("", logging.INFO)],
 )
-def test_our_lines_follow_the_verbosity_of_transformers(verbosity, level, monkeypatch):
-    ours = logging.getLogger("trl_ext")
-    before = ours.level
+def test_a_command_shows_information_unless_the_verbosity_of_transformers_says_more(
+    verbosity, level, ours, monkeypatch
+):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", verbosity)
+    logs.show_logs()
+    assert ours.level == level
+    logs.show_logs(default=logging.WARNING)
+    assert ours.level == (level if verbosity else logging.WARNING)
+    logs.show_logs(logging.DEBUG)
+    assert logging.getLogger("trl_ext.trainers.x").isEnabledFor(logging.DEBUG)
+
+
+def test_in_a_library_our_lines_follow_the_verbosity_of_transformers(ours, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of pytest: no logging around us
+    before = upstream.get_verbosity()
+    line = logging.getLogger("trl_ext.models.x")
     try:
-        _logs.show_logs()
-        assert ours.level == level
-        _logs.show_logs(logging.DEBUG)
-        assert logging.getLogger("trl_ext.trainers.x").isEnabledFor(logging.DEBUG)
+        for verbosity, shown in ((upstream.WARNING, ""), (upstream.INFO, "INFO: told\n"), (upstream.ERROR, "")):
+            upstream.set_verbosity(verbosity)
+            logs.follow_transformers()
+            line.info("told")
+            assert capsys.readouterr().err == shown
+        ours.setLevel(logging.DEBUG)  # the user's own level stays
+        logs.follow_transformers()
+        assert ours.level == logging.DEBUG
     finally:
-        ours.setLevel(before)
+        upstream.set_verbosity(before)
+
+
+def test_where_a_program_shows_log_lines_itself_nothing_is_set_and_nothing_is_shown_twice(ours, capsys, monkeypatch):
+    seen = []
+    around = logging.Handler()
+    around.emit = lambda record: seen.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [around])
+    logs.follow_transformers(logging.DEBUG)
+    assert ours.level == logging.NOTSET
+    logs.show_logs(logging.INFO)
+    logging.getLogger("trl_ext.x").info("once")
+    assert seen == ["once"] and capsys.readouterr().err == ""
+
+
+def test_the_ignored_columns_of_prepared_rows_are_not_shown():
+    logger = logging.getLogger("transformers.trainer")
+    _logs.quiet_noise()
+    text = "The following columns in the Training set don't have a corresponding argument in `X.forward` and have "
+    text += "been ignored: chosen, rejected."
+    try:
+        assert not logger.filter(logger.makeRecord(logger.name, logging.INFO, "f", 1, text, (), None))
+        assert logger.filter(logger.makeRecord(logger.name, logging.INFO, "f", 1, "Num examples = 4", (), None))
+    finally:
+        for name in _logs.HARMLESS:
+            logging.getLogger(name).filters.clear()

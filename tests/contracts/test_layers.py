@@ -16,7 +16,7 @@ PACKAGE = ROOT / "trl_ext"
 
 # From the bottom up: a layer may import those below it, and itself. Layers of one line do not import each other.
 ORDER = (
-    ("registry", "upstream"),
+    ("registry", "upstream", "logs"),
     ("losses", "metrics"),
     ("data",),
     ("models",),
@@ -28,14 +28,15 @@ ORDER = (
     ("cli",),
 )
 BELOW = {layer: {low for line in ORDER[:place] for low in line} for place, line in enumerate(ORDER) for layer in line}
-BELOW["losses"].discard("upstream")
-BELOW["metrics"].discard("upstream")
+for pure in ("losses", "metrics"):
+    BELOW[pure] -= {"upstream", "logs"}
 # The layers that may import the bare package, which leads to every public name: for the others that is an arrow up.
 MAY_IMPORT_THE_PACKAGE = {"demo", "bench", "fit", "cli"}
 
 # Layer -> the only third-party packages it may import. The layers that are not here may import any dependency.
 THIRD_PARTY = {
     "registry": set(),
+    "logs": {"transformers"},
     "upstream": {"packaging", "trl", "transformers", "peft"},
     "losses": {"torch"},
     "metrics": {"torch"},

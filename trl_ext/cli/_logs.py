@@ -1,12 +1,12 @@
-"""Which log lines of a command reach the terminal: ours at transformers' verbosity, without known harmless noise.
+"""Log lines of other packages that a command hides, because they are known to be harmless.
 
-It knows loggers and messages. It imports neither torch nor transformers.
+It knows loggers and messages. It imports neither torch nor transformers. Which of our lines are shown is decided in
+`trl_ext.logs`.
 """
 
 import logging
 import os
 import re
-import sys
 import warnings
 
 
@@ -17,6 +17,8 @@ HARMLESS = {
     # our loaders refuse a checkpoint with missing weights, so that a report of a new head only repeats what is meant
     "transformers.modeling_utils": re.compile("LOAD REPORT"),
     "transformers.utils.loading_report": re.compile("LOAD REPORT"),
+    # `chosen`, `prompt` and so on: the batches are made of the token ids that stand beside them
+    "transformers.trainer": re.compile("have been ignored: "),
 }
 # messages of FutureWarnings that TRL's and PEFT's own calls of transformers give: no user can act on them
 OUTDATED_CALLS = (r".\w*gradient_checkpointing\w*. is deprecated",)
@@ -57,22 +59,3 @@ def quiet_noise() -> None:
             logger.addFilter(_Harmless(pattern))
     for message in OUTDATED_CALLS:
         warnings.filterwarnings("ignore", message, FutureWarning)
-
-
-def show_logs(level: int | None = None) -> None:
-    """
-    Show our log lines from a level on, as transformers shows its own.
-
-    Args:
-        level (`int`, *optional*): of `logging`. Defaults to what TRANSFORMERS_VERBOSITY says, or warnings.
-    """
-    ours = logging.getLogger("trl_ext")
-    if level is None:
-        named = os.environ.get("TRANSFORMERS_VERBOSITY", "").upper()
-        level = getattr(logging, named, None) if named else None
-        level = level if isinstance(level, int) else logging.WARNING
-    ours.setLevel(level)
-    if not ours.handlers and not logging.getLogger().handlers:  # a program around us that logs shows them itself
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        ours.addHandler(handler)

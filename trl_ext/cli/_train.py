@@ -42,18 +42,23 @@ def train(
         ValueError: if no model or no dataset was named, or a split does not exist.
         FileNotFoundError: if there is no checkpoint to resume from.
     """
-    from trl_ext.cli._logs import show_logs
+    from trl_ext.logs import show_logs
     from trl_ext.trainers.common.command_line import build_trainer, check_resume
+    from trl_ext.trainers.common.console import show_important_metrics
 
     if model_args.model_name_or_path is None:
         raise ValueError("No model was named. Give `--model_name_or_path` a Hub id or a folder.")
-    show_logs(training_args.get_process_log_level())
+    if training_args.log_level != "passive" or not training_args.should_log:  # the user's, or another process
+        show_logs(training_args.get_process_log_level())
     check_resume(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     evaluate = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = _load(script_args, dataset_args, evaluate, training_args.seed)
     trainer = build_trainer(trainer_class, training_args, model_args, train_dataset, eval_dataset)
+    show_important_metrics(trainer)
+    trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # all metrics
     trainer.accelerator.print(f"Saved the reward model to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

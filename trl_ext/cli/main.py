@@ -8,14 +8,16 @@ command does.
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 
 import trl_ext
-from trl_ext.cli._logs import quiet_noise, show_logs
+from trl_ext.cli._logs import quiet_noise
 from trl_ext.cli._options import places_of, short_help
+from trl_ext.logs import show_logs
 
 
 COMMANDS = {
@@ -34,6 +36,9 @@ COMMANDS = {
     "demo": "Train and compare reward models of three kinds, offline, on this machine.",
     "bench": "Measure time and memory of training, scoring and sampling on this machine.",
 }
+
+# Commands with many runs in one display: of our log lines they show warnings only, the others information too.
+QUIET = {"trl-ext demo", "trl-ext bench", "trl-ext weak-to-strong"}
 
 # Environment variable: set it to see the traceback of an error that is otherwise one line.
 TRACEBACK = "TRL_EXT_TRACEBACK"
@@ -118,7 +123,8 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
         ended by SIGPIPE) when the reader is gone.
     """
     quiet_noise()
-    show_logs()
+    # a display of many runs has no room for the start of each
+    show_logs(default=logging.WARNING if prog in QUIET else logging.INFO)
     try:
         status = command(argv) or 0
         sys.stdout.flush()

@@ -163,6 +163,19 @@ class DataReport:
             parts.append(f"the first text that is left out, in row {row}: {shown(text)}")
         return "; ".join(parts)
 
+    def short(self) -> str:
+        """How many rows are kept, without reasons: `train: 31 of 64 rows kept`."""
+        if self.streaming:
+            return f"{self.name}: a stream, counted while it is read"
+        return f"{self.name}: {self.kept} of {self.rows} rows kept"
+
+    def news(self) -> dict[str, int]:
+        """What occurred, under the names of `as_metrics`: once, and for a stream each time, because counts grow."""
+        if "metrics" in self._said and not self.streaming:
+            return {}
+        self._said.add("metrics")
+        return {name: count for name, count in self.as_metrics().items() if count}
+
     def as_metrics(self) -> dict[str, int]:
         """The counts under the names `data/<name>/rows`, `.../kept`, `.../dropped` and one for each reason."""
         values = {"rows": self.rows, "kept": self.kept, "dropped": self.dropped, **self.counts}

@@ -22,6 +22,7 @@ from trl_ext.pipelines.rejection_sampling.rounds import Rounds
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.store import write_lines
+from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
 
@@ -91,6 +92,7 @@ def fine_tune(
     )
     use_safe_callback(trainer)
     open_run(trainer)
+    log_start(trainer, run_facts(trainer, "cross-entropy to the selected completions", round=str(number)))
     output = trainer.train(resume_from_checkpoint=rounds.last_checkpoint(number))
     trainer.save_model(str(folder / "policy.partial"))
     trainer.accelerator.wait_for_everyone()

@@ -57,6 +57,8 @@ from trl_ext.pipelines.reward_functions import (
 )
 from trl_ext.pipelines.stages.store import write_json
 from trl_ext.pipelines.stages.values import plain
+from trl_ext.trainers.common.model_card import CARD_NAME, write_card
+from trl_ext.trainers.common.policy_card import policy_card, rounds_section
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
 
@@ -250,7 +252,29 @@ class RejectionSamplingTrainer:
             raise ValueError("No round is done, so there is nothing to save. Call train() first.")
         if PartialState().is_main_process:
             target = Path(output_dir or self.args.output_dir)
-            shutil.copytree(self._rounds.policy(self.best_round), target, dirs_exist_ok=True)
+            shutil.copytree(
+                self._rounds.policy(self.best_round),
+                target,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns(CARD_NAME),
+            )
+            write_card(target, self._card(target))
+
+    def _card(self, folder: Path) -> str:
+        args = self.args
+        weights = weights_by_name(self._rewards, args.reward_weights)
+        facts = {
+            "rounds": f"{len(self.history) - 1}, of which round {self.best_round} is kept",
+            "sampling": f"{args.num_generations} completions for each prompt, temperature {args.temperature:g}",
+            "reward": ", ".join(f"{weight:g} x {name}" for name, weight in weights.items()),
+            "selection": args.selection if isinstance(args.selection, str) else repr(args.selection),
+            "learning rate": f"{args.learning_rate:g}",
+            "seed": str(args.seed),
+        }
+        base = str(self._given) if not self._in_memory else self._given.config._name_or_path
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "A language model that learned from its own best completions."
+        return policy_card(self, facts, rounds_section(self.history), str(folder), base, adapter, what)
 
     def _begin(self, start_over: bool = False) -> None:
         """Continue the rounds in `output_dir`, if they were made with the same settings."""

@@ -21,7 +21,7 @@ from trl_ext.data.token_batches import (
     pack_by_tokens,
     tokens_alone,
 )
-from trl_ext.models.shared_prefix import is_wanted, use_shared_prefix
+from trl_ext.models.shared_prefix import SharedPrefixSupport, is_granted, is_wanted, supports_shared_prefix
 
 
 logger = logging.getLogger(__name__)
@@ -84,11 +84,15 @@ def wants_flat_rows(args: trl.RewardConfig, sharded: bool = False) -> bool:
     return is_wanted(args.shared_prefix) and not plain
 
 
-def use_flat_rows(trainer: Trainer) -> bool:
-    """Whether batches may be flat rows, by the trainer's `shared_prefix` argument. See [`use_shared_prefix`]."""
+def flat_rows_support(trainer: Trainer) -> SharedPrefixSupport:
+    """Whether batches may be flat rows, and why: from the trainer's `shared_prefix`, its arguments and its model."""
     args = trainer.args
-    wanted = wants_flat_rows(args, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    return wanted and use_shared_prefix(trainer.model, args.shared_prefix, args.max_length)
+    if not wants_flat_rows(args, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        wished = args.shared_prefix is False
+        return SharedPrefixSupport(False, "shared_prefix=False" if wished else "another argument needs padded rows")
+    support = supports_shared_prefix(trainer.model, args.max_length)
+    is_granted(args.shared_prefix, support)  # raises where True cannot be had
+    return support
 
 
 class FixedBatches(BatchSampler):

@@ -23,6 +23,7 @@ from trl_ext.models.ensemble.ensemble_files import ENSEMBLE_NAME, EnsembleFile, 
 from trl_ext.models.ensemble.stacked_model import MEMBER
 from trl_ext.models.loading import save_sidecar
 from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, make_probes, probe_scores, set_sidecar
+from trl_ext.trainers.common.model_card import CARD_NAME, write_card
 
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ class PushCallback(TrainerCallback):
                 target = Path(args.output_dir, file.relative_to(checkpoint))
                 target.parent.mkdir(exist_ok=True)
                 shutil.copy(file, target)
+        if (checkpoint / CARD_NAME).is_file():
+            write_card(args.output_dir, (checkpoint / CARD_NAME).read_text(encoding="utf-8"))
 
 
 class EnsembleWriter(SidecarWriter):

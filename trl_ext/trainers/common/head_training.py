@@ -21,12 +21,15 @@ A trainer is `class X(HeadTraining, Trainer)`, an ensemble `class Y(MemberTraini
    `_training`). The last call is [`HeadTraining._watch`], which sets `_attention` and `_monitor` and adds the
    callbacks. `MemberTraining` adds `_clipping` after it.
 
-During training, `_row_sizes()` returns the [`RowSize`] of each row of `train_dataset`.
+During training, `_row_sizes()` returns the [`RowSize`] of each row of `train_dataset`. For the start-up summary and the
+model card, `_loss_in_words()` and `_data_reports` say what the loss is and what became of the rows, and the trainer
+sets `_shared_prefix` beside `_flat_rows`.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +38,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from trl_ext.models.heads import check_head_trains
-from trl_ext.models.shared_prefix import current_attention, select_attention
+from trl_ext.logs import follow_transformers
+from trl_ext.models.heads import check_head_trains, unwrap
+from trl_ext.models.shared_prefix import SharedPrefixSupport, current_attention, select_attention
+from trl_ext.models.sidecar import get_sidecar
 from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
 from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
 from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
@@ -47,7 +52,9 @@ from trl_ext.trainers.common.loading import (
     rows_of_evaluation,
     with_lengths,
 )
+from trl_ext.trainers.common.model_card import reward_card, write_card
 from trl_ext.trainers.common.setup import TrainableModel, set_up_model
+from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
 
@@ -73,6 +80,11 @@ class HeadTraining:
 
     loss_is_scaled_for_ga = True
     _writer_class = SidecarWriter
+    _shared_prefix = SharedPrefixSupport(False, "the data collator is not ours")  # until the trainer makes its own
+    _told_start = False
+
+    dataset_name: str | list[str] | None = None
+    """Hub id or file of the training data, for the model card."""
 
     def _set_up(self, *args: Any, **kwargs: Any) -> TrainableModel:
         """Load the model, its tokenizer and its head. The arguments are those of [`set_up_model`]."""
@@ -82,7 +94,9 @@ class HeadTraining:
 
     def _watch(self, head: tuple[str, ...], recording: TrainerCallback) -> None:
         """Register the health, metric and W&B callbacks; the last step of a trainer's `__init__`."""
+        follow_transformers(self.args.get_process_log_level())
         warn_of_arguments_without_effect(self.args)
+        self._head = head
         self._attention = current_attention(self.model)
         self._monitor = HealthMonitor()
         self.add_callback(GradientCallback(self._monitor, head))
@@ -135,6 +149,9 @@ class HeadTraining:
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.args.report_to and self.is_world_process_zero():
             logger.warning("Metrics are not reported (`report_to` is 'none'). Set report_to='wandb' to keep them.")
+        if not self._told_start:
+            self._told_start = True
+            log_start(self, self._facts())
         open_run(self)
         return super().train(*args, **kwargs)
 
@@ -151,12 +168,53 @@ class HeadTraining:
         open_run(self)
         return super().predict(*args, **kwargs)
 
+    # --------------------------------------------------------------------------------------------- telling and saving
+    def _facts(self) -> dict[str, str]:
+        """What the run is, for the log and the model card. The trainer answers `_loss_in_words`, `_data_reports`."""
+        support, outputs = self._shared_prefix, unwrap(self.model).config.num_labels
+        plural = "s" if outputs > 1 else ""
+        return run_facts(
+            self,
+            loss=self._loss_in_words(),
+            reports=self._data_reports,
+            head=f"{', '.join(self._head)}: {outputs} output{plural}, trained and saved in float32",
+            shared_prefix=f"{'on' if support.supported else 'off'}: {support.reason}",
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the model (or adapter), the tokenizer and `reward_model.json`.
+        Save the model (or adapter), the tokenizer, `reward_model.json` and a model card.
 
         Raises [`HeadError`] if a head tensor is not in the saved files.
         """
         with picklable_loss(self.args, self._objective.name):
             super().save_model(output_dir, _internal_call)
-        self._writer.write(self, output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        self._writer.write(self, folder)
+        self._write_cards(Path(folder))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """
+        Write `README.md` into the output folder; every `save_model` writes one too.
+
+        Arguments are those of TRL's and transformers' trainers; of `metadata`, `license` and `language` are used.
+        """
+        self.dataset_name = dataset_name or metadata.pop("dataset", None) or self.dataset_name
+        self._write_cards(Path(self.args.output_dir), tags=tags, **metadata)
+
+    def _write_cards(self, folder: Path, **metadata: Any) -> None:
+        """Write the model card of what is saved in a folder, on the process that saves."""
+        if self.args.should_save:
+            card = reward_card(self, get_sidecar(self.model), self._facts(), self._name_in_card(folder), **metadata)
+            write_card(folder, card)
+
+    def _name_in_card(self, folder: Path) -> str:
+        """What the examples of a card load: the repository that is pushed to, or the folder."""
+        # set where `push_to_hub` is called or asked for
+        return getattr(self, "hub_model_id", None) or str(folder)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
+from trl_ext.logs import follow_transformers
 from trl_ext.models.adapters import add_adapter, check_adapter_config
 from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.building import build_reward_model, is_quantized, keep_4bit_exact_on_cpu
@@ -62,6 +63,7 @@ def set_up_model(
         TypeError: if `peft_config` is not a PEFT configuration.
         ValueError: if arguments contradict each other, or the tokenizer cannot pad.
     """
+    follow_transformers(args.get_process_log_level())  # what is logged from here on
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
             f"`peft_config` is a {type(peft_config).__name__}. Needed: a PEFT configuration, e.g. `peft.LoraConfig`."

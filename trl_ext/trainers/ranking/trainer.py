@@ -36,10 +36,11 @@ from trl_ext.models.building import is_quantized
 from trl_ext.models.heads import candidate_scores
 from trl_ext.models.inputs import InputLimits
 from trl_ext.models.shared_prefix import flat_scores
-from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
+from trl_ext.trainers.common.batching import flat_rows_support, make_train_dataloader, set_up_batching, wants_flat_rows
 from trl_ext.trainers.common.head_training import HeadTraining, hidden
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.setup import is_template_file
+from trl_ext.trainers.common.summary import with_arguments
 from trl_ext.trainers.common.tracking import ScoredGroup, log_evaluation, without_missing_wandb
 from trl_ext.trainers.ranking.config import RewardConfig
 from trl_ext.trainers.ranking.objective import RankingObjective
@@ -152,7 +153,8 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             self, head, self._tokenization, loss_type=self._objective.name, training=training
         )
         if data_collator is None:
-            self._flat_rows = use_flat_rows(self)
+            self._shared_prefix = flat_rows_support(self)
+            self._flat_rows = self._shared_prefix.supported
             pad_token_id, multiple = self.processing_class.pad_token_id, args.pad_to_multiple_of
             self.data_collator = GroupCollator(pad_token_id, multiple, self._flat_rows)
         self._recorders = {
@@ -177,7 +179,20 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             args.loss_type, args.loss_kwargs, args.center_rewards_coefficient, args.label_smoothing_factor
         )
 
+    def _loss_in_words(self) -> str:
+        args = self.args
+        return with_arguments(
+            self._objective.name,
+            **self._objective.loss_kwargs,
+            center_rewards_coefficient=args.center_rewards_coefficient,
+            label_smoothing_factor=args.label_smoothing_factor,
+        )
+
     # -------------------------------------------------------------------------------------------------------- data
+    @property
+    def _data_reports(self) -> list[DataReport]:
+        return self._reports
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
@@ -372,9 +387,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
 
     def _data_counts(self) -> dict[str, int]:
         """The counts of used and dropped rows, once. For a stream each time, because its counts grow."""
-        counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
-        self._reports = [report for report in self._reports if report.streaming]
-        return counts
+        return {name: count for report in self._reports for name, count in report.news().items()}
 
 
 def candidates_in_rows(ids: torch.Tensor, real: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

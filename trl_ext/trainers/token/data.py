@@ -69,7 +69,7 @@ class LabelledData:
         self._objective = objective
         self._limits = limits
         self._reading = reading
-        self._reports: list[DataReport] = []
+        self.reports: list[DataReport] = []
 
     @property
     def columns(self) -> list[str]:
@@ -98,7 +98,7 @@ class LabelledData:
             )
             if not done:
                 prepared = self._objective.check_data(prepared, name, COLUMNS[self._kind][1])
-                self._reports.append(report)
+                self.reports.append(report)
         return prepared
 
     def prepare_all(self, datasets: Rows | dict[str, Rows] | None, name: str = "eval") -> Any:
@@ -109,6 +109,4 @@ class LabelledData:
 
     def counts(self) -> dict[str, int]:
         """The counts of used and dropped rows, once. For a stream each time, because its counts grow."""
-        counts = {name: n for report in self._reports for name, n in report.as_metrics().items() if n}
-        self._reports = [report for report in self._reports if report.streaming]
-        return counts
+        return {name: count for report in self.reports for name, count in report.news().items()}

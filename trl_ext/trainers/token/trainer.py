@@ -27,16 +27,18 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from trl_ext.data.collators import SpanCollator
+from trl_ext.data.report import DataReport
 from trl_ext.data.span_rows import SpanKind
 from trl_ext.data.token_batches import RowSize, span_sizes
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models.heads import head_class, unwrap
 from trl_ext.models.inputs import InputLimits
 from trl_ext.models.sidecar import Sidecar
-from trl_ext.trainers.common.batching import make_train_dataloader, set_up_batching, use_flat_rows, wants_flat_rows
+from trl_ext.trainers.common.batching import flat_rows_support, make_train_dataloader, set_up_batching, wants_flat_rows
 from trl_ext.trainers.common.head_training import HeadTraining
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.setup import finish_set_up
+from trl_ext.trainers.common.summary import with_arguments
 from trl_ext.trainers.common.tracking import log_table, without_missing_wandb
 from trl_ext.trainers.ranking.recording import RecordingCallback
 from trl_ext.trainers.token.collator import TokenRewardCollator
@@ -175,7 +177,8 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             )
         self._flat_rows = False
         if data_collator is None:
-            self._flat_rows = use_flat_rows(self)
+            self._shared_prefix = flat_rows_support(self)
+            self._flat_rows = self._shared_prefix.supported
             spans = SpanCollator(
                 processing_class.pad_token_id, self._objective.categories, args.pad_to_multiple_of, self._flat_rows
             )
@@ -255,7 +258,17 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             "training": {"loss_kwargs": self._objective.loss_kwargs, "averaging": self._objective.averaging},
         }
 
+    def _loss_in_words(self) -> str:
+        objective = self._objective
+        smoothing = self.args.label_smoothing_factor
+        words = with_arguments(objective.name, **objective.loss_kwargs, label_smoothing_factor=smoothing)
+        return f"{words}, averaged over {'labels' if objective.averaging == 'token' else 'completions'}"
+
     # --------------------------------------------------------------------------------------------------------- data
+    @property
+    def _data_reports(self) -> list[DataReport]:
+        return self._data.reports
+
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [*self._data.columns, self.args.length_column_name]

@@ -4,14 +4,21 @@ It knows a student, a teacher and the loss of `trl_ext.losses.distillation`. TRL
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
+from trl_ext.logs import follow_transformers
 from trl_ext.losses.distillation import distillation, entropy_sum, scheduled_weight
+from trl_ext.trainers.common.model_card import metrics_section, run_length, write_card
+from trl_ext.trainers.common.policy_card import policy_card
+from trl_ext.trainers.common.summary import base_name, log_start, run_facts
 from trl_ext.trainers.weak_to_strong.config import WeakToStrongConfig
 
 
@@ -70,6 +77,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
             raise TypeError(f"args is a {type(args).__name__}. Needed: a WeakToStrongConfig.")
         if teacher_model is None and args.kd_weight > 0:
             raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
+        follow_transformers(args.get_process_log_level())
         super().__init__(model=model, args=args, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError(
@@ -78,6 +86,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
             )
         self._teacher: PreTrainedModel | None = None
         if teacher_model is not None and args.kd_weight > 0:
+            self._teacher_name = teacher_model if isinstance(teacher_model, str) else base_name(teacher_model)
             self._teacher = self._load_teacher(teacher_model)
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
@@ -136,6 +145,41 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         with torch.no_grad():
             self._observe(logits, wanted, cross_entropy, divergence, weight, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    # ------------------------------------------------------------------------------------------- telling and saving
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        log_start(self, self._facts())
+        return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model (or adapter), tokenizer and a model card."""
+        super().save_model(output_dir, _internal_call)
+        self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Write `README.md` into the output folder. The arguments are those of `trl.SFTTrainer`."""
+        self._write_card(Path(self.args.output_dir), dataset_name=dataset_name, tags=tags, **metadata)
+
+    def _write_card(self, folder: Path, **metadata: Any) -> None:
+        if not self.args.should_save:
+            return
+        name = getattr(self, "hub_model_id", None) or str(folder)  # set where something is pushed
+        adapter, facts = isinstance(self.model, PeftModel), self._facts() | run_length(self)
+        base, metrics = base_name(self.model), metrics_section(self, None, None)
+        what = "A language model that learned from a weaker one."
+        write_card(folder, policy_card(self, facts, metrics, name, base, adapter, what, **metadata))
+
+    def _facts(self) -> dict[str, str]:
+        loss = "cross-entropy to the data"
+        if self._teacher is not None:
+            loss += f" + {self.args.kd_weight:g} ({self.args.kd_schedule}) x KL(weak || strong)"
+        return run_facts(self, loss, teacher="" if self._teacher is None else self._teacher_name)
 
     def _progress(self) -> float:
         """Share of training that is done."""
