@@ -121,13 +121,27 @@ def template_options(tools: list[Any] | str | None, chat_template_kwargs: dict[s
     return options
 
 
+def begun_answer(prompt: Prompt, completion: Completion) -> str:
+    """
+    The text of the answer that a chat prompt begins and a completion continues; empty where it begins none.
+
+    Such a prompt ends with a message of the assistant, and the completion starts with one. Both are one turn.
+    """
+    messages = as_messages(completion)
+    if not is_chat(prompt) or not messages or prompt[-1].get("role") != "assistant" or prompt[-1].get("tool_calls"):
+        return ""
+    first = messages[0]
+    begun = content_text(prompt[-1].get("content")) if first.get("role") == "assistant" else None
+    return begun or ""
+
+
 def conversation(
     tokenizer: Tokenizer, prompt: Prompt, completion: Completion, options: dict[str, Any]
 ) -> list[Message]:
     """The messages of prompt and completion, as the chat template can read them.
 
-    Keys with null are left out. Content that is a list of text parts becomes one string, unless the template reads
-    such lists.
+    An answer that the prompt begins and the completion continues is one message. Keys with null are left out. Content
+    that is a list of text parts becomes one string, unless the template reads such lists.
 
     Raises:
         `TypeError`: a text prompt with a chat completion.
@@ -138,7 +152,11 @@ def conversation(
             "the prompt is text and the completion is chat messages; give both as one kind: as text, or the prompt as "
             "[{'role': 'user', 'content': ...}]"
         )
-    messages = [without_nulls(message) for message in [*(prompt or []), *as_messages(completion)]]
+    begun, answer = begun_answer(prompt, completion), as_messages(completion)
+    if begun and (rest := content_text(answer[0].get("content"))) is not None:
+        answer = [{**prompt[-1], **answer[0], "content": begun + rest}, *answer[1:]]
+        prompt = prompt[:-1]
+    messages = [without_nulls(message) for message in [*(prompt or []), *answer]]
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):

@@ -16,6 +16,7 @@ from trl_ext.data.chat_templates import (
     Prompt,
     Tokenizer,
     as_messages,
+    begun_answer,
     content_text,
     conversation,
     encode_chats,
@@ -175,8 +176,12 @@ def encode_batch_with_offsets(
         else:
             chats = [conversation(tokenizer, rows[n].prompt, rows[n].completion, options) for n in numbers]
             encoding, rendered = encode_chats(tokenizer, chats, options, return_offsets_mapping=True)
-            marked = render(tokenizer, [_with_last(chat, _MARK) for chat in chats], options)
-            places = [_find(tokenizer, options, *one) for one in zip(chats, rendered, marked, texts, strict=True)]
+            # what stands before the completion in the message that it continues
+            begun = [_begun(rows[n]) for n in numbers]
+            marks = [_with_last(chat, start + _MARK) for chat, start in zip(chats, begun, strict=True)]
+            marked = render(tokenizer, marks, options)
+            parts = (chats, rendered, marked, texts, begun)
+            places = [_find(tokenizer, options, *one) for one in zip(*parts, strict=True)]
         parts = (encoding["input_ids"], encoding["offset_mapping"], texts, places)
         for number, *one in zip(numbers, *parts, strict=True):
             found[number] = _located(*one)
@@ -198,19 +203,31 @@ def _located(ids: list[int], mapping: list[tuple[int, int]], text: str, place: t
     return Located(ids, starts, ends, completion_start, truncated=False, stripped=stripped)
 
 
+def _begun(row: TextRow) -> str:
+    """The begun answer in the last message of a chat: the prompt's, if the completion is one message."""
+    return begun_answer(row.prompt, row.completion) if len(as_messages(row.completion)) == 1 else ""
+
+
 def _with_last(chat: list[Message], content: str) -> list[Message]:
     """The chat with another text in its last message."""
     return [*chat[:-1], {**chat[-1], "content": content}]
 
 
 def _find(
-    tokenizer: Tokenizer, options: dict[str, Any], chat: list[Message], rendered: str, marked: str, text: str
+    tokenizer: Tokenizer,
+    options: dict[str, Any],
+    chat: list[Message],
+    rendered: str,
+    marked: str,
+    text: str,
+    begun: str,
 ) -> tuple[int, int, int]:
     """Where the last message's `text` is in the rendered chat: (start, first, last), text[first:last] being there.
 
     Args:
         rendered (`str`): the chat as it is.
         marked (`str`): the chat with a mark in place of the text.
+        begun (`str`): what stands before the text in the last message.
     """
     before, mark, behind = marked.partition(_MARK)
     if mark and rendered.startswith(before) and rendered.endswith(behind):
@@ -220,7 +237,7 @@ def _find(
             if text.startswith(body, first) and not text[first + len(body) :].strip():
                 return len(before), first, first + len(body)
     # The template looks into the text (a thinking part, say) but may leave it as it is: mark its end alone.
-    at_its_end = render(tokenizer, [_with_last(chat, text + _MARK)], options)[0]
+    at_its_end = render(tokenizer, [_with_last(chat, begun + text + _MARK)], options)[0]
     before, mark, behind = at_its_end.partition(_MARK)
     if mark and before.endswith(text) and rendered.endswith(behind):
         body = rendered[: len(rendered) - len(behind)]

@@ -59,6 +59,23 @@ def check_adapter_config(config: PeftConfig, *, initialised: bool = False) -> No
         )
 
 
+def check_policy_adapter(config: PeftConfig) -> None:
+    """
+    Raise `ValueError` for the adapter of a language model that loads as another one than was trained.
+
+    The initialisations of PEFT that take the base apart by a method with random numbers or with data (`pissa_niter_n`,
+    LoftQ, CorDA, LoRA-GA) do it again, otherwise, when the adapter is loaded. `"pissa"` and `"olora"` repeat exactly.
+    """
+    init = getattr(config, "init_lora_weights", True)  # other tuners have no such field
+    if init not in (*PLAIN_INITS, "eva", "pissa", "olora"):
+        raise ValueError(
+            f"init_lora_weights={init!r} changes the weights of the base, and otherwise each time that the adapter is "
+            "loaded: the policy would not be the one that was trained. Save the adapter with "
+            "`save_pretrained(path, path_initial_model_for_weight_conversion=...)`, or merge it and use the full "
+            "model; for a new adapter use init_lora_weights=True."
+        )
+
+
 def changes_to_base(config: PeftConfig) -> list[str]:
     """
     The settings of a PEFT config that make the adapter change the base weights when it is loaded, as `name=value`.

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.data.validation import DataError
+from trl_ext.data.chat_templates import conversation, template_options
+from trl_ext.data.validation import DataError, unknown_token
 from trl_ext.pipelines.generation.records import Completion, FinishReason, canonical, ends_with_begun_answer
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 
@@ -88,6 +89,12 @@ class PromptEncoder:
             encoded.append(ids)
         return encoded
 
+    def check_tokens(self, encoded: Sequence[list[int]], known: int) -> None:
+        """Raise [`DataError`] for a prompt with a token that the model, which knows the ids below `known`, lacks."""
+        for row, ids in enumerate(encoded):
+            if max(ids) >= known:
+                raise DataError(*unknown_token(max(ids), known, self.tokenizer), row=row, column="prompt")
+
     @staticmethod
     def check_lengths(encoded: Sequence[list[int]], longest: int, limit: int | None) -> None:
         """Raise [`DataError`] for a prompt that leaves no room for `longest` new tokens among the model's `limit`."""
@@ -107,14 +114,15 @@ class PromptEncoder:
             return self.tokenizer(prompt)["input_ids"]
         goes_on = ends_with_begun_answer(prompt)  # the model continues it, as in TRL
         kwargs = {**(self._sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
+        options = template_options(columns.get("tools"), kwargs)
+        if self._sampling.chat_template is not None:
+            options["chat_template"] = self._sampling.chat_template
         return self.tokenizer.apply_chat_template(
-            prompt,
-            tools=columns.get("tools"),
-            chat_template=self._sampling.chat_template,
+            conversation(self.tokenizer, prompt, [], options),
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
             return_dict=False,
-            **kwargs,
+            **options,
         )
 
     def finished(

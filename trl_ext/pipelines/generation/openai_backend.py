@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from trl_ext.data.chat_templates import template_options
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.generator import Columns, cut_at_stop, sample_seed
 from trl_ext.pipelines.generation.records import Completion, ends_with_begun_answer, prompt_id
@@ -124,7 +125,7 @@ class OpenAIGenerator:
         given = {
             "chat_template": sampling.chat_template,
             "chat_template_kwargs": kwargs,
-            "tools": columns.get("tools"),
+            "tools": template_options(columns.get("tools"), None)["tools"],
         }
         return "/v1/chat/completions", body | {"messages": prompt} | {
             key: value for key, value in given.items() if value

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,8 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trl_ext.models.adapters import check_policy_adapter
 from trl_ext.models.building import as_dtype, attention_at_hand
+from trl_ext.models.inputs import text_tokenizer
 from trl_ext.models.loading import local_folder
+from trl_ext.models.sidecar import vocab_size
 from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder
 from trl_ext.pipelines.generation.records import Completion
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
@@ -58,6 +61,7 @@ class TransformersGenerator:
                 raise ValueError("An adapter in memory does not say its tokenizer. Pass `processing_class`.")
             remote_code = init.get("trust_remote_code", False)
             processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
+        processing_class = text_tokenizer(processing_class)
         self.model = model
         self._sampling = sampling
         self._encoder = PromptEncoder(processing_class, sampling)
@@ -66,9 +70,10 @@ class TransformersGenerator:
         # every end token that the model declares ends a completion
         ends = {*([declared] if isinstance(declared, int) else declared or ()), processing_class.eos_token_id} - {None}
         self._ends = ends
-        self._pad = (
-            processing_class.pad_token_id if processing_class.pad_token_id is not None else min(ends, default=0)
-        )
+        self._known = vocab_size(model)
+        pad = processing_class.pad_token_id
+        # padding is masked, so any token that the model knows will do
+        self._pad = pad if pad is not None and pad < self._known else min(ends, default=0)
         self._config = self._generation_config()
 
     def _generation_config(self) -> GenerationConfig:
@@ -111,6 +116,7 @@ class TransformersGenerator:
         prompts = list(prompts)
         encoded = self._encoder.ids(prompts, columns)
         limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        self._encoder.check_tokens(encoded, self._known)
         self._encoder.check_lengths(encoded, self._config.max_new_tokens, limit)
         order = sorted(
             range(len(prompts)), key=lambda row: (-len(encoded[row]), row)
@@ -173,7 +179,11 @@ class TransformersGenerator:
 
 
 def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:
-    """Load a language model from a folder or Hub id, an adapter on its base. `dtype` defaults to the saved one."""
+    """
+    Load a language model from a folder or Hub id, an adapter on its base. `dtype` defaults to the saved one.
+
+    Raises `ValueError` for an adapter that would load as another one than was trained.
+    """
     kwargs = {"dtype": "auto", "device_map": {"": PartialState().device}} | (model_init_kwargs or {})
     kwargs["dtype"] = as_dtype(kwargs["dtype"])
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -184,5 +194,6 @@ def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = Non
     with attention_at_hand(kwargs.get("attn_implementation")):
         if not Path(folder, "adapter_config.json").is_file():
             return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        check_policy_adapter(PeftConfig.from_pretrained(folder))
         kwargs.pop("revision", None)  # it belongs to the adapter; the base has another
         return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)

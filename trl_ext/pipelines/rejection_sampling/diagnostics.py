@@ -1,11 +1,13 @@
-"""Diagnostics of a round of sampling and selecting: metrics, a plot, and a warning of reward hacking.
+"""Diagnostics of a round of sampling and selecting: metrics, a plot, a warning of reward hacking, and a model card.
 
-This module knows samples and arrays of them. It does not know models or trainers. Only the plot needs matplotlib.
+This module knows samples, arrays of them and the history of rounds. It does not know models. Only the plot needs
+matplotlib.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.rejection_sampling.generate_and_score import length_of
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, group_numbers
 from trl_ext.pipelines.reward_functions import weighted_total
+from trl_ext.trainers.common.policy_card import policy_card, rounds_section
 
 
 logger = logging.getLogger(__name__)
@@ -193,3 +196,27 @@ def _share(name: str, part: int, whole: int) -> dict[str, float]:
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean())} if len(values) else {}
+
+
+def rounds_card(trainer: Any, weights: dict[str, float], base: str, folder: Path) -> str:
+    """
+    The model card of the policy that a `RejectionSamplingTrainer` keeps.
+
+    Args:
+        trainer: its arguments, `history` and `best_round` are read.
+        weights (`dict[str, float]`): the weight of each reward function.
+        base (`str`): Hub id or folder of the policy before training; empty for one in memory.
+        folder (`Path`): where the policy is saved.
+    """
+    args, history = trainer.args, trainer.history
+    facts = {
+        "rounds": f"{len(history) - 1}, of which round {trainer.best_round} is kept",
+        "sampling": f"{args.num_generations} completions for each prompt, temperature {args.temperature:g}",
+        "reward": ", ".join(f"{weight:g} x {name}" for name, weight in weights.items()),
+        "selection": args.selection if isinstance(args.selection, str) else repr(args.selection),
+        "learning rate": f"{args.learning_rate:g}",
+        "seed": str(args.seed),
+    }
+    adapter = (folder / "adapter_config.json").is_file()
+    what = "A language model that learned from its own best completions."
+    return policy_card(trainer, facts, rounds_section(history), str(folder), base, adapter, what)

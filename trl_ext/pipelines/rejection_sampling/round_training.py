@@ -17,6 +17,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from trl_ext.models.inputs import use_known_pad_token
+from trl_ext.models.sidecar import vocab_size
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
 from trl_ext.pipelines.stages.cache_key import canonical
@@ -82,8 +84,10 @@ def fine_tune(
     args.eval_strategy, args.load_best_model_at_end, args.model_init_kwargs = "no", False, None
     set_seed(args.seed)  # a new adapter has random weights
     adapted = Path(source, "adapter_config.json").is_file()
+    model = load_policy(source, model_init_kwargs | ({"is_trainable": True} if adapted else {}))
+    use_known_pad_token(processing_class, vocab_size(model))
     trainer = trl.SFTTrainer(
-        model=load_policy(source, model_init_kwargs | ({"is_trainable": True} if adapted else {})),
+        model=model,
         args=args,
         train_dataset=rows,
         processing_class=processing_class,

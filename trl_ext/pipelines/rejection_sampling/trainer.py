@@ -30,7 +30,9 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from trl_ext.models.adapters import check_policy_adapter
 from trl_ext.models.fingerprint import model_identity
+from trl_ext.models.inputs import text_tokenizer
 from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.generation.transformers_backend import load_policy
@@ -41,6 +43,7 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     log_rounds,
     plot_rounds,
     round_metrics,
+    rounds_card,
 )
 from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED
 from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
@@ -58,7 +61,6 @@ from trl_ext.pipelines.reward_functions import (
 from trl_ext.pipelines.stages.store import write_json
 from trl_ext.pipelines.stages.values import plain
 from trl_ext.trainers.common.model_card import CARD_NAME, write_card
-from trl_ext.trainers.common.policy_card import policy_card, rounds_section
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
 
@@ -152,6 +154,8 @@ class RejectionSamplingTrainer:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         if isinstance(model, PeftModel) and peft_config is not None:
             raise ValueError("Found a PeftModel and a peft_config; give one of them.")
+        if peft_config is not None:
+            check_policy_adapter(peft_config)
         check_selection(args.selection, args.selection_kwargs, ("rows",))
         without_missing_wandb(args)
         self.args = args
@@ -173,7 +177,7 @@ class RejectionSamplingTrainer:
         self._rounds = Rounds(Path(args.output_dir) / "rounds")
         self._model: PreTrainedModel | PeftModel | None = None
         self._given = model
-        self._tokenizer = self._given_tokenizer = processing_class
+        self._tokenizer = self._given_tokenizer = processing_class and text_tokenizer(processing_class)
         self._in_memory = not isinstance(model, (str, Path))
         if self._in_memory and processing_class is None:
             source = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -258,23 +262,10 @@ class RejectionSamplingTrainer:
                 dirs_exist_ok=True,
                 ignore=shutil.ignore_patterns(CARD_NAME),
             )
-            write_card(target, self._card(target))
-
-    def _card(self, folder: Path) -> str:
-        args = self.args
-        weights = weights_by_name(self._rewards, args.reward_weights)
-        facts = {
-            "rounds": f"{len(self.history) - 1}, of which round {self.best_round} is kept",
-            "sampling": f"{args.num_generations} completions for each prompt, temperature {args.temperature:g}",
-            "reward": ", ".join(f"{weight:g} x {name}" for name, weight in weights.items()),
-            "selection": args.selection if isinstance(args.selection, str) else repr(args.selection),
-            "learning rate": f"{args.learning_rate:g}",
-            "seed": str(args.seed),
-        }
-        base = str(self._given) if not self._in_memory else self._given.config._name_or_path
-        adapter = (folder / "adapter_config.json").is_file()
-        what = "A language model that learned from its own best completions."
-        return policy_card(self, facts, rounds_section(self.history), str(folder), base, adapter, what)
+            base = self._given.config._name_or_path if self._in_memory else str(self._given)
+            write_card(
+                target, rounds_card(self, weights_by_name(self._rewards, self.args.reward_weights), base, target)
+            )
 
     def _begin(self, start_over: bool = False) -> None:
         """Continue the rounds in `output_dir`, if they were made with the same settings."""

@@ -115,6 +115,8 @@ def set_up_model(
     freeze_date(processing_class)
     if peft_config is not None:
         model = _adapt(model, args, names, peft_config, added_tokens)
+    if isinstance(model, PeftModel) and args.gradient_checkpointing and zero_stage == 3:
+        checkpoint_reentrantly(args)
     return TrainableModel(model, processing_class, names)
 
 
@@ -128,6 +130,15 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, args: trl.RewardCo
                 "Name a token that the model knows, or call `model.resize_token_embeddings(len(tokenizer))` and pass "
                 "the model."
             )
+
+
+def checkpoint_reentrantly(args: trl.RewardConfig) -> None:
+    """Set `use_reentrant=True`, which adapters under ZeRO-3 need, under both names that transformers has for it."""
+    kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+    args.gradient_checkpointing_kwargs = kwargs
+    # transformers reads the new name and has copied the old one to it already; releases before 5.23 have the old only
+    if hasattr(args, "activation_checkpointing_kwargs"):
+        args.activation_checkpointing_kwargs = kwargs
 
 
 def uses_fsdp(args: trl.RewardConfig) -> bool:
@@ -158,8 +169,8 @@ def finish_set_up(model: nn.Module, processing_class: PreTrainedTokenizerBase, a
     """
     Complete the set-up of model, tokenizer and arguments as `trl.RewardTrainer` does, for trainers without that base.
 
-    It sets the EOS and pad token, switches dropout off, lets the inputs of a checkpointed adapter have gradients, and
-    makes checkpointing reentrant under ZeRO-3. Raises `ValueError` for a token that is not in the vocabulary.
+    It sets the EOS and pad token, switches dropout off, and lets the inputs of a checkpointed adapter have gradients.
+    Raises `ValueError` for a token that is not in the vocabulary.
     """
     config = model.config.get_text_config()
     for name, token in (("eos_token", args.eos_token), ("pad_token", args.pad_token)):
@@ -176,8 +187,6 @@ def finish_set_up(model: nn.Module, processing_class: PreTrainedTokenizerBase, a
                 module.p = 0.0
     if isinstance(model, PeftModel) and args.gradient_checkpointing:
         model.enable_input_require_grads()
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
 
 
 def is_template_file(path: str) -> bool:

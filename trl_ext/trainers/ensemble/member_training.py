@@ -205,6 +205,8 @@ def _check_arguments(args: EnsembleFields, train_dataset: Dataset | IterableData
             "An ensemble trains with one process or DDP: FSDP and DeepSpeed shard the stacked weights and clip all "
             "members together. Start it with plain `accelerate launch`."
         )
+    if args.data_strategy in ("bootstrap", "kfold") and isinstance(train_dataset, IterableDataset):
+        _check_stream(args, train_dataset)
     if args.data_strategy != "shuffle":
         return
     shared = f"use data_strategy='shared', 'bootstrap', 'kfold' or '{COLUMN_PREFIX}<name>'"
@@ -214,6 +216,19 @@ def _check_arguments(args: EnsembleFields, train_dataset: Dataset | IterableData
         raise ValueError(
             "data_strategy='shuffle' decides the order of rows for each member, so train_sampling_strategy and "
             f"max_tokens_per_batch do not work with it: {shared}."
+        )
+
+
+def _check_stream(args: EnsembleFields, stream: IterableDataset) -> None:
+    """Raise `ValueError` where several readers would each number the rows of a stream from 0."""
+    readers = {"processes": args.world_size, "dataloader_num_workers": args.dataloader_num_workers}
+    several = {name: number for name, number in readers.items() if number > 1}
+    if stream.num_shards > 1 and several:
+        raise ValueError(
+            f"data_strategy='{args.data_strategy}' decides by the number of a row which members train on it. This "
+            f"stream has {stream.num_shards} shards, and with {several} each reader numbers its rows from 0, so that "
+            "the members' data would depend on the number of readers. Use one process and dataloader_num_workers of "
+            "at most 1, load the data without `streaming`, or use data_strategy='shared'."
         )
 
 

@@ -3,19 +3,24 @@
 It knows a student, a teacher and the loss of `trl_ext.losses.distillation`. TRL prepares the data and does the rest.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from datasets import IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from trl_ext.logs import follow_transformers
 from trl_ext.losses.distillation import distillation, entropy_sum, scheduled_weight
+from trl_ext.models.inputs import text_tokenizer, use_known_pad_token
+from trl_ext.models.sidecar import vocab_size
+from trl_ext.trainers.common.loading import StreamResumeCallback
 from trl_ext.trainers.common.model_card import metrics_section, run_length, write_card
 from trl_ext.trainers.common.policy_card import policy_card
 from trl_ext.trainers.common.summary import base_name, log_start, run_facts
@@ -78,7 +83,12 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         if teacher_model is None and args.kd_weight > 0:
             raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
         follow_transformers(args.get_process_log_level())
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"] = text_tokenizer(kwargs["processing_class"])
+            use_known_pad_token(kwargs["processing_class"], _vocabulary(model, args))
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(self.train_dataset, IterableDataset):
+            self.add_callback(StreamResumeCallback())
         if self.aux_loss_enabled:
             raise ValueError(
                 "The model adds a router loss, which this trainer does not compute. Load the model with "
@@ -214,6 +224,17 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         if mode == "train":
             self._total_train_tokens += int(tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def _vocabulary(model: str | nn.Module, args: WeakToStrongConfig) -> int:
+    """Number of token ids that a model knows which is given by its path or in memory."""
+    if not isinstance(model, str):
+        return vocab_size(model)
+    folder = Path(model, "adapter_config.json")
+    source = json.loads(folder.read_text(encoding="utf-8"))["base_model_name_or_path"] if folder.is_file() else model
+    kwargs = {"revision": (args.model_init_kwargs or {}).get("revision")} if source == model else {}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code, **kwargs)
+    return config.get_text_config().vocab_size
 
 
 def check_same_vocabulary(
