@@ -41,7 +41,7 @@ def test_a_student_on_a_stream_warns_where_it_cannot_resume_exactly(base, tmp_pa
     again = WeakToStrongTrainer(str(base), None, args, train_dataset=stream)
     with caplog.at_level(logging.WARNING, "trl_ext"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "the stream begins anew" in caplog.text
+    assert "because the stream starts again" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["bootstrap", "kfold"])

@@ -59,14 +59,14 @@ def check_adapter_config(config: PeftConfig, *, initialised: bool = False) -> No
         )
 
 
-def check_policy_adapter(config: PeftConfig) -> None:
+def check_policy_adapter(config: PeftConfig | None) -> None:
     """
     Raise `ValueError` for the adapter of a language model that loads as another one than was trained.
 
     The initialisations of PEFT that take the base apart by a method with random numbers or with data (`pissa_niter_n`,
     LoftQ, CorDA, LoRA-GA) do it again, otherwise, when the adapter is loaded. `"pissa"` and `"olora"` repeat exactly.
     """
-    init = getattr(config, "init_lora_weights", True)  # other tuners have no such field
+    init = getattr(config, "init_lora_weights", True)  # None and other tuners have no such field
     if init not in (*PLAIN_INITS, "eva", "pissa", "olora"):
         raise ValueError(
             f"init_lora_weights={init!r} changes the weights of the base, and otherwise each time that the adapter is "

@@ -154,8 +154,7 @@ class RejectionSamplingTrainer:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         if isinstance(model, PeftModel) and peft_config is not None:
             raise ValueError("Found a PeftModel and a peft_config; give one of them.")
-        if peft_config is not None:
-            check_policy_adapter(peft_config)
+        check_policy_adapter(peft_config)
         check_selection(args.selection, args.selection_kwargs, ("rows",))
         without_missing_wandb(args)
         self.args = args

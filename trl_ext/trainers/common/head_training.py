@@ -22,7 +22,7 @@ A trainer is `class X(HeadTraining, Trainer)`, an ensemble `class Y(MemberTraini
    callbacks. `MemberTraining` adds `_clipping` after it.
 
 During training, `_row_sizes()` returns the [`RowSize`] of each row of `train_dataset`. For the start-up summary and
-the model card, `_loss_in_words()` and `_data_reports` say what the loss is and what became of the rows, and the trainer
+the model card, `_loss_in_words()` says what the loss is and `_data_reports` what became of the rows, and the trainer
 sets `_shared_prefix` beside `_flat_rows`.
 """
 
