@@ -136,6 +136,15 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     return PromptFile(path, len(records), shard_size, ids.hexdigest()[:16], content.hexdigest()[:16])
 
 
+def prompts_digest(dataset: Iterable[dict[str, Any]]) -> str:
+    """A hash of the prompts and of the columns that reward functions get."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        seen = {name: value for name, value in row.items() if name == "prompt" or name not in NOT_PASSED}
+        digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
 def _is_json(value: Any) -> bool:
     try:
         json.dumps(value)

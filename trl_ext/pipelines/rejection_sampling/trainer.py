@@ -5,8 +5,6 @@ script again, it continues where it stopped. Nothing stays in memory between sta
 the previous one saved.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -45,7 +43,7 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     round_metrics,
     rounds_card,
 )
-from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED
+from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED, prompts_digest
 from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
@@ -432,9 +430,9 @@ class RejectionSamplingTrainer:
         settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
         if self._verifier is not None:
             settings["verifier"] = reward_identity(self._verifier) or reward_names([self._verifier])[0]
-        settings["prompts"] = _digest(self._train_dataset)
+        settings["prompts"] = prompts_digest(self._train_dataset)
         if self._eval_dataset is not None:
-            settings["eval_prompts"] = _digest(self._eval_dataset)
+            settings["eval_prompts"] = prompts_digest(self._eval_dataset)
         if self._peft_config is not None:
             settings["peft"] = plain(self._peft_config)
         return settings
@@ -443,11 +441,3 @@ class RejectionSamplingTrainer:
 def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
     """The columns that reward functions get, read from the first row."""
     return set(next(iter(dataset), {})) - NOT_PASSED
-
-
-def _digest(dataset: Iterable[dict[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for row in dataset:
-        seen = {name: value for name, value in row.items() if name == "prompt" or name not in NOT_PASSED}
-        digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
