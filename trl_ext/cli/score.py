@@ -127,11 +127,11 @@ def count_lines(path: str) -> int:
 def output_file(args: ScoreArguments) -> RowFile:
     """The output, with everything that its scores depend on beside the rows."""
     from trl_ext.models.fingerprint import fingerprint
-    from trl_ext.models.loading import local_folder
+    from trl_ext.scoring.remote import local_files
 
     manifest = {
         "model": args.model,
-        "model_sha256": fingerprint(Path(local_folder(args.model, None)), args.base_model),
+        "model_sha256": fingerprint(Path(local_files(args.model)), args.base_model),
         "max_length": args.max_length,
         "aggregation": args.aggregation,
         "reduce": args.reduce,

@@ -10,7 +10,12 @@ from trl_ext.cli._generation import json_object
 class ScoreArguments:
     """Arguments of `trl-ext score`."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the reward model (full or adapter) or ensemble"})
+    model: str = field(
+        metadata={
+            "help": "folder or Hub id of the reward model (full or adapter) or ensemble; URL#FOLDER for one on a "
+            "vLLM server"
+        }
+    )
     input: str = field(metadata={"help": "JSONL file of rows; - for standard input"})
     output: str = field(
         metadata={

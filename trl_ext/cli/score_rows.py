@@ -29,10 +29,10 @@ class ScoreError(Exception):
 def model_kind(path: str) -> str:
     """The `kind` in `reward_model.json`, `"scalar"` without one, and `"ensemble"` for the folder of an ensemble."""
     from trl_ext.models.ensemble.ensemble_files import read_ensemble
-    from trl_ext.models.loading import local_folder
     from trl_ext.models.sidecar import read_sidecar
+    from trl_ext.scoring.remote import local_files
 
-    folder = local_folder(path, None)
+    folder = local_files(path)
     if read_ensemble(folder) is not None:
         return "ensemble"
     sidecar = read_sidecar(folder)

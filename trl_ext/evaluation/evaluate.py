@@ -34,6 +34,7 @@ from trl_ext.evaluation.statistics import paired_test
 from trl_ext.evaluation.steps import Steps
 from trl_ext.evaluation.verdicts import judge_report
 from trl_ext.scoring import RewardEnsemble, RewardScorer
+from trl_ext.scoring.remote import files_of
 
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def evaluate_reward_model(
 
 def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[..., list[float | None]]:
     """A reward function of what a user may pass as a reward model; see [`evaluate_reward_model`]."""
-    if isinstance(model, (str, Path)) and Path(model, "reward_ensemble.json").is_file():
+    if isinstance(model, (str, Path)) and Path(files_of(model), "reward_ensemble.json").is_file():
         return RewardEnsemble(model, scorer_kwargs=scorer_kwargs or None)
     if isinstance(model, (str, Path, PreTrainedModel, PeftModel)):
         return RewardScorer(model, **scorer_kwargs)

@@ -18,13 +18,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
-from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.answers import check_math_verify
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.stages.values import callable_key
 from trl_ext.pipelines.user_functions import did_you_mean, load_function, names_function, names_of_functions
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
+from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 
 
 RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
@@ -198,13 +198,13 @@ def _folder(spec: str | Path) -> str:
     hint = did_you_mean(str(spec), TRL_REWARDS, cutoff=0.8) if isinstance(spec, str) else ""
     if hint and not Path(spec).exists():
         raise ValueError(f"There is no reward function or model {str(spec)!r}.{hint}")
-    folder = local_folder(spec, None)
+    folder = local_files(spec)
     if not any(Path(folder, name).is_file() for name in _MODEL_FILES):
         raise FileNotFoundError(
             f"{spec} holds no model (none of {', '.join(_MODEL_FILES)}). Give the folder of a reward model, or a "
             "function as package.module.function or file.py:function."
         )
-    return folder if Path(spec).is_dir() else str(spec)
+    return folder if not is_served(spec) and Path(spec).is_dir() else str(spec)
 
 
 def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
@@ -221,13 +221,14 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     if isinstance(spec, str) and spec in TRL_REWARDS:
         return {"name": name, "trl": metadata.version("trl")}
     if isinstance(spec, (str, Path)) and not is_function_name(spec):
-        return {"name": name, "model": model_identity(_folder(spec))}
+        return {"name": name, "model": model_identity(files_of(_folder(spec)))}
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return {"name": name, "model": model_identity(spec)}
     if isinstance(spec, RewardScorer):
         choices = {choice: callable_key(value) if callable(value) else value for choice, value in spec.choices.items()}
         tokenizer = tokenizer_identity(spec.processing_class)
-        model = {"model": model_identity(spec.model), "tokenizer": tokenizer, "normalizer": spec.normalizer}
+        what = spec.model.folder if isinstance(spec.model, RemoteModel) else spec.model
+        model = {"model": model_identity(what), "tokenizer": tokenizer, "normalizer": spec.normalizer}
         return {"name": name, **model, **choices}
     function = load_reward(spec)
     return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_key(function)}

@@ -21,7 +21,6 @@ from trl_ext.models.ensemble.ensemble_files import (
     read_ensemble,
     write_ensemble,
 )
-from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import read_sidecar
 from trl_ext.scoring.fusion import FusionMethod, fit_fusion_weights
 from trl_ext.scoring.member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
@@ -29,6 +28,7 @@ from trl_ext.scoring.members import Member, check_finite, make_sources
 from trl_ext.scoring.normalizer import mean_and_std
 from trl_ext.scoring.raw_scorer import as_list, by_place
 from trl_ext.scoring.reducers import combine, disagreement, reducers, takes_weights
+from trl_ext.scoring.remote import files_of, is_served, local_files, on_server
 from trl_ext.scoring.scorer import RewardScorer
 
 
@@ -65,9 +65,9 @@ class RewardEnsemble:
 
     Args:
         members (`str`, `Path`, `PeftModel`, or a sequence):
-            The folder of a saved ensemble (with `reward_ensemble.json`), or a list in which each member is the path of
-            a reward model, a reward model in memory, a [`RewardScorer`] (to give a member other arguments), a TRL
-            reward function, or another ensemble.
+            The folder of a saved ensemble (with `reward_ensemble.json`), `URL#FOLDER` of one whose members a server
+            holds, or a list in which each member is the path of a reward model, a reward model in memory, a
+            [`RewardScorer`] (to give a member other arguments), a TRL reward function, or another ensemble.
         reduce (`str` or `Callable`, *optional*):
             Reducer, see `trl_ext.scoring.reducers`: `"mean"`, `"weighted"`, `"min"`, `"median"`, `"mean_minus_std"`,
             `"mean_minus_var"`, `"fusion"`, the name of a plugin, or a function of scores (N, M). Defaults to the
@@ -127,8 +127,10 @@ class RewardEnsemble:
         self._folder: Path | None = None
         self._file = EnsembleFile(members=["none"])
         if isinstance(members, (str, Path)):
-            self._folder, self._file = _read(members)
+            source = members
+            self._folder, self._file = _read(source)
             members = member_folders(self._folder, self._file)
+            members = [on_server(source, member) for member in members] if is_served(source) else members
             if reduce is None:
                 weights = self._file.weights if weights is None else weights
                 reduce_kwargs = self._file.reduce_kwargs | reduce_kwargs
@@ -140,7 +142,10 @@ class RewardEnsemble:
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
         moved_to = None if isinstance(base_model, nn.Module) else base_model
-        nested = [RewardEnsemble(m, name=Path(m).name, base_model=moved_to) if _is_ensemble(m) else m for m in members]
+        nested = [
+            RewardEnsemble(m, name=Path(files_of(m)).name, base_model=moved_to) if _is_ensemble(m) else m
+            for m in members
+        ]
         self._sources = make_sources(nested, base_model, scorer_kwargs or {})
         by_place = {place: (source, number) for source, places in self._sources for number, place in enumerate(places)}
         self._members = [by_place[place] for place in range(len(members))]
@@ -387,19 +392,25 @@ class RewardEnsemble:
 def load_scorer(
     path: str | Path, name: str | None = None, base_model: str | Path | None = None, **scorer_kwargs: Any
 ) -> "RewardScorer | RewardEnsemble":
-    """Load the [`RewardEnsemble`] or the single model ([`RewardScorer`]) saved at a path."""
-    folder = local_folder(path, None)
+    """Load the [`RewardEnsemble`] or the single model ([`RewardScorer`]) saved at a path, or on a server."""
+    folder = local_files(path)
     if read_ensemble(folder) is not None:
-        return RewardEnsemble(folder, name=name, base_model=base_model, scorer_kwargs=scorer_kwargs)
+        return RewardEnsemble(
+            on_server(path, folder) if is_served(path) else folder,
+            name=name,
+            base_model=base_model,
+            scorer_kwargs=scorer_kwargs,
+        )
     return RewardScorer(path, name=name, base_model=base_model, **scorer_kwargs)
 
 
 def _is_ensemble(member: Member) -> bool:
-    return isinstance(member, (str, Path)) and Path(member).is_dir() and read_ensemble(member) is not None
+    folder = files_of(member) if isinstance(member, (str, Path)) else None
+    return folder is not None and Path(folder).is_dir() and read_ensemble(folder) is not None
 
 
 def _read(path: str | Path) -> tuple[Path, EnsembleFile]:
-    folder = Path(local_folder(path, None))
+    folder = Path(local_files(path))
     file = read_ensemble(folder)
     if file is None:
         raise EnsembleFileError(

@@ -29,6 +29,7 @@ from trl_ext.models.loading import local_folder, save_sidecar
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
 from trl_ext.scoring.batches import RUNNING
 from trl_ext.scoring.raw_scorer import RawScorer
+from trl_ext.scoring.remote import RemoteModel, files_of, is_served
 from trl_ext.scoring.rows import row_error
 from trl_ext.scoring.scorer import RewardScorer
 
@@ -107,7 +108,7 @@ class ScorerSource(Source):
 
     def __init__(self, scorer: RewardScorer):
         self._scorer = scorer
-        self.models = [scorer.model]
+        self.models = [] if isinstance(scorer.model, RemoteModel) else [scorer.model]
         self.names, self.normalizers = [scorer.__name__], [scorer.normalizer]
 
     @property
@@ -124,6 +125,11 @@ class ScorerSource(Source):
             copy_model(self._scorer.folder, folder)
             return
         model = self._scorer.model
+        if isinstance(model, RemoteModel):
+            raise ValueError(
+                f"The member {self.names[0]} is on a server, and its weights are not here. Download it, and make the "
+                "ensemble of its folder."
+            )
         model.save_pretrained(folder)
         self._scorer.processing_class.save_pretrained(folder)
         sidecar = get_sidecar(model)
@@ -253,7 +259,10 @@ def make_sources(
     in_memory = isinstance(base_model, nn.Module)
     where = None if in_memory else base_model
     for place, member in enumerate(members):
-        if isinstance(member, (str, Path)):
+        if is_served(member):
+            scorer = RewardScorer(member, **({"name": Path(files_of(member)).name} | scorer_kwargs))
+            sources.append((ScorerSource(scorer), [place]))
+        elif isinstance(member, (str, Path)):
             folder = Path(local_folder(member, None))
             key = base_key(folder)
             if key is not None and in_memory:

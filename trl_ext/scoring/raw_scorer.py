@@ -18,8 +18,9 @@ from trl_ext.data.tokenization import Completion, Prompt, TokenizationSettings
 from trl_ext.data.validation import DataError
 from trl_ext.models.heads import unwrap
 from trl_ext.models.inputs import InputLimits, writes_a_date
-from trl_ext.models.sidecar import get_sidecar
+from trl_ext.models.sidecar import Sidecar, get_sidecar
 from trl_ext.scoring.batches import BatchRunner
+from trl_ext.scoring.remote import RemoteModel
 from trl_ext.scoring.rows import RowEncoder, row_error
 from trl_ext.scoring.token_views import Aggregation, Cut, Segmenter, TokenViews
 
@@ -37,7 +38,8 @@ class RawScorer:
     Scores rows with one reward model, without normalising.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): the reward model, with its sidecar if it has one.
+        model (`PreTrainedModel`, `PeftModel` or [`RemoteModel`]): the reward model, with its sidecar if it has one. A
+            model on a server makes its own batches.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         batch_size, max_length, aggregation, segmenter, shared_prefix: see [`~trl_ext.RewardScorer`].
         name (`str`, *optional*, defaults to `"RewardScorer"`): name in messages.
@@ -45,8 +47,9 @@ class RawScorer:
     Attributes:
         kind (`str`): kind of reward model: `"scalar"`, `"outcome"`, `"process"` or `"segment"`.
         views ([`TokenViews`] or `None`): reads the outputs of a token-level model.
+        sidecar ([`Sidecar`] or `None`): what the model is.
         encoder ([`RowEncoder`]): makes token ids.
-        runner ([`BatchRunner`]): runs the model.
+        runner ([`BatchRunner`] or [`RemoteModel`]): runs the model.
         num_truncated (`int`): rows cut to `max_length` so far.
 
     Raises:
@@ -55,7 +58,7 @@ class RawScorer:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | RemoteModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int | Literal["auto"] = "auto",
@@ -66,8 +69,9 @@ class RawScorer:
         name: str = "RewardScorer",
     ):
         check_limits(batch_size, max_length)
-        sidecar = get_sidecar(model)
-        _check_labels(unwrap(model).config.num_labels, None if sidecar is None else sidecar.num_labels)
+        self.sidecar, self._num_labels, limits = _describe(model, tokenizer)
+        sidecar = self.sidecar
+        _check_labels(self._num_labels, None if sidecar is None else sidecar.num_labels)
         self.name = name
         self.kind = "scalar" if sidecar is None else sidecar.kind
         _check_choices(self.kind, aggregation, segmenter)
@@ -90,11 +94,8 @@ class RawScorer:
                 "date",
             )
 
-        self._model = model
-        self._num_labels = unwrap(model).config.num_labels
         # then only the output at the last token is needed
         self._gives_scalars = self.views is None or self.views.is_scalar
-        limits = InputLimits.of(model)
         positions = limits.max_positions
         self.encoder = RowEncoder(
             tokenizer=tokenizer,
@@ -103,6 +104,9 @@ class RawScorer:
             max_positions=positions,
             max_length=max_length if max_length is None or positions is None else min(max_length, positions),
         )
+        if isinstance(model, RemoteModel):
+            self.runner: BatchRunner | RemoteModel = model
+            return
         pad = tokenizer.pad_token_id
         by_tokens = batch_size == "auto"
         self.runner = BatchRunner(
@@ -241,6 +245,15 @@ def check_limits(batch_size: int | str, max_length: int | None) -> None:
         raise ValueError(f"batch_size={batch_size!r}; needed: 'auto' or a number of rows >= 1.")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length}; needed: a number of tokens >= 1, or None for no limit.")
+
+
+def _describe(
+    model: PreTrainedModel | PeftModel | RemoteModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sidecar | None, int, InputLimits]:
+    """What a model is, how many outputs its head has, and what rows it takes."""
+    if isinstance(model, RemoteModel):
+        return model.sidecar, model.num_labels, model.limits(tokenizer)
+    return get_sidecar(model), unwrap(model).config.num_labels, InputLimits.of(model)
 
 
 def _check_labels(found: int, described: int | None) -> None:

@@ -1,8 +1,7 @@
-"""A reward model on a server in the place of one in memory: `RemoteRunner` gives `RawScorer` its outputs.
+"""`RemoteModel`: a reward model on a server in the place of one in memory, and the strings that name it.
 
-A string names such a model as `URL#FOLDER` or `URL?model=NAME#FOLDER`, where the folder (or Hub id) holds what the model
-is: tokenizer, tokenization settings, normaliser and probes. Its weights are not read. The servers are asked by
-`trl_ext.serving`.
+A string names it as `URL#FOLDER` or `URL?model=NAME#FOLDER`. The folder (or Hub id) says what the model is: tokenizer,
+tokenization settings, normaliser and probes. Its weights are not read. `trl_ext.serving` asks the servers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,18 +30,13 @@ class Address(NamedTuple):
 
     Args:
         urls (`str`): the servers, with commas between.
-        folder (`str` or `None`): folder or Hub id of the model.
+        folder (`str`): folder or Hub id of the model.
         model (`str` or `None`): its name on the servers.
     """
 
     urls: str
-    folder: str | None
+    folder: str
     model: str | None
-
-    def __str__(self) -> str:
-        """The string that names it."""
-        query = f"?model={self.model}" if self.model else ""
-        return f"{self.urls}{query}#{self.folder}"
 
 
 def is_served(source: Any) -> bool:
@@ -50,18 +44,56 @@ def is_served(source: Any) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
-def read_address(text: str) -> Address:
+def read_address(text: str, folder: str | Path | None = None, model: str | None = None) -> Address:
     """
     The parts of a string that names a served model.
+
+    Args:
+        text (`str`): `URL`, `URL#FOLDER` or `URL?model=NAME#FOLDER`.
+        folder (`str` or `Path`, *optional*): the folder, if it is not in the text.
+        model (`str`, *optional*): the model's name on the server, likewise.
+
+    Raises:
+        ValueError: no folder.
+
+    Example:
 
     ```python
     >>> read_address("http://host:8000?model=helpful#outputs/helpful")
     Address(urls='http://host:8000', folder='outputs/helpful', model='helpful')
     ```
     """
-    place, _, folder = text.partition("#")
+    place, _, named = text.partition("#")
     urls, _, query = place.partition("?")
-    return Address(urls, folder or None, parse_qs(query).get("model", [None])[0])
+    folder = str(folder or named)
+    if not folder:
+        raise ValueError(
+            f"{text} does not say which reward model is there. Give its folder too, which holds its tokenizer and "
+            "settings: RewardScorer(url, folder), or url#folder."
+        )
+    return Address(urls, folder, model or parse_qs(query).get("model", [None])[0])
+
+
+def files_of(source: str | Path) -> str:
+    """The folder or Hub id with the files of a reward model; of one on a server that which its string names."""
+    return read_address(source).folder if is_served(source) else str(source)
+
+
+def local_files(source: str | Path) -> str:
+    """The local folder of these files, downloaded if need be; of a model on a server without the weights."""
+    return local_folder(files_of(source), None, FILES) if is_served(source) else local_folder(source, None)
+
+
+def on_server(source: str, folder: str | Path) -> str:
+    """
+    The string that names another model on the servers of one, by its folder.
+
+    ```python
+    >>> on_server("http://host:8000#ensemble", "ensemble/member-0")
+    'http://host:8000#ensemble/member-0'
+    ```
+    """
+    return f"{read_address(source).urls}#{folder}"
 
 
 class RemoteModel:

@@ -89,7 +89,7 @@ class RowEncoder:
             raise row_error(
                 row,
                 f"{len(encoded.ids)} tokens",
-                f"at most {self.max_positions}, the number of the model's positions",
+                f"at most {self.max_positions}, which is all that the model (or its server) takes",
                 f"Pass max_length={self.max_positions} or less to cut long rows.",
             )
         largest = max(encoded.ids, default=0)

@@ -20,9 +20,10 @@ from trl_ext.data.segmentation import CharSpan
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.inputs import load_tokenizer, text_tokenizer
 from trl_ext.models.loading import load_reward_model
-from trl_ext.models.sidecar import get_sidecar, read_sidecar, set_sidecar
+from trl_ext.models.sidecar import read_sidecar, set_sidecar
 from trl_ext.scoring.normalizer import mean_and_std
 from trl_ext.scoring.raw_scorer import RawScorer, check_lengths, check_limits
+from trl_ext.scoring.remote import RemoteModel, is_served, read_address
 from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse, total
 
 
@@ -52,13 +53,19 @@ class RewardScorer:
     Args:
         model_or_path (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
             Folder or Hub id of a reward model (full or adapter), or a sequence-classification model in memory with one
-            label. A model in memory is used as it is and may continue training; the scorer does not change it.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            label. A model in memory is used as it is and may continue training; the scorer does not change it. Or the
+            URL of a vLLM server that serves the model (several with commas between, to which requests go in turn);
+            `processing_class` is then the model's folder. One string may hold both:
+            `"http://host:8000#FOLDER"`, or `"http://host:8000?model=NAME#FOLDER"`.
+        processing_class (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*):
             The model's tokenizer. Defaults to the one saved at the path; for a full model in memory to that of
             `config._name_or_path`, as in TRL. An adapter in memory does not say where its tokenizer is, so pass it.
+            For a model on a server the model's folder or Hub id: everything but the weights is read there, and the
+            server's scores of the probes in it must be those that were saved.
         batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Rows in a batch, or `"auto"`: as many as fit in 16,384 padded tokens. When a GPU runs out of memory,
-            batches are halved from then on, and a warning says so once.
+            batches are halved from then on, and a warning says so once. For a model on a server the rows of a
+            request; `"auto"` is 64.
         max_length (`int`, *optional*):
             Longest row in tokens. A longer row is cut, the prompt from the left first (see
             [`~trl_ext.data.tokenization.encode`]), and counted in `num_truncated`; a warning says so once. No limit by
@@ -91,9 +98,11 @@ class RewardScorer:
             each of several scorers a different name.
         base_model (`str` or `Path`, *optional*):
             Where the base of an adapter is now, if it moved. It must hold the same weights; the probes check this.
+        model (`str`, *optional*):
+            The name of the model on a server. Defaults to the served model of that folder or name.
 
     Attributes:
-        model (`PreTrainedModel` or `PeftModel`): the reward model.
+        model (`PreTrainedModel`, `PeftModel` or [`~trl_ext.scoring.remote.RemoteModel`]): the reward model.
         folder (`Path` or `None`): the local folder that it was loaded from.
         raw ([`~trl_ext.scoring.raw_scorer.RawScorer`]): gives scores before they are normalised.
         processing_class (`PreTrainedTokenizerBase`): the tokenizer.
@@ -104,6 +113,8 @@ class RewardScorer:
     Raises:
         `ValueError`: the model has several outputs and no sidecar that describes them, its tokenizer cannot be found,
             `batch_size` or `max_length` is not positive, or `aggregation` or `segmenter` does not fit.
+        [`~trl_ext.serving.server_pool.ServerError`]: a server does not answer, does not have the model, or gives other
+            scores than the saved model.
 
     Example:
 
@@ -117,7 +128,7 @@ class RewardScorer:
     def __init__(
         self,
         model_or_path: str | Path | PreTrainedModel | PeftModel,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | str | Path | None = None,
         batch_size: int | Literal["auto"] = "auto",
         max_length: int | None = None,
         aggregation: Aggregation | None = None,
@@ -126,10 +137,18 @@ class RewardScorer:
         name: str | None = None,
         segmenter: Segmenter | None = None,
         base_model: str | Path | None = None,
+        model: str | None = None,
     ):
         self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
         check_limits(batch_size, max_length)  # before a model is loaded
-        source = _open(model_or_path, device, base_model)
+        if is_served(model_or_path):
+            folder = processing_class if isinstance(processing_class, (str, Path)) else None
+            processing_class = None if folder is not None else processing_class
+            source = _open_served(model_or_path, folder, model, batch_size, device or base_model)
+        elif model is not None or isinstance(processing_class, (str, Path)):
+            raise ValueError("`model` and a folder as `processing_class` are for a model on a server: give its URL.")
+        else:
+            source = _open(model_or_path, device, base_model)
         self.model = source.model
         self.folder = source.folder
         self.processing_class = text_tokenizer(processing_class or load_tokenizer(source.tokenizer))
@@ -144,8 +163,7 @@ class RewardScorer:
             shared_prefix=shared_prefix,
             name=self.__name__,
         )
-        sidecar = get_sidecar(self.model)
-        self.normalizer = None if sidecar is None else sidecar.normalizer
+        self.normalizer = None if self.raw.sidecar is None else self.raw.sidecar.normalizer
 
     @property
     def kind(self) -> str:
@@ -205,7 +223,8 @@ class RewardScorer:
         else:
             sidecar.normalizer = dict(self.normalizer)
             sidecar.save(self.folder)
-            set_sidecar(self.model, sidecar)
+            if not isinstance(self.model, RemoteModel):
+                set_sidecar(self.model, sidecar)
         return dict(self.normalizer)
 
     # --------------------------------------------------------------------------------------------- token-level models
@@ -370,7 +389,7 @@ def _spans_of_pieces(pieces: Sequence[str], rewards: Sequence[float]) -> list[tu
 class _Source(NamedTuple):
     """A reward model, the folder that it was loaded from, and where its tokenizer is; each may be `None`."""
 
-    model: PreTrainedModel | PeftModel
+    model: PreTrainedModel | PeftModel | RemoteModel
     folder: Path | None
     tokenizer: str | None
 
@@ -398,3 +417,14 @@ def _open(
         )
     model = model_or_path if device is None else model_or_path.to(device)
     return _Source(model, None, None if isinstance(model, PeftModel) else model.config._name_or_path)
+
+
+def _open_served(
+    text: str, folder: str | Path | None, name: str | None, batch_size: int | Literal["auto"], unused: Any
+) -> _Source:
+    """The reward model on a server. Raises `ValueError` if it is not said which one."""
+    if unused is not None:
+        raise ValueError("`device` and `base_model` say how a model is loaded here, and this one is on a server.")
+    address = read_address(text, folder, name)
+    model = RemoteModel(address, None if batch_size == "auto" else batch_size)
+    return _Source(model, Path(address.folder) if Path(address.folder).is_dir() else None, model.folder)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 ROWS = 64
 # Requests at a time over all servers, which keep them busy: a server lines up what it cannot run yet.
 REQUESTS = 8
+TIMEOUT = 240.0  # seconds to wait for a server to start, and for an answer
+RETRIES = 6  # of a request
 # The environment variable with the servers' key, which vLLM reads too.
 KEY = "VLLM_API_KEY"
 
@@ -32,7 +34,7 @@ class ServedModel:
     """
     A reward model that vLLM serves, on one or several servers.
 
-    When this is made, each server scores the probes that were stored with the model, and they must have the scores that
+    When this is made, each server scores the probes that were stored with the model. They must have the scores that
     they had when the model was saved. So a wrong adapter, an untrained head, a server that applies a sigmoid, a second
     normaliser or less precision is refused.
 
@@ -42,8 +44,6 @@ class ServedModel:
         model (`str` or `None`): the name by which the servers know it.
         sidecar ([`Sidecar`] or `None`): what the model is. Without it, or without probes, nothing is checked.
         rows (`int`, *optional*, defaults to `64`): rows of a request.
-        timeout (`float`, *optional*, defaults to `240.0`): seconds to wait for a server to start, and for an answer.
-        retries (`int`, *optional*, defaults to `6`): how often a request is repeated.
 
     Attributes:
         name (`str`): the name by which the servers know the model.
@@ -60,8 +60,6 @@ class ServedModel:
         model: str | None,
         sidecar: Sidecar | None,
         rows: int = ROWS,
-        timeout: float = 240.0,
-        retries: int = 6,
     ):
         self._rows = rows
         self._by_token = sidecar is not None and sidecar.kind != "scalar"
@@ -73,15 +71,15 @@ class ServedModel:
         )
         key = KEY if KEY in os.environ else None
         connect = partial(
-            ServerPool, timeout=timeout, max_concurrency=REQUESTS, max_retries=retries, api_key_variable=key
+            ServerPool, timeout=TIMEOUT, max_concurrency=REQUESTS, max_retries=RETRIES, api_key_variable=key
         )
         self._servers = connect(urls, advice=advice)
         answers = self._servers.describe("/v1/models")
         self.name, self.max_tokens = _find(answers, folder, model)
         if sidecar is None or sidecar.probes is None:
             logger.warning(
-                f"{folder} has no probes in a reward_model.json, so it is not checked that {self.name} at {urls} gives "
-                "its scores. Save it with a trainer of trl_ext to have it checked."
+                f"{folder} has no probes in a reward_model.json, so it is not checked whether {self.name} at {urls} "
+                "gives its scores. Save it with a trainer of trl_ext to have it checked."
             )
             return
         columns = {url: self._check(connect(url, advice=advice), url, sidecar) for url in answers}

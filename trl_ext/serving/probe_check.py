@@ -45,8 +45,9 @@ def matching_columns(found: Outputs, sidecar: Sidecar, server: str, model: str) 
     columns = min(candidates, key=lambda place: _largest_difference(found, saved, place))
     worst, allowed = _largest_difference(found, saved, columns), allowed_difference(sidecar)
     if worst > allowed:
-        now = [row[columns.start] for row in found]
-        then = [row[0] for row in saved]
+        pairs = [(row[columns.start], own[0]) for row, own in zip(found, saved, strict=True)]
+        pairs.sort(key=lambda pair: -abs(pair[0] - pair[1]))  # the worst first
+        now, then = ([pair[place] for pair in pairs] for place in (0, 1))
         raise ServerError(
             f"{model} at {server} gives other scores than the saved model: the probes have {_numbers(now)} there and "
             f"had {_numbers(then)} when it was saved. The largest difference is {worst:.3g}; allowed: {allowed:.3g}. "
