@@ -222,7 +222,6 @@ def test_rows_that_the_server_cannot_take_are_named(folders, models, caplog):
             ["a"], ["b " * 60]
         )
     with pooling_server({"full": models["full"]}) as server, caplog.at_level(logging.WARNING):
-        assert not caplog.records
         plain = folders["full"].parent / "plain"
         shutil.copytree(folders["full"], plain)
         (plain / "reward_model.json").unlink()

@@ -32,6 +32,7 @@ COMMANDS = {
     "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
     "weak-to-strong": "Train a strong model on a weak one's labels; report the gap recovered.",
     "merge": "Merge an adapter into the base it was trained on.",
+    "serve-info": "Print the command by which vLLM serves reward models; starts nothing.",
     "plugins": "List what is registered and which distribution it comes from.",
     "demo": "Train and compare reward models of three kinds, offline, on this machine.",
     "bench": "Measure time and memory of training, scoring and sampling on this machine.",

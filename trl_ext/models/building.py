@@ -114,6 +114,7 @@ def build_reward_model(
             f"{model_id} is not a folder here, and could not be had from the Hub as a model of that name: {error}"
         ) from error
     kwargs |= hub
+    name_problem(config, num_labels)
     auto_class = _auto_class(config, choose_head_class(config) if head == "per_token" else head)
     # only the config of a quantized checkpoint has the field
     quantized = quantization_config or getattr(config, "quantization_config", None)
@@ -146,6 +147,18 @@ def build_reward_model(
     make_head_exact(model, names)
     keep_4bit_exact_on_cpu(model)
     return model, names
+
+
+def name_problem(config: transformers.PretrainedConfig, num_labels: int) -> None:
+    """
+    Say in a model's config that its one output is a number, unless the config says what it is.
+
+    Servers such as vLLM, and the pipelines of transformers, then put no sigmoid on it. The loss of transformers takes
+    one output for a number anyway.
+    """
+    # configs with parts, and those of some model classes, lack the field
+    if num_labels == 1 and getattr(config, "problem_type", None) is None:
+        config.problem_type = "regression"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from transformers.utils import find_adapter_config_file
 from trl_ext.logs import follow_transformers
 from trl_ext.models.adapters import add_adapter, check_adapter_config
 from trl_ext.models.bases import check_base_is_saved
-from trl_ext.models.building import build_reward_model, is_quantized, keep_4bit_exact_on_cpu
+from trl_ext.models.building import build_reward_model, is_quantized, keep_4bit_exact_on_cpu, name_problem
 from trl_ext.models.heads import HeadClass, head_modules, make_head_exact
 from trl_ext.models.inputs import freeze_date, text_tokenizer, use_known_pad_token
 from trl_ext.models.loading import (
@@ -90,6 +90,7 @@ def set_up_model(
             check_base_is_saved(model)
         names = head_modules(model)
         make_head_exact(model, names)
+        name_problem(model.config, model.config.num_labels)
         keep_4bit_exact_on_cpu(model)
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
