@@ -236,7 +236,7 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(folders, models, monkey
     down = {"now": False}
 
     def change(number, path, body):
-        return (503, b"no", {}) if down["now"] else (429, b"", {"Retry-After": "0"}) if number % 3 == 2 else None
+        return (503, b"no", {}) if down["now"] else (429, b"", {"Retry-After": "0"}) if number == 2 else None
 
     with pooling_server({"full": models["full"]}, change=change) as server:
         scorer = RewardScorer(server.url, folders["full"], batch_size=1)
