@@ -1,11 +1,11 @@
 """How often a rule picks a right answer from K samples: at random, by a vote, by a model's scores, by an oracle.
 
-It takes lists that say which answers are right, and knows nothing of models or of the task.
+It takes lists that say which answers are right. It knows nothing of models or of the task.
 
-Every figure is the mean over prompts of the chance that the pick is right, with the standard error of that mean. The
-chance is computed, with ties broken at random, so no figure depends on a seed. (In a weighted vote ties are rare, and
-the answer that was given first wins.) Two figures on the same prompts are compared prompt by prompt ([`paired_gain`]),
-so that the difficulty of the prompts cancels out.
+For each prompt, a function computes the chance that the pick is right. Each figure is the mean of these chances over
+the prompts, with the standard error of that mean. The chance accounts for ties, which are broken at random, so no
+figure depends on a seed. (In a weighted vote ties are rare, and the answer that was given first wins.) [`paired_gain`]
+compares two figures prompt by prompt, so the difficulty of the prompts cancels out.
 """
 
 import math
@@ -16,13 +16,13 @@ from trl_ext.metrics.voting import best_of_k, weighted_vote
 
 
 def random_pick(right: Sequence[bool]) -> float:
-    """The chance that one of these answers, drawn at random, is right: the share of right ones."""
+    """The chance that an answer drawn at random is right, which is the share of right answers."""
     return sum(right) / len(right)
 
 
 def majority_pick(right: Sequence[bool], answers: Sequence[Hashable]) -> float:
     """
-    The chance that the answer given most often is right; of several given equally often, one is drawn.
+    The chance that the most frequent answer is right. If several answers are equally frequent, one is drawn.
 
     Example:
 
@@ -51,12 +51,12 @@ def weighted_pick(right: Sequence[bool], answers: Sequence[Hashable], weights: S
 
 
 def oracle_pick(right: Sequence[bool]) -> float:
-    """1 if any answer is right, else 0: the best that any pick can do."""
+    """1 if any answer is right, else 0. No pick can do better."""
     return float(any(right))
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """Mean of at least two values and its standard error, from the sample variance: `{"mean", "standard_error"}`."""
+    """`mean` of at least two values and its `standard_error`, which comes from the sample variance."""
     if len(values) < 2:
         raise ValueError(f"a standard error needs at least 2 values, found {len(values)}")
     mean = math.fsum(values) / len(values)
@@ -65,7 +65,7 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_gain(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """[`mean_and_error`] of the differences, prompt by prompt."""
+    """[`mean_and_error`] of the differences between two figures of the same prompt."""
     return mean_and_error([value - base for value, base in zip(values, baseline, strict=True)])
 
 
@@ -76,13 +76,13 @@ def compare_picks(
     weights: Sequence[Sequence[float]],
 ) -> dict[str, object]:
     """
-    All picks side by side.
+    Computes every pick on the same samples.
 
     Args:
         right (`Sequence[Sequence[bool]]`):
-            For each prompt and each of its K answers, whether it is right.
+            Whether each of the K answers to each prompt is right.
         answers (`Sequence[Sequence[Hashable]]`):
-            The answers, for the votes.
+            The answers, which the votes compare.
         scores (`Sequence[Sequence[float]]`):
             The model's scores.
         weights (`Sequence[Sequence[float]]`):
@@ -90,8 +90,8 @@ def compare_picks(
 
     Returns:
         `dict`: `random`, `majority`, `best_of_n`, `weighted_vote`, `oracle` and the paired gain
-        `best_of_n_over_random`, each with `mean` and `standard_error`; and `curve`: for each power of two n up to K
-        the means of `best_of_n` and of `oracle`.
+        `best_of_n_over_random`, each with `mean` and `standard_error`. `curve` lists the means of `best_of_n` and
+        `oracle` for each power of two n up to K.
     """
     size = len(right[0])
     picks: dict[str, list[float]] = {

@@ -1,15 +1,15 @@
 """The stages of `trl-ext demo` and their sizes.
 
-    policy -> samples -> reward        Plackett-Luce, LoRA on the policy
-                      -> reward_nf4    the same, shorter, on the policy quantized to 4 bits
-                      -> orm           right and wrong answers, all weights of the policy
-                      -> prm           lines up to the first wrong one, all weights of the policy
+    policy -> samples -> reward        Plackett-Luce loss, LoRA on the policy
+                      -> reward_nf4    the same with fewer steps, on the policy quantized to 4 bits
+                      -> orm           learns from right and wrong answers; trains all weights of the policy
+                      -> prm           learns from lines up to the first wrong one; trains all weights
                       -> ensemble      three members in one run, LoRA on the last layer of the policy
     policy -> weak_to_strong           the policy learns from a smaller model's solutions
-    samples, reward, orm -> rejection  the policy on its own best samples, and on as many at random
+    samples, reward, orm -> rejection  fine-tunes the policy on its best samples, and on random ones
 
-To add a stage, append a [`Stage`] to [`plan`]: it names the stages that it needs and finds their files in
-`context.folders`. This module knows names and numbers; the `..._stages` modules know what a stage does.
+To add a stage, append a [`Stage`] to [`plan`]. A stage names the stages that it needs, and finds their files in
+`context.folders`. This module knows names and numbers. The `..._stages` modules know what a stage does.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from trl_ext.pipelines.stages.cached_stages import Stage, StageContext
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each stage does; the defaults are the demo's."""
+    """How many prompts, samples and steps each stage uses. The demo runs with the defaults."""
 
     policy_prompts: int = 8000
     policy_max_steps: int = 1000
@@ -48,7 +48,7 @@ class Sizes:
     eval_samples: int = 4
 
 
-# Enough to see that everything runs, too little to learn.
+# A smoke run shows that every stage runs. It is too short to learn anything.
 SMOKE = Sizes(
     policy_prompts=200,
     policy_max_steps=40,
@@ -61,19 +61,19 @@ SMOKE = Sizes(
     prm_steps=2,
     ensemble_steps=2,
     weak_prompts=40,
-    weak_steps=150,  # until its texts end: others are not learnt from
+    weak_steps=150,  # until its texts end: the student learns from finished texts only
     student_steps=2,
     rejection_prompts=16,
     eval_samples=1,
 )
 
 TEMPERATURE = 0.8
-BATCH_SIZE = 8  # groups; with 4 one of three seeds stayed on its plateau for 1,500 steps
+BATCH_SIZE = 8  # groups; with 4, one of three seeds did not leave its plateau in 1,500 steps
 LEARNING_RATE = 1e-3
 LORA_RANK = 16
-TOKEN_BATCH_SIZE = {"orm": 64, "prm": 32}  # completions; an outcome model that sees half as many picks far worse
+TOKEN_BATCH_SIZE = {"orm": 64, "prm": 32}  # completions; with half as many, an outcome model picks far worse
 TOKEN_LEARNING_RATE = 1e-3
-WEAK_TO_STRONG = {"batch_size": 32, "learning_rate": 1e-4}  # of the policy: it knows the task
+WEAK_TO_STRONG = {"batch_size": 32, "learning_rate": 1e-4}  # low, because the policy knows the task already
 ENSEMBLE = {"learning_rate": 2e-3, "lora_rank": LORA_RANK, "members": 3, "branch_at": 0.5}
 
 
@@ -83,9 +83,9 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
 
     Args:
         seed (`int`, *optional*, defaults to `0`):
-            Seed of problems, weights and samples.
+            Seed of the problems, the weights and the samples.
         smoke (`bool`, *optional*, defaults to `False`):
-            The sizes of `SMOKE`.
+            Whether to use the sizes of `SMOKE`.
     """
     sizes = asdict(SMOKE if smoke else Sizes())
     common = {"seed": seed, "temperature": TEMPERATURE}
@@ -101,7 +101,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
         seconds: float,
         batch_size: int = BATCH_SIZE,
         learning_rate: float = LEARNING_RATE,
-        **more: float,  # `lora_rank`, and settings of this stage alone
+        **more: float,  # `lora_rank`, and settings that only this stage has
     ) -> Stage:
         settings = {
             "seed": seed,
@@ -115,7 +115,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
     def token_model(name: str, title: str, run: Callable[[StageContext], dict[str, Any]], seconds: float) -> Stage:
         return model(name, title, run, sizes[f"{name}_steps"], seconds, TOKEN_BATCH_SIZE[name], TOKEN_LEARNING_RATE)
 
-    # The seconds were measured side by side on two busy cores. Once a run is under way only their ratios count.
+    # The seconds were measured on two busy cores. Once a run has started, only their ratios matter for the estimate.
     return [
         Stage(
             "policy",

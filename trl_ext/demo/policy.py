@@ -1,6 +1,6 @@
 """The deliberately mediocre policy of the demo: supervised training on right solutions, stopped early, and sampling.
 
-It knows problems and texts, and nothing of ratings or reward models.
+It knows problems and texts. It knows nothing of ratings or reward models.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ from trl_ext.demo.task import Problem, verify
 
 class StopWhenMediocre(TrainerCallback):
     """
-    Stops training when enough of the trial problems get a right sample, and keeps the weights of that trial or of the
+    Stops training when enough samples on the trial problems are right. It keeps the weights of that trial or of the
     previous one, whichever is nearer to the target.
 
-    The accuracy of such a small model rises from 0.1 to 0.9 within a few hundred steps, at a different time for each
-    seed, and by up to 0.3 within 25 steps. A fixed number of steps would give a hopeless or a perfect policy, so a
-    reward model would have nothing to choose from.
+    The accuracy of such a small model rises from 0.1 to 0.9 within a few hundred steps, and by up to 0.3 within 25
+    steps. The rise starts at a different step for each seed. After a fixed number of steps, the policy would be
+    hopeless or perfect, and a reward model would have nothing to choose from.
 
     Args:
         problems (`Sequence[Problem]`):
@@ -38,14 +38,14 @@ class StopWhenMediocre(TrainerCallback):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The policy's tokenizer.
         target (`float`):
-            The share of right samples to stop at, in `[0, 1]`.
+            Share of right samples at which training stops, in `[0, 1]`.
         every (`int`):
             Steps between trials.
         temperature (`float`):
             Temperature of the samples.
 
     Attributes:
-        accuracy (`float` or `None`): accuracy of the kept weights.
+        accuracy (`float` or `None`): accuracy of the kept weights; `None` before the first trial.
     """
 
     def __init__(
@@ -111,22 +111,22 @@ def train_policy(
 
     Args:
         problems (`Sequence[Problem]`):
-            The problems whose solutions are shown.
+            The problems whose solutions the model learns.
         trial_problems (`Sequence[Problem]`):
             Problems that decide when to stop.
         output_dir (`str` or `Path`):
             The folder to save the model in.
         seed (`int`):
-            Seed of the weights, of the order of rows and of the trials' samples.
+            Seed of the weights, the order of the rows and the samples of the trials.
         max_steps (`int`, *optional*, defaults to `1500`):
-            Largest number of optimizer steps; training usually stops between 300 and 500.
+            Largest number of optimizer steps. Training usually stops between 300 and 500.
         batch_size (`int`, *optional*, defaults to `16`):
             Solutions per step.
         learning_rate (`float`, *optional*, defaults to `5e-4`):
             Learning rate after a warm-up of 50 steps.
         target_accuracy (`float`, *optional*, defaults to `0.25`):
-            Share of right samples to stop at, see [`StopWhenMediocre`]. The greedy answer is then right about half of
-            the time.
+            Share of right samples at which training stops, see [`StopWhenMediocre`]. At the default, the greedy answer
+            is right about half of the time.
         try_every (`int`, *optional*, defaults to `10`):
             Steps between trials.
         temperature (`float`, *optional*, defaults to `0.8`):
@@ -134,11 +134,11 @@ def train_policy(
         report_to (`str`, *optional*, defaults to `"none"`):
             As in `SFTConfig`.
         callbacks (`Sequence[TrainerCallback]`, *optional*):
-            For progress.
+            Further callbacks, for example to show progress.
 
     Returns:
-        `dict[str, float]`: `steps` taken, mean `loss`, and `trial_accuracy` of the weights that were kept
-        (absent if there was no trial).
+        `dict[str, float]`: number of `steps`, mean `loss`, and `trial_accuracy` of the kept weights (absent if there
+        was no trial).
     """
     args = SFTConfig(
         output_dir=str(output_dir),
@@ -186,7 +186,8 @@ def sample_solutions(
     on_progress: Callable[[float], None] | None = None,
 ) -> list[list[str]]:
     """
-    Samples solutions, each until the model ends it or has written two lines more than needed; none is empty.
+    Samples solutions. A solution ends when the model ends it, or when it is two lines longer than the longest right
+    solution of its batch. No solution is empty.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -194,28 +195,28 @@ def sample_solutions(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         problems (`Sequence[Problem]`):
-            What to solve.
+            The problems to solve.
         num_samples (`int`):
-            Solutions a problem. With `temperature=0` there is only one, the greedy one.
+            Solutions per problem; 1 with `temperature=0`, which decodes greedily.
         seed (`int`):
-            Seed of the sampling; sets torch's global one.
+            Seed of the sampling. It becomes torch's global seed.
         temperature (`float`, *optional*, defaults to `0.8`):
             Temperature of the sampling; `0` decodes greedily.
         batch_size (`int`, *optional*, defaults to `256`):
-            Problems a batch.
+            Problems per batch.
         on_progress (`Callable[[float], None]`, *optional*):
-            Called with the share that is done, in `(0, 1]`, after each batch.
+            Called after each batch with the share of problems that are done, in `(0, 1]`.
 
     Returns:
         `list[list[str]]`: `num_samples` texts for each problem, in the order of `problems`.
 
     Raises:
-        ValueError: More than one greedy solution is asked for.
+        ValueError: `num_samples` is not 1 with `temperature=0`.
     """
     if temperature == 0 and num_samples != 1:
         raise ValueError(
-            f"greedy decoding gives one solution a problem, asked for {num_samples}; needed: num_samples=1, or a "
-            "temperature above 0"
+            f"num_samples={num_samples}, but greedy decoding (temperature=0) gives one solution per problem; set "
+            "num_samples=1, or a temperature above 0"
         )
     sampling = (
         {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}

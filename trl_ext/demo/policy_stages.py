@@ -1,7 +1,8 @@
 """The stages `policy` and `samples`: train the policy, sample from it, rate the samples.
 
-`samples` writes `train.jsonl` and `held_out.jsonl` with a row for each prompt: `prompt`, `completions`, the verifier's
-`ratings`, whether each line is right (`steps_right`), and whether each whole answer is right (`answer_right`).
+The stage `samples` writes `train.jsonl` and `held_out.jsonl`. Each has one row per prompt with `prompt`,
+`completions`, the verifier's `ratings`, whether each line is right (`steps_right`), and whether each whole answer is
+right (`answer_right`).
 """
 
 import json
@@ -18,9 +19,9 @@ from trl_ext.pipelines.stages.progress import ProgressCallback
 
 
 def run_policy(context: StageContext) -> dict[str, Any]:
-    """Trains the policy; its folder holds the model and the tokenizer."""
+    """Trains the policy and saves the model and its tokenizer in the stage's folder."""
     settings = context.settings
-    # Training usually stops before half of its steps.
+    # Training usually stops before half of its steps, so the progress advances twice as fast.
     progress = ProgressCallback(lambda share: context.progress(min(1.0, 2 * share)))
     return train_policy(
         make_problems(settings["policy_prompts"], "policy", settings["seed"]),
@@ -35,7 +36,7 @@ def run_policy(context: StageContext) -> dict[str, Any]:
 
 
 def run_samples(context: StageContext) -> dict[str, Any]:
-    """Samples solutions for the prompts of both splits and rates them; reports how good the policy is by itself."""
+    """Samples solutions for the prompts of both splits and rates them. Reports the accuracy of the greedy answers."""
     settings = context.settings
     policy = AutoModelForCausalLM.from_pretrained(context.folders["policy"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(context.folders["policy"])
@@ -56,7 +57,7 @@ def run_samples(context: StageContext) -> dict[str, Any]:
         )
         done += count
         _write_rows(context.folder / f"{split}.jsonl", problems, samples)
-    # problems and samples are those of the last split, which is held out
+    # `problems` and `samples` now hold the last split, which is `held_out`
     greedy = sample_solutions(policy, tokenizer, problems, 1, seed=0, temperature=0)
     right = [verify(problem, texts[0]).answer_right for problem, texts in zip(problems, greedy, strict=True)]
     different = sum(len(set(texts)) for texts in samples)

@@ -1,8 +1,8 @@
-"""The stage `rejection`: the policy fine-tuned on its own samples, chosen by the verifier, by models, or at random.
+"""The stage `rejection`: fine-tunes the policy on samples that the verifier, a model or chance selects.
 
-All arms share one set of samples, for prompts that no reward model was trained on, and keep the same number for each
-prompt. The control chooses at random. It learns whatever any of the policy's own texts can teach, so the gain over the
-control is what the choice is worth.
+All arms select from one set of samples, whose prompts no reward model was trained on. All keep the same number of
+samples per prompt. The control selects at random, so it shows how much training on any of the policy's texts helps.
+The gain over the control is the value of the selection.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,28 +28,28 @@ GENERATION_BATCH_SIZE = 1024  # completions
 
 
 def verifier_rating(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The verifier as a reward function: the rating of each solution."""
+    """The verifier as a reward function. It returns the rating of each solution."""
     problems = [Problem(tuple(map(int, prompt.removesuffix(":\n")))) for prompt in prompts]
     return [verify(*pair).rating for pair in zip(problems, completions, strict=True)]
 
 
 def run_rejection(context: StageContext) -> dict[str, Any]:
     """
-    Samples once, selects in several ways, fine-tunes the policy on each selection, and measures it.
+    Samples once, selects in several ways, fine-tunes the policy on each selection, and measures its accuracy.
 
-    Each arm keeps the `kept` best samples of each prompt: by the verifier's rating, by the outcome model, or by the
-    Plackett-Luce model. The control draws as many at random from all samples, copies included, so that it trains on
-    what the policy generates.
+    Each arm keeps the `kept` best samples of each prompt. The verifier, the outcome model or the Plackett-Luce model
+    ranks them. The control draws as many at random from all samples, duplicates included, so it trains on what the
+    policy generates.
 
     Returns:
-        `dict`: `before`, the chance that one of the policy's samples is right; `arms`: for each arm `exact_match`
-        after fine-tuning, the paired gains `over_before` and `over_random` (all over held-out prompts), the number of
-        `rows` it trained on, and the share of those that are `right`.
+        `dict`: `before`, the chance that one of the policy's samples is right, and `arms`. Each arm has `exact_match`
+        after fine-tuning, the paired gains `over_before` and `over_random` (all on held-out prompts), the number of
+        training `rows`, and the share of them that are `right`.
     """
     settings = context.settings
     policy = context.folders["policy"].resolve()
     problems = make_problems(settings["train_prompts"] + settings["rejection_prompts"], "train", settings["seed"])
-    problems = problems[settings["train_prompts"] :]  # the first ones are those of the stage `samples`
+    problems = problems[settings["train_prompts"] :]  # the stage `samples` used the first ones
     held_out = make_problems(settings["held_out_prompts"], "held_out", settings["seed"])
     rewards: dict[str, RewardFunc] = {
         "verifier": verifier_rating,
@@ -83,7 +83,7 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
 def _selections(
     context: StageContext, policy: Path, problems: Sequence[Problem], rewards: dict[str, RewardFunc]
 ) -> Callable[[str], Dataset]:
-    """A function that gives the rows of an arm. Samples are generated once, and each reward scores them once."""
+    """Returns a function that selects the rows of an arm. The samples and each reward's scores are computed once."""
     settings = context.settings
     prompts = [{"prompt": problem.prompt} for problem in problems]
 
@@ -112,7 +112,7 @@ def _selections(
 
 
 def _fine_tune(policy: Path, rows: Dataset, target: Path, settings: dict[str, Any]) -> None:
-    """One epoch of `trl.SFTTrainer` from the policy's weights."""
+    """Trains the policy for one epoch with `trl.SFTTrainer` and saves it to `target`."""
     args = SFTConfig(
         output_dir=str(target),
         num_train_epochs=1,
@@ -135,7 +135,7 @@ def _fine_tune(policy: Path, rows: Dataset, target: Path, settings: dict[str, An
 
 
 def _exact_match(policy: Path, problems: Sequence[Problem], settings: dict[str, Any]) -> list[float]:
-    """For each problem the share of right samples."""
+    """The share of right samples for each problem."""
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     tokenizer = AutoTokenizer.from_pretrained(policy)
     samples = sample_solutions(

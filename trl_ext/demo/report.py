@@ -1,6 +1,6 @@
-"""The demo's report: `report.json`, a table, a plot, and whether the reward models are better than a random pick.
+"""The demo's report: `report.json`, a table, a plot, and a check that the reward models beat a random pick.
 
-It knows the results of stages and turns them into files and text. Nothing here trains or samples.
+It knows the results of the stages and turns them into files and text. It does not train or sample.
 """
 
 import json
@@ -14,7 +14,7 @@ from trl_ext.pipelines.stages.progress import clock
 
 PICKS = ("random", "majority", "best_of_n", "oracle")
 
-# Who chose the rows that the policy is fine-tuned on, in the stage `rejection`.
+# What selects the rows for each arm of the stage `rejection`.
 ARMS = {
     "random": "a random draw (the control)",
     "verifier": "the verifier",
@@ -22,11 +22,11 @@ ARMS = {
     "reward": "the reward model (Plackett-Luce)",
 }
 
-# How many standard errors a gain must be larger than to count (two-sided 95 %).
+# A gain counts if it is larger than this many standard errors (two-sided 95 %).
 SAMPLING_ERROR = 1.96
 
-# The largest change of a score by saving and reloading, as a share of the scores' standard deviation; the first bound
-# is that of a base in fp32, the second that of one in 4 bits.
+# The largest allowed change of a score after saving and reloading, as a share of the scores' standard deviation.
+# `False` is the limit for a base in fp32, `True` that for a base in 4 bits.
 MAX_RELOAD_DIFFERENCE = {False: 1e-4, True: 1e-2}
 
 
@@ -38,20 +38,20 @@ def make_report(
 
     Args:
         outcomes (`Mapping[str, Outcome]`):
-            By name, those of [`~trl_ext.demo.plan.plan`].
+            The outcome of each stage of [`~trl_ext.demo.plan.plan`], by name.
         seed (`int`):
             The seed of the run.
         smoke (`bool`):
-            Whether it was a smoke run, whose figures mean nothing and give no verdict.
+            Whether it was a smoke run. Its figures mean nothing, so it neither passes nor fails.
         seconds (`float`):
-            How long this run took, without the stages that were there already.
+            How long this run took, without the stages that an earlier run had finished.
         wandb_dir (`str`, *optional*):
-            The folder with the offline runs of Weights & Biases, if there are any.
+            The folder with the offline runs of Weights & Biases; `None` if there are none.
 
     Returns:
         `dict`: `random`, `majority`, `best_of_n`, `oracle` (of the stage `reward`, each with `mean` and
         `standard_error`), `greedy`, `passed` (`None` for a smoke run), `failures`, `seconds`, `wandb_dir`, and
-        `stages`: by name the `title`, the result, `seconds` when it ran, and `cached`.
+        `stages`, which maps each name to the stage's `title`, its result, the `seconds` it took and `cached`.
     """
     failures = [] if smoke else find_failures(outcomes)
     main = outcomes["reward"].result
@@ -78,8 +78,8 @@ def make_report(
 
 def find_failures(outcomes: Mapping[str, Outcome]) -> list[str]:
     """
-    One sentence for each reward model that does not beat a random pick or that scores differently after a reload, and
-    one if fine-tuning on the verifier's choice is no better than on a random choice.
+    Describes each failure in one sentence. A reward model fails if it does not beat a random pick, or if its scores
+    change when it is reloaded. Rejection sampling fails if the verifier's selection is no better than a random one.
     """
     failures = []
     for name, outcome in _with_picks(outcomes).items():
@@ -87,8 +87,8 @@ def find_failures(outcomes: Mapping[str, Outcome]) -> list[str]:
         bound = SAMPLING_ERROR * gain["standard_error"]
         if not gain["mean"] > bound:
             failures.append(
-                f"{name}: the best of {outcome.result['n']} by the model is right {gain['mean']:+.3f} more often than "
-                f"a random pick; needed: more than {bound:.3f}, the sampling error"
+                f"{name}: best of {outcome.result['n']} by this model gains {gain['mean']:+.3f} over a random pick; "
+                f"needed: more than {bound:.3f}, the sampling error"
             )
         limit = MAX_RELOAD_DIFFERENCE[name.endswith("nf4")] * outcome.result["score_std"]
         if not outcome.result["reload_difference"] <= limit:
@@ -100,14 +100,14 @@ def find_failures(outcomes: Mapping[str, Outcome]) -> list[str]:
     bound = SAMPLING_ERROR * gain["standard_error"]
     if not gain["mean"] > bound:
         failures.append(
-            f"rejection: trained on the verifier's choice the policy is right {gain['mean']:+.3f} more often than "
-            f"trained on a random one; needed: more than {bound:.3f}, the sampling error"
+            f"rejection: training on the verifier's selection gains {gain['mean']:+.3f} over training on a random "
+            f"selection; needed: more than {bound:.3f}, the sampling error"
         )
     return failures
 
 
 def format_table(report: Mapping[str, Any]) -> str:
-    """The report for people: picks with their standard errors, then stages with their times."""
+    """The report as a table for people: the picks with their standard errors, then the stages with their times."""
     samples = report["stages"]["samples"]
     models = _models(report["stages"])
     size = samples["samples_each"]
@@ -150,8 +150,8 @@ def format_table(report: Mapping[str, Any]) -> str:
 
 def save_plot(report: Mapping[str, Any], path: Path) -> bool:
     """
-    Draws three panels: the pick by each reward model against the number of samples, the policy before and after
-    fine-tuning on its own samples, and weak to strong. Returns `False` where matplotlib is not installed.
+    Draws three panels: best of n by each reward model against the number of samples, the policy before and after
+    fine-tuning on its samples, and weak to strong. Returns `False` if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -215,7 +215,7 @@ def _plot_weak_to_strong(axes: Any, result: Mapping[str, Any]) -> None:
 
 
 def save_report(report: Mapping[str, Any], path: Path) -> None:
-    """Writes `report.json`; a number that is not finite is an error."""
+    """Writes `report.json`. Raises `ValueError` if a number is not finite."""
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -25,11 +25,11 @@ def run_reward(context: StageContext) -> dict[str, Any]:
     """
     Trains on `train.jsonl`, saves an adapter, reloads it from its folder alone and scores `held_out.jsonl`.
 
-    In the vote of equal answers, the weight of a sample is its probability to be the best of its prompt, by the
-    Plackett-Luce model.
+    In the weighted vote, each sample counts with its probability under the Plackett-Luce model of being the best for
+    its prompt.
 
     Returns:
-        `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give, and
+        `dict`: the results of [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`], and
         `pair_accuracy` on held-out groups.
     """
     held_out_rows = read_rows(context.folders["samples"], "held_out")
@@ -56,7 +56,7 @@ def _score(scorer: RewardScorer, prompts: list[str], completions: list[str]) -> 
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
-    """The probability of each candidate to be the best by a Plackett-Luce model."""
+    """The probability that each candidate is the best, under the Plackett-Luce model."""
     largest = max(scores)
     weights = [math.exp(score - largest) for score in scores]
     return [weight / math.fsum(weights) for weight in weights]

@@ -1,6 +1,6 @@
-"""Sorting digits one line a step, with a verifier that knows the truth of every line.
+"""The demo's task: sort digits, one line per step. A verifier knows whether each line is right.
 
-Pure Python on strings: it knows nothing of models, tokens or scores.
+It is pure Python on strings. It knows nothing of models, tokens or scores.
 
     >>> problem = Problem(digits=(7, 2, 9, 4))
     >>> problem.prompt
@@ -8,10 +8,11 @@ Pure Python on strings: it knows nothing of models, tokens or scores.
     >>> problem.solution
     '2\\n4\\n7\\n9\\n'
 
-The digits of a problem are all different, and each line is the smallest digit that is left (selection sort). Mistakes
-can be read off the text: a digit that was never there, one that was forgotten, one too many, one out of order. A
-reward model of two layers learns to see them within a minute. Chains of arithmetic modulo 10 need thousands of facts
-(which result is right for which operands), and such a model learned next to nothing of them in that time.
+The digits of a problem are all different. Each line of a solution is the smallest digit that is left (selection sort).
+Mistakes are visible in the text: a digit that is not in the prompt, a missing digit, a repeated one, or one out of
+order. A reward model of two layers learns to see them within a minute. We also tried chains of arithmetic modulo 10.
+They need thousands of facts (which result is right for which operands), and such a model learned next to nothing of
+them in that time.
 """
 
 import math
@@ -20,15 +21,15 @@ import zlib
 from dataclasses import dataclass
 
 
-# The buckets, of 100, of each split: what the policy is taught, what tells when to stop teaching it, what reward
-# models are trained on, and what all figures are measured on.
+# Which of the 100 buckets belong to each split. The policy learns from `policy`, and `trial` decides when it stops.
+# Reward models learn from `train`. All figures come from `held_out`.
 SPLITS = {"policy": (0, 45), "trial": (45, 50), "train": (50, 90), "held_out": (90, 100)}
 
 
 @dataclass(frozen=True)
 class Problem:
     """
-    One list to sort.
+    One list of digits to sort.
 
     Args:
         digits (`tuple[int, ...]`):
@@ -39,12 +40,12 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The text that a policy is given; ends with a line break, so that a solution is whole lines."""
+        """The text that the policy reads. It ends with a line break, so a solution consists of whole lines."""
         return "".join(map(str, self.digits)) + ":\n"
 
     @property
     def steps(self) -> list[str]:
-        """The lines of the one right solution, each with its line break."""
+        """The lines of the right solution, each with its line break."""
         return [f"{digit}\n" for digit in sorted(self.digits)]
 
     @property
@@ -60,11 +61,11 @@ class Verdict:
 
     Args:
         steps_right (`tuple[bool, ...]`):
-            For each line of the solution, whether it is the line that belongs there.
+            Whether each line of the solution is the one that belongs there.
         steps_needed (`int`):
             How many lines the right solution has.
         answer_right (`bool`):
-            Whether the whole list is right: every line, none missing, none too many.
+            Whether the whole list is right: every line is right, none is missing and none is too many.
     """
 
     steps_right: tuple[bool, ...]
@@ -73,13 +74,13 @@ class Verdict:
 
     @property
     def rating(self) -> float:
-        """The share of needed lines that are right, plus 1 for a right answer: in `[0, 2]`, higher is better."""
+        """Right lines divided by needed lines, plus 1 for a right answer. In `[0, 2]`, higher is better."""
         return sum(self.steps_right) / self.steps_needed + float(self.answer_right)
 
 
 def final_answer(completion: str) -> str:
     """
-    The answer of a solution, in a form that can be compared: its lines without spaces around them.
+    The answer of a solution in a form that you can compare: its lines without surrounding spaces.
 
     Example:
 
@@ -91,11 +92,11 @@ def final_answer(completion: str) -> str:
 
 def verify(problem: Problem, completion: str) -> Verdict:
     """
-    Checks every line of a solution against the only right one.
+    Compares every line of a solution with the right solution.
 
     Args:
         problem ([`Problem`]):
-            What was asked.
+            The problem.
         completion (`str`):
             The text after the prompt, without special tokens.
 
@@ -112,7 +113,7 @@ def verify(problem: Problem, completion: str) -> Verdict:
 
 
 def split_of(problem: Problem) -> str:
-    """The split of [`SPLITS`] that a problem belongs to, for every seed: told by a checksum of its prompt."""
+    """The split of [`SPLITS`] that a problem belongs to. It depends on a checksum of the prompt, not on a seed."""
     bucket = zlib.crc32(problem.prompt.encode()) % 100
     for split, (first, end) in SPLITS.items():
         if first <= bucket < end:
@@ -122,32 +123,33 @@ def split_of(problem: Problem) -> str:
 
 def make_problems(count: int, split: str, seed: int, *, lengths: tuple[int, ...] = (5, 6, 7, 8)) -> list[Problem]:
     """
-    Draws different problems of a split, the same ones for the same arguments.
+    Draws distinct problems of a split. The same arguments give the same problems.
 
     Args:
         count (`int`):
-            How many.
+            Number of problems.
         split (`str`):
-            A name of [`SPLITS`]. No problem is in two splits.
+            A key of [`SPLITS`]. No problem is in two splits.
         seed (`int`):
             Seed of the draw.
         lengths (`tuple[int, ...]`, *optional*, defaults to `(5, 6, 7, 8)`):
-            The numbers of digits to choose from, each equally likely.
+            The possible numbers of digits, each equally likely.
 
     Raises:
-        ValueError: The split is unknown, a length is not from 1 to 10, or more is asked for than half of what the
-            split holds of the shortest length, times the number of lengths (drawing different ones would become slow).
+        ValueError: The split is unknown, a length is outside of `[1, 10]`, or `count` is too large. The limit is half
+            of the split's problems of the shortest length, times the number of lengths: beyond it, drawing distinct
+            problems would become slow.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     if not lengths or min(lengths) < 1 or max(lengths) > 10:
-        raise ValueError(f"lengths={lengths}; needed: numbers of different digits, from 1 to 10")
+        raise ValueError(f"lengths={lengths}; needed: at least one length, each from 1 to 10 (digits do not repeat)")
     first, end = SPLITS[split]
     limit = len(set(lengths)) * math.perm(10, min(lengths)) * (end - first) // 200
     if count > limit:
         raise ValueError(
-            f"asked for {count} different problems of split {split!r}, but with lengths {lengths} at most {limit} are "
-            "drawn: ask for fewer or for longer lists"
+            f"count={count} is too large for split {split!r}: lengths {lengths} give at most {limit} distinct ones. "
+            "Ask for fewer problems or for longer lists"
         )
     rng = random.Random(f"trl_ext.demo.task:{seed}:{split}")
     problems: dict[Problem, None] = {}

@@ -1,8 +1,8 @@
-"""The stages `orm` and `prm`: reward models with labels on tokens, from the verifier's verdicts, and what they pick.
+"""The stages `orm` and `prm`: train an outcome and a process model on the verifier's verdicts, and let them pick.
 
-The outcome model learns whether a whole answer is right, the process model whether each line is. Lines after the first
-wrong one have no label, as from an annotator who stops there. The end is a step as well: an empty line, which is wrong
-where lines are missing, because a solution that ends too early has no other wrong step.
+The outcome model learns whether a whole answer is right. The process model learns whether each line is right. Lines
+after the first wrong one have no label, as if an annotator had stopped there. The end of a solution is one more step,
+an empty line. It is wrong if lines are missing, because a solution that ends too early has no other wrong step.
 """
 
 import math
@@ -17,7 +17,7 @@ from trl_ext.pipelines.stages.cached_stages import StageContext
 from trl_ext.scoring.aggregation import aggregators
 
 
-# Metrics of the trainers' evaluation that the report shows.
+# The metrics of the trainers' evaluation that the report shows.
 OUTCOME_METRICS = ("auc", "question_auc", "balanced_accuracy")
 STEP_METRICS = ("auc_to_first_error", "step_index_auc", "balanced_accuracy", "processbench_f1")
 
@@ -28,13 +28,13 @@ def run_orm(context: StageContext) -> dict[str, Any]:
     """
     Trains an outcome model on samples that are right or wrong.
 
-    Only the last token has a label. With a label on every token, the default of `ORMConfig`, such a short training
-    picks little better than at random, because the first tokens do not tell yet whether the answer will be right.
+    Only the last token has a label. `ORMConfig` labels every token by default, but after such a short training that
+    model picks hardly better than chance: the first tokens do not show yet whether the answer will be right.
 
-    Best of n is by the log-odds at the last token. In the vote, the weight of a sample is its probability to be right.
+    Best of n uses the log-odds at the last token. In the vote, each sample counts with its probability of being right.
 
     Returns:
-        `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give, and
+        `dict`: the results of [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`], and
         `OUTCOME_METRICS`.
     """
     train_rows, held_out_rows = _rows(context)
@@ -63,13 +63,13 @@ def run_orm(context: StageContext) -> dict[str, Any]:
 
 def run_prm(context: StageContext) -> dict[str, Any]:
     """
-    Trains a process model on lines that are right or wrong, and on whether it was right to end.
+    Trains a process model on lines that are right or wrong, and on whether it was right to end there.
 
-    Best of n is by the least sure step (`min`, the scorer's default) and, as `prod`, by the product over the steps,
-    which is the probability that every step is right. The product is also the weight of a sample in the vote.
+    Best of n uses the least certain step (`min`, the scorer's default). `best_of_n_prod` uses the product over the
+    steps, which is the probability that every step is right. The product is also the weight of a sample in the vote.
 
     Returns:
-        `dict`: what [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`] give,
+        `dict`: the results of [`~trl_ext.demo.training.picks`] and [`~trl_ext.demo.training.train_and_reload`],
         `best_of_n_prod`, and `STEP_METRICS`.
     """
     columns = ("completions", "steps_right", "answer_right")
@@ -98,7 +98,7 @@ def run_prm(context: StageContext) -> dict[str, Any]:
 
 
 def _rows(context: StageContext) -> tuple[Rows, Rows]:
-    """Rows to train on, no more than the steps need, and the held-out ones."""
+    """The training rows (no more than the steps need) and the held-out rows."""
     settings, samples = context.settings, context.folders["samples"]
     train_rows = read_rows(samples, "train")
     needed = math.ceil(settings["steps"] * settings["batch_size"] / len(train_rows[0]["completions"]))

@@ -1,7 +1,7 @@
-"""Weights & Biases for the demo: one offline run for each stage that trains, all in one group; nothing is sent.
+"""Weights & Biases for the demo: one offline run for each stage that trains, all in one group. Nothing is sent.
 
-It knows stages, runs and folders, and nothing of trainers. Only these runs are offline; the environment stays as it
-is. A stage goes on where Weights & Biases is missing, switched off or fails, and a warning says so.
+It knows stages, runs and folders. It knows nothing of trainers. It makes only these runs offline, and changes no
+environment variable. If Weights & Biases is missing, switched off or fails, a warning is logged and the stage goes on.
 """
 
 import logging
@@ -20,30 +20,30 @@ PROJECT = "trl-ext-demo"
 
 
 def stage_run(stage: Stage, group: str, folder: str | Path) -> AbstractContextManager[str]:
-    """[`offline_run`] for a stage that trains; for one that does not, `"none"` and no run."""
+    """Opens [`offline_run`] for a stage that trains. For any other stage it opens no run and gives `"none"`."""
     return offline_run(stage.name, group, folder) if stage.trains else nullcontext("none")
 
 
 @contextmanager
 def offline_run(name: str, group: str, folder: str | Path) -> Iterator[str]:
     """
-    Opens an offline run, closes it at the end, and gives the `report_to` for trainers, which use the open run.
+    Opens an offline run and closes it at the end. It gives the `report_to` for trainers, which then use the open run.
 
-    Where a run is open already, it is used and stays open.
+    If a run is open already, the trainers use that run, and it stays open.
 
     Args:
         name (`str`):
             Name of the run.
         group (`str`):
-            Group that it belongs to.
+            Group of the run.
         folder (`str` or `Path`):
-            Where the folder `wandb` with the run's files goes.
+            The folder `wandb` with the run's files is created in here.
 
     Yields:
-        `str`: `"wandb"`, or `"none"` where no run could be opened.
+        `str`: `"wandb"`, or `"none"` if no run could be opened.
     """
     if not is_wandb_available():
-        logger.warning("Weights & Biases is not installed or switched off (WANDB_DISABLED): no run is recorded.")
+        logger.warning("Weights & Biases is not installed, or WANDB_DISABLED switches it off. No run is recorded.")
         yield "none"
         return
     import wandb
@@ -55,8 +55,8 @@ def offline_run(name: str, group: str, folder: str | Path) -> Iterator[str]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
         run = wandb.init(project=PROJECT, name=name, group=group, dir=str(folder), mode="offline", settings=settings)
-    except Exception as error:  # a full disk, a service that does not start: no reason to stop
-        logger.warning(f"Weights & Biases could not be started, no run is recorded: {error!r}")
+    except Exception as error:  # a full disk or a service that does not start must not stop the demo
+        logger.warning(f"Weights & Biases could not be started, so no run is recorded: {error!r}")
         yield "none"
         return
     try:

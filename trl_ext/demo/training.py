@@ -1,6 +1,6 @@
 """What the stages that train a reward model share: arguments, adapter, training, and the checked reload.
 
-It knows trainers, folders and scorers. The stages know the data that a model is trained on, and use its scores.
+It knows trainers, folders and scorers. The stages choose the data that a model is trained on, and use its scores.
 """
 
 import time
@@ -19,22 +19,22 @@ from trl_ext.pipelines.stages.cached_stages import StageContext
 from trl_ext.pipelines.stages.progress import ProgressCallback
 
 
-# Held-out prompts that the trainer itself evaluates, for the run's table and histogram of scores.
+# Number of held-out prompts that the trainer evaluates, for the run's table and histogram of scores.
 EVALUATED_PROMPTS = 100
 
-# Completions that are scored before saving too.
+# Number of completions that are also scored before saving, to compare with the scores after reloading.
 RELOADED = 256
 
-# The share of a stage that is training; the rest is evaluation and scoring.
+# The share of a stage's time that is training. The rest is evaluation and scoring.
 TRAINING_SHARE = 0.85
 
 Rows = Sequence[Mapping[str, Any]]
-# From a scorer, prompts and completions to the scores of each completion, one or several.
+# Maps a scorer, prompts and completions to one or several scores for each completion.
 Score = Callable[[RewardScorer, list[str], list[str]], list[list[float]]]
 
 
 def arguments(context: StageContext, eval_batch_size: int) -> dict[str, Any]:
-    """The arguments that all configs share, from the settings `steps`, `batch_size`, `learning_rate` and `seed`."""
+    """The arguments that all configs share. Reads the settings `steps`, `batch_size`, `learning_rate` and `seed`."""
     settings = context.settings
     return {
         "output_dir": str(context.folder),
@@ -57,7 +57,7 @@ def arguments(context: StageContext, eval_batch_size: int) -> dict[str, Any]:
 
 
 def adapter(context: StageContext) -> LoraConfig:
-    """LoRA on all linear layers, of the setting `lora_rank`."""
+    """LoRA on all linear layers. Reads the setting `lora_rank`."""
     rank = context.settings["lora_rank"]
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
@@ -68,7 +68,7 @@ def progress_callback(context: StageContext) -> ProgressCallback:
 
 
 def train_and_save(context: StageContext, trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains, evaluates and saves to the stage's folder. Returns `loss` and `train_seconds`, and the evaluation."""
+    """Trains, evaluates and saves to the stage's folder. Returns `loss` with `train_seconds`, and the evaluation."""
     trainer.remove_callback(PrinterCallback)
     start = time.monotonic()
     loss = trainer.train().training_loss
@@ -79,7 +79,7 @@ def train_and_save(context: StageContext, trainer: Trainer) -> tuple[dict[str, f
 
 
 def ranked(rows: Rows) -> Dataset:
-    """A ranked data set: the samples of each prompt with the verifier's ratings."""
+    """Makes a ranked data set: the samples of each prompt with the verifier's ratings."""
     columns = ("prompt", "completions", "ratings")
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
@@ -88,19 +88,20 @@ def train_and_reload(
     context: StageContext, trainer: Trainer, rows: Rows, score: Score, metrics: Sequence[str]
 ) -> tuple[dict[str, Any], list[list[list[float]]]]:
     """
-    Trains, evaluates, saves to the stage's folder, and scores rows with what is loaded from that folder alone.
+    Trains, evaluates and saves to the stage's folder. Then loads the model from that folder alone and scores rows.
 
     Args:
         context ([`StageContext`]): the stage.
-        trainer ([`~transformers.Trainer`]): ready to train.
+        trainer ([`~transformers.Trainer`]): a trainer that is ready to train.
         rows (`Sequence[Mapping]`): held-out rows, each with `prompt` and K `completions`.
-        score (`Callable`): how to ask a scorer for scores, see `Score`.
-        metrics (`Sequence[str]`): the metrics of the trainer's evaluation to report, where the rows define them.
+        score (`Callable`): gets the scores from a scorer, see `Score`.
+        metrics (`Sequence[str]`): the metrics of the trainer's evaluation to report. Metrics that are undefined for
+            these rows are left out.
 
     Returns:
-        The report: mean `loss`, these metrics, the largest change of a score by saving and reloading
-        (`reload_difference`, beside `score_std`), seconds of training and of scoring. And the scores of each
-        completion of each row.
+        The report and the scores of each completion of each row. The report has the mean `loss`, the metrics, the
+        largest change of a score after saving and reloading (`reload_difference`), the standard deviation of the
+        scores (`score_std`), and the seconds of training and of scoring.
     """
     trained, evaluation = train_and_save(context, trainer)
     prompts = [row["prompt"] for row in rows for _ in row["completions"]]
@@ -125,7 +126,7 @@ def train_and_reload(
 
 
 def picks(rows: Rows, scores: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """[`~trl_ext.demo.picking.compare_picks`] on rows of the stage `samples`, and `n`, the number of their samples."""
+    """[`~trl_ext.demo.picking.compare_picks`] on rows of the stage `samples`, and `n`, the samples per row."""
     answers = [[final_answer(text) for text in row["completions"]] for row in rows]
     found = compare_picks([row["answer_right"] for row in rows], answers, scores, weights)
     return {**found, "n": len(scores[0])}

@@ -1,7 +1,7 @@
 """The stage `weak_to_strong`: a smaller model generates solutions, and the policy learns from them.
 
-The weak supervisor starts from nothing and learns from right solutions. The strong student is the policy, which has
-seen the task but is mediocre at it. See [`~trl_ext.weak_to_strong`].
+The weak supervisor starts untrained and learns from right solutions. The strong student is the policy, which knows the
+task but is mediocre at it. See [`~trl_ext.weak_to_strong`].
 """
 
 from typing import Any
@@ -15,24 +15,25 @@ from trl_ext.demo.training import arguments
 from trl_ext.pipelines.stages.cached_stages import StageContext
 
 
-# The smaller model has one layer of half the width, and learns faster than the policy forgets.
+# The smaller model has one layer of half the width. Its learning rate is higher because it starts untrained.
 WEAK_SIZE = {"hidden_size": 48, "num_layers": 1}
 WEAK_LEARNING_RATE = 2e-3
 
 EVAL_BATCH_SIZE = 64
-MAX_COMPLETION_LENGTH = 24  # eight lines, and some more
+MAX_COMPLETION_LENGTH = 24  # eight lines and some room
 
 
 def run_weak_to_strong(context: StageContext) -> dict[str, Any]:
     """
-    Trains the weak supervisor, the student and the ceiling. All three then solve the same held-out problems, greedily.
+    Trains the weak supervisor, the student and the ceiling. All three then solve the same held-out problems,
+    with greedy decoding.
 
     Returns:
         `dict`: the exact match of `weak`, `student` and `ceiling` on `test_rows` problems, their 95 % `intervals`, and
-        the performance gap recovered, `pgr` with `pgr_interval`, or why it is undefined (`reason`).
+        the performance gap recovered (`pgr` with `pgr_interval`). If `pgr` is undefined, `reason` says why.
     """
     settings = context.settings
-    done: list[str] = []  # runs, of three
+    done: list[str] = []  # the finished runs, of three
     args = arguments(context, EVAL_BATCH_SIZE) | {"output_dir": str(context.folder), "report_to": "none"}
     report = weak_to_strong(
         WeakToStrongArguments(
