@@ -1,1 +1,1 @@
-"""How fast training, scoring and sampling are, beside TRL's way: one file a case."""
+"""Benchmarks of training, scoring and sampling against TRL's way of doing the same; each file is one case."""

@@ -1,9 +1,9 @@
-"""`trl-ext bench ensemble`: M members in one pass beside single members, in training and in scoring.
+"""`trl-ext bench ensemble`: compare M members in one pass with single members, in training and in scoring.
 
-Every side trains (or scores) the same rows: one member with adapters on all layers, one with adapters above the branch
-only, and M members of either sort through the trainer of ensembles. M separate runs take M times as long as one run of
-the same sort. The case also compares the losses of branched members with those of M separate runs. It knows trainers
-and scores. It does not know how members are stacked.
+Every side trains (or scores) the same rows. The sides are one member with adapters on all layers, one member with
+adapters above the branch only, and M members of either kind in our ensemble trainer. The report takes M separate runs
+to last M times as long as one run of the same kind. The case also compares the losses of branched members with those
+of M separate runs. It knows trainers and scores. It does not know how members are stacked.
 """
 
 import argparse
@@ -55,7 +55,7 @@ RATIOS = {
     "full / M separate full": ("stacked_full", "one_full", None),
     "own batches / M separate branched": ("stacked_own", "one_branched", None),
 }
-# kind of the members -> how the names begin of the trainer of one and of several, and outputs of a member's head
+# kind of the members -> (prefix of a single member's trainer, prefix of the ensemble's, outputs of a member's head)
 KINDS = {
     "reward": ("Reward", "RewardEnsemble", 1),
     "orm": ("ORM", "ORMEnsemble", 1),
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         nargs="*",
         default=["0,16,2,4", "0,128,2,4"],
-        help="P,C,K,groups: tokens of prompt, completion; completions of a prompt, prompts in a batch",
+        help="P,C,K,groups: prompt tokens, completion tokens, completions of each prompt, prompts in a batch",
     )
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--branch_at", type=float, default=0.75, help="share of the layers below the branch")
@@ -89,10 +89,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Measure every shape.
 
     Returns:
-        `dict` with `cases` and the circumstances. A case has `tokens` (of a batch, as one member sees it), `training`
-        and `scoring` (of token-level members, of every token); each of these `sides` (seconds and CPU seconds of a
-        step or pass, peak memory in MiB of a training) and `ratios`, of CPU time (wall time on a GPU); the training
-        also `loss_max_difference` of branched members and separate runs, over `losses_compared` losses.
+        `dict` with `cases` and the [`circumstances`]. A case has `tokens` (tokens of a batch, as one member sees it),
+        `training` and `scoring` (token-level members score every token). `training` and `scoring` each have `sides`
+        (seconds and CPU seconds of a step or pass; for training also the peak memory in MiB) and `ratios` of CPU time
+        (of wall time on a GPU). `training` also has `loss_max_difference`, the largest difference between branched
+        members and separate runs over `losses_compared` losses.
     """
     check_counts(args, warmup=1, steps=1, repeats=1, members=2, lora_r=1)
     keep_freed_memory()
@@ -125,8 +126,8 @@ def _training(rows: "Dataset", batch: int, model: str, args: argparse.Namespace)
 
 
 def _compare_losses(rows: "Dataset", batch: int, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Each loss of branched members beside that of the separate run with the member's seed."""
-    how = {"logging_steps": 1, "learning_rate": 1e-3}  # a step must show in the next loss
+    """Compare each branched member's losses with those of a separate run that has the member's seed."""
+    how = {"logging_steps": 1, "learning_rate": 1e-3}  # large enough that one step visibly changes the next loss
     history = _train("stacked_branched", rows, batch, model, args, **how).history
     differences = []
     for member in range(args.members):
@@ -137,7 +138,7 @@ def _compare_losses(rows: "Dataset", batch: int, model: str, args: argparse.Name
 
 
 def _train(side: str, rows: "Dataset", batch: int, model: str, args: argparse.Namespace, **more: Any) -> Run:
-    """Train a side once; `more` are arguments of its config."""
+    """Train one side once; `more` holds further arguments of its config."""
     from peft import LoraConfig
 
     import trl_ext
@@ -152,7 +153,7 @@ def _train(side: str, rows: "Dataset", batch: int, model: str, args: argparse.Na
         given |= {"num_members": args.members, "data_strategy": strategy}
         given["branch_at"] = args.branch_at if branched else None
     else:
-        given["data_seed"] = args.seed  # whatever the seed of the head and the adapter
+        given["data_seed"] = args.seed  # the order of rows stays the same when the seed of head and adapter changes
         if branched:
             peft_config = _branched(peft_config, model, args)
     name = many if several else one
@@ -167,7 +168,7 @@ def _train(side: str, rows: "Dataset", batch: int, model: str, args: argparse.Na
 
 
 def _scoring(ids: list[list[int]], model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One batch, scored by one member and by all; by token-level ones every token."""
+    """Score one batch with one member and with all members; token-level members score every token."""
     import torch
     from peft import LoraConfig
 
@@ -205,7 +206,7 @@ def _scoring(ids: list[list[int]], model: str, args: argparse.Namespace) -> dict
 
     def scored(call: Callable) -> Run:
         with torch.no_grad():
-            return timed(lambda: call().sum().item())  # waits for the GPU
+            return timed(lambda: call().sum().item())  # .item() waits for the GPU
 
     sides = {side: partial(scored, call) for side, call in calls.items()}
     in_turns(sides, 1)  # the warm-up
@@ -214,7 +215,7 @@ def _scoring(ids: list[list[int]], model: str, args: argparse.Namespace) -> dict
 
 
 def _branched(peft_config: Any, model: str, args: argparse.Namespace) -> Any:
-    """The config of one member with adapters above the branch only, in PEFT's own fields."""
+    """The LoRA config of one member with adapters above the branch only, written in PEFT's own fields."""
     from transformers import AutoConfig
 
     layers = AutoConfig.from_pretrained(model).num_hidden_layers
@@ -264,12 +265,12 @@ def table(report: dict[str, Any]) -> str:
     kind, clock = report["arguments"]["kind"], "wall" if "GPU" in report["memory"] else "CPU"
     return (
         "\n\n".join(parts) + f"\nMembers of kind {kind}, M = {members}; M separate runs: {members} times one run. "
-        f"Ratios: {clock} time, below 1 is less; medians.\n{place(report)}"
+        f"Ratios of {clock} time; below 1 is faster. All times are medians.\n{place(report)}"
     )
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """The ratios of every case in training as bars; `False` where matplotlib is not installed."""
+    """Plot the training ratios of every case as bars. Returns `False` if matplotlib is not installed."""
     cases = report["cases"]
     series = {name: [case["training"]["ratios"][name] for case in cases] for name in RATIOS}
     title = f"Optimizer step of {report['arguments']['members']} members\n{report['machine']}, {report['dtype']}"

@@ -1,8 +1,8 @@
-"""`trl-ext bench generate`: N completions of each prompt by a plain `generate` loop, our backend, and with the store.
+"""`trl-ext bench generate`: time N completions of each prompt from a plain loop, our backend, and our stored shards.
 
-The plain loop takes prompts in the given order, pads them to the left, and asks for N sequences each
-(`num_return_sequences`), with the same number of completions in a batch. All sides run the same model with the same
-sampling. The model has random weights and never ends a completion, so all sides make as many tokens.
+The plain loop calls `generate` on prompts in the given order, left-padded, with `num_return_sequences=N` and the same
+number of completions in a batch. All sides run the same model with the same sampling settings. The model has random
+weights and never ends a completion, so every side generates the same number of tokens.
 """
 
 import argparse
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_prompts", type=int, default=16)
     parser.add_argument("--num_generations", type=int, default=8, help="completions of each prompt")
     parser.add_argument(
-        "--prompt_length", type=int, default=128, help="tokens of the longest prompt; the shortest: half"
+        "--prompt_length", type=int, default=128, help="tokens of the longest prompt; the shortest has half"
     )
     parser.add_argument("--completion_length", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--batch_size", type=int, default=32, help="completions in a batch")
-    parser.add_argument("--shard_size", type=int, default=64, help="prompts of a stored shard")
+    parser.add_argument("--shard_size", type=int, default=64, help="prompts in a stored shard")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side, in turns")
     parser.add_argument("--output_dir", default="outputs/bench_generate", help="where bench.json and bench.png go")
     add_model_arguments(parser)
@@ -56,10 +56,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         `dict` with `sides` (seconds, CPU seconds, new tokens per second, peak memory in MiB), `ratio` and `cpu_ratio`
-        (time of that side over that of the plain loop), and the circumstances.
+        (time of that side divided by the time of the plain loop), and the [`circumstances`].
 
     Raises:
-        ValueError: nothing to do, or the batch does not hold whole prompts, without which the plain loop cannot run.
+        ValueError: if an option is below its minimum, or if `batch_size` is not a multiple of `num_generations` (the
+            plain loop generates all completions of a prompt in one batch).
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -71,8 +72,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_counts(args, num_prompts=1, num_generations=1, prompt_length=1, completion_length=1, batch_size=1, repeats=1)
     if args.batch_size % args.num_generations:
         raise ValueError(
-            f"--batch_size {args.batch_size} is no multiple of --num_generations {args.num_generations}, which a "
-            "plain loop needs (ours does not)."
+            f"--batch_size is {args.batch_size}; the plain loop needs a multiple of --num_generations "
+            f"{args.num_generations}."
         )
     rng = random.Random(args.seed)
     lengths = [rng.randint((args.prompt_length + 1) // 2, args.prompt_length) for _ in range(args.num_prompts)]
@@ -171,13 +172,14 @@ def table(report: dict[str, Any]) -> str:
             ]
         )
     return (
-        f"{formatted(rows)}\nwall and CPU: that side / the plain loop; medians, {report['completions']} completions\n"
+        f"{formatted(rows)}\nwall and CPU: time of that side / time of the plain loop. Medians over runs of "
+        f"{report['completions']} completions.\n"
         f"{place(report)}"
     )
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """How long each side takes beside the plain loop, as bars; `False` where matplotlib is not installed."""
+    """Plot each side's time over the plain loop's as bars. Returns `False` if matplotlib is not installed."""
     series = {
         "time ratio (wall)": list(report["ratio"].values()),
         "time ratio (CPU)": list(report["cpu_ratio"].values()),

@@ -1,8 +1,8 @@
-"""`trl-ext bench reward`: training steps of our `RewardTrainer` beside the same steps on padded rows.
+"""`trl-ext bench reward`: compare training steps of our `RewardTrainer` with the same steps on padded rows.
 
-For pairs the other side is `trl.RewardTrainer`. It knows only pairs, so for larger groups the other side is our
-trainer with `shared_prefix=False`: right-padded rows, as TRL lays pairs out, through the same ranking loss. Both sides
-train on the same batches. The case knows trainers. It does not know how either of them works.
+For pairs the baseline is `trl.RewardTrainer`. TRL's trainer only accepts pairs, so for larger groups the baseline is
+our trainer with `shared_prefix=False`: it right-pads rows as TRL does and uses the same ranking loss. Both sides train
+on the same batches. The case knows trainers. It does not know how either of them works.
 """
 
 import argparse
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
 GRID = ("64,64,2", "192,64,2", "256,64,4", "64,256,4", "512,128,8", "0,128,2")
 PADDED_TOKENS = 2048
-"""Padded tokens of a synthetic batch, if `--batch_size` does not say how many groups it has."""
+"""Padded tokens of a synthetic batch when `--batch_size` is not given."""
 
 
 @dataclass
 class Case:
-    """Groups to train on; `formula` is K(P + C) / (P + KC) where all have one shape."""
+    """Groups to train on; `formula` is K(P + C) / (P + KC) if all groups have the same shape, else `None`."""
 
     name: str
     rows: "Dataset"
@@ -62,21 +62,23 @@ class Case:
 
     @property
     def pairs(self) -> bool:
-        """Whether TRL's trainer can train on them."""
+        """Whether every group is a pair, so that TRL's trainer can train on the rows."""
         return all(len(ids) == 2 for ids in self.rows["candidate_ids"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `trl-ext bench reward`."""
-    parser.add_argument("--shapes", nargs="*", default=list(GRID), help="P,C,K: prompt and completion tokens, group")
-    parser.add_argument("--dataset_name", help="also preference or ranked rows of a file, a folder or the Hub")
+    parser.add_argument(
+        "--shapes", nargs="*", default=list(GRID), help="P,C,K: prompt tokens, completion tokens, candidates"
+    )
+    parser.add_argument("--dataset_name", help="also preference or ranked rows from a file, a folder or the Hub")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument(
         "--tokenizer_name", help="for --dataset_name; default: a byte-level BPE of 4,096 tokens trained on its rows"
     )
-    parser.add_argument("--max_length", type=int, default=1024, help="longest candidate of --dataset_name")
+    parser.add_argument("--max_length", type=int, default=1024, help="most tokens of a candidate of --dataset_name")
     parser.add_argument("--batch_size", type=int, help="groups in a batch; default: about 2,048 padded tokens, or 4")
-    parser.add_argument("--profile", action="store_true", help="also: the operators that the last step's time goes to")
+    parser.add_argument("--profile", action="store_true", help="also show which operators take the last step's time")
     parser.add_argument("--output_dir", default="outputs/bench_reward", help="where bench.json and bench.png go")
     add_run_arguments(parser)
     add_memory_arguments(parser)
@@ -88,12 +90,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Measure every shape and the data set.
 
     Returns:
-        `dict` with `cases` and the circumstances. A case has `baseline` (what the other side is), `sides` (`"padded"`
-        and `"trl_ext"`: seconds and CPU seconds of a step, sequence tokens per second, peak memory in MiB, tokens
-        through the model, share of the batches that were flat rows), `speedup` and `cpu_speedup` (padded over ours,
-        above 1 is faster: the median of `speedup_of_turns`), `token_bound` (padded tokens over tokens of ours),
-        `fraction_of_bound`, and `loss_max_difference`; with `--profile` also `profile`, of each side `name`, `share`
-        of the step and `calls` of its operators.
+        `dict` with `cases` and the [`circumstances`]. A case has:
+
+        - `baseline`: the name of the other side.
+        - `sides`: for `"padded"` and `"trl_ext"` the seconds and CPU seconds of a step, sequence tokens per second,
+          peak memory in MiB, tokens that the model processed, and the share of batches laid out as flat rows.
+        - `speedup`, `cpu_speedup`: time of the padded side over ours (above 1: ours is faster), each the median of
+          `speedup_of_turns`.
+        - `token_bound`: tokens of the padded side over our tokens; `fraction_of_bound`: `cpu_speedup` over this bound.
+        - `loss_max_difference`: the largest difference between the two sides' losses.
+        - `profile`, with `--profile` only: for each side the `name`, `share` of the step and `calls` of each operator.
     """
     check_counts(args, warmup=1, steps=1, repeats=1)
     cases = []
@@ -107,12 +113,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cases(args: argparse.Namespace) -> list[tuple[Case, Any]]:
-    """The work to do, with the tokenizer that goes with it."""
+    """The cases to measure, each with its tokenizer."""
     batches, cases = args.warmup + args.steps, []
     for shape in args.shapes:
         p, c, k = shape_of(shape, "P,C,K", (0, 1, 2), "P >= 0, C >= 1 and K >= 2")
         if k > VOCABULARY - FIRST_WORD:
-            raise ValueError(f"{shape!r} has more candidates than the {VOCABULARY - FIRST_WORD} words that begin one.")
+            most = VOCABULARY - FIRST_WORD
+            raise ValueError(f"{shape!r} has {k} candidates; needed: at most {most}, one for each first word.")
         size = args.batch_size or max(1, PADDED_TOKENS // (k * (p + c)))
         rows = synthetic_groups(size * batches, p, c, k, args.seed)
         cases.append((Case(f"({p}, {c}, {k})", rows, size, k * (p + c) / (p + k * c)), words_tokenizer()))
@@ -124,7 +131,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[Case, Any]]:
 
 
 def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
-    """Token ids and ratings of rows drawn from a data set, as training would make them."""
+    """Token ids and ratings of rows drawn from a data set, prepared exactly as for training."""
     from transformers import AutoTokenizer
 
     from trl_ext.data.formats import prepare_groups
@@ -132,7 +139,7 @@ def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
     from trl_ext.data.tokenization import TokenizationSettings
 
     rows = select_split(load_source(args.dataset_name), args.dataset_split, "--dataset_split")
-    if "clean" in rows.column_names:  # marked by hand: irregular rows would be refused
+    if "clean" in rows.column_names:  # a column set by hand; the preparation refuses irregular rows
         rows = rows.filter(lambda clean: clean, input_columns="clean")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name) if args.tokenizer_name else tokenizer_of(rows)
     prepared, _ = prepare_groups(
@@ -143,7 +150,7 @@ def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
         dataset_name=args.dataset_name,
     )
     if len(prepared) < number:
-        raise ValueError(f"{args.dataset_name} has {len(prepared)} rows; {number} are needed. Lower --batch_size.")
+        raise ValueError(f"{args.dataset_name} has {len(prepared)} usable rows; needed: {number}. Lower --batch_size.")
     prepared = prepared.select(range(number)).select_columns(["candidate_ids", "candidate_ratings"])
     return prepared.rename_column("candidate_ratings", "ratings"), tokenizer
 
@@ -184,7 +191,7 @@ def _summary(runs: list[Run], tokens: float) -> dict[str, float | None]:
 
 
 def _train(case: Case, side: str, model: str, args: argparse.Namespace, profiled: bool = False, **more: Any) -> Run:
-    """Train once; `more` are arguments of the config."""
+    """Train one side once; `more` holds further arguments of its config."""
     import trl
     from peft import LoraConfig
 
@@ -260,9 +267,9 @@ def table(report: dict[str, Any]) -> str:
         )
     profiles = "".join(_profile_lines(case) for case in report["cases"] if "profile" in case)
     return (
-        f"{formatted(rows)}\nTRL: trl.RewardTrainer; for groups of more than two, padded rows through our "
-        "Plackett-Luce loss. Medians of a whole optimizer step; wall and CPU: theirs / ours, above 1 is faster, the "
-        "median of the turns.\n"
+        f"{formatted(rows)}\nTRL: trl.RewardTrainer; for groups of more than two, our trainer on padded rows with the "
+        "Plackett-Luce loss. Times are medians of a whole optimizer step. wall and CPU: time of TRL / our time, the "
+        "median over the turns; above 1: ours is faster.\n"
         f"{place(report)}; flat rows: sdpa by index{profiles}"
     )
 
@@ -276,5 +283,5 @@ def _profile_lines(case: dict[str, Any], smallest: float = 0.02) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """Time ratio and token bound of every case as bars; `False` where matplotlib is not installed."""
+    """Plot time ratio and token bound of every case as bars. Returns `False` if matplotlib is not installed."""
     return plot_speedups(report, "Optimizer step, padded rows over shared prefix", path)

@@ -1,7 +1,7 @@
-"""The one runner of `trl-ext bench`: sides take turns, and it records time, memory, medians, ratios and the report.
+"""The runner of all `trl-ext bench` cases: it times sides in turns, measures memory, and writes the report.
 
 A case is a module with `add_arguments(parser)`, `measure(args) -> dict`, `table(report) -> str` and
-`plot(report, path) -> bool`. The runner knows clocks, memory, trainers as things that train, tables and files. It does
+`plot(report, path) -> bool`. The runner knows clocks, memory, tables and files, and that a trainer can train. It does
 not know what a case compares.
 """
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 @dataclass
 class Run:
     """
-    What one timed run took.
+    Time, memory and logs of one timed run.
 
     Args:
-        wall (`list[float]`), cpu (`list[float]`): seconds of each timed step, or of the one call.
-        peak (`float`, *optional*): peak memory in MiB; `None` where the system cannot tell.
-        history (`list[dict]`): what a training logged.
-        model_tokens (`float`): tokens that a batch put through the model, padding included.
-        flat_batches (`float`): share of the batches that were flat rows.
+        wall (`list[float]`), cpu (`list[float]`): wall and CPU seconds of each timed step, or of the single call.
+        peak (`float`, *optional*): peak memory in MiB; `None` if the system does not report it.
+        history (`list[dict]`): the log entries of a training run.
+        model_tokens (`float`): mean number of tokens that the model processes in a batch, padding included.
+        flat_batches (`float`): share of the batches that were laid out as flat rows.
         operators (`list[dict]`): with a profiler, the operators of the last step, slowest first.
     """
 
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """The losses that a training logged."""
+        """The losses that a training run logged."""
         return [entry["loss"] for entry in self.history if "loss" in entry]
 
 
@@ -56,7 +56,7 @@ def run_case(name: str, case: Any, args: argparse.Namespace) -> dict[str, Any]:
     Measure a case, write `bench.json` and `bench.png` to `args.output_dir`, and print the table.
 
     Returns:
-        `dict`: the report: what the case measured, under `bench` its name, and the circumstances.
+        `dict`: the report: the case's name in `bench`, its measurements, and the [`circumstances`].
     """
     import datasets
     import transformers
@@ -67,14 +67,14 @@ def run_case(name: str, case: Any, args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     Path(output, "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(case.table(report))  # after the file: the reader may be gone
+    print(case.table(report))  # after the file is written, because printing fails when the reader of a pipe has left
     plotted = case.plot(report, output / "bench.png")
     print(f"Wrote {output / 'bench.json'}" + (" and bench.png." if plotted else " (no bench.png without matplotlib)."))
     return report
 
 
 def in_turns(sides: Mapping[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:
-    """Run each side `repeats` times. The order turns round with every turn, so that no side is always first."""
+    """Run each side `repeats` times. Every turn reverses the order, so that no side always runs first."""
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for turn in range(repeats):
         for name in sides if turn % 2 == 0 else reversed(sides):
@@ -83,7 +83,7 @@ def in_turns(sides: Mapping[str, Callable[[], Run]], repeats: int) -> dict[str, 
 
 
 def timed(call: Callable[[], Any]) -> Run:
-    """One call: its time, and its peak memory. The caller waits for the GPU inside the call."""
+    """Measure time and peak memory of one call. The call itself must wait for the GPU."""
     forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -92,9 +92,9 @@ def timed(call: Callable[[], Any]) -> Run:
 
 def timed_training(trainer: "Trainer", warmup: int, profiled: bool = False) -> Run:
     """
-    Train, and time every optimizer step after the first `warmup` of them.
+    Train, and time every optimizer step after the first `warmup` steps.
 
-    `args.max_steps` of the trainer says how many steps there are. With `profiled` the last step is recorded.
+    The trainer's `args.max_steps` sets the number of steps. `profiled` records the operators of the last step.
     """
     from transformers import PrinterCallback
 
@@ -122,12 +122,12 @@ def timed_training(trainer: "Trainer", warmup: int, profiled: bool = False) -> R
 
 def medians(runs: list[Run], tokens: float | None = None, step: str = "") -> dict[str, float | None]:
     """
-    What a side takes: the median of each step over the runs (its batch is the same in all), averaged over the steps.
+    Summarize a side: take each step's median over the runs (all runs see the same batches), then average the steps.
 
     Args:
         runs (`list[Run]`): the runs of the side.
         tokens (`float`, *optional*): tokens of text in a step, for `tokens_per_second`.
-        step (`str`): ends the names of the times, e.g. `"_per_step"`.
+        step (`str`): suffix of the keys that hold times, e.g. `"_per_step"`.
     """
     wall, cpu = (
         statistics.fmean(map(statistics.median, zip(*(getattr(run, clock) for run in runs), strict=True)))
@@ -141,7 +141,11 @@ def medians(runs: list[Run], tokens: float | None = None, step: str = "") -> dic
 
 
 def ratios_of_turns(theirs: list[Run], ours: list[Run]) -> dict[str, list[float]]:
-    """Their time over ours, turn by turn, by clock: the two runs of a turn meet the same load of the machine."""
+    """
+    Their time over ours for each turn, by clock.
+
+    The two runs of a turn follow each other, so they meet about the same load on the machine.
+    """
     return {
         clock: [sum(getattr(a, clock)) / sum(getattr(b, clock)) for a, b in zip(theirs, ours, strict=True)]
         for clock in ("wall", "cpu")
@@ -149,16 +153,16 @@ def ratios_of_turns(theirs: list[Run], ours: list[Run]) -> dict[str, list[float]
 
 
 def apart(first: list[float], second: list[float]) -> float:
-    """The largest difference of two lists of losses or scores, value by value."""
+    """The largest absolute difference between two lists of losses or scores."""
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def shape_of(text: str, names: str, least: tuple[int, ...], needed: str) -> tuple[int, ...]:
     """
-    The numbers of a shape such as `256,64,4`.
+    Parse a shape such as `256,64,4`.
 
     Raises:
-        `ValueError`: it has other than as many numbers as `names` (such as `"P,C,K"`), or one below its `least`.
+        ValueError: if the count differs from that of `names` (e.g. `"P,C,K"`), or a number is below its `least`.
     """
     try:
         numbers = tuple(map(int, text.split(",")))
@@ -173,7 +177,7 @@ def shape_of(text: str, names: str, least: tuple[int, ...], needed: str) -> tupl
 
 # ------------------------------------------------------------------------------------------ arguments that cases share
 def add_run_arguments(parser: argparse.ArgumentParser, steps: int = 4, repeats: int = 5) -> None:
-    """Options of a case that trains: how many steps, and how often."""
+    """Options of a case that trains: LoRA rank, steps and repeats."""
     parser.add_argument("--lora_r", type=int, default=16, help="rank of LoRA on all linear layers; 0: full weights")
     parser.add_argument("--steps", type=int, default=steps, help="timed optimizer steps of a run")
     parser.add_argument("--warmup", type=int, default=1, help="steps at the start of a run that are not timed")
@@ -187,7 +191,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def training_arguments(args: argparse.Namespace, output_dir: str, batch_size: int, **more: Any) -> dict[str, Any]:
-    """Arguments of a training config that all sides of a case share; nothing is saved, reported or shown."""
+    """Training arguments that all sides of a case share. Nothing is saved, reported or shown."""
     dtype = dtype_of(args)
     return {
         "output_dir": output_dir,
@@ -207,7 +211,7 @@ def training_arguments(args: argparse.Namespace, output_dir: str, batch_size: in
 
 
 def quantization_of(args: argparse.Namespace) -> Any:
-    """NF4 where `--load_in_4bit` was given."""
+    """The NF4 quantization config with `--load_in_4bit`, else `None`."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -218,31 +222,33 @@ def quantization_of(args: argparse.Namespace) -> Any:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say which model is run, and how."""
+    """Options for the size, dtype, attention and seed of the model."""
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--num_heads", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: bf16 on GPU, or fp32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=None, help="default: bf16 on a GPU, else fp32"
+    )
     parser.add_argument("--attn_implementation", default="sdpa")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def check_counts(args: argparse.Namespace, **least: int) -> None:
-    """Raise `ValueError` for an option below the number that it needs at least."""
+    """Raise `ValueError` if an option is below its minimum."""
     for name, number in least.items():
         if getattr(args, name) < number:
             raise ValueError(f"--{name} is {getattr(args, name)}; needed: {number} or more.")
 
 
 def dtype_of(args: argparse.Namespace) -> str:
-    """The dtype that was asked for, or bf16 on a GPU and fp32 elsewhere."""
+    """The dtype from `--dtype`; by default bf16 on a GPU and fp32 elsewhere."""
     import torch
 
     return args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, dtype, versions and arguments: what a number is worth nothing without."""
+    """Machine, dtype, library versions and arguments, which readers need to interpret the numbers."""
     import torch
     import transformers
     import trl
@@ -267,7 +273,7 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class CountTokens:
-    """A collator that counts the tokens (padding too) which the model is given, and the batches that are flat rows."""
+    """Wraps a collator and counts the input tokens (padding included) and the batches laid out as flat rows."""
 
     def __init__(self, collator: Callable):
         self.collator = collator
@@ -283,7 +289,11 @@ class CountTokens:
 
 
 def step_clock() -> Any:
-    """A callback that stamps the end of every optimizer step (data loading included), on a GPU once it is done."""
+    """
+    A callback that records the time at the end of every optimizer step.
+
+    The time between two stamps includes data loading. On a GPU the callback waits until the step is finished.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -302,7 +312,7 @@ def step_clock() -> Any:
 
 
 def step_profiler(step: int) -> Any:
-    """A callback that records the operators of one optimizer step (counted from 0), as `operators`, slowest first."""
+    """A callback whose `operators` lists those of one optimizer step (counted from 0), slowest first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
@@ -333,16 +343,17 @@ def step_profiler(step: int) -> Any:
 
 
 def differences(stamps: list[float]) -> list[float]:
-    """From each stamp to the next."""
+    """The time from each stamp to the next."""
     return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
 
 
 def keep_freed_memory() -> None:
     """
-    Have glibc keep large blocks that were freed.
+    Make glibc keep large memory blocks after they are freed.
 
-    It maps blocks above 32 MiB anew each time, at a page fault for every 4 KiB, so that on a CPU a step with such
-    tensors takes longer than several with smaller ones (seen: 10 % in a forward pass). Elsewhere nothing happens.
+    By default glibc maps every block above 32 MiB anew, which costs a page fault for every 4 KiB. On a CPU this makes
+    one step with large tensors slower than several steps with small ones (measured: 10 % of a forward pass). The
+    function does nothing with another C library.
     """
     if platform.libc_ver()[0] == "glibc":
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -350,7 +361,7 @@ def keep_freed_memory() -> None:
 
 
 def forget_peak() -> None:
-    """Give freed memory back and start a new measurement of the peak, where the system can."""
+    """Return freed memory to the system and reset the peak, as far as the system supports it."""
     import gc
 
     import torch
@@ -367,7 +378,7 @@ def forget_peak() -> None:
 
 
 def peak() -> float | None:
-    """Peak memory in MiB since `forget_peak`; `None` where the system cannot tell."""
+    """Peak memory in MiB since [`forget_peak`]; `None` if the system does not report it."""
     import torch
 
     if torch.cuda.is_available():
@@ -379,7 +390,7 @@ def peak() -> float | None:
 
 
 def formatted(rows: list[list[str]]) -> str:
-    """Rows of cells as a table for the terminal: the first column to the left, the others to the right."""
+    """Format rows of cells as a table: the first column is left-aligned, the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -388,7 +399,7 @@ def formatted(rows: list[list[str]]) -> str:
 
 
 def plot_bars(path: Path, labels: list[str], series: dict[str, list[float]], ylabel: str, title: str) -> bool:
-    """Groups of bars as a PNG with a line at 1; `False` where matplotlib is not installed."""
+    """Save grouped bars with a line at 1 as a PNG. Returns `False` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -410,17 +421,17 @@ def plot_bars(path: Path, labels: list[str], series: dict[str, list[float]], yla
 
 
 def mib(value: float | None) -> str:
-    """A cell of the table for memory."""
+    """Format a memory value as a table cell."""
     return "-" if value is None else f"{value:,.0f}"
 
 
 def place(report: dict[str, Any]) -> str:
-    """The line below a table: where and how it was measured."""
+    """The line below a table: machine, dtype, attention and kind of memory."""
     return f"{report['machine']}, {report['dtype']}, {report['attention']} attention, memory {report['memory']}"
 
 
 def plot_speedups(report: dict[str, Any], title: str, path: Path) -> bool:
-    """Time ratios and the token bound of every case as bars; `False` where matplotlib is not installed."""
+    """Plot time ratios and token bound of every case as bars. Returns `False` if matplotlib is not installed."""
     cases = report["cases"]
     series = {
         "time ratio (wall)": [case["speedup"] for case in cases],

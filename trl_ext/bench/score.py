@@ -1,8 +1,9 @@
-"""`trl-ext bench score`: N completions of each prompt, scored by `RewardScorer` and as rows padded in two ways.
+"""`trl-ext bench score`: time `RewardScorer` on N completions of each prompt against two ways of padding rows.
 
-The other sides are TRL's way (rows in the given order, tokenized, padded and run in batches of a fixed size) and our
-scorer with `shared_prefix=False` (rows sorted by length under a token budget). A fourth side scores every token, with
-the same weights as an outcome model. The case knows scorers. It does not know how they work.
+The first baseline is TRL's way: rows keep the given order, are tokenized and padded, and run in batches of a fixed
+size. The second is our scorer with `shared_prefix=False`: it sorts rows by length and fills batches up to a token
+budget. A fourth side uses the same weights as an outcome model and scores every token. The case knows scorers. It does
+not know how they work.
 """
 
 import argparse
@@ -44,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_completions", type=int, default=16, help="completions of each prompt")
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--completion_length", type=int, default=64, help="tokens of the longest completion")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows in a batch of the given order")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows in a batch of the side in given order")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side, in turns")
     parser.add_argument("--output_dir", default="outputs/bench_score", help="where bench.json and bench.png go")
     add_model_arguments(parser)
 
 
 def synthetic_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Prompts, and completions of half to all of `completion_length` words; rows are in random order."""
+    """Prompts and completions in random order; a completion has between half and all of `completion_length` words."""
     rng = random.Random(args.seed)
 
     longest = args.completion_length
@@ -69,10 +70,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Score the same rows on all sides.
 
     Returns:
-        `dict` with `sides` (seconds, CPU seconds, sequence tokens per second, peak memory in MiB, and the largest
-        difference of a score from the given order, of `tokens` the last token's), `speedup` and `cpu_speedup` over
-        each other side, `token_bound` (real tokens of the rows over tokens with each prompt once), `token_cost` (CPU
-        time of scoring every token over that of one score a row, both in sorted rows), and the circumstances.
+        `dict` with the [`circumstances`] and:
+
+        - `sides`: seconds, CPU seconds, sequence tokens per second, peak memory in MiB, and `score_max_difference`,
+          the largest difference from the scores in the given order (for `tokens`: of the last token's score).
+        - `speedup`, `cpu_speedup`: time of each side over the time with shared prompts.
+        - `token_bound`: real tokens of all rows over the tokens when each prompt counts once; `fraction_of_bound`: the
+          CPU speedup over sorted rows, divided by this bound.
+        - `token_cost`: CPU time of scoring every token over that of one score per row, both in sorted rows.
+        - `rows`: the number of rows.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -98,7 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             attn_implementation=args.attn_implementation,
             device_map="cuda" if torch.cuda.is_available() else None,
         ).eval()
-    verifier = copy.deepcopy(model)  # the same weights, known to be of a model whose every token has a score
+    verifier = copy.deepcopy(model)  # the same weights, declared as an outcome model, which scores every token
     tokenization = TokenizationSettings.without_sidecar().to_dict()
     set_sidecar(
         verifier, Sidecar(describe_base(model), False, ["score"], tokenization, kind="outcome", loss_type="bce")
@@ -159,15 +165,15 @@ def table(report: dict[str, Any]) -> str:
             ]
         )
     return (
-        f"{formatted(rows)}\nwall and CPU: that side / shared prompts; token bound without any padding "
-        f"{report['token_bound']:.2f}, of which {report['fraction_of_bound']:.0%} is reached beside sorted rows; "
-        f"medians of {report['rows']} rows\nevery token / one score a row, both in sorted rows: "
-        f"{report['token_cost']:.2f} of the CPU time\n{place(report)}"
+        f"{formatted(rows)}\nwall and CPU: time of that side / time with shared prompts. Medians over runs of "
+        f"{report['rows']} rows.\nToken bound without padding: {report['token_bound']:.2f}. Shared prompts reach "
+        f"{report['fraction_of_bound']:.0%} of it over sorted rows.\nScoring every token takes "
+        f"{report['token_cost']:.2f} times the CPU time of one score per row, both in sorted rows.\n{place(report)}"
     )
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """How many times faster shared prompts are, as bars; `False` where matplotlib is not installed."""
+    """Plot each side's time over that of shared prompts as bars. Returns `False` if matplotlib is not installed."""
     labels = [SIDES[name] for name in report["sides"]]
     series = {
         "time ratio (wall)": list(report["speedup"].values()),

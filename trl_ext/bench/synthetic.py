@@ -1,6 +1,6 @@
 """Synthetic work for the benchmarks: tokenized groups, labelled rows, tokenizers, and models with random weights.
 
-It knows rows and files. It does not know what is measured on them.
+It knows rows, tokenizers and model files. It does not know what a benchmark measures.
 """
 
 import argparse
@@ -22,15 +22,15 @@ CHAT_TEMPLATE = "{% for m in messages %}<bos>{{ m['role'] }}\n{{ m['content'] }}
 
 
 def random_words(length: int, words: int, rng: random.Random) -> str:
-    """`length` random words of [`words_tokenizer`], one token each, out of the first `words`."""
+    """Random text of `length` words of [`words_tokenizer`] with token ids below `words`; each word is one token."""
     return " ".join(f"w{rng.randrange(FIRST_WORD, words)}" for _ in range(length))
 
 
 def synthetic_groups(number: int, prompt: int, completion: int, candidates: int, seed: int = 0) -> "Dataset":
     """
-    Tokenized rankings: a random prompt of `prompt` tokens, and `candidates` completions of `completion` tokens each.
+    Make `number` tokenized rankings: a random prompt of `prompt` tokens with `candidates` completions of `completion`.
 
-    Their first tokens differ, so that the candidates share the prompt and nothing else.
+    The completions' first tokens differ, so the candidates share exactly the prompt.
     """
     from datasets import Dataset
 
@@ -49,9 +49,10 @@ def synthetic_groups(number: int, prompt: int, completion: int, candidates: int,
 
 def labelled_rows(kind: str, prompts: int, p: int, c: int, k: int, seed: int = 0) -> "Dataset":
     """
-    Rows of `kind` `"orm"`, `"prm"` or `"segment"`: k completions of c tokens to each prompt of p, labelled by chance.
+    Make rows with random labels: for each prompt of `p` tokens, `k` completions of `c` tokens.
 
-    Of outcomes EOS is one of the c tokens. Steps and segments are `SPAN` tokens long, the last one what is left.
+    `kind` is `"orm"`, `"prm"` or `"segment"`. For `"orm"`, EOS counts as one of the `c` tokens. A step or segment has
+    `SPAN` tokens; the last one may be shorter.
     """
     from datasets import Dataset
 
@@ -78,7 +79,7 @@ def labelled_rows(kind: str, prompts: int, p: int, c: int, k: int, seed: int = 0
 
 
 def words_tokenizer(size: int = VOCABULARY) -> "PreTrainedTokenizerBase":
-    """A tokenizer for texts of the words w3, w4, ...: one token each, `size` of them."""
+    """A tokenizer with `size` token ids for texts of the words w3, w4, ...; each word is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{n}": n for n in range(FIRST_WORD, size)}
@@ -93,7 +94,7 @@ def tokenizer_of(rows: "Dataset") -> "PreTrainedTokenizerBase":
 
     columns = [name for name in ("prompt", "chosen", "rejected", "completions") if name in rows.column_names]
     if not columns:
-        raise ValueError(f"The rows have no text to train a tokenizer on, only {rows.column_names}.")
+        raise ValueError(f"The rows have the columns {rows.column_names}; needed: one with text for the tokenizer.")
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
@@ -108,7 +109,7 @@ def tokenizer_of(rows: "Dataset") -> "PreTrainedTokenizerBase":
 
 
 def save_model(folder: str, args: argparse.Namespace, max_positions: int, tokenizer: Any) -> None:
-    """A Llama-style language model with random weights, and its tokenizer."""
+    """Save a Llama-style language model with random weights, and its tokenizer, in `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +143,7 @@ def _wrapped(tokenizer: Any) -> "PreTrainedTokenizerBase":
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in rows of text or messages."""
+    """Yield every string in rows of texts or messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""`trl-ext bench token`: training steps of our `ORMTrainer` on flat rows beside the same steps on padded rows.
+"""`trl-ext bench token`: compare training steps of our `ORMTrainer` on flat rows with the same steps on padded rows.
 
-Each question has several answers, which `group_by_prompt` keeps together, so both sides train on the same batches. The
-case knows the trainer. It does not know how the trainer works.
+Each question has several answers. `group_by_prompt` keeps them in one batch, so both sides train on the same batches.
+The case knows the trainer. It does not know how the trainer works.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SIDES = {"padded": False, "flat": "auto"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `trl-ext bench token`."""
     parser.add_argument(
-        "--shapes", nargs="*", default=["256,64,4", "64,256,4"], help="P,C,K: tokens of question, answer; answers"
+        "--shapes", nargs="*", default=["256,64,4", "64,256,4"], help="P,C,K: question tokens, answer tokens, answers"
     )
     parser.add_argument("--questions", type=int, default=2, help="questions in a batch, with all their answers")
     parser.add_argument("--output_dir", default="outputs/bench_token", help="where bench.json and bench.png go")
@@ -52,9 +52,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Measure every shape.
 
     Returns:
-        `dict` with `cases` and the circumstances. A case has `sides` (`"padded"` and `"flat"`: seconds and CPU seconds
-        of a step, peak memory in MiB, tokens through the model), `speedup` and `cpu_speedup` (padded over flat: above
-        1 is faster), `token_bound` (padded tokens over flat ones) and `loss_max_difference`.
+        `dict` with `cases` and the [`circumstances`]. A case has `sides` (for `"padded"` and `"flat"` the seconds and
+        CPU seconds of a step, peak memory in MiB, and tokens that the model processes), `speedup` and `cpu_speedup`
+        (time of padded rows over flat rows; above 1: flat rows are faster), `token_bound` (tokens of padded rows over
+        flat rows) and `loss_max_difference` (the largest difference between the two sides' losses).
     """
     check_counts(args, warmup=1, steps=1, repeats=1, questions=1)
     cases = []
@@ -88,7 +89,7 @@ def _measure_case(rows: "Dataset", model: str, args: argparse.Namespace, p: int,
 
 
 def _train(rows: "Dataset", side: str, model: str, args: argparse.Namespace, k: int, **more: Any) -> Run:
-    """Train once; `more` are arguments of the config."""
+    """Train one side once; `more` holds further arguments of its config."""
     from peft import LoraConfig
 
     from trl_ext import ORMConfig, ORMTrainer
@@ -120,11 +121,11 @@ def table(report: dict[str, Any]) -> str:
             ]
         )
     return (
-        f"{formatted(rows)}\nORMTrainer, shared_prefix=False over 'auto', both with group_by_prompt. Medians of a "
-        f"whole optimizer step; above 1 is faster.\n{place(report)}"
+        f"{formatted(rows)}\nORMTrainer with group_by_prompt. wall and CPU: time with shared_prefix=False / time with "
+        f"'auto', medians of a whole optimizer step; above 1: 'auto' is faster.\n{place(report)}"
     )
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """Time ratio and token bound of every case as bars; `False` where matplotlib is not installed."""
+    """Plot time ratio and token bound of every case as bars. Returns `False` if matplotlib is not installed."""
     return plot_speedups(report, "Optimizer step of ORMTrainer, padded over flat rows", path)
