@@ -66,6 +66,14 @@ def test_columns_reach_a_reward_function_and_rows_may_be_streamed():
     assert evaluate_reward_model(function, rows, probes=False, resamples=20, max_rows=7).settings["rows"] == 7
 
 
+def test_rows_are_read_as_a_transform_shows_them():
+    rows = Dataset.from_list(list(pairs(12)))
+    raw = rows.rename_columns({"chosen": "better", "rejected": "worse"})
+    shown = raw.with_transform(lambda b: {"prompt": b["prompt"], "chosen": b["better"], "rejected": b["worse"]})
+    found, expected = (evaluate_reward_model(by_length, data, resamples=20).metrics for data in (shown, rows))
+    assert found == expected
+
+
 def test_rows_without_a_score_are_counted_and_left_out():
     def function(prompts, completions, **columns):
         values = {"p0": None, "p1": math.nan, "p2": math.inf}

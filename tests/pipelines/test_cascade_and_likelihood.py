@@ -76,6 +76,14 @@ def test_selection_keeps_rows_in_order_and_reports(model):
     assert sorted([*kept["n"], *other["n"]]) == [0, 1, 2, 3]
 
 
+def test_rows_of_a_transform_are_selected_from(model):
+    raw = texts().rename_columns({"prompt": "question", "completion": "answer"})
+    shown = raw.with_transform(lambda b: {"prompt": b["question"], "completion": b["answer"], "n": b["n"]})
+    kept, _ = select_by_likelihood(model, shown, keep=0.5)
+    expected, _ = select_by_likelihood(model, texts(), keep=0.5)
+    assert kept.to_list() == expected.to_list()
+
+
 def test_choice_by_hand():
     values = [3.0, 1.0, math.nan, 2.0, 4.0]
     assert choose_by_value(values, 0.5, "likely").tolist() == [1, 3]

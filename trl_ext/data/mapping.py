@@ -25,13 +25,18 @@ def plain_rows(dataset: Rows) -> Rows:
     """The rows as their user sees them, as plain Python values.
 
     A transform (`with_transform`, `set_transform`) is applied to all rows once, and `datasets` caches the result; the
-    columns are those that it returns. A format that only changes types (torch, numpy) is taken off.
+    columns are those that it returns. A format that only changes types (torch, numpy) is taken off, and columns that
+    it hides are removed. Rows that are plain already come back as they are, so that you may call it again.
 
     Raises:
         `DataError`: the transform fails, or returns values that no column can hold.
     """
-    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset) > 0
-    if not transformed:
+    if not isinstance(dataset, Dataset):
+        return dataset.with_format(None)
+    shown, hides = dataset.format["columns"], not dataset.format["output_all_columns"]
+    if dataset.format["type"] != "custom" or not len(dataset):
+        if hides and len(shown) < len(dataset.column_names):
+            dataset = dataset.select_columns(shown)
         return dataset.with_format(None)
     try:
         types = {name: _type_of(values) for name, values in dataset[:_BATCH_ROWS].items()}
@@ -141,7 +146,7 @@ def map_rows(
         features (`dict`): types of the new columns, without `COUNTS`.
         report (`DataReport`): is filled and, for a `Dataset`, shown.
         unseen_text (`Callable`, *optional*): returns the text that the model does not see of a row that is counted as
-            `unseen`; the report shows the first one.
+            `unseen` or `unknown`; the report shows the first one.
     """
     if isinstance(dataset, IterableDataset):
         one_row = {"prepare_rows": prepare_rows, "arguments": arguments}
@@ -160,12 +165,12 @@ def map_rows(
     )
     reasons = list(report.reasons)
     dropping = [column for column, reason in enumerate(reasons) if reason in DROPPING]
+    unseen_columns = [column for column, reason in enumerate(reasons) if reason in ("unseen", "unknown")]
     survives, unseen = [], []
     for batch in dataset.select_columns([COUNTS]).with_format("arrow").iter(batch_size=_COUNTED_ROWS):
         counts = batch[COUNTS].combine_chunks().flatten().to_numpy().reshape(-1, len(reasons))  # (rows, reasons)
         survives.append((counts[:, dropping] == 0).all(axis=1))
-        if "unseen" in reasons:
-            unseen += (report.rows + np.flatnonzero(counts[:, reasons.index("unseen")])[:1]).tolist()
+        unseen += (report.rows + np.flatnonzero(counts[:, unseen_columns].any(axis=1))[:1]).tolist()
         report.add(counts.sum(axis=0).tolist(), rows=len(counts), kept=int(survives[-1].sum()))
     if unseen and unseen_text is not None:
         report.first_unseen = (unseen[0], unseen_text(rows[unseen[0]]))

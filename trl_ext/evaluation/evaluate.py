@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from trl_ext.data.mapping import plain_rows
 from trl_ext.data.validation import DataError
 from trl_ext.evaluation.best_of_n import BestOfN
 from trl_ext.evaluation.comparisons import Comparisons
@@ -137,6 +139,7 @@ def evaluate_reward_model(
     families: dict[str, Any] = {}
     rows, seconds = 0, 0.0
     for name, data in named.items():
+        data = plain_rows(data) if isinstance(data, (Dataset, IterableDataset)) else data
         run = _Run(model, other, report, drawn if probes else None, words[name])
         run.read(itertools.islice(data, max_rows) if max_rows else data, cluster_column)
         families[name] = run.family

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_ext.data.mapping import plain_rows
 from trl_ext.data.offsets import encode_with_offsets
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.pipelines.generation.transformers_backend import load_policy
@@ -135,6 +136,7 @@ def select_by_likelihood(
         raise ValueError(
             f"Found a {type(dataset).__name__}. Needed: a `Dataset`, because `keep` is a share of all rows."
         )
+    dataset = plain_rows(dataset)
     missing = [name for name in ("prompt", "completion") if name not in dataset.column_names]
     if missing:
         raise ValueError(f"The data set has no column {missing}. Needed: `prompt` and `completion`.")

@@ -344,6 +344,18 @@ def test_rows_whose_gold_label_is_one_half_are_not_tested_on(models, caplog):
         make_splits(arguments(models), make_rows("preference"), held_back)
 
 
+def test_rows_of_a_transform_are_split_as_it_shows_them(models):
+    rows = make_rows("outcome")
+    raw = rows.rename_columns({"completion": "answer"})
+
+    def transform(batch):
+        return {"prompt": batch["prompt"], "completion": batch["answer"], "label": batch["label"]}
+
+    config = arguments(models, task="outcome")
+    assert make_splits(config, raw.with_transform(transform), None) == make_splits(config, rows, None)
+    assert make_splits(config, rows.with_format("torch"), None) == make_splits(config, rows, None)
+
+
 def test_what_the_template_reads_reaches_training_and_judging(tmp_path):
     """`tools`, `chat_template_kwargs` and, of ground truth, `margin` were dropped without a word."""
     chat = [{"role": "user", "content": "2 + 2?"}]

@@ -117,6 +117,18 @@ def test_the_rows_that_a_member_leaves_out_change_nothing(deep, tmp_path):
         assert_same_member(together, member, alone, weights)
 
 
+def test_a_transform_may_say_who_trains_on_a_row(deep, tmp_path):
+    shown = Dataset.from_dict({"number": list(range(12))}).with_transform(
+        lambda batch: {
+            **{name: [ROWS[number][name] for number in batch["number"]] for name in ROWS[0]},
+            "who": ["xyz"[number % 3] for number in batch["number"]],
+        }
+    )
+    args = config(tmp_path, RewardEnsembleConfig, num_members=M, seed=SEED, data_strategy="column:who", **RANKED)
+    trainer = RewardEnsembleTrainer(model=str(deep), args=args, train_dataset=shown, peft_config=adapter([2]))
+    assert trainer._weights(torch.arange(4)).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]
+
+
 @pytest.mark.parametrize("strategy", ["bootstrap", "kfold"])
 def test_members_that_see_other_rows_end_elsewhere(strategy, deep, tmp_path):
     plain = ensemble(tmp_path / "a", deep, data_strategy="shared", layers=[2])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, f1_score, r2_score, roc_auc_score
 
@@ -37,6 +38,17 @@ def test_categories_are_found_and_kept_apart(base, tmp_path):
     after = trainer.model.score.weight.detach()
     assert not torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[1])
+
+
+def test_categories_of_a_transform_are_found(base, tmp_path):
+    rows = segment_rows(12)
+
+    def transform(batch):
+        return {name: [rows[number][name] for number in batch["number"]] for name in rows[0]}
+
+    shown = Dataset.from_dict({"number": list(range(12))}).with_transform(transform)
+    trainer = token_trainer("segment", base, tmp_path, shown, trainer_kwargs={})
+    assert trainer._categories == ("length", "tone") and len(trainer.train_dataset) == 12
 
 
 def test_numbers_against_scipy(base, tmp_path):

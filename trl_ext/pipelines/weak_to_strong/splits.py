@@ -10,6 +10,7 @@ from itertools import takewhile
 
 from datasets import Dataset, IterableDataset
 
+from trl_ext.data.mapping import plain_rows
 from trl_ext.pipelines.generation.records import canonical
 from trl_ext.pipelines.weak_to_strong.config import TASKS, WeakToStrongArguments
 from trl_ext.pipelines.weak_to_strong.tasks import Row
@@ -61,6 +62,8 @@ def make_splits(
             not a probability, or a split of right and wrong rows has only one class.
     """
     task = TASKS[config.task].make()
+    train_dataset = plain_rows(train_dataset)
+    test_dataset = None if test_dataset is None else plain_rows(test_dataset)
     for name, data in (("train", train_dataset), ("test", test_dataset)):
         names = [] if data is None else data.column_names or list(next(iter(data), {}))  # a stream may not know them
         missing = [column for column in task.columns if data is not None and column not in names]

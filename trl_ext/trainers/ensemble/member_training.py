@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from trl_ext.data.mapping import plain_rows
 from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.ensemble.member_config import branch_at
 from trl_ext.models.ensemble.stacked_lora import clip_by_member
@@ -70,6 +72,8 @@ class MemberTraining:
         weighted = args.data_strategy not in ("shuffle", "shared")
         self._weights = RowWeights(args.data_strategy, args.seeds, args.seed) if weighted else None
         if weighted and self._weights.column is not None and train_dataset is not None:
+            with PartialState().main_process_first():
+                train_dataset = plain_rows(train_dataset)  # a transform may make the column
             self._weights.read_column(train_dataset, "train")
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self._clipping = MemberClipping()

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_len
 
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
+from trl_ext.data.mapping import plain_rows
 from trl_ext.data.report import DataReport
 from trl_ext.data.token_batches import RowSize, group_sizes
 from trl_ext.data.tokenization import TokenizationSettings, common_prefix_length
@@ -202,9 +203,9 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
     ) -> Dataset | IterableDataset:
         if self._tokenization is None:
             self._tokenization = TokenizationSettings.for_training(processing_class)
-        dataset = rename_old_columns(dataset)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():
+            dataset = rename_old_columns(plain_rows(dataset))
             prepared, report = prepare_groups(
                 dataset,
                 processing_class,

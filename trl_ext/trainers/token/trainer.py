@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from trl_ext.data.collators import SpanCollator
+from trl_ext.data.mapping import plain_rows
 from trl_ext.data.report import DataReport
 from trl_ext.data.span_rows import SpanKind
 from trl_ext.data.token_batches import RowSize, span_sizes
@@ -131,6 +133,9 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             model = model_init()
         args = self._complete_arguments(args, model)
         known = known_sidecar(model)
+        if train_dataset is not None:
+            with PartialState().main_process_first():
+                train_dataset = plain_rows(train_dataset)  # a transform may make the columns that are read next
         self._categories = self._find_categories(args, train_dataset, known)
         self._objective = self.check_arguments(args, train_dataset, self._categories)
         without_missing_wandb(args)
