@@ -212,6 +212,7 @@ EXPECTED = {
     "identical": 1,
     "no_prompt": 1,
     "unseen": 0,
+    "unknown": 0,
 }
 
 

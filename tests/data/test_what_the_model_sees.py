@@ -103,6 +103,14 @@ def test_a_transform_of_labelled_rows_is_applied():
     assert prepared["prompt"][:] == ["1 + 1?", "1 + 2?"]
 
 
+def test_columns_that_a_format_hides_stay_hidden():
+    raw = Dataset.from_list([chat(margin=-1.0, note="n")])
+    shown = raw.with_format(None, columns=["prompt", "chosen", "rejected"])
+    assert "note" not in prepare(shown)[0].column_names  # and the margin, which would be refused, is not read
+    beside = raw.remove_columns("margin").with_format("numpy", columns=["prompt"], output_all_columns=True)
+    assert prepare(beside)[0].column_names[:4] == ["prompt", "chosen", "rejected", "note"]
+
+
 def test_a_transform_that_fails_is_refused():
     raw = Dataset.from_list([{"chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError, match="a transform .* cannot be applied to all rows: no such thing"):
@@ -174,6 +182,29 @@ def test_a_stream_says_and_refuses_it_too(caplog):
     stream = IterableDataset.from_generator(lambda: (chat() for _ in range(300)))
     with pytest.raises(DataError, match="the chat template leaves out in every row"):
         list(prepare(stream, with_template(IGNORES_CONTENT))[0])
+
+
+def test_an_earlier_message_of_a_labelled_completion_is_counted_too():
+    tokenizer = with_template(LAST_PART_ONLY)
+    completions = [[*says("<think>a</think>b"), *user("why?"), *says("c")], says("d")]
+    rows = [{"prompt": user("so?"), "completion": completion, "label": True} for completion in completions]
+    _, report = prepare_spans(
+        Dataset.from_list(rows), tokenizer, kind="outcome", tokenization=SETTINGS, max_length=None
+    )
+    assert report.counts["unseen"] == 1 and report.first_unseen == (0, "<think>a</think>b")
+
+
+def test_text_of_unknown_tokens_only_is_counted():
+    tokenizer = tiny_tokenizer("bert")
+    settings = TokenizationSettings.for_training(tokenizer)
+    rows = [{"chosen": "a good answer \u2603", "rejected": "no"}, {"chosen": "yes", "rejected": "\u2603 \u2602\u2602"}]
+    _, report = prepare_groups(Dataset.from_list(rows), tokenizer, tokenization=settings, max_length=None)
+    assert report.counts["unknown"] == 1 and report.first_unseen == (1, "\u2603 \u2602\u2602")
+    assert encode(tokenizer, user("why?"), says("\u2603"), settings).unknown == "\u2603"
+    labelled = [{"prompt": "why?", "completion": text, "label": True} for text in ("yes", "\u2603")]
+    arguments = {"kind": "outcome", "tokenization": settings, "max_length": None}
+    assert prepare_spans(Dataset.from_list(labelled), tokenizer, **arguments)[1].first_unseen == (1, "\u2603")
+    assert encode(tiny_tokenizer("gpt2"), None, "\u2603", settings).unknown is None  # it has every byte
 
 
 def test_white_space_that_a_template_moves_is_not_missing():

@@ -431,6 +431,15 @@ def test_a_score_that_is_not_finite_names_the_row(reward_path):
         scorer(["a", "b", "c"], [" test", " a short line", " 🙂"])
 
 
+def test_text_that_the_model_does_not_see_is_counted_and_shown(reward_path, caplog):
+    scorer = RewardScorer(reward_path("bert"))
+    for _ in range(2):
+        scorer(["a", "b", "c"], [" test", " \u2603\u2602", "\u2603"])
+    assert scorer.num_unseen == 4
+    said = [record.getMessage() for record in caplog.records if "does not see" in record.getMessage()]
+    assert len(said) == 1 and "2 of 3 rows have text" in said[0] and "row 1: str ' \u2603\u2602'" in said[0]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "roberta"])
 def test_rows_longer_than_the_table_of_positions(reward_path, family):
     long = "a b " * 600

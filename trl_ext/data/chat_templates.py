@@ -40,6 +40,7 @@ class Tokenizer(Protocol):
     sep_token_id: int | None
     bos_token_id: int | None
     cls_token_id: int | None
+    unk_token_id: int | None
     is_fast: bool
 
     def __call__(self, text: list[str], **kwargs: Any) -> Any: ...

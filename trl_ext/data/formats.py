@@ -24,7 +24,7 @@ from trl_ext.data.validation import RowChecks, named_by_row
 
 # Part of the cache key of `datasets`, which sees the arguments of our functions but not their code: raise it whenever
 # the meaning of a written column changes.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
 PAIR_COLUMNS = ("chosen_ids", "rejected_ids")
 """The columns of TRL's prepared pairs."""
@@ -60,9 +60,9 @@ def prepare_groups(
     set that has been prepared already is returned as it is.
 
     Candidates longer than `max_length` tokens are left out; a group needs two others to survive, so a pair is dropped
-    whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates are kept. So are rows whose
-    completions the chat template leaves out, wholly or in part, unless all rows are so. All of it is counted, and
-    shown once.
+    whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates are kept. So are rows with text
+    that the model does not see: the chat template leaves it out (refused if all rows are so), or the tokenizer knows
+    no token of it. All of it is counted, and shown once.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
@@ -159,6 +159,7 @@ def prepare_rows(
             "identical": survives and any(one == other for one, other in combinations(kept, 2)),
             "no_prompt": survives and not has_prompt,
             "unseen": any(candidate.unseen is not None for candidate in candidates),
+            "unknown": any(candidate.unknown is not None for candidate in candidates),
         }
         new["candidate_ids"].append(kept)
         new["candidate_ratings"].append(ratings)
@@ -187,10 +188,10 @@ def _texts(group: Group) -> list[TextRow]:
 
 
 def _unseen_text(row: dict[str, Any], tokenizer: Tokenizer, tokenization: TokenizationSettings, schema: Schema) -> str:
-    """The first text of a row's completions that the chat template leaves out."""
+    """The first text of a row's completions that the model does not see."""
     group = check_row(row, schema, RowChecks(0, ""))
     encoded = encode_batch(tokenizer, _texts(group), tokenization)
-    return next((one.unseen for one in encoded if one.unseen is not None), "")
+    return next((one.unseen or one.unknown for one in encoded if one.unseen or one.unknown), "")
 
 
 def _new_features(schema: Schema, pair_columns: bool) -> dict[str, Any]:

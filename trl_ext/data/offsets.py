@@ -5,7 +5,7 @@ completion. Knows tokenizers and chat templates. Does not know labels or data se
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from trl_ext.data.chat_templates import (
     conversation,
     encode_chats,
     render,
+    unseen_text,
 )
 from trl_ext.data.tokenization import (
     TextRow,
@@ -28,6 +29,8 @@ from trl_ext.data.tokenization import (
     by_options,
     plain_text,
     positions_that_fit,
+    unknown_text,
+    unknown_token_id,
 )
 
 
@@ -51,8 +54,9 @@ class Located:
             it; T if there is none.
         truncated (`bool`): whether anything was cut to fit `max_length`.
         stripped (`bool`): whether the chat template took white space from an end of the completion.
-        unseen (`str`, *optional*): always `None`, since a completion that the template rewrites has no offsets; see
-            `tokenization.Encoded`.
+        unseen (`str`, *optional*): text of an earlier message of the completion that the chat template left out. If it
+            leaves out text of the last message, there are no offsets, and `encode_batch_with_offsets` fails.
+        unknown (`str`, *optional*): text of the completion of which all tokens are the unknown token.
     """
 
     ids: list[int]
@@ -62,6 +66,7 @@ class Located:
     truncated: bool
     stripped: bool
     unseen: str | None = None
+    unknown: str | None = None
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Positions of the tokens that hold any of the characters from `start` up to, not including, `end`.
@@ -135,13 +140,13 @@ def encode_with_offsets(
     if max_length is None or len(located.ids) <= max_length:
         return located
     kept = positions_that_fit(tokenizer, row, located.ids, tokenization, max_length)
-    return Located(
+    return replace(
+        located,
         ids=[located.ids[position] for position in kept],
         starts=located.starts[kept],
         ends=located.ends[kept],
         completion_start=sum(position < located.completion_start for position in kept),
         truncated=True,
-        stripped=located.stripped,
     )
 
 
@@ -164,10 +169,12 @@ def encode_batch_with_offsets(
             f"{type(tokenizer).__name__} is none. Load the tokenizer of the model with AutoTokenizer"
         )
     found: list[Located | None] = [None] * len(rows)
+    unknown = unknown_token_id(tokenizer)
     for numbers, options in by_options(rows):
         texts = [completion_text(rows[n].completion) for n in numbers]
         if options is None:
             places = [(len(rows[n].prompt or ""), 0, len(text)) for n, text in zip(numbers, texts, strict=True)]
+            unseen = [None] * len(numbers)
             encoding = tokenizer(
                 text=[plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers],
                 add_special_tokens=tokenization.adds_special_tokens,
@@ -182,13 +189,19 @@ def encode_batch_with_offsets(
             marked = render(tokenizer, marks, options)
             parts = (chats, rendered, marked, texts, begun)
             places = [_find(tokenizer, options, *one) for one in zip(*parts, strict=True)]
-        parts = (encoding["input_ids"], encoding["offset_mapping"], texts, places)
+            earlier = [as_messages(rows[n].completion)[:-1] for n in numbers]
+            unseen = [unseen_text(text, messages) for text, messages in zip(rendered, earlier, strict=True)]
+        parts = (encoding["input_ids"], encoding["offset_mapping"], texts, places, unseen)
         for number, *one in zip(numbers, *parts, strict=True):
-            found[number] = _located(*one)
+            found[number] = located = _located(*one)
+            if unknown is not None and unknown in located.ids:
+                found[number] = replace(located, unknown=unknown_text(tokenizer, rows[number].completion))
     return found
 
 
-def _located(ids: list[int], mapping: list[tuple[int, int]], text: str, place: tuple[int, int, int]) -> Located:
+def _located(
+    ids: list[int], mapping: list[tuple[int, int]], text: str, place: tuple[int, int, int], unseen: str | None
+) -> Located:
     """The tokens of a row from the characters of the rendered text that each has, and the completion's place in it."""
     start, first, last = place
     offsets = np.array(mapping, dtype=np.int64).reshape(-1, 2) - start
@@ -200,7 +213,7 @@ def _located(ids: list[int], mapping: list[tuple[int, int]], text: str, place: t
     inside = np.flatnonzero((offsets[:, 1] > 0) & (offsets[:, 1] > offsets[:, 0]))
     completion_start = int(inside[0]) if len(inside) else len(ids)
     stripped = (first, last) != (0, len(text))
-    return Located(ids, starts, ends, completion_start, truncated=False, stripped=stripped)
+    return Located(ids, starts, ends, completion_start, truncated=False, stripped=stripped, unseen=unseen)
 
 
 def _begun(row: TextRow) -> str:

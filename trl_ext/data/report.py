@@ -20,6 +20,7 @@ COUNTED = {
     "identical": "with candidates of identical tokens",
     "no_prompt": "with an empty prompt",
     "unseen": "with completions whose text the chat template leaves out, wholly or in part",
+    "unknown": "with a completion that has only unknown tokens, since the tokenizer knows none of its words",
 }
 # What is counted of a row with labelled spans, in the order of the list that `spans` stores with it.
 COUNTED_OF_SPANS = {
@@ -27,6 +28,8 @@ COUNTED_OF_SPANS = {
     "unlabelled_rows": "dropped: without a labelled token",
     "no_segments": "with no segment at all (kept; without a label they have no loss)",
     "no_prompt": "with an empty prompt",
+    "unseen": "with completions of which the chat template leaves out text of an earlier message",
+    "unknown": "with a completion that has only unknown tokens, since the tokenizer knows none of its words",
     "stripped": "stripped of white space at an end of the completion by the chat template",
     "cut_rows": "cut at max_completion_length",
     "cut_labels": "labels left out behind max_completion_length",
@@ -66,7 +69,7 @@ class DataReport:
         kept (`int`): rows that are used.
         counts (`dict[str, int]`): how often each reason occurred.
         reasons (`dict[str, str]`): what is counted, and how it is said; `COUNTED` or `COUNTED_OF_SPANS`.
-        first_unseen (`tuple[int, str]`, *optional*): the first row counted as `unseen`, and the text that is left out.
+        first_unseen (`tuple[int, str]`, *optional*): the first row counted as `unseen` or `unknown`, and the text.
     """
 
     name: str = "train"
@@ -160,7 +163,7 @@ class DataReport:
         parts += [f"{count} {self._phrase(reason)}" for reason, count in self.counts.items() if count]
         if self.first_unseen is not None:
             row, text = self.first_unseen
-            parts.append(f"the first text that is left out, in row {row}: {shown(text)}")
+            parts.append(f"the first text that the model does not see, in row {row}: {shown(text)}")
         return "; ".join(parts)
 
     def short(self) -> str:

@@ -11,6 +11,7 @@ Columns written: `span_input_ids` (token ids), then one entry per labelled token
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 # Part of the cache key of `datasets`; see `formats`.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _FEATURES = {
     "span_input_ids": List(Value("int32")),
     "label_positions": List(Value("int32")),
@@ -171,7 +172,8 @@ def prepare_spans(
         "vocab_size": vocab_size,
         "cache_version": _CACHE_VERSION,
     }
-    return map_rows(dataset, prepare_span_rows, arguments, _FEATURES, report, min_survival, num_proc), report
+    unseen = partial(_unseen_text, tokenizer=tokenizer, tokenization=tokenization, layout=layout)
+    return map_rows(dataset, prepare_span_rows, arguments, _FEATURES, report, min_survival, num_proc, unseen), report
 
 
 def prepare_span_rows(
@@ -197,7 +199,7 @@ def prepare_span_rows(
     ]
     encoded = named_by_row(
         lambda texts: encode_batch_with_offsets(tokenizer, texts, tokenization),
-        [[TextRow(row.prompt, row.completion, row.tools, row.chat_template_kwargs)] for row in rows],
+        [[_text_row(row)] for row in rows],
         checks,
         text,
         only_kind,
@@ -225,6 +227,8 @@ def prepare_span_rows(
         visible = stop - (layout.label_placement == "before")  # that label stands in front of its span
         inside = [number for number, place in enumerate(labels.positions) if whole or not cut or place < visible]
         counts = Counter({**row.counts, **labels.counts})
+        counts["unseen"] = int(located.unseen is not None)
+        counts["unknown"] = int(located.unknown is not None)
         counts["stripped"] = int(located.stripped)
         counts["cut_rows"] = int(cut)
         counts["cut_labels"] = len(labels.positions) - len(inside)
@@ -241,6 +245,19 @@ def prepare_span_rows(
         new["row_index"].append(row_checks.row)
         new[COUNTS].append([counts[reason] for reason in COUNTED_OF_SPANS])
     return new
+
+
+def _text_row(row: SpanRow) -> TextRow:
+    return TextRow(row.prompt, row.completion, row.tools, row.chat_template_kwargs)
+
+
+def _unseen_text(
+    row: dict[str, Any], tokenizer: Tokenizer, tokenization: TokenizationSettings, layout: SpanFormat
+) -> str:
+    """The text of a row's completion that the model does not see."""
+    text_row = _text_row(check_span_row(row, layout, RowChecks(0, "")))
+    located = encode_batch_with_offsets(tokenizer, [text_row], tokenization)[0]
+    return located.unseen or located.unknown or ""
 
 
 def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length: int) -> TokenLabels:

@@ -6,13 +6,15 @@ data sets, ratings, padding or models.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from trl_ext.data.chat_templates import (
     Completion,
     Prompt,
     Tokenizer,
+    as_messages,
+    content_text,
     conversation,
     encode_chats,
     is_chat,
@@ -105,11 +107,13 @@ class Encoded:
         ids (`list[int]`): the token ids.
         truncated (`bool`): whether anything was cut away to fit a limit.
         unseen (`str`, *optional*): text of the completion that the chat template left out, wholly or in part.
+        unknown (`str`, *optional*): text of the completion of which all tokens are the unknown token.
     """
 
     ids: list[int]
     truncated: bool
     unseen: str | None = None
+    unknown: str | None = None
 
 
 def encode(
@@ -140,7 +144,7 @@ def encode(
     if max_length is None or len(encoded.ids) <= max_length:
         return encoded
     kept = positions_that_fit(tokenizer, row, encoded.ids, tokenization, max_length)
-    return Encoded([encoded.ids[position] for position in kept], truncated=True, unseen=encoded.unseen)
+    return replace(encoded, ids=[encoded.ids[position] for position in kept], truncated=True)
 
 
 def positions_that_fit(
@@ -195,6 +199,7 @@ def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: To
         `ValueError`: a message has content that is no text.
     """
     encoded: list[Encoded] = [Encoded([], truncated=False)] * len(rows)
+    unknown = unknown_token_id(tokenizer)
     for numbers, options in by_options(rows):
         if options is None:
             texts = [plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers]
@@ -207,7 +212,27 @@ def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: To
             unseen = [unseen_text(text, rows[n].completion) for text, n in zip(texts, numbers, strict=True)]
         for number, row_ids, text in zip(numbers, ids, unseen, strict=True):
             encoded[number] = Encoded(row_ids, truncated=False, unseen=text)
+            if unknown is not None and unknown in row_ids:
+                encoded[number] = replace(encoded[number], unknown=unknown_text(tokenizer, rows[number].completion))
     return encoded
+
+
+def unknown_token_id(tokenizer: Tokenizer) -> int | None:
+    """The token of text that a tokenizer has no token for (BERT's [UNK]); `None` where a text never becomes it.
+
+    GPT-2 names its EOS as the unknown token and has a token for every byte.
+    """
+    unknown = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
+
+
+def unknown_text(tokenizer: Tokenizer, completion: Completion) -> str | None:
+    """The first text of a completion that becomes nothing but unknown tokens; `None` where there is none."""
+    texts = [content_text(message.get("content")) for message in as_messages(completion)]
+    texts = [text for text in texts if text and text.strip()]
+    alone = tokenizer(text=texts, add_special_tokens=False)["input_ids"] if texts else []
+    unknown = {tokenizer.unk_token_id}
+    return next((text for text, ids in zip(texts, alone, strict=True) if unknown.issuperset(ids)), None)
 
 
 def by_options(rows: Sequence[TextRow]) -> list[tuple[list[int], dict[str, Any] | None]]:

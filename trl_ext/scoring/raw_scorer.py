@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.data.offsets import Located, completion_text
 from trl_ext.data.tokenization import Completion, Prompt, TokenizationSettings
-from trl_ext.data.validation import DataError
+from trl_ext.data.validation import DataError, shown
 from trl_ext.models.heads import unwrap
 from trl_ext.models.inputs import InputLimits, writes_a_date
 from trl_ext.models.sidecar import Sidecar, get_sidecar
@@ -51,6 +51,7 @@ class RawScorer:
         encoder ([`RowEncoder`]): makes token ids.
         runner ([`BatchRunner`] or [`RemoteModel`]): runs the model.
         num_truncated (`int`): rows cut to `max_length` so far.
+        num_unseen (`int`): rows so far with text of the completion that the model does not see.
 
     Raises:
         `ValueError`: the model has several outputs and no sidecar that describes them, or an argument does not fit.
@@ -77,6 +78,7 @@ class RawScorer:
         _check_choices(self.kind, aggregation, segmenter)
         self.views = None if self.kind == "scalar" else TokenViews(sidecar, aggregation, segmenter)
         self.num_truncated = 0
+        self.num_unseen = 0
         self._said: set[str] = set()
         if sidecar is None:
             tokenization = TokenizationSettings.without_sidecar()
@@ -181,15 +183,26 @@ class RawScorer:
         given = self._given(prompts, completions, columns)
         prompts, size = given["prompts"], len(given["completions"])
         results: list[Any] = []
-        truncated = 0
+        truncated, unseen = 0, []
         with self.runner.mode():
             for start in range(0, size, CHUNK_ROWS):
                 rows = range(start, min(start + CHUNK_ROWS, size))
                 made = [make(row, *(v if v is None else v[row] for v in given.values())) for row in rows]
                 truncated += sum(item.truncated for item in made)
+                texts = [item.unseen or item.unknown for item in made]
+                unseen += [(row, text) for row, text in zip(rows, texts, strict=True) if text]
                 found = run(None if prompts is None else prompts[rows.start : rows.stop], [item.ids for item in made])
                 results += [read(*item) for item in zip(rows, made, found, strict=True)]
         self.num_truncated += truncated
+        self.num_unseen += len(unseen)
+        if unseen:
+            row, text = unseen[0]
+            self._say_once(
+                f"{len(unseen)} of {size} rows have text that the model does not see: the chat template leaves it out "
+                f"or the tokenizer knows none of its words. The first is row {row}: {shown(text)}. `num_unseen` goes "
+                "on counting.",
+                "unseen",
+            )
         if truncated:
             self._say_once(
                 f"{truncated} of {size} rows were longer than max_length={self.encoder.max_length} tokens and were "

@@ -109,6 +109,9 @@ class RewardScorer:
         choices (`dict`): the values of `max_length`, `aggregation` and `segmenter` that were passed.
         normalizer (`dict` or `None`): `{"mean", "std"}`, used to normalise scores.
         num_truncated (`int`): rows cut to `max_length` so far.
+        num_unseen (`int`):
+            Rows so far with text of the completion that the model does not see, because the chat template leaves it
+            out or the tokenizer knows no token of it. A warning shows the first one.
 
     Raises:
         `ValueError`: the model has several outputs and no sidecar that describes them, its tokenizer cannot be found,
@@ -174,6 +177,11 @@ class RewardScorer:
     def num_truncated(self) -> int:
         """Rows cut to `max_length` so far."""
         return self.raw.num_truncated
+
+    @property
+    def num_unseen(self) -> int:
+        """Rows so far with text of the completion that the model does not see."""
+        return self.raw.num_unseen
 
     def __call__(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
