@@ -98,6 +98,18 @@ def test_score_measures_four_sides(tmp_path, capsys):
     assert "shared prompts" in printed and f"{report['token_cost']:.2f} of the CPU time" in printed
 
 
+def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):
+    size = ["--num_pairs", "30", "--prompt_words", "8", "--completion_words", "6", "--repeats", "1"]
+    assert main(["bench", "data", *size, "--output_dir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [case["name"] for case in report["cases"]] == ["text", "chat"]
+    for case in report["cases"]:
+        theirs, ours = case["sides"]["trl"], case["sides"]["trl_ext"]
+        assert case["same_ids"] and case["pairs"] == 30 and case["tokens"] > 2 * 30 * 7
+        assert case["cpu_ratio"] == pytest.approx(ours["cpu_seconds"] / theirs["cpu_seconds"])
+    assert "token ids of both sides: equal" in capsys.readouterr().out
+
+
 def test_generate_measures_a_plain_loop_beside_ours(tmp_path, capsys):
     size = ["--num_prompts", "3", "--num_generations", "2", "--prompt_length", "9", "--completion_length", "4"]
     report = run(tmp_path, "generate", *size, "--batch_size", "4")

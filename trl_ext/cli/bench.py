@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 
+from trl_ext.bench import data as bench_data
 from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import generate as bench_generate
 from trl_ext.bench import reward as bench_reward
@@ -25,6 +26,7 @@ MEASURED = {
     "ensemble": (bench_ensemble, "M members trained and scored in one pass beside single members"),
     "fit": (bench_fit, "whether a training config fits on a card, what takes the memory, what would change that"),
     "generate": (bench_generate, "our backend beside a plain generate loop, with and without the store"),
+    "data": (bench_data, "RewardTrainer's preparation of pairs beside that of trl.RewardTrainer"),
     "score": (bench_score, "RewardScorer beside padded rows, for N completions of a prompt"),
 }
 
