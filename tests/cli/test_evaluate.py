@@ -46,6 +46,17 @@ def test_a_function_of_a_file_is_evaluated(tmp_path):
     assert metrics["accuracy"] == metrics["length_accuracy"]
 
 
+def test_a_public_data_set_is_evaluated_as_it_is_released(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def right(prompts, completions, **kw):\n    return [float(c[0]['content'] == 'yes') for c in completions]\n"
+    )
+    released = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no", "subset": "a", "id": n} for n in range(8)]
+    arguments = ["--reward_funcs", f"{tmp_path}/mine.py:right", "--probes", "false", "--resamples", "20"]
+    arguments += ["--dataset_name", write(tmp_path / "rows.jsonl", released), "--dataset_format", "rewardbench"]
+    assert cli.main(["evaluate", *arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from trl import DatasetMixtureConfig, ScriptArguments
+from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from trl_ext.cli import main as cli
 from trl_ext.cli._train import _load
 from trl_ext.data.sources import file_format, load_source, select_split
+from trl_ext.trainers.common.command_line import DataArguments
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +164,7 @@ def test_missing_split_says_which_there_are(tmp_path):
 
 
 def load(share, name, datasets=(), streaming=False, **splits):
-    script = ScriptArguments(dataset_name=name, dataset_streaming=streaming, **splits)
+    script = DataArguments(dataset_name=name, dataset_streaming=streaming, **splits)
     mixture = DatasetMixtureConfig(datasets=list(datasets), test_split_size=share)
     return _load(script, mixture, evaluate=True, seed=3)
 
@@ -179,6 +180,21 @@ def test_rows_of_one_file_are_held_out(share, mixture, tmp_path):
     assert sorted(texts) == sorted(row["chosen"] for row in pair_rows(12))
     again, _ = load(*arguments)
     assert again["chosen"][:] == train["chosen"][:]  # a resumed run, and every process, holds out the same rows
+
+
+def test_rows_of_a_public_data_set_are_converted_after_the_split(tmp_path):
+    said = [f"\n\nHuman: {n}?\n\nAssistant: " for n in range(8)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"chosen": f"{text}yes", "rejected": f"{text}no"} for text in said])
+    train, test = load(2.0, str(path), dataset_format="hh_rlhf")
+    assert (len(train), len(test)) == (6, 2) and train.column_names == ["prompt", "chosen", "rejected"]
+    assert test[0]["chosen"] == [{"role": "assistant", "content": "yes"}]
+
+
+def test_an_unknown_format_ends_the_command_before_it_reads(capsys):
+    arguments = ["--model_name_or_path", "none", "--dataset_name", "none", "--output_dir", "none"]
+    with pytest.raises(SystemExit):
+        cli.main(["reward", *arguments, "--dataset_format", "nektar"])
+    assert "Did you mean 'nectar'?" in capsys.readouterr().err
 
 
 def test_rows_that_cannot_be_held_out(tmp_path):

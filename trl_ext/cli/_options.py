@@ -23,6 +23,7 @@ PACKAGE = Path(trl_ext.__file__).parent
 ENSEMBLE = "trainers/ensemble/config.py"
 GENERATION = "trainers/weak_to_strong/config.py:WeakToStrongConfig"
 WEAK_TO_STRONG = "pipelines/weak_to_strong/config.py:WeakToStrongArguments"
+DATA = "trainers/common/command_line.py:DataArguments"
 TRAINED = {
     "reward": "trainers/ranking/config.py:RewardConfig",
     "orm": "trainers/token/orm_config.py:ORMConfig",
@@ -160,13 +161,13 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
     names = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}
     trained = GENERATION if chosen.task == "generation" else TRAINED[TASKS.get(chosen.task, "reward")]
     return {
-        **{name: (place,) for name, place in TRAINED.items()},
-        "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig",),
+        **{name: (place, DATA) for name, place in TRAINED.items()},
+        "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig", DATA),
         "score": ("cli/score_arguments.py:ScoreArguments",),
         "evaluate": ("cli/evaluate.py:EvaluateArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),
-        "weak-to-strong": (WEAK_TO_STRONG, trained, "cli/weak_to_strong.py:WeakModelArguments"),
+        "weak-to-strong": (WEAK_TO_STRONG, trained, DATA, "cli/weak_to_strong.py:WeakModelArguments"),
     }.get(command, ())
 
 

@@ -11,13 +11,13 @@ from trl_ext.cli._options import command_parser, parse
 
 if TYPE_CHECKING:
     from transformers import Trainer
-    from trl import DatasetMixtureConfig, ModelConfig, RewardConfig, ScriptArguments
+    from trl import DatasetMixtureConfig, ModelConfig, RewardConfig
 
-    from trl_ext.trainers.common.command_line import Parser
+    from trl_ext.trainers.common.command_line import DataArguments, Parser
 
 
 def train_parser(config_class: "type[RewardConfig]", prog: str | None) -> "Parser":
-    """The parser over `ScriptArguments`, our `config_class`, `ModelConfig` and `DatasetMixtureConfig`."""
+    """The parser over `DataArguments`, our `config_class`, `ModelConfig` and `DatasetMixtureConfig`."""
     from trl_ext.trainers.common.command_line import types_of
 
     return command_parser(types_of(config_class), prog)
@@ -31,7 +31,7 @@ def train_main(parser: "Parser", trainer_class: "type[Trainer]", argv: list[str]
 
 def train(
     trainer_class: "type[Trainer]",
-    script_args: "ScriptArguments",
+    script_args: "DataArguments",
     training_args: "RewardConfig",
     model_args: "ModelConfig",
     dataset_args: "DatasetMixtureConfig",
@@ -66,7 +66,7 @@ def train(
 
 
 def _load(
-    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool, seed: int
+    script_args: "DataArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool, seed: int
 ) -> tuple[Any, Any]:
     """The split to train on, and the one to evaluate on or `None`."""
     from accelerate.logging import get_logger
@@ -104,6 +104,7 @@ def _load(
         size = int(share) if share >= 1 else share  # a number of rows, or a share of them
         parts = train_dataset.train_test_split(test_size=size, seed=seed)
         train_dataset, splits = parts["train"], {test_name: parts["test"]}
+    train_dataset = script_args.converted(train_dataset)
     if not evaluate:
         return train_dataset, None
-    return train_dataset, select_split(splits, test_name, "--dataset_test_split")
+    return train_dataset, script_args.converted(select_split(splits, test_name, "--dataset_test_split"))

@@ -21,7 +21,7 @@ KINDS = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}
 
 
 def make_parser(prog: str | None = "trl-ext ensemble", kind: str = "reward") -> "Parser":
-    """The parser over `ScriptArguments`, our config for the kind, `ModelConfig` and `DatasetMixtureConfig`."""
+    """The parser over `DataArguments`, our config for the kind, `ModelConfig` and `DatasetMixtureConfig`."""
     parser = train_parser(getattr(trl_ext, f"{KINDS[kind]}EnsembleConfig"), prog)
     parser.epilog = (
         f"--kind {{{','.join(KINDS)}}}: what members are (default: reward). These are the options of {kind}."

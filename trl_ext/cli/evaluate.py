@@ -38,6 +38,10 @@ class EvaluateArguments:
     dataset_split: str | None = field(
         default=None, metadata={"help": "split to read (default: test, validation or train, the first that is there)"}
     )
+    dataset_format: str | None = field(
+        default=None,
+        metadata={"help": "the rows are a public data set as released, e.g. helpsteer3 or rewardbench: convert them"},
+    )
     samples: str | None = field(
         default=None,
         metadata={"help": "JSONL file of the policy's own samples (prompt, completions): would the model teach it?"},
@@ -63,6 +67,10 @@ class EvaluateArguments:
                 f"--reward_funcs names {len(self.reward_funcs)} functions; needed: one. Evaluate several one by one, "
                 "or together as the folder of an ensemble."
             )
+        if self.dataset_format is not None:
+            from trl_ext.data.recipes import find_recipe
+
+            find_recipe(self.dataset_format)
         if self.batch_size != "auto":
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
@@ -79,6 +87,10 @@ def run(args: EvaluateArguments) -> "EvaluationReport":
     from trl_ext.evaluation import evaluate_reward_model
 
     dataset: Any = _rows(args.dataset_name, args.dataset_config, args.dataset_split)
+    if args.dataset_format is not None:
+        from trl_ext.data.recipes import convert
+
+        dataset = convert(dataset, args.dataset_format)
     if args.samples is not None:
         dataset = {"data": dataset, "samples": _rows(args.samples, None, None)}
     model, scorer_kwargs = _model(args)

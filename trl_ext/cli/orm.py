@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = "trl-ext orm") -> "Parser":
-    """The parser over `ScriptArguments`, our `ORMConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    """The parser over `DataArguments`, our `ORMConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
     from trl_ext import ORMConfig
 
     return train_parser(ORMConfig, prog)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = "trl-ext prm") -> "Parser":
-    """The parser over `ScriptArguments`, our `PRMConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    """The parser over `DataArguments`, our `PRMConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
     from trl_ext import PRMConfig
 
     return train_parser(PRMConfig, prog)

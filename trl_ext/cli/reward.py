@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = "trl-ext reward") -> "Parser":
-    """The parser over `ScriptArguments`, our `RewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    """The parser over `DataArguments`, our `RewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
     from trl_ext import RewardConfig
 
     return train_parser(RewardConfig, prog)

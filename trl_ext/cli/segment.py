@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = "trl-ext segment") -> "Parser":
-    """The parser over `ScriptArguments`, our `SegmentRewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
+    """The parser over `DataArguments`, our `SegmentRewardConfig`, `ModelConfig` and `DatasetMixtureConfig`."""
     from trl_ext import SegmentRewardConfig
 
     return train_parser(SegmentRewardConfig, prog)

@@ -57,12 +57,13 @@ def task_of(argv: list[str]) -> str:
 
 def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "preference") -> "Parser":
     """The parser over the data, the experiment, the task's trainer, and the models."""
-    from trl import ModelConfig, ScriptArguments
+    from trl import ModelConfig
 
     import trl_ext
+    from trl_ext.trainers.common.command_line import DataArguments
 
     types = (
-        ScriptArguments,
+        DataArguments,
         trl_ext.WeakToStrongArguments,
         getattr(trl_ext, CONFIGS[task]),
         WeakModelArguments,
@@ -125,6 +126,7 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
     split = data.dataset_test_split
     # 'test' is the default: where the data have no such split, a share of the prompts is held out
     test = None if split == "test" and split not in splits else select_split(splits, split, "--dataset_test_split")
+    train, test = data.converted(train), None if test is None else data.converted(test)
     weak_model = weak_model_config(model, weak)
     args.disable_tqdm = True  # the display below shows the progress of every run
     with Progress() as progress:

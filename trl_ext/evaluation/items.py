@@ -194,9 +194,12 @@ def _stepwise(row: dict[str, Any], checks: RowChecks) -> Parts:
         )
         return row.get("problem", row.get("prompt")), steps, labels, ["steps", "label"]
     steps = _list(row, "completions", checks)
-    labels = checks.number_list(row.get("labels"), "labels", len(steps))
+    given = _list(row, "labels", checks)
+    labels = checks.number_list([0.0 if label is None else label for label in given], "labels", len(steps))
     signed = any(label < 0 for label in labels)  # -1, 0, 1: a neutral step is not wrong
-    return row.get("prompt"), steps, [float(v >= 0) if signed else v for v in labels], ["completions", "labels"]
+    labels = [float(label >= 0) if signed else label for label in labels]
+    known = [nan if label is None else value for label, value in zip(given, labels, strict=True)]
+    return row.get("prompt"), steps, known, ["completions", "labels"]
 
 
 _READERS = {

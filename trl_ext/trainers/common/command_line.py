@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,6 +24,8 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+
+from trl_ext.data.recipes import convert, find_recipe
 
 
 class ArgumentsError(ValueError):
@@ -96,15 +98,15 @@ def _the_first_owns_a_name(types: Iterable[type]) -> Iterator[None]:
     """Hide a field from the parser while an earlier dataclass has a field of the same name."""
     owners: dict[str, Any] = {}
     hidden = []
-    for field in (field for kind in types for field in fields(kind) if field.init):
-        if owners.setdefault(field.name, field) is not field:
-            field.init = False
-            hidden.append(field)
+    for one in (one for kind in types for one in fields(kind) if one.init):
+        if owners.setdefault(one.name, one) is not one:
+            one.init = False
+            hidden.append(one)
     try:
         yield
     finally:
-        for field in hidden:
-            field.init = True
+        for one in hidden:
+            one.init = True
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -147,9 +149,27 @@ def check_choices(parsed: Iterable[Any]) -> None:
                 raise ArgumentsError(f"{name}={value!r} is not known. Needed: one of {', '.join(map(str, known))}.")
 
 
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's arguments of a script that trains, and the format of a public data set."""
+
+    dataset_format: str | None = field(
+        default=None,
+        metadata={"help": "the rows are a public data set as released, e.g. prm800k or hh_rlhf: convert them"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_format is not None:
+            find_recipe(self.dataset_format)
+
+    def converted(self, dataset: Any) -> Any:
+        """The data set with our columns."""
+        return dataset if self.dataset_format is None else convert(dataset, self.dataset_format)
+
+
 def types_of(config_class: type[RewardConfig]) -> tuple[type, ...]:
     """The dataclasses of a command that trains, in the order in which the parser reads them."""
-    return ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig
+    return DataArguments, config_class, ModelConfig, DatasetMixtureConfig
 
 
 def build_trainer(
