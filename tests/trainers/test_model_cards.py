@@ -58,6 +58,7 @@ def test_both_examples_of_a_reward_model_give_its_score(base, tmp_path, adapter)
     metrics = trainer.state.log_history[-2] if "eval_loss" in trainer.state.log_history[-2] else None
     assert metrics is not None and f"| loss | {metrics['eval_loss']:.4g} | 0.6931 for a model" in card
     assert f"{metrics['eval_length_accuracy']:.4g} if the longer answer won" in card
+    assert f"| length_accuracy | {metrics['eval_length_accuracy']:.4g} |  |" in card  # a baseline has none
 
 
 def test_the_example_without_us_sees_the_last_token_where_the_pad_token_is_eos(tmp_path, base):

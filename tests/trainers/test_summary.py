@@ -68,7 +68,7 @@ def test_a_terminal_shows_the_metrics_that_tell_most(prefix):
     names = ["loss", "accuracy", "margin", "kendall_tau", "ndcg", "length_accuracy", "grad_norm", "min_reward"]
     logs = {**{f"{prefix}{name}": 1.0 for name in names}, "epoch": 0.5}
     assert list(important(logs)) == [
-        *(f"{prefix}{name}" for name in ("loss", "accuracy", "margin", "length_accuracy", "grad_norm")),
+        *(f"{prefix}{name}" for name in ("loss", "accuracy", "margin", "grad_norm", "length_accuracy")),
         "epoch",
     ]
     few = {"loss": 1.0, "ndcg": 2.0, "epoch": 1.0}

@@ -19,14 +19,14 @@ ORDER = (
     "auc",
     "spearman",
     "margin",
+    "grad_norm",
+    "learning_rate",
     "length_accuracy",
     "best_of_n",
     "balanced_accuracy",
     "first_error_accuracy",
     "top1_agreement",
     "disagreement",
-    "grad_norm",
-    "learning_rate",
     "runtime",
 )
 

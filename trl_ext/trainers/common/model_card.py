@@ -31,7 +31,6 @@ KINDS = {
 NO_QUALITY = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
 RANDOM = {
     "accuracy": "0.5 at random",
-    "top1_agreement": "",
     "kendall_tau": "0 at random",
     "balanced_accuracy": "0.5 at random",
     "auc": "0.5 at random",
@@ -40,6 +39,8 @@ RANDOM = {
     "r2": "0 for the mean label",
     "spearman": "0 at random",
 }
+# Metrics that are a baseline for another one.
+BASELINES = ("length_accuracy", "step_index_auc")
 
 
 def write_card(folder: str | Path, text: str) -> None:
@@ -225,7 +226,9 @@ def _baseline(name: str, metrics: Mapping[str, float], kind: str | None, loss_ty
         return f"{metrics['step_index_auc']:.4g} for the number of the step alone"
     if name == "accuracy" and kind != "scalar":
         return ""
-    return next((text for known, text in RANDOM.items() if name == known or name.endswith(f"_{known}")), "")
+    # of one of several categories or data sets: `factuality_auc`
+    ends = [text for known, text in RANDOM.items() if known != "accuracy" and name.endswith(f"_{known}")]
+    return RANDOM.get(name, ends[0] if ends and name not in BASELINES else "")
 
 
 def _ours(sidecar: Sidecar, name: str) -> str:
