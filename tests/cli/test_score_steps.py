@@ -8,7 +8,7 @@ import pytest
 from tests.scoring.conftest import save_reward_model
 from tests.scoring.ensemble_helpers import save_members
 from tests.tiny import save_tiny_model
-from tests.trainers.table import outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import outcome_rows, segment_rows, step_rows, tiny_trainer
 from trl_ext import RewardEnsemble, RewardScorer
 from trl_ext.cli import main as cli
 from trl_ext.cli import score
@@ -27,9 +27,7 @@ def models(tmp_path_factory):
         ("segment", "segment", {}),
     ):
         own = step_rows(8, classes=3) if more else rows[kind]
-        trainer = token_trainer(
-            kind, base, tmp_path_factory.mktemp(kind), own, max_steps=2, learning_rate=2e-2, **more
-        )
+        trainer = tiny_trainer(kind, base, tmp_path_factory.mktemp(kind), own, max_steps=2, learning_rate=2e-2, **more)
         trainer.train()
         trainer.save_model()
         made[name] = trainer.args.output_dir

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.scoring.test_scorer import seen_ids
 from tests.tiny import save_tiny_model
-from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, tiny_trainer
 from trl_ext import RewardScorer, merge_reward_model
 from trl_ext.cli import main as cli
 from trl_ext.data.spans import prepare_spans
@@ -38,7 +38,7 @@ def trained(bases, tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             rows = {"orm": outcome_rows, "segment": segment_rows}.get(kind)
             rows = step_rows(12, classes=3 if arguments.get("num_labels") == 3 else 2) if rows is None else rows(12)
-            trainer = token_trainer(kind, bases[family], folder, rows, max_steps=2, learning_rate=2e-2, **arguments)
+            trainer = tiny_trainer(kind, bases[family], folder, rows, max_steps=2, learning_rate=2e-2, **arguments)
             trainer.train()
             trainer.save_model()
             made[key] = folder, trainer
@@ -169,7 +169,7 @@ def test_as_many_scores_as_steps(trained, family):
 
 def test_steps_without_any_token_have_no_score(tmp_path):
     base = save_tiny_model(tmp_path / "base", "qwen2")  # its tokenizer adds nothing
-    trainer = token_trainer("prm", base, tmp_path / "prm", step_rows(4), max_steps=1, step_separator="")
+    trainer = tiny_trainer("prm", base, tmp_path / "prm", step_rows(4), max_steps=1, step_separator="")
     trainer.save_model()
     scorer = RewardScorer(tmp_path / "prm")
     found = scorer.score_steps(None, [["", ""], ["good", ""], []])
@@ -299,7 +299,7 @@ def test_own_segmenter_and_callable(trained):
 @pytest.mark.parametrize(("loss", "labels"), [("mse", 1), ("bce", 1), ("ce", 2), ("ce", 3), ("hinge", 1)])
 def test_segments_by_category(trained, bases, tmp_path, loss, labels):
     rows = segment_rows(10, binary=True, seed=2)
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "segment", bases["llama"], tmp_path, rows, loss_type=loss, num_labels=labels, max_steps=2, learning_rate=2e-2
     )
     trainer.train()
@@ -355,7 +355,7 @@ def test_segments_without_categories_are_numbers(bases, tmp_path):
         {"prompt": "Q: ", "completion": "good bad", "segments": [{"start": 0, "end": 4, "score": 1.0}]},
         {"prompt": "Q: ", "completion": "größe 🙂 gut", "segments": [{"start": 6, "end": 7, "score": 0.5}]},
     ]
-    trainer = token_trainer("segment", bases["llama"], tmp_path, rows, max_steps=1, label_placement="before")
+    trainer = tiny_trainer("segment", bases["llama"], tmp_path, rows, max_steps=1, label_placement="before")
     trainer.train()
     trainer.save_model()
     found = RewardScorer(tmp_path).score_segments(
@@ -413,7 +413,7 @@ def test_normalizer_of_a_process_model(trained, tmp_path):
 
 def test_the_same_scores_after_merging(bases, tmp_path):
     made = tmp_path / "lora"
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "prm",
         bases["llama"],
         made,

@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from tests.models.helpers import nf4
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import lora
-from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, segment_rows, step_rows, tiny_trainer
 from trl_ext import RewardScorer, load_reward_model
 from trl_ext.data.segmentation import steps as steps_of
 
@@ -36,7 +36,7 @@ def trained(base, tmp_path_factory):
     def get(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            trainer = token_trainer(kind, base, made[kind], ROWS[kind](12), max_steps=2, learning_rate=2e-2)
+            trainer = tiny_trainer(kind, base, made[kind], ROWS[kind](12), max_steps=2, learning_rate=2e-2)
             trainer.train()
             trainer.save_model()
         return made[kind]
@@ -112,7 +112,7 @@ def by_hand(folder, aggregation, prompt, completion):
 def test_on_a_4_bit_base_reloaded_scores_are_those_in_memory(base, tmp_path, kind):
     rows = ROWS[kind](9, seed=5)
     arguments = {"quantization_config": nf4(), "peft_config": lora()}
-    trainer = token_trainer(kind, base, tmp_path, rows, max_steps=2, learning_rate=2e-2, trainer_kwargs=arguments)
+    trainer = tiny_trainer(kind, base, tmp_path, rows, max_steps=2, learning_rate=2e-2, trainer_kwargs=arguments)
     trainer.train()
     trainer.save_model()
     reloaded = RewardScorer(tmp_path, batch_size=4)

@@ -1,16 +1,41 @@
-"""What the tests of token-level trainers share: rows of the three kinds, and tiny runs of each trainer."""
+"""The table of trainers: for each its class, its rows, and how a tiny run of it is made.
+
+A file that tests a property (checkpoints, accumulation, two processes ...) takes its trainers from here by name. A
+trainer that joins the table joins those tests. Knows nothing of the properties.
+"""
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
+from torch import nn
+from transformers import PrinterCallback, Trainer
 
-from tests.trainers.helpers import config
-from trl_ext import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, SegmentRewardConfig, SegmentRewardTrainer
-from trl_ext.trainers.token.trainer import TokenRewardTrainer
+from tests.tiny import ranked_rows
+from tests.trainers.helpers import config, lora
+from trl_ext import (
+    ORMConfig,
+    ORMEnsembleConfig,
+    ORMEnsembleTrainer,
+    ORMTrainer,
+    PRMConfig,
+    PRMEnsembleConfig,
+    PRMEnsembleTrainer,
+    PRMTrainer,
+    RewardConfig,
+    RewardEnsembleConfig,
+    RewardEnsembleTrainer,
+    RewardTrainer,
+    SegmentEnsembleConfig,
+    SegmentEnsembleTrainer,
+    SegmentRewardConfig,
+    SegmentRewardTrainer,
+)
 
 
 _GOOD = ("good", "clear", "correct", "kind")
@@ -73,14 +98,50 @@ def segment_rows(n: int, binary: bool = False, seed: int = 0) -> list[dict[str, 
     return rows
 
 
-KINDS: dict[str, tuple[type, type, Any]] = {
-    "orm": (ORMTrainer, ORMConfig, outcome_rows),
-    "prm": (PRMTrainer, PRMConfig, step_rows),
-    "segment": (SegmentRewardTrainer, SegmentRewardConfig, segment_rows),
+@dataclass(frozen=True)
+class Kind:
+    """A trainer of the table."""
+
+    trainer: type[Trainer]
+    config: type
+    rows: Callable[..., list[dict[str, Any]]]
+    """`rows(n, seed=0)` makes n rows."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What every tiny run of it sets in its configuration."""
+    trainer_kwargs: Callable[[], dict[str, Any]] = dict
+    """What every tiny run of it hands to the trainer."""
+
+
+RANKED = partial(ranked_rows, k=4, ragged=True, ties=True)
+BY_RANK = {"loss_type": "plackett_luce"}
+MEMBERS = {"num_members": 3}
+
+
+def adapter() -> dict[str, Any]:
+    return {"peft_config": lora()}
+
+
+TABLE = {
+    "reward": Kind(RewardTrainer, RewardConfig, RANKED, BY_RANK),
+    "orm": Kind(ORMTrainer, ORMConfig, outcome_rows),
+    "prm": Kind(PRMTrainer, PRMConfig, step_rows),
+    "segment": Kind(SegmentRewardTrainer, SegmentRewardConfig, segment_rows),
+    "reward ensemble": Kind(RewardEnsembleTrainer, RewardEnsembleConfig, RANKED, BY_RANK | MEMBERS, adapter),
+    "orm ensemble": Kind(ORMEnsembleTrainer, ORMEnsembleConfig, outcome_rows, MEMBERS, adapter),
+    "prm ensemble": Kind(PRMEnsembleTrainer, PRMEnsembleConfig, step_rows, MEMBERS, adapter),
+    "segment ensemble": Kind(SegmentEnsembleTrainer, SegmentEnsembleConfig, segment_rows, MEMBERS, adapter),
 }
+TOKEN = ("orm", "prm", "segment")
+SINGLE = ("reward", *TOKEN)
+ENSEMBLES = tuple(name for name in TABLE if name.endswith("ensemble"))
 
 
-def token_trainer(
+def rows_of(kind: str, n: int, **kwargs: Any) -> list[dict[str, Any]]:
+    """`n` rows for a trainer of the table."""
+    return TABLE[kind].rows(n, **kwargs)
+
+
+def tiny_trainer(
     kind: str,
     model: Any,
     folder: Path,
@@ -88,25 +149,25 @@ def token_trainer(
     eval_rows: Any = None,
     trainer_kwargs: dict[str, Any] | None = None,
     **arguments: Any,
-) -> TokenRewardTrainer:
+) -> Trainer:
     """A quiet fp32 CPU run of four steps; `arguments` override the configuration."""
-    trainer_class, config_class, make_rows = KINDS[kind]
-    rows = make_rows(24) if rows is None else rows
+    entry = TABLE[kind]
+    rows = entry.rows(24) if rows is None else rows
     data = [Dataset.from_list(given) if isinstance(given, list) else given for given in (rows, eval_rows)]
-    trainer = trainer_class(
+    trainer = entry.trainer(
         model=str(model) if isinstance(model, Path) else model,
-        args=config(folder, config_class, **arguments),
+        args=config(folder, entry.config, **(entry.arguments | arguments)),
         train_dataset=data[0],
         eval_dataset=data[1],
-        **(trainer_kwargs or {}),
+        **(entry.trainer_kwargs() | (trainer_kwargs or {})),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def logits_of(trainer: TokenRewardTrainer, row: dict[str, Any]) -> torch.Tensor:
+def logits_of(trainer: Trainer | nn.Module, row: dict[str, Any]) -> torch.Tensor:
     """Outputs for every token of a prepared row, alone and unpadded, (T, outputs): by plain transformers."""
-    model = trainer.model
+    model = trainer.model if isinstance(trainer, Trainer) else trainer
     ids = torch.tensor([row["span_input_ids"]])
     captured = []
     base = model.get_base_model() if "PeftModel" in type(model).__name__ else model

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
-from tests.trainers.helpers import run_offline_wandb
+from tests.program import run_offline_wandb
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
@@ -428,7 +428,7 @@ def test_the_verifier_decides_which_round_is_kept_and_warns(base, tmp_path, capl
     assert policies == {run.best_round, 3}
 
 
-def two_rounds_to_wandb(base, folder):
+def two_rounds_to_wandb(folder, base):
     """Run in a process of its own (`run_offline_wandb`)."""
     seen = []
 
@@ -437,16 +437,16 @@ def two_rounds_to_wandb(base, folder):
         log_rounds(rows, plot)
 
     rejection_sampling_trainer.log_rounds = log
-    run = trainer(base, folder, num_rounds=2, max_steps=2, logging_steps=1, report_to="wandb", run_name="test")
+    given = dict(num_rounds=2, max_steps=2, logging_steps=1, report_to="wandb", run_name="test")
+    run = trainer(base, str(folder / "out"), **given)
     run.train()
-    told = {"seen": seen, "summary": wandb.run.summary._as_dict(), "last": run.history[-1]}
+    told = {"seen": seen, "summary": dict(wandb.run.summary), "last": run.history[-1]}
     wandb.run.finish()
-    print("RESULT", json.dumps(told, default=str), flush=True)
+    return told
 
 
 def test_metrics_go_to_one_wandb_run_a_round(base, tmp_path):
-    program = f"from {__name__} import two_rounds_to_wandb; two_rounds_to_wandb({base!r}, {str(tmp_path / 'out')!r})"
-    told = run_offline_wandb(tmp_path, "-c", program)
+    told = run_offline_wandb(two_rounds_to_wandb, tmp_path, base)
     assert told["seen"] == [[None, [0], True], ["test-round-1", [0, 1], True], ["test-round-2", [2], True]]
     assert told["summary"]["train/loss"] > 0
     assert {name: told["summary"][f"round/{name}"] for name in told["last"]} == told["last"]

@@ -6,10 +6,8 @@ from dataclasses import fields
 import pytest
 import trl
 
-from tests.tiny import pair_rows
-from tests.trainers.helpers import config, lora, trainer_for
-from tests.trainers.table import KINDS, token_trainer
-from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
+from tests.trainers.helpers import config
+from tests.trainers.table import TABLE, TOKEN, tiny_trainer
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_EFFECT
 
 
@@ -60,38 +58,25 @@ def test_the_table_has_every_argument():
     assert OTHER_VALUES.keys() == WITHOUT_EFFECT.keys()
 
 
-def ensemble(base, folder, **arguments):
-    args = config(folder, RewardEnsembleConfig, num_members=2, **arguments)
-    return trainer_for(base, args, pair_rows(8), RewardEnsembleTrainer, peft_config=lora())
-
-
-def make(kind, base, folder, **arguments):
-    if kind == "reward":
-        return trainer_for(base, config(folder, **arguments), pair_rows(8))
-    return (
-        ensemble(base, folder, **arguments) if kind == "ensemble" else token_trainer(kind, base, folder, **arguments)
-    )
-
-
-@pytest.mark.parametrize("kind", ["reward", "ensemble", "orm"])
+@pytest.mark.parametrize("kind", TABLE)
 def test_arguments_without_effect_are_warned_about(kind, base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_ext"):
-        trainer = make(kind, base, tmp_path, **OTHER_VALUES)
+        trainer = tiny_trainer(kind, base, tmp_path, **OTHER_VALUES)
         for name in WITHOUT_EFFECT:
             assert f"{name}=" in caplog.text and "has no effect" in caplog.text
         trainer.train()  # and they change nothing that breaks
         caplog.clear()
-        make(kind, base, tmp_path)
+        tiny_trainer(kind, base, tmp_path)
         assert "has no effect" not in caplog.text
 
 
 def test_a_batch_size_beside_a_token_budget_is_warned_about(base, tmp_path, caplog):
-    make("reward", base, tmp_path, max_tokens_per_batch=200)
+    tiny_trainer("reward", base, tmp_path, max_tokens_per_batch=200)
     assert "per_device_train_batch_size=4 has no effect: max_tokens_per_batch decides" in caplog.text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKEN)
 @pytest.mark.parametrize("name", ["center_rewards_coefficient", "activation_offloading"])
 def test_what_token_rewards_do_not_have_is_refused(name, kind, tmp_path):
     with pytest.raises(ValueError, match=f"{name} does not apply"):
-        config(tmp_path, KINDS[kind][1], **{name: 1})
+        config(tmp_path, TABLE[kind].config, **{name: 1})

@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from tests.tiny import ranked_rows, save_tiny_model
-from tests.trainers.helpers import StopAt, config, history, largest_difference, trainer_for, weights
-from tests.trainers.table import outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.helpers import StopAt, history, largest_difference, weights
+from tests.trainers.table import outcome_rows, segment_rows, step_rows, tiny_trainer
 from trl_ext.trainers.common.batching import FixedBatches
 
 
@@ -24,19 +24,15 @@ def same_size_rows(n):
     return rows
 
 
-def reward(base, folder, rows, callbacks=None, **arguments):
-    args = config(folder, **({"loss_type": "plackett_luce", "optim": "sgd", "learning_rate": 1e-2} | arguments))
-    return trainer_for(base, args, rows, callbacks=callbacks)
-
-
-def outcomes(base, folder, rows, callbacks=None, **arguments):
-    return token_trainer("orm", base, folder, rows, trainer_kwargs={"callbacks": callbacks}, **arguments)
-
-
-TRAINERS = {  # with a budget that a few of the rows fill
-    "reward": (reward, ranked_rows(22, k=4, ragged=True), 190),
-    "orm": (outcomes, outcome_rows(22, questions=6), 50),
+OF_KIND = {  # how a run of a kind is made, its rows, and a budget of tokens that a few of the rows fill
+    "reward": ({"optim": "sgd", "learning_rate": 1e-2}, ranked_rows(22, k=4, ragged=True), 190),
+    "orm": ({}, outcome_rows(22, questions=6), 50),
 }
+
+
+def make(kind, base, folder, rows, callbacks=None, **arguments):
+    arguments = OF_KIND[kind][0] | arguments
+    return tiny_trainer(kind, base, folder, rows, trainer_kwargs={"callbacks": callbacks}, **arguments)
 
 
 class Watch:
@@ -55,11 +51,11 @@ class Watch:
 
 
 @pytest.mark.parametrize("shared", ["auto", False])
-@pytest.mark.parametrize("name", TRAINERS)
-def test_every_row_comes_once_an_epoch_and_no_batch_is_too_large(name, shared, base, tmp_path):
-    make, rows, budget = TRAINERS[name]
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_every_row_comes_once_an_epoch_and_no_batch_is_too_large(kind, shared, base, tmp_path):
+    _, rows, budget = OF_KIND[kind]
     arguments = dict(shared_prefix=shared, num_train_epochs=3, max_steps=-1)
-    trainer = make(base, tmp_path, rows, max_tokens_per_batch=budget, **arguments)
+    trainer = make(kind, base, tmp_path, rows, max_tokens_per_batch=budget, **arguments)
     watch = Watch(trainer)
     batches = len(trainer.get_train_dataloader())
     trainer.train()
@@ -81,8 +77,8 @@ def test_batches_of_the_same_rows_have_the_same_loss(shared, base, tmp_path):
     rows = same_size_rows(13)
     arguments = dict(shared_prefix=shared, train_sampling_strategy="sequential", gradient_accumulation_steps=2)
     budget = {"max_tokens_per_batch": 2 * (12 + 3 * 2) if shared else 2 * 3 * 14}
-    tokens = reward(base, tmp_path / "a", rows, max_steps=7, **arguments, **budget)
-    by_rows = reward(base, tmp_path / "b", rows, max_steps=7, **arguments, per_device_train_batch_size=2)
+    tokens = make("reward", base, tmp_path / "a", rows, max_steps=7, **arguments, **budget)
+    by_rows = make("reward", base, tmp_path / "b", rows, max_steps=7, **arguments, per_device_train_batch_size=2)
     for trainer in (tokens, by_rows):
         trainer.train()
     assert len(history(tokens, "loss")) == 7
@@ -92,13 +88,15 @@ def test_batches_of_the_same_rows_have_the_same_loss(shared, base, tmp_path):
     assert largest_difference(weights(tokens), weights(by_rows)) < 1e-6
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_window_of_uneven_batches_is_one_large_batch(name, base, tmp_path):
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_a_window_of_uneven_batches_is_one_large_batch(kind, base, tmp_path):
     """The loss is an average over groups or labels of the whole step, however they were cut."""
-    make, rows, budget = TRAINERS[name]
+    _, rows, budget = OF_KIND[kind]
     arguments = dict(optim="sgd", learning_rate=1e-2, num_train_epochs=2, max_steps=-1)
-    cut = make(base, tmp_path / "a", rows, max_tokens_per_batch=budget, gradient_accumulation_steps=99, **arguments)
-    whole = make(base, tmp_path / "b", rows, per_device_train_batch_size=22, **arguments)
+    cut = make(
+        kind, base, tmp_path / "a", rows, max_tokens_per_batch=budget, gradient_accumulation_steps=99, **arguments
+    )
+    whole = make(kind, base, tmp_path / "b", rows, per_device_train_batch_size=22, **arguments)
     assert len(cut.get_train_dataloader()) > 4
     for trainer in (cut, whole):
         trainer.train()
@@ -108,17 +106,17 @@ def test_a_window_of_uneven_batches_is_one_large_batch(name, base, tmp_path):
     assert largest_difference(weights(cut), weights(whole)) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "way"), [("reward", "tokens"), ("orm", "tokens"), ("orm", "prompts")])
-def test_kill_and_resume_equals_an_uninterrupted_run(name, way, base, tmp_path):
-    make, rows, budget = TRAINERS[name]
+@pytest.mark.parametrize(("kind", "way"), [("reward", "tokens"), ("orm", "tokens"), ("orm", "prompts")])
+def test_kill_and_resume_equals_an_uninterrupted_run(kind, way, base, tmp_path):
+    _, rows, budget = OF_KIND[kind]
     arguments = dict(max_steps=8, gradient_accumulation_steps=2, save_strategy="steps", save_steps=5, optim="sgd")
     arguments |= {"max_tokens_per_batch": budget} if way == "tokens" else {"group_by_prompt": True}
-    whole = make(base, tmp_path / "whole", rows, **arguments)
+    whole = make(kind, base, tmp_path / "whole", rows, **arguments)
     whole.train()
     assert 1 < whole.state.epoch < 8  # the fifth step is in the second epoch or later
     with pytest.raises(KeyboardInterrupt):
-        make(base, tmp_path / "killed", rows, callbacks=[StopAt(6)], **arguments).train()
-    resumed = make(base, tmp_path / "killed", rows, **arguments)
+        make(kind, base, tmp_path / "killed", rows, callbacks=[StopAt(6)], **arguments).train()
+    resumed = make(kind, base, tmp_path / "killed", rows, **arguments)
     watch = Watch(resumed)
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), abs=1e-6)
@@ -131,7 +129,8 @@ def test_rows_of_a_prompt_are_in_one_batch(base, tmp_path):
     rows = [{**row, "prompt": row["prompt"] * 6} for row in rows]
     tokens = {}
     for together in (True, False):
-        trainer = outcomes(
+        trainer = make(
+            "orm",
             base,
             tmp_path,
             rows,
@@ -157,7 +156,7 @@ def test_nothing_changes_by_default(base, tmp_path):
     rows = ranked_rows(22, k=2)
     seen = []
     for arguments in ({}, {"shared_prefix": False}):
-        trainer = reward(base, tmp_path, rows, loss_type="bradley_terry", **arguments)
+        trainer = make("reward", base, tmp_path, rows, loss_type="bradley_terry", **arguments)
         assert not isinstance(trainer.get_train_dataloader().batch_sampler, FixedBatches)
         watch = Watch(trainer)
         trainer.train()
@@ -168,7 +167,7 @@ def test_nothing_changes_by_default(base, tmp_path):
 def test_a_group_above_the_budget_is_a_batch_of_its_own_and_is_said(base, tmp_path, caplog):
     rows = same_size_rows(6)
     rows[2] = {"candidate_ids": [[7] * 60 + [8], [7] * 60 + [9]], "ratings": [1, 0]}
-    trainer = reward(base, tmp_path, rows, max_tokens_per_batch=40, max_steps=2)
+    trainer = make("reward", base, tmp_path, rows, max_tokens_per_batch=40, max_steps=2)
     watch = Watch(trainer)
     with caplog.at_level(logging.WARNING):
         loader = trainer.get_train_dataloader()
@@ -183,7 +182,7 @@ def test_encoders_pack_padded_rows_by_length(tmp_path):
     rows = [{**row, "prompt": row["prompt"] * (1 + 2 * (i % 4))} for i, row in enumerate(step_rows(30))]
     cost = {}
     for strategy in ("random", "group_by_length"):
-        trainer = token_trainer(
+        trainer = tiny_trainer(
             "prm", bert, tmp_path, rows, max_tokens_per_batch=200, train_sampling_strategy=strategy, learning_rate=1e-3
         )
         watch = Watch(trainer)
@@ -196,7 +195,7 @@ def test_encoders_pack_padded_rows_by_length(tmp_path):
 
 def test_drop_last_and_workers(base, tmp_path):
     rows = segment_rows(23)
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "segment", base, tmp_path, rows, group_by_prompt=True, dataloader_drop_last=True, dataloader_num_workers=1
     )
     loader = trainer.get_train_dataloader()
@@ -219,21 +218,21 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_what_cannot_be_had_is_refused(arguments, message, base, tmp_path):
-    for make, rows, _ in TRAINERS.values():
-        if "group_by_prompt" not in arguments or make is outcomes:
+    for kind, (_, rows, _) in OF_KIND.items():
+        if "group_by_prompt" not in arguments or kind == "orm":
             with pytest.raises(ValueError, match=message):
-                make(base, tmp_path, rows, **arguments)
+                make(kind, base, tmp_path, rows, **arguments)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_streams_are_refused(name, base, tmp_path):
-    make, rows, budget = TRAINERS[name]
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_streams_are_refused(kind, base, tmp_path):
+    _, rows, budget = OF_KIND[kind]
     stream = Dataset.from_list(rows).to_iterable_dataset()
     with pytest.raises(ValueError, match=re.escape("max_tokens_per_batch needs the lengths of all rows")):
-        make(base, tmp_path, stream, max_tokens_per_batch=100)
-    if name == "orm":
+        make(kind, base, tmp_path, stream, max_tokens_per_batch=100)
+    if kind == "orm":
         with pytest.raises(ValueError, match="group_by_prompt needs the lengths"):
-            make(base, tmp_path, stream, group_by_prompt=True)
+            make(kind, base, tmp_path, stream, group_by_prompt=True)
 
 
 def test_two_processes_load_their_own_batches_in_every_epoch_and_after_a_resume():

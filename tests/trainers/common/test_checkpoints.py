@@ -7,44 +7,54 @@ import torch
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
+from tests.models.helpers import max_change, scores_of
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model, tiny_tokenizer
-from tests.trainers.helpers import StopAt, config, head_of, history, largest_difference, lora, trainer_for, weights
-from trl_ext import (
-    RewardEnsemble,
-    RewardEnsembleConfig,
-    RewardEnsembleTrainer,
-    RewardScorer,
-    load_reward_model,
+from tests.trainers.helpers import (
+    StopAt,
+    config,
+    head_of,
+    history,
+    largest_difference,
+    lora,
+    states,
+    trainer_for,
+    weights,
 )
+from tests.trainers.table import ENSEMBLES, SINGLE, rows_of, tiny_trainer
+from trl_ext import RewardEnsemble, RewardScorer, load_reward_model
 from trl_ext.models.heads import head_parameters
 from trl_ext.models.sidecar import get_sidecar
 
 
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
 STEPS = 11
+TWO = {"gradient_accumulation_steps": 2}
+RESUMED = [  # the kind, what its trainer gets, its arguments
+    pytest.param("reward", {}, {}, id="reward full"),
+    pytest.param("reward", {"peft_config": lora()}, {}, id="reward lora"),
+    pytest.param(
+        "reward", {"peft_config": lora()}, {"gradient_accumulation_steps": 3}, id="reward lora, accumulation"
+    ),
+    pytest.param("reward", {"peft_config": lora(), "quantization_config": NF4}, {}, id="reward lora on nf4"),
+    pytest.param("orm", {}, TWO, id="orm full"),
+    pytest.param("prm", {"peft_config": lora()}, TWO, id="prm lora"),
+    pytest.param(
+        "prm", {"peft_config": lora(), "quantization_config": NF4}, TWO, id="prm nf4", marks=pytest.mark.slow
+    ),
+    pytest.param("segment", {"peft_config": lora()}, TWO, id="segment lora", marks=pytest.mark.slow),
+    pytest.param("reward ensemble", {}, {"data_strategy": "shuffle", "branch_at": 0.5}, id="members, shuffle"),
+    pytest.param("reward ensemble", {}, {"data_strategy": "bootstrap", "branch_at": 0.5}, id="members, bootstrap"),
+    *(pytest.param(kind, {}, TWO, id=kind, marks=pytest.mark.slow) for kind in ENSEMBLES if kind != "reward ensemble"),
+]
 
 
-@pytest.mark.parametrize(
-    ("peft", "accumulation", "nf4"),
-    [(None, 1, False), (lora, 1, False), (lora, 3, False), (lora, 1, True)],
-    ids=["full", "lora", "lora, accumulation", "lora on nf4"],
-)
-def test_kill_and_resume_equals_an_uninterrupted_run(peft, accumulation, nf4, base, tmp_path):
-    def make(folder, callbacks=None):
-        args = config(
-            tmp_path / folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            lr_scheduler_type="cosine",
-            warmup_steps=2,
-            save_strategy="steps",
-            save_steps=3,
-            loss_type="plackett_luce",
-        )
-        rows = ranked_rows(18, k=3)  # several epochs: the order of the rows must come back too
-        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32) if nf4 else None
-        adapter = None if peft is None else peft()
-        return trainer_for(base, args, rows, peft_config=adapter, quantization_config=four_bit, callbacks=callbacks)
+@pytest.mark.parametrize(("kind", "given", "arguments"), RESUMED)
+def test_kill_and_resume_equals_an_uninterrupted_run(kind, given, arguments, base, tmp_path):
+    def make(folder, **more):
+        rows = rows_of(kind, 18)  # several epochs: the order of the rows must come back too
+        run = dict(max_steps=STEPS, per_device_train_batch_size=2, lr_scheduler_type="cosine", warmup_steps=2)
+        run |= dict(save_strategy="steps", save_steps=3)
+        return tiny_trainer(kind, base, tmp_path / folder, rows, None, given | more, **(run | arguments))
 
     whole = make("whole")
     whole.train()
@@ -58,28 +68,38 @@ def test_kill_and_resume_equals_an_uninterrupted_run(peft, accumulation, nf4, ba
 
     assert resumed.state.global_step == STEPS
     assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), abs=1e-6)
-    assert largest_difference(head_of(resumed), head_of(whole)) < 1e-6
-    assert largest_difference(weights(resumed), weights(whole)) < 1e-6
-    if peft is not None:
-        assert any("lora_B" in name for name in weights(resumed))
-    moved = largest_difference(weights(whole), weights(make("fresh")))
-    assert moved > 1e-3  # what is compared has been trained
+    found, wanted = states(resumed), states(whole)
+    assert len(found) == (3 if kind in ENSEMBLES else 1)
+    for one, other in zip(found, wanted, strict=True):
+        assert largest_difference(one, other) < 1e-6
+    if given or kind in ENSEMBLES:
+        assert any("lora_B" in name for name in found[0])
+    assert any("score" in name for name in found[0])
+    for one, other in zip(wanted, states(make("fresh")), strict=True):
+        assert largest_difference(one, other) > 1e-3  # what is compared has been trained
 
 
 @pytest.mark.parametrize("peft", [None, lora], ids=["full", "lora"])
-def test_every_checkpoint_is_a_reward_model(peft, base, tmp_path):
-    args = config(tmp_path, save_strategy="steps", save_steps=2, max_length=200)
-    trainer = trainer_for(base, args, peft_config=None if peft is None else peft())
+@pytest.mark.parametrize("kind", SINGLE)
+def test_every_checkpoint_is_a_reward_model(kind, peft, base, tmp_path):
+    arguments = dict(save_strategy="steps", save_steps=2, max_length=200)
+    kwargs = {"peft_config": None if peft is None else peft()}
+    trainer = tiny_trainer(kind, base, tmp_path, trainer_kwargs=kwargs, **arguments)
     trainer.train()
     for step in (2, 4):
         folder = tmp_path / f"checkpoint-{step}"
         content = json.loads((folder / "reward_model.json").read_text())
+        assert content["kind"] == ("scalar" if kind == "reward" else trainer.kind)
         assert content["is_adapter"] == (peft is not None)
         assert content["head_modules"] == ["score"]
         assert content["max_length"] == 200
-        assert content["training"] == {"loss_type": "bradley_terry", "loss_kwargs": {}}
+        assert (folder / "tokenizer.json").is_file()
+        if kind == "reward":
+            assert content["training"] == {"loss_type": "plackett_luce", "loss_kwargs": {}}
     loaded = load_reward_model(tmp_path / "checkpoint-4")
-    assert get_sidecar(loaded).token_policy == trainer._tokenization.to_dict()
+    trainer.save_model()
+    assert get_sidecar(loaded).token_policy == get_sidecar(load_reward_model(tmp_path)).token_policy
+    assert get_sidecar(loaded).token_policy["append_eos"] == (kind in ("reward", "orm"))
     saved = {name: p for name, p in loaded.named_parameters() if name in weights(trainer)}
     assert largest_difference(saved, weights(trainer)) == 0
 
@@ -93,8 +113,8 @@ def test_what_describes_a_checkpoint_is_pushed_with_its_weights(base, tmp_path):
     written = (tmp_path / "reward_model.json").read_text()
     assert written == (tmp_path / "checkpoint-4" / "reward_model.json").read_text()
 
-    args = config(tmp_path / "members", RewardEnsembleConfig, num_members=2, save_strategy="steps", save_steps=4)
-    trainer = trainer_for(base, args, trainer_class=RewardEnsembleTrainer, peft_config=lora())
+    members = tmp_path / "members"
+    trainer = tiny_trainer("reward ensemble", base, members, num_members=2, save_strategy="steps", save_steps=4)
     trainer.train()
     trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
     assert len(RewardEnsemble(tmp_path / "members")(["a"], ["b"])) == 1
@@ -102,13 +122,31 @@ def test_what_describes_a_checkpoint_is_pushed_with_its_weights(base, tmp_path):
 
 EVALUATED = ["loss", "accuracy", "top1_agreement", "kendall_tau", "ndcg", "margin", "mean_reward", "min_reward"]
 EVALUATED += ["max_reward", "length_accuracy", "length_correlation"]
+BEST = [  # the kind, the metric, and whether there is an adapter
+    *(("reward", metric, number % 2) for number, metric in enumerate(EVALUATED)),
+    ("orm", "auc", False),
+    ("orm", "best_of_n", True),
+    ("orm", "loss", True),
+    ("prm", "processbench_f1", True),
+    ("prm", "auc_to_first_error", False),
+    ("segment", "tone_spearman", True),
+    ("segment", "length_r2", False),
+    ("reward ensemble", "accuracy", True),
+    ("reward ensemble", "loss", True),
+    ("reward ensemble", "disagreement", True),
+]
 
 
-@pytest.mark.parametrize("metric", EVALUATED)
-def test_the_best_model_by_any_metric_comes_back(metric, base, tmp_path):
-    peft = lora() if EVALUATED.index(metric) % 2 else None
-    args = config(
+@pytest.mark.parametrize(("kind", "metric", "peft"), BEST)
+def test_the_best_model_by_any_metric_comes_back(kind, metric, peft, base, tmp_path, caplog):
+    smaller = metric in ("loss", "disagreement")
+    trainer = tiny_trainer(
+        kind,
+        base,
         tmp_path,
+        rows_of(kind, 24),
+        rows_of(kind, 24, seed=5),
+        {"peft_config": lora() if peft else None},
         max_steps=6,
         learning_rate=1e-2,
         eval_strategy="steps",
@@ -117,20 +155,20 @@ def test_the_best_model_by_any_metric_comes_back(metric, base, tmp_path):
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model=metric,
-        loss_type="plackett_luce",
+        greater_is_better=False if metric == "disagreement" else None,
     )
-    data = Dataset.from_list(ranked_rows(12, k=4, seed=5))
-    trainer = trainer_for(base, args, ranked_rows(24, k=4), eval_dataset=data, peft_config=peft)
     trainer.train()
     values = history(trainer, f"eval_{metric}")
     assert len(values) == 3
-    best = min(values) if metric == "loss" else max(values)
+    best = min(values) if smaller else max(values)
     assert trainer.state.best_metric == best
     assert trainer.state.best_global_step == 2 * (values.index(best) + 1)
-    reloaded = load_reward_model(trainer.state.best_model_checkpoint, is_trainable=True)
-    expected = {name: p for name, p in reloaded.named_parameters() if name in weights(trainer)}
-    assert largest_difference(weights(trainer), expected) == 0
-    assert set(head_of(trainer)) == {"score.weight"}
+    assert "Could not locate the best model" not in caplog.text
+    if kind not in ENSEMBLES:
+        reloaded = load_reward_model(trainer.state.best_model_checkpoint, is_trainable=True)
+        expected = {name: p for name, p in reloaded.named_parameters() if name in weights(trainer)}
+        assert largest_difference(weights(trainer), expected) == 0
+        assert set(head_of(trainer)) == {"score.weight"}
     assert trainer.evaluate()[f"eval_{metric}"] == pytest.approx(best, abs=1e-6)
 
 
@@ -142,13 +180,17 @@ def test_every_metric_of_an_evaluation_is_in_the_table(base, tmp_path):
     assert found - about_time == set(EVALUATED)
 
 
-def test_the_scores_survive_training_further_from_a_checkpoint(base, tmp_path):
-    """The folder of a trained adapter is a model to start from: its head and adapter are trained on."""
-    first = trainer_for(base, config(tmp_path / "first"), peft_config=lora())
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", SINGLE)
+def test_training_further_starts_from_the_saved_head(kind, peft, base, tmp_path):
+    """The folder of a trained model or adapter is a model to start from: its head and adapter are trained on."""
+    kwargs = {"peft_config": lora()} if peft else {}
+    first = tiny_trainer(kind, base, tmp_path / "first", trainer_kwargs=kwargs)
     first.train()
     first.save_model()
-    second = trainer_for(tmp_path / "first", config(tmp_path / "second"))
+    second = tiny_trainer(kind, tmp_path / "first", tmp_path / "second")
     assert largest_difference(head_of(second), head_of(first)) == 0
+    assert max_change(scores_of(second.model), scores_of(first.model)) < 1e-5
     second.train()
     assert largest_difference(head_of(second), head_of(first)) > 1e-4
     second.save_model()

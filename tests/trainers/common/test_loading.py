@@ -5,51 +5,23 @@ import logging
 import numpy as np
 import pytest
 from datasets import Dataset
-from peft import LoraConfig
 
 from tests.tiny import pair_rows, ranked_rows
-from tests.trainers.helpers import config, history, trainer_for
-from tests.trainers.table import outcome_rows, segment_rows, step_rows, token_trainer
-from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
+from tests.trainers.helpers import config, history, trainer_for, without_time
+from tests.trainers.table import ENSEMBLES, TABLE, rows_of, tiny_trainer
 
 
-def reward(base, folder, rows, **arguments):
-    return trainer_for(base, config(folder, loss_type="plackett_luce", **arguments), rows)
-
-
-def ensemble(base, folder, rows, **arguments):
-    arguments = {"loss_type": "plackett_luce", "num_members": 2, "data_strategy": "shared", **arguments}
-    args = config(folder, RewardEnsembleConfig, **arguments)
-    peft_config = LoraConfig(target_modules=["q_proj"], r=2)
-    return trainer_for(base, args, rows, RewardEnsembleTrainer, peft_config=peft_config)
-
-
-def of_tokens(kind):
-    return lambda base, folder, rows, **arguments: token_trainer(kind, base, folder, rows, **arguments)
-
-
-TRAINERS = {
-    "reward": (reward, ranked_rows(22, k=3, ragged=True)),
-    "ensemble": (ensemble, ranked_rows(22, k=3, ragged=True)),
-    "orm": (of_tokens("orm"), outcome_rows(22)),
-    "prm": (of_tokens("prm"), step_rows(22)),
-    "segment": (of_tokens("segment"), segment_rows(22)),
-}
-
-
-def without_time(metrics):
-    skipped = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return {name: value for name, value in metrics.items() if not name.endswith(skipped)}
+def members(kind):
+    """Members see every row of a step."""
+    return {"data_strategy": "shared"} if kind in ENSEMBLES else {}
 
 
 @pytest.mark.parametrize("budget", [None, 300], ids=["rows", "tokens"])
-@pytest.mark.parametrize("name", TRAINERS)
-def test_rows_come_by_length_in_training_and_in_order_in_evaluation(name, budget, base, tmp_path):
-    make, rows = TRAINERS[name]
-    data = Dataset.from_list(rows)
-    trainer = make(
-        base, tmp_path, data, train_sampling_strategy="group_by_length", max_tokens_per_batch=budget, max_steps=2
-    )
+@pytest.mark.parametrize("kind", TABLE)
+def test_rows_come_by_length_in_training_and_in_order_in_evaluation(kind, budget, base, tmp_path):
+    data = Dataset.from_list(rows_of(kind, 22))
+    arguments = dict(train_sampling_strategy="group_by_length", max_tokens_per_batch=budget, max_steps=2)
+    trainer = tiny_trainer(kind, base, tmp_path, data, **arguments, **members(kind))
     trainer.eval_dataset = trainer.train_dataset
     seen, collator = [], trainer.data_collator
     trainer.data_collator = lambda batch: seen.append(batch) or collator(batch)
@@ -85,11 +57,10 @@ def test_a_length_column_of_the_user_is_used(base, tmp_path):
     assert all(batch[1:] == sorted(batch[1:], reverse=True) for batch in batches)
 
 
-@pytest.mark.parametrize("name", ["reward", "orm"])
-def test_a_stream_with_shards_is_evaluated_as_the_data_set_is(name, base, tmp_path):
-    make, rows = TRAINERS[name]
-    data = Dataset.from_list(rows[:11])
-    trainer = make(base, tmp_path, rows)
+@pytest.mark.parametrize("kind", ["reward", "orm"])
+def test_a_stream_with_shards_is_evaluated_as_the_data_set_is(kind, base, tmp_path):
+    data = Dataset.from_list(rows_of(kind, 22)[:11])
+    trainer = tiny_trainer(kind, base, tmp_path)
     wanted = without_time(trainer.evaluate(data))
     for shards in (2, 3):
         for workers in (0, 2):

@@ -1,15 +1,24 @@
 """One W&B run per trainer, no point dropped, and no failure of W&B stops training."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import pytest
+import wandb
+from datasets import Dataset
 from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.wandb_run import Run
 
-from tests.trainers.helpers import config, run_offline_wandb, trainer_for
+from tests.program import run_offline_wandb
+from tests.tiny import pair_rows, save_tiny_model
+from tests.trainers.helpers import config, trainer_for
+from tests.trainers.table import TOKEN, rows_of, tiny_trainer
+from trl_ext.trainers.common import tracking
 
 
+REPORTED = (*TOKEN, "reward ensemble", "orm ensemble")
 SUMMARY_ONLY = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
 
 
@@ -44,11 +53,137 @@ def finished(directory):
     return any(record.HasField("exit") for record in records_of(directory))
 
 
+def report(folder):
+    """Run in a process of its own: trainers of the table that report to W&B offline.
+
+    W&B keeps one run per process and TRL decides at import whether it is there, so none of this can run inside pytest.
+    """
+    base = save_tiny_model(folder / "base")
+    steps_given: list = []
+    log = Run.log
+
+    def watched(run, data, step=None, commit=None):
+        steps_given.append(step)
+        return log(run, data, step=step, commit=commit)
+
+    Run.log = watched
+
+    def trainer(name, **kwargs):
+        args = config(
+            folder / name,
+            run_name=name,
+            report_to="wandb",
+            eval_strategy="steps",
+            eval_steps=2,
+            log_table_size=3,
+            save_strategy="steps",
+            save_steps=2,
+            **kwargs,
+        )
+        return trainer_for(base, args, eval_dataset=Dataset.from_list(pair_rows(9)))
+
+    told: dict = {"stages": [], "user": {}, "failures": {}}
+
+    # three stages in one process
+    first = None
+    for name in ("one", "two", "three"):
+        stage = trainer(name)
+        stage.train()
+        run = wandb.run
+        stage.evaluate()
+        stage.predict(Dataset.from_list(pair_rows(4)))
+        told["stages"].append(
+            {
+                "name": run.name,
+                "group": run.group,
+                "id": run.id,
+                "same_run_after_training": wandb.run is run,
+                "directory": run.dir,
+                "history": list(stage.state.log_history),
+            }
+        )
+        first = first or stage
+        del stage  # the next trainer may get its address
+    third = wandb.run.id
+    first.evaluate()  # an earlier trainer is used again: its own run, not that of the third
+    told["again"] = {"id": wandb.run.id, "third": third, "directory": wandb.run.dir}
+
+    # a run that the user opened
+    wandb.finish()
+    mine = wandb.init(project="mine", name="by hand")
+    for name in ("four", "five"):
+        trainer(name).train()
+        told["user"][name] = wandb.run is mine
+    mine.log({"after": 1.0})  # raises if it was closed
+    told["user"]["directory"] = mine.dir
+    mine.finish()
+
+    # failures: of logging, of opening, of a missing package
+    def fails(*args, **kwargs):
+        raise OSError("no space left")
+
+    messages: list[str] = []
+    tracking.logger.warning = lambda message, *args: messages.append(message)
+    Run.log = fails
+    failing = trainer("six")
+    failing.train()
+    told["failures"]["log"] = {"steps": failing.state.global_step, "messages": messages.copy()}
+    Run.log = watched
+    wandb.finish()
+
+    messages.clear()
+    init, wandb.init = wandb.init, fails
+    failing = trainer("seven")
+    failing.train()
+    told["failures"]["init"] = {
+        "steps": failing.state.global_step,
+        "messages": messages.copy(),
+        "report_to": failing.args.report_to,
+    }
+    wandb.init = init
+
+    messages.clear()
+    tracking.is_wandb_available = lambda: False
+    missing = trainer("eight")
+    missing.train()
+    told["failures"]["missing"] = {
+        "steps": missing.state.global_step,
+        "messages": messages.copy(),
+        "report_to": missing.args.report_to,
+        "run": wandb.run is not None,
+    }
+    tracking.is_wandb_available = lambda: True
+
+    for kind in REPORTED:
+        entry = tiny_trainer(
+            kind,
+            base,
+            folder / kind,
+            eval_rows=rows_of(kind, 9),
+            run_name=kind,
+            report_to="wandb",
+            eval_strategy="steps",
+            eval_steps=2,
+            log_table_size=3,
+            per_device_eval_batch_size=2,
+            max_grad_norm=0.75,
+        )
+        entry.train()
+        assert entry.args.max_grad_norm == 0.75
+        told[kind] = {"name": wandb.run.name, "id": wandb.run.id, "directory": wandb.run.dir}
+
+    last = trainer("last")
+    last.train()  # and the program ends
+    told["last"] = {"directory": wandb.run.dir}
+    told["steps_given"] = sorted({str(step) for step in steps_given})
+    told["points"] = len(steps_given)
+    return told
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wandb")
-    program = ("-m", "tests.trainers.tracking_program", str(folder))
-    return run_offline_wandb(folder, *program, WANDB_RUN_GROUP="three stages", WANDB_PROJECT="testing")
+    environment = {"WANDB_RUN_GROUP": "three stages", "WANDB_PROJECT": "testing"}
+    return run_offline_wandb(report, tmp_path_factory.mktemp("wandb"), **environment)
 
 
 def test_three_trainers_give_three_runs_in_one_group(told):
@@ -143,3 +278,63 @@ def test_one_line_says_that_nothing_is_reported(base, tmp_path, caplog):
     trainer = trainer_for(base, config(tmp_path))
     trainer.train()
     assert len([record for record in caplog.records if "Metrics are not reported" in record.message]) == 1
+
+
+# ------------------------------------------------------------------------------------------- trainers of the table
+METRICS = {
+    "orm": {"train/loss", "train/accuracy", "eval/auc", "eval/best_of_n", "eval/scores"},
+    "prm": {"train/loss", "train/accuracy", "eval/balanced_accuracy", "eval/processbench_f1", "eval/scores"},
+    "segment": {"train/loss", "eval/tone_r2", "eval/length_spearman", "eval/scores"},
+}
+
+
+@pytest.mark.parametrize("kind", TOKEN)
+def test_metrics_and_scores_are_logged(kind, told):
+    assert told[kind]["name"] == kind
+    points = points_of(told[kind]["directory"])
+    names = {name.split("/_type")[0] for point in points for name in point}
+    found = {wanted for wanted in METRICS[kind] for name in names if name.startswith(wanted)}
+    assert found == METRICS[kind]
+    steps = [point["train/global_step"] for point in points if "train/global_step" in point]
+    assert steps == sorted(steps)
+
+
+def test_each_trainer_has_a_run(told):
+    runs = [told[kind] for kind in REPORTED]
+    assert len({run["id"] for run in runs}) == len(REPORTED)
+    assert all(finished(run["directory"]) for run in runs)
+
+
+@pytest.mark.parametrize("kind", TOKEN)
+def test_the_table_has_the_text_with_its_scores(kind, told):
+    paths = sorted(Path(told[kind]["directory"]).glob("media/table/eval/samples_*.json"))
+    assert len(paths) == 2  # of the evaluations after steps 2 and 4
+    tables = [json.loads(path.read_text()) for path in paths]
+    for table in tables:
+        assert table["columns"] == ["row", "prompt", "completion", "scores", "labels"]
+        assert len(table["data"]) == 3
+    rows = rows_of(kind, 9)
+    for (number, prompt, completion, scores, labels), row in zip(tables[0]["data"], rows, strict=False):
+        assert row["prompt"].strip() in prompt
+        text = re.sub(r"\[(\w+ )?[+-]\d+\.\d\d\]", "", completion)
+        given = row["completion"] if kind != "prm" else "\n".join(row["completions"])
+        assert given.strip() in text
+        scores = json.loads(scores)
+        written = [float(score) for score in re.findall(r"([+-]\d+\.\d\d)\]", completion)]
+        assert written == pytest.approx(scores, abs=0.0051)
+        assert len(scores) == len(json.loads(labels)) == {"orm": 1}.get(kind, len(row.get("labels", scores)))
+        assert rows[number] is row
+    if kind == "segment":
+        assert "[tone " in tables[0]["data"][0][2]
+        assert "[length " in tables[0]["data"][1][2]
+
+
+@pytest.mark.parametrize("kind", REPORTED[3:])
+def test_disagreement_is_logged_as_histogram_and_by_decile_and_the_config_as_given(kind, told):
+    folder = Path(told[kind]["directory"])
+    points = [point for point in points_of(folder) if "disagreement_histogram" in str(sorted(point))]
+    assert len(points) == 2  # of the evaluations after steps 2 and 4
+    assert any("disagreement_deciles" in name for name in points[0])
+    assert list(folder.rglob("*disagreement_deciles*.table.json"))
+    noted = [u for record in records_of(folder) if record.HasField("config") for u in record.config.update]
+    assert {json.loads(update.value_json) for update in noted if update.key == "max_grad_norm"} == {0.75}

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PrinterCallback
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import config, history
-from tests.trainers.table import KINDS, outcome_rows, segment_rows, step_rows, token_trainer
+from tests.trainers.table import TOKEN, outcome_rows, rows_of, segment_rows, step_rows, tiny_trainer
 from trl_ext import (
     ORMConfig,
     ORMEnsembleConfig,
@@ -71,7 +71,7 @@ def ensemble(kind, folder, base, rows=None, peft=None, nf4=False, evaluation=Non
 def single(kind, folder, base, rows=None, peft=None, nf4=False, evaluation=None, **kwargs):
     more = {"peft_config": peft or adapter(), "quantization_config": NF4 if nf4 else None}
     rows = ROWS[kind] if rows is None else rows
-    return token_trainer(kind, base, folder, rows, evaluation, trainer_kwargs=more, **(QUICK | kwargs))
+    return tiny_trainer(kind, base, folder, rows, evaluation, trainer_kwargs=more, **(QUICK | kwargs))
 
 
 def assert_same_member(together, member, alone):
@@ -160,7 +160,7 @@ def test_a_flat_row_of_own_batches_keeps_members_apart():
 
 
 # ----------------------------------------------------------------------------------------- saving, evaluation, errors
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKEN)
 def test_members_are_ordinary_reward_models(kind, deep, tmp_path):
     peft = adapter([1, 2])
     trainer = ensemble(kind, tmp_path, deep, peft=peft, data_strategy="bootstrap", max_steps=2, learning_rate=1e-2)
@@ -191,10 +191,10 @@ def test_members_are_ordinary_reward_models(kind, deep, tmp_path):
 AGGREGATION = {"orm": {}, "prm": {}, "segment": {"aggregation": {"tone": 1.0, "length": 0.5}}}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKEN)
 def test_metrics_of_members_and_of_their_mean(kind, deep, tmp_path):
     """Those of a member are those of its own trainer; 7 rows: the last batch is not full."""
-    held_out = KINDS[kind][2](7, seed=1)
+    held_out = rows_of(kind, 7, seed=1)
     trainer = ensemble(kind, tmp_path / "together", deep, evaluation=held_out, max_steps=2)
     trainer.train()
     metrics = trainer.evaluate()

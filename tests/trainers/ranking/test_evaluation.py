@@ -9,18 +9,12 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from tests.tiny import pair_rows, ranked_rows
-from tests.trainers.helpers import config, history, trainer_for
+from tests.trainers.helpers import config, history, trainer_for, without_time
+from tests.trainers.table import tiny_trainer
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.validation import DataError
-from trl_ext.losses.ranking import bradley_terry
+from trl_ext.losses.ranking import bradley_terry, plackett_luce
 from trl_ext.models.heads import candidate_scores
-
-
-TIME = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-
-
-def without_time(metrics):
-    return {name: value for name, value in metrics.items() if not name.endswith(TIME)}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ def test_the_numbers_are_those_worked_out_beside_the_trainer(trained):
             values = candidate_scores(trained.model.eval(), batch["input_ids"], batch["attention_mask"])
             ratings = batch["ratings"][0]
             scores += values.tolist()
-            losses += trained._objective(values[None], batch).tolist()
+            losses += plackett_luce(values[None], batch["ratings"], batch["group_mask"]).tolist()
             pairs = [(i, j) for i in range(len(values)) for j in range(len(values)) if ratings[i] > ratings[j]]
             if pairs:
                 right.append(np.mean([float(values[i] > values[j]) for i, j in pairs]))
@@ -107,15 +101,13 @@ def test_a_new_data_set_after_training_and_a_chosen_prefix(trained):
         trained.evaluate(Dataset.from_list([{"text": "no pair"}]))
 
 
-def test_predict_scores_rows_in_order_and_leaves_no_trace(trained):
+def test_predict_scores_rows_in_order_and_leaves_no_trace(trained, base, tmp_path):
     rows = ranked_rows(7, k=4, ragged=True, seed=11)
     before = at_batch_size(trained, 4)
     output = trained.predict(Dataset.from_list(rows))
     assert output.predictions.shape == (7, 4)
     assert {"test_loss", "test_accuracy", "test_kendall_tau"} <= set(output.metrics)
-    prepared = trained._prepare_dataset(
-        Dataset.from_list(rows), trained.processing_class, trained.args, dataset_name="again"
-    )
+    prepared = tiny_trainer("reward", base, tmp_path, eval_rows=rows).eval_dataset
     for row, scores in zip(prepared, output.predictions, strict=True):
         batch = GroupCollator(trained.processing_class.pad_token_id)([row])  # padded rows
         with torch.no_grad():

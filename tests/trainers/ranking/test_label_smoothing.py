@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from tests.tiny import pair_rows, ranked_rows
 from tests.trainers.helpers import config, history, trainer_for
-from tests.trainers.table import outcome_rows, step_rows, token_trainer
+from tests.trainers.table import outcome_rows, step_rows, tiny_trainer
 from trl_ext.data.validation import DataError
 from trl_ext.trainers.ranking.objective import RankingObjective
 from trl_ext.trainers.token.objective import TokenObjective
@@ -54,11 +54,11 @@ def test_it_changes_the_training(base, tmp_path):
     smooth.train()
     assert history(plain, "loss")[-1] != pytest.approx(history(smooth, "loss")[-1], abs=1e-5)
     rows = outcome_rows(12)
-    plain, smooth = (token_trainer("orm", base, tmp_path, rows, label_smoothing_factor=f) for f in (0.0, 0.2))
+    plain, smooth = (tiny_trainer("orm", base, tmp_path, rows, label_smoothing_factor=f) for f in (0.0, 0.2))
     plain.train()
     smooth.train()
     assert history(plain, "loss")[-1] != pytest.approx(history(smooth, "loss")[-1], abs=1e-5)
-    token_trainer("prm", base, tmp_path, step_rows(12, classes=3), num_labels=3, label_smoothing_factor=0.2).train()
+    tiny_trainer("prm", base, tmp_path, step_rows(12, classes=3), num_labels=3, label_smoothing_factor=0.2).train()
 
 
 def test_what_cannot_be_smoothed_is_refused(base, tmp_path):
@@ -67,7 +67,7 @@ def test_what_cannot_be_smoothed_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="0 to below 0.5"):
         trainer_for(base, config(tmp_path, label_smoothing_factor=0.5))
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1.*'mse' does not learn probabilities"):
-        token_trainer("segment", base, tmp_path, label_smoothing_factor=0.1)
+        tiny_trainer("segment", base, tmp_path, label_smoothing_factor=0.1)
     rows = Dataset.from_list([{**row, "margin": 1.0} for row in pair_rows(4)])
     with pytest.raises(DataError, match="a margin beside label_smoothing_factor=0.1"):
         trainer_for(base, config(tmp_path, label_smoothing_factor=0.1), rows)

@@ -12,21 +12,21 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import lora
-from tests.trainers.table import logits_of, outcome_rows, token_trainer
+from tests.trainers.table import logits_of, outcome_rows, tiny_trainer
 from trl_ext import merge_reward_model
 
 
 def test_every_token_of_the_completion_and_eos_has_the_label(base, tmp_path):
     """Cobbe et al.: the verifier predicts the outcome after each token."""
     rows = outcome_rows(4)
-    everywhere = token_trainer("orm", base, tmp_path, rows)
+    everywhere = tiny_trainer("orm", base, tmp_path, rows)
     tokenizer = everywhere.processing_class
     for prepared, row in zip(everywhere.train_dataset, rows, strict=True):
         ids, start = prepared["span_input_ids"], prepared["completion_start"]
         assert tokenizer.decode(ids[start:]) == row["completion"] + tokenizer.eos_token
         assert prepared["label_positions"] == list(range(start, len(ids)))
         assert set(prepared["label_values"]) == {float(row["label"])}
-    last = token_trainer("orm", base, tmp_path, rows, label_placement="last")
+    last = tiny_trainer("orm", base, tmp_path, rows, label_placement="last")
     for prepared in last.train_dataset:
         assert prepared["label_positions"] == [len(prepared["span_input_ids"]) - 1]
 
@@ -35,7 +35,7 @@ def test_every_token_of_the_completion_and_eos_has_the_label(base, tmp_path):
 def test_metrics_against_scikit_learn(placement, base, tmp_path):
     """The score of a completion is that of its last token, wherever labels were in training."""
     rows = outcome_rows(60, questions=12)
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "orm", base, tmp_path, rows, rows, label_placement=placement, max_steps=15, learning_rate=2e-3
     )
     trainer.train()
@@ -68,7 +68,7 @@ def test_metrics_against_scikit_learn(placement, base, tmp_path):
 
 def test_questions_with_one_completion_have_no_metrics_within(base, tmp_path):
     rows = outcome_rows(6, questions=6)
-    metrics = token_trainer("orm", base, tmp_path, rows, rows).evaluate()
+    metrics = tiny_trainer("orm", base, tmp_path, rows, rows).evaluate()
     assert "eval_auc" in metrics
     assert "eval_questions" not in metrics
 
@@ -76,7 +76,7 @@ def test_questions_with_one_completion_have_no_metrics_within(base, tmp_path):
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_the_same_prompt_is_the_same_question(chat, base, tmp_path):
     rows = outcome_rows(8, questions=2, chat=chat)
-    metrics = token_trainer("orm", base, tmp_path, rows, rows).evaluate()
+    metrics = tiny_trainer("orm", base, tmp_path, rows, rows).evaluate()
     assert metrics["eval_questions"] == 2
 
 
@@ -84,7 +84,7 @@ def test_the_same_prompt_is_the_same_question(chat, base, tmp_path):
 def test_other_losses_are_read_in_their_own_way(loss, base, tmp_path):
     """A squared error estimates the probability, so one half divides; a hinge loss gives no probability."""
     rows = outcome_rows(40)
-    trainer = token_trainer("orm", base, tmp_path, rows, rows, loss_type=loss, max_steps=40, learning_rate=5e-3)
+    trainer = tiny_trainer("orm", base, tmp_path, rows, rows, loss_type=loss, max_steps=40, learning_rate=5e-3)
     trainer.train()
     metrics = trainer.evaluate()
     threshold = 0.5 if loss == "mse" else 0.0
@@ -96,7 +96,7 @@ def test_other_losses_are_read_in_their_own_way(loss, base, tmp_path):
 
 
 def test_it_learns(base, tmp_path):
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "orm", base, tmp_path, outcome_rows(64), outcome_rows(32, seed=5), max_steps=60, learning_rate=5e-3
     )
     trainer.train()
@@ -110,7 +110,7 @@ def test_it_learns(base, tmp_path):
 def test_a_checkpoint_goes_straight_into_grpo(how, base, tmp_path):
     """`GRPOTrainer(reward_funcs="path")` loads it by itself and rewards completions with its scores."""
     peft = {"peft_config": lora()} if how == "merged" else {}
-    trainer = token_trainer("orm", base, tmp_path / "orm", outcome_rows(16), trainer_kwargs=peft, learning_rate=1e-2)
+    trainer = tiny_trainer("orm", base, tmp_path / "orm", outcome_rows(16), trainer_kwargs=peft, learning_rate=1e-2)
     trainer.train()
     trainer.save_model()
     path = tmp_path / "orm"

@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history
-from tests.trainers.table import logits_of, step_rows, token_trainer
+from tests.trainers.table import logits_of, step_rows, tiny_trainer
 from trl_ext import PRMConfig, PRMTrainer
 from trl_ext.trainers.token.evaluation import StepEvaluator
 from trl_ext.trainers.token.objective import TokenObjective
@@ -124,8 +124,8 @@ def test_a_compute_metrics_of_trl_1_13_still_works(base, tmp_path):
         return {"accuracy": 100 + (predictions.argmax(axis=2)[chosen] == labels[chosen]).mean().item()}
 
     rows = step_rows(7)
-    trainer = token_trainer("prm", base, tmp_path, eval_rows=rows, trainer_kwargs={"compute_metrics": compute})
-    plain = token_trainer("prm", base, tmp_path, eval_rows=rows)
+    trainer = tiny_trainer("prm", base, tmp_path, eval_rows=rows, trainer_kwargs={"compute_metrics": compute})
+    plain = tiny_trainer("prm", base, tmp_path, eval_rows=rows)
     metrics, ours = trainer.evaluate(), plain.evaluate()
     assert metrics["eval_accuracy"] == pytest.approx(100 + ours["eval_accuracy"])
     assert metrics["eval_loss"] == pytest.approx(ours["eval_loss"], abs=1e-6)
@@ -149,7 +149,7 @@ def test_labels_survive_map_and_collate(kind, stream, base, tmp_path):
     features = Features({"prompt": Value("string"), "completions": List(Value("string")), "labels": feature})
     rows = [{"prompt": "Q: ", "completions": ["a step"] * len(given), "labels": given} for given in labels]
     data = Dataset.from_list(rows, features=features)
-    trainer = token_trainer("prm", base, tmp_path, data.to_iterable_dataset() if stream else data)
+    trainer = tiny_trainer("prm", base, tmp_path, data.to_iterable_dataset() if stream else data)
     batch = trainer.data_collator(list(trainer.train_dataset))
     for number, given in enumerate(labels):
         mask = batch["label_mask"][number, :, 0]
@@ -165,7 +165,7 @@ def test_soft_labels_are_trained_with(base, tmp_path):
     rows = step_rows(8)
     for number, row in enumerate(rows):
         row["labels"] = [(number + step) % 5 / 4 for step in range(len(row["labels"]))]
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "prm", base, tmp_path, rows, per_device_train_batch_size=8, max_steps=1, train_sampling_strategy="sequential"
     )
     sums, count = 0.0, 0
@@ -179,15 +179,15 @@ def test_soft_labels_are_trained_with(base, tmp_path):
 
 def test_options_of_the_data(base, tmp_path):
     rows = [{"prompt": "Q: ", "completions": ["one", "two", "three"], "labels": [True, False, False]}] * 4
-    last = token_trainer("prm", base, tmp_path, rows, rows, train_on_last_step_only=True)
+    last = tiny_trainer("prm", base, tmp_path, rows, rows, train_on_last_step_only=True)
     assert last.train_dataset[0]["label_steps"] == [2]
     assert last.eval_dataset[0]["label_steps"] == [0, 1, 2]  # as in TRL
-    masked = token_trainer("prm", base, tmp_path, rows, rows, mask_after_first_error=True)
+    masked = tiny_trainer("prm", base, tmp_path, rows, rows, mask_after_first_error=True)
     assert masked.train_dataset[0]["label_steps"] == [0, 1]
     assert masked.eval_dataset[0]["label_steps"] == [0, 1]
-    cut = token_trainer("prm", base, tmp_path, rows, max_completion_length=3)
+    cut = tiny_trainer("prm", base, tmp_path, rows, max_completion_length=3)
     assert len(cut.train_dataset[0]["span_input_ids"]) == cut.train_dataset[0]["completion_start"] + 3
-    other = token_trainer("prm", base, tmp_path, rows, step_separator=" ;; ")
+    other = tiny_trainer("prm", base, tmp_path, rows, step_separator=" ;; ")
     text = other.processing_class.decode(other.train_dataset[0]["span_input_ids"])
     assert text.endswith("Q: one ;; two ;; three ;; ")
 
@@ -204,7 +204,7 @@ def test_options_of_the_data(base, tmp_path):
 )
 def test_a_solution_whose_error_is_not_shown_is_not_judged(steps, labels, length, lost, found, tmp_path, base):
     rows = [{"prompt": "Q: ", "completions": steps, "labels": labels}]
-    trainer = token_trainer("prm", base, tmp_path, rows, rows, max_completion_length=length)
+    trainer = tiny_trainer("prm", base, tmp_path, rows, rows, max_completion_length=length)
     batch = trainer.data_collator(list(trainer.eval_dataset))
     assert batch["unannotated_steps"][0].nonzero().flatten().tolist() == lost
     evaluator = StepEvaluator(TokenObjective("ce", None, None, "token", 1, 2))
@@ -234,7 +234,7 @@ def test_metrics_against_scikit_learn(classes, base, tmp_path):
     """Base rate, per-class precision, recall and F1, balanced accuracy, AUC to the first error, ProcessBench."""
     rows = step_rows(40, classes=3 if classes == 3 else 2, seed=3)
     loss = "bce" if classes == 1 else "ce"
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "prm", base, tmp_path, rows, rows, num_labels=classes, loss_type=loss, learning_rate=3e-3, max_steps=20
     )
     trainer.train()
@@ -284,14 +284,14 @@ def test_a_step_without_a_label_is_not_judged(base, tmp_path):
         {"prompt": "Q: ", "completions": ["a", "b", "c"], "labels": [True, False, None]},
         {"prompt": "Q: ", "completions": ["a", "b"], "labels": [True, True]},
     ]
-    metrics = token_trainer("prm", base, tmp_path, rows, rows).evaluate()
+    metrics = tiny_trainer("prm", base, tmp_path, rows, rows).evaluate()
     assert metrics["eval_first_error_rows"] == 2
     assert metrics["eval_first_error_skipped"] == 2
 
 
 def test_it_learns(base, tmp_path):
     rows = step_rows(64)
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "prm", base, tmp_path, rows, step_rows(32, seed=9), max_steps=60, learning_rate=5e-3, logging_steps=60
     )
     trainer.train()
@@ -304,8 +304,8 @@ def test_encoders_read_steps_in_both_directions(tmp_path):
     """`label_placement="before"` puts the label in front of the step, for models that see what follows."""
     bert = save_tiny_model(tmp_path / "bert", "bert")
     rows = step_rows(8)
-    last = token_trainer("prm", bert, tmp_path / "last", rows)
-    before = token_trainer("prm", bert, tmp_path / "before", rows, label_placement="before", max_steps=2)
+    last = tiny_trainer("prm", bert, tmp_path / "last", rows)
+    before = tiny_trainer("prm", bert, tmp_path / "before", rows, label_placement="before", max_steps=2)
     assert before.train_dataset[0]["label_positions"][0] == before.train_dataset[0]["completion_start"] - 1
     assert last.train_dataset[0]["label_positions"][0] > before.train_dataset[0]["label_positions"][0]
     before.train()

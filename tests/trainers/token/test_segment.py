@@ -9,17 +9,19 @@ from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, f1_score, r2_score, roc_auc_score
 
 from tests.trainers.helpers import history
-from tests.trainers.table import logits_of, segment_rows, token_trainer
+from tests.trainers.table import logits_of, segment_rows, tiny_trainer
+from trl_ext.models.sidecar import get_sidecar
 
 
 def outputs_by_category(trainer, outputs=1):
     """For each category, the labels and the outputs at the labelled tokens of all evaluated rows, by hand."""
-    found = {name: ([], []) for name in trainer._categories}
+    categories = get_sidecar(trainer.model).categories
+    found = {name: ([], []) for name in categories}
     for row in trainer.eval_dataset:
         logits = logits_of(trainer, row)
         labelled = zip(row["label_positions"], row["label_values"], row["label_categories"], strict=True)
         for position, value, category in labelled:
-            labels, given = found[trainer._categories[category]]
+            labels, given = found[categories[category]]
             labels.append(value)
             given.append(logits[position, category * outputs : (category + 1) * outputs].tolist())
     return found
@@ -28,11 +30,11 @@ def outputs_by_category(trainer, outputs=1):
 def test_categories_are_found_and_kept_apart(base, tmp_path):
     """Each category has outputs of its own: labels of one do not move the weights of the other."""
     rows = segment_rows(24)
-    trainer = token_trainer("segment", base, tmp_path, rows, trainer_kwargs={})
-    assert trainer._categories == ("length", "tone")
+    trainer = tiny_trainer("segment", base, tmp_path, rows, trainer_kwargs={})
+    assert get_sidecar(trainer.model).categories == ["length", "tone"]
     assert trainer.model.config.num_labels == 2
     only_tone = [{**row, "segments": [s for s in row["segments"] if s["category"] == "tone"]} for row in rows]
-    trainer = token_trainer("segment", base, tmp_path, only_tone, categories=["tone", "length"], weight_decay=0.0)
+    trainer = tiny_trainer("segment", base, tmp_path, only_tone, categories=["tone", "length"], weight_decay=0.0)
     before = trainer.model.score.weight.detach().clone()
     trainer.train()
     after = trainer.model.score.weight.detach()
@@ -53,7 +55,7 @@ def test_categories_of_a_transform_are_found(base, tmp_path):
 
 def test_numbers_against_scipy(base, tmp_path):
     rows = segment_rows(30)
-    trainer = token_trainer("segment", base, tmp_path, rows, rows, max_steps=40, learning_rate=5e-3)
+    trainer = tiny_trainer("segment", base, tmp_path, rows, rows, max_steps=40, learning_rate=5e-3)
     trainer.train()
     metrics = trainer.evaluate()
     squares = count = 0
@@ -71,7 +73,7 @@ def test_numbers_against_scipy(base, tmp_path):
 @pytest.mark.parametrize(("loss", "outputs"), [("bce", 1), ("hinge", 1), ("ce", 2)])
 def test_two_classes_against_scikit_learn(loss, outputs, base, tmp_path):
     rows = segment_rows(40, binary=True)
-    trainer = token_trainer(
+    trainer = tiny_trainer(
         "segment", base, tmp_path, rows, rows, loss_type=loss, num_labels=outputs, max_steps=40, learning_rate=5e-3
     )
     trainer.train()
@@ -91,7 +93,7 @@ def test_three_classes_by_category(base, tmp_path):
     for row in rows:
         for number, segment in enumerate(row["segments"]):
             segment["score"] = number % 3 - 1
-    trainer = token_trainer("segment", base, tmp_path, rows, rows, loss_type="ce", num_labels=3)
+    trainer = tiny_trainer("segment", base, tmp_path, rows, rows, loss_type="ce", num_labels=3)
     assert trainer.model.config.num_labels == 6
     trainer.train()
     metrics = trainer.evaluate()
@@ -109,7 +111,7 @@ def test_a_segment_counts_once_wherever_its_labels_are(base, tmp_path):
         {"prompt": "Q: ", "completion": "good words here, and many more of them. bad.", "segments": [
             {"start": 0, "end": 39, "label": True}, {"start": 40, "end": 44, "label": False}]},
     ] * 2  # fmt: skip
-    trainer = token_trainer("segment", base, tmp_path, rows, rows, loss_type="bce", label_placement="all")
+    trainer = tiny_trainer("segment", base, tmp_path, rows, rows, loss_type="bce", label_placement="all")
     assert len(trainer.eval_dataset[0]["label_positions"]) > 8
     metrics = trainer.evaluate()
     assert metrics["eval_right_rate"] == 0.5
@@ -131,8 +133,8 @@ def test_one_category_without_a_name(base, tmp_path):
             for segment in row["segments"]
             if segment["category"] == "tone"
         ]
-    trainer = token_trainer("segment", base, tmp_path, rows, rows)
-    assert trainer._categories == ()
+    trainer = tiny_trainer("segment", base, tmp_path, rows, rows)
+    assert get_sidecar(trainer.model).categories is None
     trainer.train()
     assert {"eval_mse", "eval_r2", "eval_spearman"} <= set(trainer.evaluate())
     trainer.save_model()
@@ -142,7 +144,7 @@ def test_one_category_without_a_name(base, tmp_path):
 def test_rows_without_segments_and_masked_ones(base, tmp_path):
     rows = segment_rows(20)
     rows[0]["segments"] = [{"start": 0, "end": 3, "score": None, "category": "tone"}]
-    trainer = token_trainer("segment", base, tmp_path, rows, max_steps=2)
+    trainer = tiny_trainer("segment", base, tmp_path, rows, max_steps=2)
     trainer.train()
     counts = trainer.state.log_history[0]
     assert counts["data/train/no_segments"] == 2
@@ -164,11 +166,11 @@ def test_real_annotations(base, tmp_path, data_dir):
         ]
     rows = list(rows.values())
     assert len(rows) == 32
-    trainer = token_trainer("segment", base, tmp_path, rows, rows, loss_type="bce", max_length=None, max_steps=2)
-    assert trainer._categories == ("factuality", "relevance")
+    trainer = tiny_trainer("segment", base, tmp_path, rows, rows, loss_type="bce", max_length=None, max_steps=2)
+    assert get_sidecar(trainer.model).categories == ["factuality", "relevance"]
     trainer.train()
     metrics = trainer.evaluate()
-    for category in trainer._categories:
+    for category in ("factuality", "relevance"):
         labels = [s["label"] for row in rows for s in row["segments"] if s["category"] == category]
         labels = [label for label in labels if label is not None]
         assert metrics[f"eval_{category}_right_rate"] == pytest.approx(sum(labels) / len(labels), abs=0.02)

@@ -97,12 +97,13 @@ def test_accumulation_gives_the_same_step(base, teacher, tmp_path):
 
 
 def test_teacher_draws_the_student_and_does_not_move(base, teacher, tmp_path):
-    trainer = make(tmp_path, str(base), teacher, kd_weight=20.0, max_steps=12, learning_rate=3e-3)
-    before = {name: value.clone() for name, value in trainer._teacher.state_dict().items()}
+    weak = AutoModelForCausalLM.from_pretrained(teacher)
+    before = {name: value.clone() for name, value in weak.state_dict().items()}
+    trainer = make(tmp_path, str(base), weak, kd_weight=20.0, max_steps=12, learning_rate=3e-3)
     trainer.train()
     divergences = logged(trainer, "kd_loss")
     assert divergences[-1] < 0.7 * divergences[0]
-    assert all(torch.equal(value, before[name]) for name, value in trainer._teacher.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in weak.state_dict().items())
     assert not any("teacher" in name for name, _ in trainer.model.named_parameters())
 
 

@@ -5,11 +5,10 @@ import tracemalloc
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.tiny import save_tiny_model
-from tests.trainers.table import KINDS, token_trainer
+from tests.trainers.table import TOKEN, rows_of, tiny_trainer
 
 
 class Held(TrainerCallback):
@@ -43,9 +42,9 @@ def larger(tmp_path_factory):
 
 def peaks(kind, base, folder, rows, trace, **kwargs):
     """Bytes of live tensors, and what Python allocated (NumPy included), at the peak of an evaluation."""
-    few = KINDS[kind][2](20)
-    trainer = token_trainer(kind, base, folder, few, per_device_eval_batch_size=20, **kwargs)
-    data = trainer._data.prepare(Dataset.from_list(KINDS[kind][2](rows)), "eval")
+    few, many = rows_of(kind, 20), rows_of(kind, rows)
+    trainer = tiny_trainer(kind, base, folder, few, many, per_device_eval_batch_size=20, **kwargs)
+    data = trainer.eval_dataset  # prepared
     trainer.evaluate(data.select(range(20)))
     held = Held(every=rows // 20 // 5)
     trainer.add_callback(held)
@@ -57,7 +56,7 @@ def peaks(kind, base, folder, rows, trace, **kwargs):
     return held.bytes, python
 
 
-SLOW = [pytest.param(kind, True, marks=pytest.mark.slow, id=f"{kind} traced") for kind in KINDS]
+SLOW = [pytest.param(kind, True, marks=pytest.mark.slow, id=f"{kind} traced") for kind in TOKEN]
 
 
 @pytest.mark.parametrize(("kind", "trace"), [("prm", False), *SLOW])
