@@ -69,6 +69,11 @@ def sampler(tiny, folder, rewards=length, **options):
     return RejectionSampler(tiny, rewards, Dataset.from_list(ROWS), folder, **OPTIONS | options)
 
 
+def store_of(sampler):
+    """The shards of completions that a sampler generates."""
+    return sampler._generate.store
+
+
 def sample(tiny, folder, rewards=length, **options):
     return rejection_sample(tiny, rewards, Dataset.from_list(ROWS), folder, **OPTIONS | options)
 
@@ -249,18 +254,18 @@ def test_a_policy_whose_files_changed_has_a_store_of_its_own(tiny, tmp_path):
     torch.save(AutoModelForCausalLM.from_pretrained(tiny).state_dict(), policy / "pytorch_model.bin")
     stores = []
     for name in ("pytorch_model.bin", "tokenizer.json", "chat_template.jinja"):
-        stores.append(sampler(policy, tmp_path / "out")._generate.store.folder)
+        stores.append(store_of(sampler(policy, tmp_path / "out")).folder)
         with open(policy / name, "ab") as file:
             file.write(b" ")
-    stores.append(sampler(policy, tmp_path / "out")._generate.store.folder)
+    stores.append(store_of(sampler(policy, tmp_path / "out")).folder)
     assert len(set(stores)) == 4
-    assert sampler(shutil.copytree(policy, tmp_path / "moved"), tmp_path / "out")._generate.store.folder == stores[3]
+    assert store_of(sampler(shutil.copytree(policy, tmp_path / "moved"), tmp_path / "out")).folder == stores[3]
 
 
 def test_a_damaged_shard_is_made_again_and_is_the_same(tiny, tmp_path):
     made = sampler(tiny, tmp_path)
     made.generate()
-    path = made._generate.store.path(1)
+    path = store_of(made).path(1)
     content = path.read_bytes()
     path.write_bytes(content[:-30])
     with pytest.raises(StoreError, match=r"1 of 4 shards are missing.*stage 'generate'"):
@@ -276,7 +281,7 @@ def texts_of(content: bytes) -> list:
 def test_scores_of_other_texts_are_refused(tiny, tmp_path):
     sample(tiny, tmp_path)
     made = sampler(tiny, tmp_path)
-    store = made._generate.store
+    store = store_of(made)
     lines = list(store.read(0))
     lines[0]["samples"][0]["text"] += " changed"
     store.write(0, lines)
@@ -496,9 +501,9 @@ def test_a_stage_in_its_own_process_gives_the_same(tiny, tmp_path):
     apart, here = sampler(tiny, tmp_path / "apart", isolate="always"), sampler(tiny, tmp_path / "here")
     apart.generate()
     here.generate()
-    files = [made._generate.store.path(shard).read_bytes() for made in (apart, here) for shard in range(4)]
+    files = [store_of(made).path(shard).read_bytes() for made in (apart, here) for shard in range(4)]
     assert [texts_of(content) for content in files[:4]] == [texts_of(content) for content in files[4:]]
-    assert not list(apart._generate.store.folder.glob("stage*"))
+    assert not list(store_of(apart).folder.glob("stage*"))
 
 
 @pytest.mark.slow
