@@ -62,7 +62,7 @@ def test_every_way_to_an_adapter_on_a_changed_base_is_refused(base, tmp_path):
     with pytest.raises(BaseMismatchError, match="differs from the files"):
         RewardEnsembleTrainer(merged, args, train_dataset=rows, processing_class=tokenizer, peft_config=LORA)
     nowhere = AutoModelForSequenceClassification.from_config(in_memory(base).config)
-    nowhere.config._name_or_path = ""
+    nowhere.config.name_or_path = ""
     with pytest.raises(BaseMismatchError, match="was not loaded from a folder or Hub repository"):
         make_trainer(nowhere, tmp_path, peft_config=LORA, processing_class=tokenizer)
     train(nowhere, tmp_path / "full", processing_class=tokenizer)  # a full model is saved with all its weights

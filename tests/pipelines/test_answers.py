@@ -1,7 +1,5 @@
 """Answers read off completions: what is the last number of a text, and what is missing is said before it is needed."""
 
-import sys
-
 import pytest
 
 from trl_ext.pipelines.answers import last_line, last_number, load_answers, math_answers
@@ -87,8 +85,7 @@ def test_number_and_line():
     assert last_line(["because\n  Paris \n", "", " \n"]) == ["Paris", None, None]
 
 
-def test_a_missing_package_is_said_with_another_way(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
+def test_a_missing_package_is_said_with_another_way(without_math_verify):
     with pytest.raises(ImportError, match=r"answers='math' needs math-verify.*'trl-ext\[math\]'.*--answers number"):
         load_answers("math")
     with pytest.raises(ImportError, match="needs math-verify"):

@@ -3,7 +3,6 @@
 import json
 import linecache
 import math
-import sys
 
 import pandas as pd
 import pytest
@@ -239,13 +238,14 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     assert "line 2 is no JSON" in capsys.readouterr().err
 
 
-def test_a_vote_without_its_package_fails_at_once_and_blocks_nothing(base, tmp_path, monkeypatch, capsys):
+def test_a_vote_without_its_package_fails_at_once_and_blocks_nothing(
+    base, tmp_path, without_math_verify, monkeypatch, capsys
+):
     (tmp_path / "tests_rewards.py").write_text(
         "def length(prompts, completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
     )
     begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "1"}]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "math_verify", None)
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": begun}) + "\n")
     arguments = ["best-of-n", "--model_name_or_path", str(base), "--reward_funcs", "tests_rewards.py:length"]
     arguments += ["--input", "in.jsonl", "--n", "3", "--max_completion_length", "5", "--output", "out.jsonl"]

@@ -85,10 +85,9 @@ def test_a_module_that_cannot_be_imported_says_why(rules):
             check_rewards([spec])
 
 
-def test_a_missing_extra_is_said_at_the_start(monkeypatch):
+def test_a_missing_extra_is_said_at_the_start(without_math_verify):
     from trl.rewards import accuracy_reward
 
-    monkeypatch.setitem(sys.modules, "math_verify", None)
     for spec in ("accuracy_reward", "trl.rewards.accuracy_reward", accuracy_reward):
         with pytest.raises(ImportError, match=r"'accuracy_reward' needs math-verify.*'trl-ext\[math\]'"):
             check_rewards([spec])
@@ -154,8 +153,9 @@ def test_a_wrong_selector_fails_before_the_first_token(rules, monkeypatch, capsy
         (["--reward_funcs", "accuracy_reward"], "needs math-verify"),
     ],
 )
-def test_the_commands_fail_before_the_first_token(rules, monkeypatch, capsys, command, flags, words):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
+def test_the_commands_fail_before_the_first_token(
+    rules, without_math_verify, monkeypatch, capsys, command, flags, words
+):
     generated = []
     monkeypatch.setattr(TransformersGenerator, "generate", lambda *args, **kwargs: generated.append(args))
     policy = tiny_reward_base(rules / "policy", hidden_size=32)

@@ -149,7 +149,7 @@ def test_one_quantized_base(quantization, tmp_path):
 def test_memory_is_one_base_and_the_adapters(llama):
     """Nothing of the base is there twice."""
     trained = sum(p.numel() for p in llama.member_parameters())
-    single, _ = build_reward_model(llama.config._name_or_path)
+    single, _ = build_reward_model(llama.config.name_or_path)
     own_head = single.score.weight.numel()
     assert (
         sum(p.numel() for p in llama.parameters()) == sum(p.numel() for p in single.parameters()) - own_head + trained

@@ -324,15 +324,13 @@ def test_concurrency_is_bounded_and_used():
     ],
     ids=["429", "500", "503", "garbage", "no choice", "no text", "dies"],
 )
-def test_what_may_pass_is_asked_again(bad, monkeypatch):
-    monkeypatch.setattr("random.random", lambda: -0.45)  # short pauses
+def test_what_may_pass_is_asked_again(bad, short_pauses):
     with serving(lambda number, path, body: bad if number < 2 else good()(number, path, body)) as server:
         (row,) = openai(server.url, retries=3, concurrency=1).generate(["a"], 2, 0)
     assert [item.text for item in row] == [" fine", " fine"] and len(server.requests) == 4
 
 
-def test_a_server_that_stays_broken_is_said_with_its_last_words(monkeypatch):
-    monkeypatch.setattr("random.random", lambda: -0.45)
+def test_a_server_that_stays_broken_is_said_with_its_last_words(short_pauses):
     with serving(lambda *_: (500, b"CUDA error", {})) as server:
         generator = openai(server.url, retries=2, concurrency=1)
         with pytest.raises(GenerationError, match="failed 3 times, last with HTTP 500: CUDA error.*shards are kept"):
@@ -349,8 +347,7 @@ def test_a_refused_request_is_not_repeated():
     assert len(server.requests) == 1
 
 
-def test_a_slow_server_is_given_up(monkeypatch):
-    monkeypatch.setattr("random.random", lambda: -0.45)
+def test_a_slow_server_is_given_up(short_pauses):
     with serving(lambda *_: time.sleep(1) or (200, {}, {})) as server:
         generator = openai(server.url, retries=1, timeout=0.2, concurrency=1)
         with pytest.raises(GenerationError, match="failed 2 times, last with TimeoutError.*server_timeout"):

@@ -208,8 +208,7 @@ def test_what_a_server_must_be(tiny, caplog):
 
 
 @pytest.mark.parametrize("backend", ["vllm", "openai"])
-def test_an_engine_that_dies_is_one_clear_message(tiny, backend, monkeypatch):
-    monkeypatch.setattr("random.random", lambda: -0.45)  # short pauses
+def test_an_engine_that_dies_is_one_clear_message(tiny, backend, short_pauses):
     with serving(vllm_like(tiny), cards(str(tiny))) as server:
         generator = make(tiny, server.url, backend, retries=1)
         generator.generate(PROMPTS, 1, 0)
@@ -224,8 +223,7 @@ def test_an_engine_that_dies_is_one_clear_message(tiny, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["vllm", "openai"])
-def test_several_servers_share_the_requests_and_one_may_die(tiny, backend, monkeypatch, caplog):
-    monkeypatch.setattr("random.random", lambda: -0.45)
+def test_several_servers_share_the_requests_and_one_may_die(tiny, backend, short_pauses, caplog):
     with serving(vllm_like(tiny), cards(str(tiny))) as whole:
         expected = make(tiny, whole.url, backend).generate(PROMPTS, 4, 0)
     with ExitStack() as stack:

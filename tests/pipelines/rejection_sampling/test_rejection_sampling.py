@@ -445,8 +445,7 @@ def test_arguments_that_cannot_be_meant(tiny, tmp_path, change, error, message):
         sample(tiny, tmp_path, **change)
 
 
-def test_a_server_that_dies_in_the_middle_and_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("random.random", lambda: -0.45)
+def test_a_server_that_dies_in_the_middle_and_comes_back(tmp_path, short_pauses):
     with serving(good()) as server:
         arguments = {"backend": "openai", "server": {"server_base_url": server.url, "max_retries": 1}}
         arguments["server"] |= {"max_concurrency": 1, "server_timeout": 5.0}

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
-from tests.trainers.helpers import StopAt, config, history, largest_difference, trainer_for, weights
+from tests.trainers.helpers import config, history, largest_difference, trainer_for, weights
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer, RewardScorer, RewardTrainer, load_reward_model
 from trl_ext.data.validation import DataError
 from trl_ext.models.ensemble.ensemble_files import read_ensemble
@@ -213,53 +213,6 @@ def test_checkpoints_are_ensembles_of_ordinary_reward_models(deep, tmp_path):
         assert torch.equal(member_scores(again, ids, torch.ones_like(ids))[:, 0], together)
     arguments = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert arguments.max_grad_norm == trainer.args.max_grad_norm == 1.0
-
-
-@pytest.mark.parametrize("strategy", ["shuffle", "bootstrap"])
-def test_kill_and_resume_equals_an_uninterrupted_run(strategy, deep, tmp_path):
-    kwargs = dict(
-        layers=[2],
-        data_strategy=strategy,
-        max_steps=9,
-        save_strategy="steps",
-        save_steps=4,
-        lr_scheduler_type="cosine",
-    )
-    whole = ensemble(tmp_path / "whole", deep, **kwargs)
-    whole.train()
-    killed = ensemble(tmp_path / "killed", deep, callbacks=[StopAt(7)], **kwargs)
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = ensemble(tmp_path / "killed", deep, **kwargs)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 9
-    assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), abs=1e-6)
-    for member in range(M):
-        one, other = resumed.model.member_state(member), whole.model.member_state(member)
-        assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-6
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "loss", "disagreement"])
-def test_the_best_members_come_back(metric, deep, tmp_path, caplog):
-    trainer = ensemble(
-        tmp_path,
-        deep,
-        evaluation=ROWS[:8],
-        max_steps=6,
-        learning_rate=1e-2,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model=metric,
-        greater_is_better=metric == "accuracy",
-    )
-    trainer.train()
-    values = history(trainer, f"eval_{metric}")
-    assert len(values) == 3 and trainer.state.best_metric == (max if metric == "accuracy" else min)(values)
-    assert trainer.evaluate()[f"eval_{metric}"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
-    assert "Could not locate the best model" not in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
