@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import save_tiny_model
-from tests.trainers.table import step_rows, token_trainer
+from tests.trainers.table import step_rows, tiny_trainer
 from trl_ext import RewardScorer
 from trl_ext.data.segmentation import steps
 from trl_ext.losses.advantages import normalize_steps, returns_to_go
@@ -200,7 +200,7 @@ def test_scorers_become_spans():
 
 def test_a_trained_process_model_gives_the_steps_their_credit(policy_path, tmp_path):
     base = save_tiny_model(tmp_path / "base", "llama")  # another tokenizer than the policy's
-    prm = token_trainer("prm", base, tmp_path / "prm", step_rows(12), max_steps=2)
+    prm = tiny_trainer("prm", base, tmp_path / "prm", step_rows(12), max_steps=2)
     prm.train()
     prm.save_model()
     scorer = RewardScorer(tmp_path / "prm", name="prm")
