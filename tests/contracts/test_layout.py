@@ -29,7 +29,7 @@ def test_every_folder_of_tests_is_a_folder_of_the_package():
 def test_every_folder_of_the_package_has_tests():
     package = folders(ROOT / "trl_ext")
     assert len(package) > 15
-    tested = {name for name in package if list((ROOT / "tests" / name).glob("test_*.py"))}
+    tested = {name for name in package if list((ROOT / "tests" / name).rglob("test_*.py"))}
     assert sorted(package - tested - TESTED_ELSEWHERE.keys()) == []
 
 
