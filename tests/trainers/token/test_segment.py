@@ -49,8 +49,8 @@ def test_categories_of_a_transform_are_found(base, tmp_path):
         return {name: [rows[number][name] for number in batch["number"]] for name in rows[0]}
 
     shown = Dataset.from_dict({"number": list(range(12))}).with_transform(transform)
-    trainer = token_trainer("segment", base, tmp_path, shown, trainer_kwargs={})
-    assert trainer._categories == ("length", "tone") and len(trainer.train_dataset) == 12
+    trainer = tiny_trainer("segment", base, tmp_path, shown, trainer_kwargs={})
+    assert get_sidecar(trainer.model).categories == ["length", "tone"] and len(trainer.train_dataset) == 12
 
 
 def test_numbers_against_scipy(base, tmp_path):
