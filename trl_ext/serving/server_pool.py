@@ -138,6 +138,17 @@ class ServerPool:
                 ) from error
             time.sleep(min(1.0, self._timeout / 4))
 
+    def tell(self, url: str, path: str, body: dict[str, Any]) -> str | None:
+        """Post something to one server, once. Returns what it says against it, or `None` if it agrees."""
+        request = urllib.request.Request(url + path, json.dumps(body).encode(), self._headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout):
+                return None
+        except urllib.error.HTTPError as error:
+            return f"HTTP {error.code}: {_detail(error)}"
+        except (OSError, http.client.HTTPException) as error:
+            return f"{type(error).__name__}: {error}"
+
     def reset(self) -> None:
         """Send requests again after a failure that stopped them."""
         self._failure = None

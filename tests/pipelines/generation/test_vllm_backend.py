@@ -246,3 +246,38 @@ def test_several_servers_share_the_requests_and_one_may_die(tiny, backend, short
         found = make(tiny, [first.url, alone.url], backend).generate(PROMPTS, 4, 0)
         assert [[item.text for item in row] for row in found] == [[item.text for item in row] for row in expected]
         assert f"No server answers at {first.url}" in caplog.text
+
+
+def test_an_adapter_that_the_server_lacks_is_loaded_into_it(tiny, tmp_path):
+    """Policies of several rounds have the same last name, so that the server knows them by their whole path."""
+    rounds = [tmp_path / str(number) / "policy" for number in (1, 2)]
+    for folder in rounds:
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+        (folder / "adapter_config.json").write_text('{"r": 4}')
+    cards = [{"id": "base", "root": "base"}, {"id": "policy", "root": str(rounds[0])}]
+    described = {"/v1/models": {"data": cards}}
+
+    def answer(number: int, path: str, body: dict) -> tuple:
+        if path == "/v1/load_lora_adapter":
+            cards.append({"id": body["lora_name"], "root": body["lora_path"]})
+            return 200, b"Success: LoRA adapter added", {}
+        return good(token_ids=[5], logprobs={"token_logprobs": [-0.5]}, index=0)(number, path, body)
+
+    with serving(answer, described) as server:
+        for folder in (*rounds, rounds[1]):
+            make_generator(folder, "vllm", server_base_url=server.url).generate(["a"], 1, 0)
+    loaded = [body["lora_path"] for path, body, _ in server.requests if path == "/v1/load_lora_adapter"]
+    assert loaded == [str(rounds[1])]  # the first was there; the second is loaded once
+    assert [body["model"] for path, body, _ in server.requests if path == "/v1/completions"] == [
+        "policy",
+        str(rounds[1]),
+        str(rounds[1]),
+    ]
+    refusing = lambda *_: (404, b"Not Found", {})  # noqa: E731
+    with (
+        serving(refusing, {"/v1/models": {"data": cards[:1]}}) as server,
+        pytest.raises(
+            GenerationError, match="serves base, and not the adapter .*HTTP 404.*RUNTIME_LORA_UPDATING=1.*rank 4"
+        ),
+    ):
+        make_generator(rounds[0], "vllm", server_base_url=server.url)

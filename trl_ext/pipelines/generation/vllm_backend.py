@@ -5,6 +5,7 @@ sent, even one that is off, because vLLM takes missing ones from the model's `ge
 not imported. This module knows nothing of shards or scores.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -52,7 +53,10 @@ class VLLMGenerator:
         self._encoder = PromptEncoder(tokenizer, sampling)
         self._model: str | None = None
         self._limit: int | None = None
-        for url, answer in servers.describe("/v1/models").items():
+        answers = servers.describe("/v1/models")
+        if Path(model, "adapter_config.json").is_file():
+            answers = {url: _with_adapter(servers, url, answer, Path(model)) for url, answer in answers.items()}
+        for url, answer in answers.items():
             name, limit = served_model(url, answer, str(model))
             if self._model not in (None, name):
                 raise GenerationError(
@@ -166,10 +170,38 @@ def served_model(url: str, answer: Any, model: str) -> tuple[str, int | None]:
         )
     if card is None:
         raise GenerationError(
-            f"The server at {url} serves {names_of(cards)}, not {model}. Start it with `vllm serve {model}`, or "
+            f"The server at {url} serves {names_of(cards)}, and not {model}. Start it with `vllm serve {model}`, or "
             "correct server_base_url."
         )
     return card["id"], longest_text(card, cards)
+
+
+def _with_adapter(servers: ServerPool, url: str, answer: Any, folder: Path) -> Any:
+    """
+    What a server says about its models, after it has loaded an adapter that it did not have.
+
+    The adapter's name there is its whole path: folders of the policies of several rounds have the same last name. A
+    server on another machine, which was started with the adapter, knows it by that last name.
+
+    Raises:
+        [`GenerationError`]: it does not have the adapter, and does not load it.
+    """
+    path = str(folder.resolve())
+    cards = cards_of(answer)
+    if any(path in (card["id"], str(card.get("root") or "").rstrip("/")) for card in cards):
+        return answer
+    objection = servers.tell(url, "/v1/load_lora_adapter", {"lora_name": path, "lora_path": path})
+    if objection is None:
+        return {"data": [*cards, {"id": path, "root": path}]}
+    elsewhere = [card for card in cards if card["id"] == folder.name and not Path(str(card.get("root"))).is_dir()]
+    if elsewhere:
+        return {"data": elsewhere}
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r")
+    raise GenerationError(
+        f"The server at {url} serves {names_of(cards)}, and not the adapter {folder}, and does not load it "
+        f"({objection}). Start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora "
+        f"--max-lora-rank {rank}`, or with `--lora-modules {folder.name}={path}`."
+    )
 
 
 def known_arguments(servers: ServerPool, schemas: Iterable[str]) -> set[str] | None:

@@ -69,8 +69,10 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Completions that a device generates at a time.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Generate on a vLLM server (`vllm serve MODEL`) with the model that training starts from. This works for one
-            round only, because the server keeps its weights. Evaluation generates in this process.
+            Generate on a vLLM server (`vllm serve MODEL`) with the model that training starts from. With LoRA the
+            server loads the adapter of each round, if it was started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`,
+            `--enable-lora` and a sufficient `--max-lora-rank`. Full weights allow one round only, because the server
+            keeps its weights. Evaluation generates in this process.
         vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout:
             As in `GRPOConfig`.
     """
@@ -107,7 +109,7 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         default=False, metadata={"help": "Never fine-tune on completions that were cut at max_completion_length."}
     )
     generation_batch_size: int = field(default=32, metadata={"help": "Completions that a device generates at a time."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate on a vLLM server (one round only)."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate on a vLLM server; several rounds with LoRA."})
     vllm_server_base_url: str | None = field(default=None, metadata={"help": "The server, e.g. http://host:8000."})
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host, if no base URL is given."})
     vllm_server_port: int = field(default=8000, metadata={"help": "The server's port, if no base URL is given."})
@@ -122,11 +124,6 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
             raise ValueError(f"num_generations_eval={self.num_generations_eval}; needed: 1 or more, or None.")
         if self.start_from not in ("current", "initial"):
             raise ValueError(f"start_from={self.start_from!r}; needed: 'current' or 'initial'.")
-        if self.use_vllm and self.num_rounds > 1:
-            raise ValueError(
-                f"use_vllm=True with num_rounds={self.num_rounds}: the server would keep sampling from the weights "
-                "that it was started with. Run one round, start the server on the saved policy, and run the next one."
-            )
         if self.fsdp or self.deepspeed:
             raise ValueError(
                 "FSDP and DeepSpeed shard the weights, and generation in this process needs whole weights. Use DDP, "

@@ -14,12 +14,13 @@ import torch
 import trl
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from trl_ext.models.inputs import use_known_pad_token
 from trl_ext.models.sidecar import vocab_size
 from trl_ext.pipelines.generation.transformers_backend import load_policy
+from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
@@ -108,3 +109,20 @@ def fine_tune(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def check_rounds_on_server(args: RejectionSamplingConfig, model: Any, peft_config: PeftConfig | None) -> None:
+    """Raise `ValueError` for several rounds on a vLLM server with weights that it cannot load while it runs."""
+    if not args.use_vllm or args.num_rounds == 1:
+        return
+    if isinstance(model, PeftModel):
+        peft_config = model.active_peft_config
+    is_adapter = isinstance(model, (str, Path)) and Path(model, "adapter_config.json").is_file()
+    if isinstance(peft_config, LoraConfig) or (peft_config is None and is_adapter):
+        return
+    policy = Path(args.output_dir) / "rounds" / "1" / "policy"
+    raise ValueError(
+        f"use_vllm=True with num_rounds={args.num_rounds} and full weights: the server would keep sampling from the "
+        f"weights that it was started with. Run one round, start the server again with `vllm serve {policy}`, and run "
+        "the next one. Or give a LoRA peft_config: the server then loads the adapter of each round."
+    )

@@ -44,7 +44,7 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     rounds_card,
 )
 from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED, prompts_digest
-from trl_ext.pipelines.rejection_sampling.round_training import fine_tune, rows_to_learn_from
+from trl_ext.pipelines.rejection_sampling.round_training import check_rounds_on_server, fine_tune, rows_to_learn_from
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
 from trl_ext.pipelines.rejection_sampling.selection import check_selection
@@ -150,6 +150,7 @@ class RejectionSamplingTrainer:
             raise ValueError("eval_dataset is a dict; needed: one data set, on which rounds are compared.")
         if verifier is not None and eval_dataset is None:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
+        check_rounds_on_server(args, model, peft_config)
         if isinstance(model, PeftModel) and peft_config is not None:
             raise ValueError("Found a PeftModel and a peft_config; give one of them.")
         check_policy_adapter(peft_config)
