@@ -1,4 +1,4 @@
-"""Lists -> tensors, nothing else: knows neither tokenizers nor losses."""
+"""Lists -> tensors: collators that pad rows or lay them out flat. Knows neither tokenizers nor losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from trl_ext.data.prefix_layout import build_layout, split_prefix
 
 
 FLAT_BELOW = 0.95
-"""A batch is laid out flat if that takes less than this share of the padded tokens; at 1.0 it costs up to 2 %."""
+"""A batch is laid out flat if the flat row has less than this share of the padded tokens. At a share near 1 the flat
+layout would be up to 2 % slower."""
 
 
 @dataclass
@@ -18,25 +19,26 @@ class GroupCollator:
     """Collate groups with any number of candidates each (the rows of `prepare_groups`).
 
     Candidates are stacked group after group into one batch of N sequences; per-group tensors are padded to the largest
-    group, K. `ratings` comes first, so that what counts the rows of a batch by its first tensor counts groups.
+    group, K. `ratings` comes first, because some code counts the rows of a batch by its first tensor: it then counts
+    groups.
 
     Args:
         pad_token_id (`int`): id that fills `input_ids` (any valid id: the attention mask says what is real).
         pad_to_multiple_of (`int`, *optional*): round T up to a multiple of this.
-        shared_prefix (`bool`, *optional*, defaults to `False`): lay a batch out as one flat row with each shared
-            prompt once ([`PrefixLayout`]) wherever that saves at least 5 % of the tokens; such a batch has
-            `prefix_layout` instead of `input_ids` and `attention_mask`.
+        shared_prefix (`bool`, *optional*, defaults to `False`): lay a batch out as one flat row that holds each shared
+            prompt once ([`PrefixLayout`]), if that saves at least 5 % of the tokens. Such a batch has `prefix_layout`
+            instead of `input_ids` and `attention_mask`.
 
     Returns (by `__call__`), in this order:
         - `ratings` (B, K) float32, 0 where there is no candidate
         - `group_mask` (B, K) bool, True = a real candidate; N is its sum
-        - `completion_lengths` (B, K) int64: tokens after the prefix that the candidates of the group share
+        - `completion_lengths` (B, K) int64: tokens after the prefix that all candidates of the group share
         - `row_index` (B,) int64
-        - `margin` (B,) float32 and `target` (B,) float32, where the rows have `group_margin` and `group_target`
+        - `margin` (B,) float32 and `target` (B,) float32, if the rows have `group_margin` and `group_target`
         - `input_ids` (N, T) int64 and `attention_mask` (N, T) int64, padded on the right
 
     Raises:
-        `ValueError`: no rows, or a row whose candidates and ratings differ in number.
+        `ValueError`: there are no rows, or a row has another number of candidates than of ratings.
 
     Example:
 
@@ -115,22 +117,22 @@ class SpanCollator:
         pad_token_id (`int`): id that fills `input_ids` (any valid id: the attention mask says what is real).
         num_categories (`int`, *optional*, defaults to `1`): G, the number of categories.
         pad_to_multiple_of (`int`, *optional*): round T up to a multiple of this.
-        shared_prefix (`bool`, *optional*, defaults to `False`): lay a batch out as one flat row as well, with the
-            prompt of its rows once where they have the same, wherever that saves at least 5 % of the tokens. Rows with
-            different numbers as their `member` (of an ensemble) share nothing.
+        shared_prefix (`bool`, *optional*, defaults to `False`): also lay a batch out as one flat row, if that saves at
+            least 5 % of the tokens. Rows with the same prompt then share it. Rows of different ensemble members
+            (column `member`) share nothing.
 
     Returns (by `__call__`), in this order:
         - `token_labels` (B, T, G) float32, 0 where there is no label
-        - `label_mask` (B, T, G) bool, True = a label is given
-        - `label_steps` (B, T, G) int64: which step or segment of the row the label is of, -1 where there is none
+        - `label_mask` (B, T, G) bool, True = the token has a label
+        - `label_steps` (B, T, G) int64: the step or segment of the row that the label belongs to, -1 if there is none
         - `completion_start` (B,) int64: position of the completion's first token
         - `row_index` (B,) int64
         - `input_ids` (B, T) int64 and `attention_mask` (B, T) int64, padded on the right
-        - for a flat row, `prefix_layout` ([`PrefixLayout`]) and `token_index` (B, T) int64: where each token is in it
-          (0 where there is none)
+        - for a flat row, `prefix_layout` ([`PrefixLayout`]) and `token_index` (B, T) int64: the index of each token in
+          the flat row (0 for padding)
 
     Raises:
-        `ValueError`: no rows, or a label of a category that is not below `num_categories`.
+        `ValueError`: there are no rows, or the category of a label is not below `num_categories`.
 
     Example:
 
@@ -182,7 +184,7 @@ class SpanCollator:
             if max(row["label_categories"], default=0) >= self.num_categories:
                 raise ValueError(
                     f"row {row['row_index']} has a label of category {max(row['label_categories'])}, but "
-                    f"num_categories is {self.num_categories}; give the number of categories of the data"
+                    f"num_categories is {self.num_categories}; give the number of categories in the data"
                 )
             where = (number, row["label_positions"], row["label_categories"])
             labels[where] = torch.tensor(row["label_values"], dtype=torch.float32)
@@ -200,7 +202,7 @@ class SpanCollator:
 
 
 def _flat(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
-    """`prefix_layout` and `token_index` of rows with labelled spans, or nothing if that saves too little."""
+    """`prefix_layout` and `token_index` of rows with labelled spans; empty if the flat row saves too little."""
     groups: dict[tuple[int | None, ...] | int, list[int]] = {}
     for number, row in enumerate(rows):
         ids, start = row["span_input_ids"], row["completion_start"]
@@ -211,7 +213,7 @@ def _flat(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
     if layout.num_tokens >= FLAT_BELOW * layout.padded_tokens:
         return {}
     index = torch.zeros(len(rows), width, dtype=torch.int64)  # (B, T)
-    place = 0  # in the row: a prompt, its completions, the next prompt, ...
+    place = 0  # in the flat row, which holds a prompt, its completions, the next prompt, ...
     for numbers, (prefix, completions) in zip(groups.values(), parts, strict=True):
         index[numbers, : len(prefix)] = torch.arange(place, place + len(prefix))
         place += len(prefix)

@@ -1,6 +1,6 @@
-"""Which characters of a completion each token holds, for the ids that `tokenization.encode` makes of the row.
+"""Finds the characters of a completion that each token holds, for the ids that `tokenization.encode` makes of a row.
 
-Characters are those of Python strings (code points; neither bytes nor UTF-16 units), counted from the start of the
+Characters are the code points of a Python string (neither bytes nor UTF-16 units), counted from the start of the
 completion. Knows tokenizers and chat templates. Does not know labels or data sets.
 """
 
@@ -34,7 +34,8 @@ from trl_ext.data.tokenization import (
 )
 
 
-# Stands for the completion while a chat template is rendered: private characters, no white space that could be cut.
+# Takes the place of the completion when a chat template is rendered a second time. These are private characters and
+# no white space, which a template could cut.
 _MARK = "\ue0f1\ue0f2\ue0f1\ue0f3"
 
 
@@ -42,21 +43,21 @@ _MARK = "\ue0f1\ue0f2\ue0f1\ue0f3"
 class Located:
     """The tokens of a prompt with a completion, and the characters of the completion that each of them holds.
 
-    A character may be spread over several tokens (byte-level tokenizers), and a token may hold several characters,
-    even some of the prompt. What the tokenizer adds or takes from the prompt lies before 0; what follows the
-    completion (EOS, the end of a turn) lies behind its last character.
+    Several tokens may share one character (byte-level tokenizers). A token may hold several characters, even some of
+    the prompt. The tokens of the prompt, and those that the tokenizer adds before it, lie before 0. The tokens that
+    follow the completion (EOS, the end of a turn) lie behind its last character.
 
     Args:
         ids (`list[int]`): the T token ids, equal to those of `tokenization.encode`.
         starts (`np.ndarray` of shape `(T,)`): first character of each token.
-        ends (`np.ndarray` of shape `(T,)`): one past its last character.
-        completion_start (`int`): position of the first token that holds anything of the completion or of what follows
-            it; T if there is none.
-        truncated (`bool`): whether anything was cut to fit `max_length`.
-        stripped (`bool`): whether the chat template took white space from an end of the completion.
+        ends (`np.ndarray` of shape `(T,)`): index after the last character of each token.
+        completion_start (`int`): position of the first token that holds a part of the completion or follows it; T if
+            there is none.
+        truncated (`bool`): whether tokens were cut to fit `max_length`.
+        stripped (`bool`): whether the chat template removed white space at an end of the completion.
         unseen (`str`, *optional*): text of an earlier message of the completion that the chat template left out. If it
             leaves out text of the last message, there are no offsets, and `encode_batch_with_offsets` fails.
-        unknown (`str`, *optional*): text of the completion of which all tokens are the unknown token.
+        unknown (`str`, *optional*): text of the completion whose tokens are all the unknown token.
     """
 
     ids: list[int]
@@ -71,17 +72,17 @@ class Located:
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Positions of the tokens that hold any of the characters from `start` up to, not including, `end`.
 
-        The last of them holds the last character of the span that has a token at all (white space has none in BERT).
-        Empty where the span is, or has no token.
+        The last position holds the last character of the span that has a token (in BERT, white space has none). The
+        result is empty if the span is empty or has no token.
         """
         return np.flatnonzero((self.starts < end) & (self.ends > start) & (start < end))
 
     def texts(self, text: str) -> list[str]:
-        """`text`, the completion, in a piece for each token from `completion_start` on; joined they are the text.
+        """Splits the completion `text` into one piece per token from `completion_start` on; joined, they give `text`.
 
-        A character that is spread over several tokens is with the first of them, and one without a token (white space
-        in BERT) with the next token; what closes a completion has an empty piece. Of a row that was cut to
-        `max_length` what was cut off is missing.
+        A character that several tokens share goes to the first of them. A character without a token (white space in
+        BERT) goes to the next token. The tokens that close a completion have empty pieces. If the row was cut to
+        `max_length`, the text that was cut off is missing.
         """
         pieces, done = [], 0
         for end in self.ends[self.completion_start :].tolist():
@@ -94,19 +95,17 @@ class Located:
 
 
 def completion_text(completion: Completion) -> str:
-    """The text that character spans count in: a string itself, of messages the content of the last one.
+    """The text whose characters spans count: a string completion itself, or the content of the last message.
 
     Raises:
-        `TypeError`: the last message has no text as its content.
+        `TypeError`: the content of the last message is not text.
     """
     if isinstance(completion, str):
         return completion
     content = as_messages(completion)[-1].get("content")
     text = content_text(content)
     if text is None:
-        raise TypeError(
-            f"labels at characters need a text as the content of the last message, found {type(content).__name__}"
-        )
+        raise TypeError(f"labelled spans need text as the content of the last message, found {type(content).__name__}")
     return text
 
 
@@ -122,8 +121,7 @@ def encode_with_offsets(
 ) -> Located:
     """Token ids of `prompt` + `completion`, as `tokenization.encode` makes them, with the characters of each token.
 
-    `max_length` cuts as in `encode`, and offsets are those of the whole completion all the same. See
-    `encode_batch_with_offsets`.
+    `max_length` cuts as in `encode`; offsets still count in the whole completion. See `encode_batch_with_offsets`.
 
     Example:
 
@@ -155,18 +153,19 @@ def encode_batch_with_offsets(
 ) -> list[Located]:
     """Token ids of any number of rows, as `tokenization.encode_batch` makes them, with the characters of each token.
 
-    The whole text is tokenized once. In a chat the completion is found in the rendered text by rendering it a second
-    time with a mark in its place, never by searching for its words; white space that the template takes from its ends
-    is allowed for.
+    The whole text is tokenized once. To find the completion in a rendered chat, the chat is rendered a second time
+    with a mark in its place. The words of the completion are never searched for. The template may remove white space
+    at either end of the completion.
 
     Raises:
-        `TypeError`: a text prompt with a chat completion, or a last message without text.
-        `ValueError`: the chat template changes the completion beyond its ends, or the tokenizer gives no offsets.
+        `TypeError`: a text prompt has a chat completion, or the last message has no text.
+        `ValueError`: the chat template changes more of the completion than white space at its ends, or the tokenizer
+            gives no offsets.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"labels at characters need a fast tokenizer, which knows the characters of a token; "
-            f"{type(tokenizer).__name__} is none. Load the tokenizer of the model with AutoTokenizer"
+            f"labelled spans need a fast tokenizer, which knows the characters of each token; "
+            f"{type(tokenizer).__name__} is slow. Load the tokenizer of the model with AutoTokenizer"
         )
     found: list[Located | None] = [None] * len(rows)
     unknown = unknown_token_id(tokenizer)
@@ -202,14 +201,14 @@ def encode_batch_with_offsets(
 def _located(
     ids: list[int], mapping: list[tuple[int, int]], text: str, place: tuple[int, int, int], unseen: str | None
 ) -> Located:
-    """The tokens of a row from the characters of the rendered text that each has, and the completion's place in it."""
+    """Makes the `Located` of a row from its offsets in the rendered text and the completion's place there."""
     start, first, last = place
     offsets = np.array(mapping, dtype=np.int64).reshape(-1, 2) - start
-    # From the rendered text to the completion: only text[first:last] was rendered, at 0 to last - first.
+    # Offsets now count from the rendered completion, which is text[first:last]. Shift them to count in all of `text`.
     length, lost = last - first, len(text) - last
     starts = offsets[:, 0] + np.where(offsets[:, 0] >= 0, first, 0) + np.where(offsets[:, 0] >= length, lost, 0)
     ends = offsets[:, 1] + np.where(offsets[:, 1] > 0, first, 0) + np.where(offsets[:, 1] > length, lost, 0)
-    # Special tokens that the tokenizer adds by itself have empty offsets at 0: those behind the completion end it.
+    # Special tokens that the tokenizer adds have empty offsets, so they cannot be the start of the completion.
     inside = np.flatnonzero((offsets[:, 1] > 0) & (offsets[:, 1] > offsets[:, 0]))
     completion_start = int(inside[0]) if len(inside) else len(ids)
     stripped = (first, last) != (0, len(text))
@@ -222,7 +221,7 @@ def _begun(row: TextRow) -> str:
 
 
 def _with_last(chat: list[Message], content: str) -> list[Message]:
-    """The chat with another text in its last message."""
+    """The chat with `content` as the content of its last message."""
     return [*chat[:-1], {**chat[-1], "content": content}]
 
 
@@ -235,11 +234,11 @@ def _find(
     text: str,
     begun: str,
 ) -> tuple[int, int, int]:
-    """Where the last message's `text` is in the rendered chat: (start, first, last), text[first:last] being there.
+    """Finds the last message's `text` in the rendered chat: (start, first, last); text[first:last] begins at `start`.
 
     Args:
-        rendered (`str`): the chat as it is.
-        marked (`str`): the chat with a mark in place of the text.
+        rendered (`str`): the rendered chat.
+        marked (`str`): the rendered chat with a mark in place of the text.
         begun (`str`): what stands before the text in the last message.
     """
     before, mark, behind = marked.partition(_MARK)
@@ -249,7 +248,7 @@ def _find(
         for first in range(lead + 1):
             if text.startswith(body, first) and not text[first + len(body) :].strip():
                 return len(before), first, first + len(body)
-    # The template looks into the text (a thinking part, say) but may leave it as it is: mark its end alone.
+    # Some templates inspect the text (for a thinking part, say) and may still keep it unchanged. Mark only its end.
     at_its_end = render(tokenizer, [_with_last(chat, begun + text + _MARK)], options)[0]
     before, mark, behind = at_its_end.partition(_MARK)
     if mark and before.endswith(text) and rendered.endswith(behind):
@@ -258,6 +257,6 @@ def _find(
         if start <= len(body) and before.startswith(body) and not before[len(body) :].strip():
             return start, 0, len(body) - start
     raise ValueError(
-        "the chat template rewrites the completion beyond white space at its ends, so that characters of the "
-        "completion cannot be found in what the model reads"
+        "the chat template rewrites the completion beyond white space at its ends, so its characters cannot be "
+        "found in what the model reads"
     )

@@ -1,9 +1,9 @@
-"""One flat row for groups that share a prompt: each prompt once, every completion after it, no padding.
+"""One flat row for groups that share a prompt: each prompt once, followed by its completions, without padding.
 
 Knows token ids, positions and index tensors. Knows nothing of models, attention kernels or text.
 
-Letters: `S` sequences (candidates of all groups), `N` tokens of the flat row; `A` segments of a block, and of
-these `Q` most queries and `T` most keys.
+Shapes: `S` is the number of sequences (candidates of all groups) and `N` the number of tokens of the flat row. A block
+has `A` segments; `Q` is the largest number of queries of a segment, and `T` the largest number of keys.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from trl_ext.data.tokenization import common_prefix_length
 
 
 BLOCK_COST = 4096
-"""What another block costs, in pairs of a query and a key: about what one core computes in the time that it takes to
-start a block's operations (hidden size 512)."""
+"""The cost of one more block, in pairs of a query and a key: about as many as one core computes in the time that it
+takes to start the operations of a block (hidden size 512)."""
 
 
 class Segment(NamedTuple):
-    """Tokens that follow each other in the row, and the prefix that they see besides themselves."""
+    """Consecutive tokens of the flat row, and the prefix that they attend to besides themselves."""
 
     start: int
     length: int
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """Keys that the segment's last token sees."""
+        """The number of keys that the segment's last token attends to."""
         return self.prefix_length + self.length
 
     @property
@@ -42,15 +42,15 @@ class Segment(NamedTuple):
 @dataclass
 class AttentionBlock:
     """
-    Segments of similar lengths, whose attention is computed together.
+    Segments of similar lengths. Their attention is computed together.
 
     Args:
-        query_index (`torch.LongTensor` of shape `(A, Q)`): row index of each segment's tokens; padding repeats the
-            last.
-        key_index (`torch.LongTensor` of shape `(A, T)`): row index of its prefix and then of its tokens, in the order
-            of their positions, so that key number j stands at position j.
+        query_index (`torch.LongTensor` of shape `(A, Q)`): index in the flat row of each segment's tokens. Padding
+            repeats the last one.
+        key_index (`torch.LongTensor` of shape `(A, T)`): index in the flat row of each segment's prefix, then of its
+            tokens, in the order of their positions. Key number j has position j.
         query_position (`torch.LongTensor` of shape `(A, Q)`): position of each query in its sequence.
-        causal (`bool`): no segment has a prefix, so that query number i sees the keys up to number i.
+        causal (`bool`): True if no segment has a prefix, so query number i attends to the keys up to number i.
     """
 
     query_index: torch.Tensor
@@ -61,16 +61,16 @@ class AttentionBlock:
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
         """
-        Who sees whom: bool `(A, 1, Q, T)`, True = may attend; `None` for plain causal attention.
+        The attention mask: bool `(A, 1, Q, T)`, True = may attend; `None` for plain causal attention.
 
         Args:
-            window (`int`, *optional*): positions that a query sees, its own counted.
+            window (`int`, *optional*): number of positions that a query attends to, including its own.
         """
         if window is not None and window >= self.key_index.shape[1]:
             window = None
         if window is None and self.causal:
             return None
-        if window not in self._masks:  # every layer needs the same
+        if window not in self._masks:  # every layer uses the same mask
             keys = torch.arange(self.key_index.shape[1], device=self.key_index.device)
             distance = self.query_position[:, :, None] - keys  # (A, Q, T)
             mask = distance >= 0
@@ -88,17 +88,18 @@ class AttentionBlock:
 @dataclass
 class PrefixLayout:
     """
-    Where every token of a flat row stands, and how attention finds the keys it may see.
+    The position of every token of a flat row, and the keys that it may attend to.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(1, N)`): prompt of group 0, its completions, prompt of group 1, ...
         position_ids (`torch.LongTensor` of shape `(1, N)`): position of each token in its own sequence.
-        last (`torch.LongTensor` of shape `(S,)`): row index of the last token of each sequence, groups in order.
-        blocks (`list[AttentionBlock]`): prompts and completions, by length; each token is a query of one.
-        inverse (`torch.LongTensor` of shape `(N,)`): where each token of the row is found in the `A * Q` queries of
-            all blocks, one block after the other.
-        completions (`list[Segment]`): each sequence's own tokens and its prompt, groups in order.
-        sequence_tokens (`int`): real tokens of the sequences, the prompt counted in each.
+        last (`torch.LongTensor` of shape `(S,)`): index in the flat row of the last token of each sequence.
+        blocks (`list[AttentionBlock]`): prompts and completions, grouped by length. Each token is a query of exactly
+            one block.
+        inverse (`torch.LongTensor` of shape `(N,)`): index of each token of the flat row in the concatenated `A * Q`
+            queries of all blocks.
+        completions (`list[Segment]`): each sequence's completion with its prompt as the prefix, groups in order.
+        sequence_tokens (`int`): real tokens of all sequences; each sequence counts its prompt.
         padded_tokens (`int`): tokens of the same sequences as one right-padded batch.
     """
 
@@ -113,17 +114,17 @@ class PrefixLayout:
 
     @property
     def num_tokens(self) -> int:
-        """N: tokens that go through the model."""
+        """N: the tokens that the model processes."""
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> "PrefixLayout":
-        """The same layout on another device (Trainer moves batches by calling this)."""
+        """The same layout on another device. Trainer calls this to move a batch."""
         values = {f.name: self.__dict__[f.name] for f in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved, blocks=[block.to(device) for block in self.blocks])
 
     def repeated(self, times: int) -> "PrefixLayout":
-        """The layout of `times` such rows one after the other, as one row."""
+        """The layout of one row that holds this row `times` times, one copy after the other."""
         copies = torch.arange(times, device=self.last.device)[:, None]
         shifts = copies * self.num_tokens  # (times, 1)
 
@@ -148,7 +149,7 @@ class PrefixLayout:
             position_ids=self.position_ids.repeat(1, times),
             last=(shifts + self.last).flatten(),
             blocks=blocks,
-            # before a block now stand `times` copies of each block before it, and the block's own earlier copies
+            # a block now follows `times` copies of each earlier block, and the earlier copies of itself
             inverse=((times - 1) * (end - size) + copies * size + self.inverse).flatten(),
             completions=[
                 own._replace(start=own.start + shift, prefix_start=own.prefix_start + shift)
@@ -160,7 +161,7 @@ class PrefixLayout:
         )
 
     def sequences(self) -> list[list[int]]:
-        """The token ids of each sequence, prompt and completion, as they went in."""
+        """The token ids of each sequence, prompt and completion, as given to `build_layout`."""
         ids = self.input_ids[0].tolist()
         return [
             ids[own.prefix_start : own.prefix_start + own.prefix_length] + ids[own.start : own.end]
@@ -172,7 +173,10 @@ def build_layout(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
     """
     Lay out groups of (prompt ids, completions' ids) in one flat row.
 
-    Prompts may be empty, completions have at least one token, K and all lengths may differ.
+    Prompts may be empty. Completions have at least one token. K and all lengths may differ between groups.
+
+    Raises:
+        `ValueError`: a completion is empty.
 
     Example:
 
@@ -194,7 +198,9 @@ def build_layout(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
         positions.extend(range(shared.length))
         for candidate in candidates:
             if not len(candidate):
-                raise ValueError(f"A completion of group {group} is empty. Needed: at least one token of its own.")
+                raise ValueError(
+                    f"A completion of group {group} is empty. Needed: one token or more after the prompt."
+                )
             own = Segment(len(ids), len(candidate), shared.start, shared.length)
             completions.append(own)
             ids.extend(candidate)
@@ -222,10 +228,10 @@ def build_layout(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
 
 def block_segments(segments: Sequence[Segment]) -> list[list[Segment]]:
     """
-    Segments in blocks of similar lengths, those without a prefix apart (they need no mask).
+    Sort segments into blocks of similar lengths. Segments without a prefix form separate blocks, which need no mask.
 
-    A segment joins a block unless the padding that this makes costs more than a block of its own. So the pairs of
-    queries and keys, padding counted, are at most `BLOCK_COST` more for each segment than without padding.
+    A segment joins the last block unless the padding would cost more than a new block. So padding adds at most
+    `BLOCK_COST` pairs of a query and a key for each segment.
 
     Example:
 
@@ -236,10 +242,10 @@ def block_segments(segments: Sequence[Segment]) -> list[list[Segment]]:
     ```
     """
     blocks: list[list[Segment]] = []
-    queries = keys = 0  # most of a segment in the last block
+    queries = keys = 0  # the largest numbers of a segment in the last block
     for own in sorted(segments, key=lambda own: (own.prefix_length == 0, own.keys, own.length), reverse=True):
         if blocks and (own.prefix_length == 0) == (blocks[-1][0].prefix_length == 0):
-            widest = max(queries, own.length)  # the keys are sorted: none has more than the first
+            widest = max(queries, own.length)  # segments are sorted by keys, so the first one of a block has the most
             padding = (len(blocks[-1]) + 1) * widest * keys - len(blocks[-1]) * queries * keys - own.length * own.keys
             if padding <= BLOCK_COST:
                 blocks[-1].append(own)
@@ -251,10 +257,10 @@ def block_segments(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _build_block(segments: Sequence[Segment]) -> tuple[AttentionBlock, torch.Tensor]:
-    """The block of some segments, and which of its queries are real: bool `(A, Q)`."""
+    """The block of some segments, and a mask of its queries: bool `(A, Q)`, True = real."""
     start, length, prefix_start, prefix_length = torch.tensor(segments)[:, :, None].unbind(1)  # (A, 1) each
     within = torch.arange(int(length.max()))
-    own = within.minimum(length - 1)  # (A, Q); padding stands where the last query stands: it sees something
+    own = within.minimum(length - 1)  # (A, Q); padding repeats the last query, so it has keys to attend to
     keys = torch.arange(int((prefix_length + length).max()))
     key_index = torch.where(keys < prefix_length, prefix_start + keys, start + keys - prefix_length)  # (A, T)
     block = AttentionBlock(
@@ -268,7 +274,7 @@ def _build_block(segments: Sequence[Segment]) -> tuple[AttentionBlock, torch.Ten
 
 def split_prefix(candidates: Sequence[Sequence[int]]) -> tuple[Sequence[int], list[Sequence[int]]]:
     """
-    The longest common prefix of a group's candidates and what each has of its own (at least one token).
+    The longest common prefix of a group's candidates, and the rest of each candidate (at least one token).
 
     Example:
 
