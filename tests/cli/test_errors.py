@@ -95,7 +95,7 @@ MISTAKES = {
     ),
     "reward: no such split": (reward("lm", "rows.jsonl", "--dataset_train_split", "tain"), "no split 'tain'"),
     "score: a folder as output": (score("lm")[:-1] + ["empty"], "--output empty is a folder"),
-    "reward: no such model by name": (reward("nowhere"), "nowhere is not a folder here, and could not be had"),
+    "reward: no such model by name": (reward("nowhere"), "nowhere is not a folder here, and could not be loaded"),
     "reward: no such data by name": (reward(data="nowhere"), "'nowhere' is neither a folder nor a file here"),
     "reward: a folder named as a builder": (reward(data="text"), "found no such column among ['label']"),
     "reward: an empty file": (reward(data="nothing"), "has an empty data file"),

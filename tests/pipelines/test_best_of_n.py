@@ -235,7 +235,7 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "half.jsonl").read_text())["note"] == "half a pair: \ud83d"
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\nno\n')
     assert main([*arguments, "other.jsonl"]) == 1
-    assert "line 2 is no JSON" in capsys.readouterr().err
+    assert "line 2 is not valid JSON" in capsys.readouterr().err
 
 
 def test_a_vote_without_its_package_fails_at_once_and_blocks_nothing(

@@ -92,7 +92,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
+            raise ValueError(f"{path}, line {number} is not valid JSON ({error}).") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; needed: an object.")
         rows.append(row)

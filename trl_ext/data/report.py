@@ -1,6 +1,6 @@
-"""What happened to the rows of a data set: counts by reason, said once in one line.
+"""What happened to the rows of a data set: counts for each reason, logged once in one line.
 
-Knows only numbers per row. `trl_ext.data.formats` and `trl_ext.data.spans` count them.
+Knows only the counts of each row. `trl_ext.data.formats` and `trl_ext.data.spans` make these counts.
 """
 
 import logging
@@ -12,7 +12,7 @@ from trl_ext.data.validation import DataError, shown
 
 logger = logging.getLogger(__name__)
 
-# What is counted of a group, in the order of the list that `formats` stores with it.
+# The counts of a group, in the order of the list that `formats` stores with it.
 COUNTED = {
     "over_long_rows": "dropped: longer than {limit} (fewer than 2 candidates fit)",
     "over_long_candidates": "single candidates longer than {limit} left out of larger groups",
@@ -22,32 +22,32 @@ COUNTED = {
     "unseen": "with completions whose text the chat template leaves out, wholly or in part",
     "unknown": "with a completion that has only unknown tokens, since the tokenizer knows none of its words",
 }
-# What is counted of a row with labelled spans, in the order of the list that `spans` stores with it.
+# The counts of a row with labelled spans, in the order of the list that `spans` stores with it.
 COUNTED_OF_SPANS = {
     "over_long_rows": "dropped: longer than {limit}",
     "unlabelled_rows": "dropped: without a labelled token",
-    "no_segments": "with no segment at all (kept; without a label they have no loss)",
+    "no_segments": "without any segment (kept; without a label they have no loss)",
     "no_prompt": "with an empty prompt",
     "unseen": "with completions of which the chat template leaves out text of an earlier message",
     "unknown": "with a completion that has only unknown tokens, since the tokenizer knows none of its words",
-    "stripped": "stripped of white space at an end of the completion by the chat template",
+    "stripped": "whose completion the chat template stripped of white space at an end",
     "cut_rows": "cut at max_completion_length",
-    "cut_labels": "labels left out behind max_completion_length",
+    "cut_labels": "labels dropped because they lie behind max_completion_length",
     "unannotated": "labels that are null (not annotated), masked",
     "after_error": "labels after the first wrong step, masked",
     "no_offsets": "segments without offsets, skipped",
     "empty_steps": "steps without text",
-    "no_token": "labels on text that has no token of its own, left out",
-    "shared": "labels on a token that has an equal label of another span, kept once",
+    "no_token": "labels dropped because their text has no token",
+    "shared": "labels on a token that has an equal label of another span (kept once)",
     "conflicting": "labels that contradict each other on one token, masked",
     "straddling": "labels on a token that also holds text outside of the span",
-    "unlike_pieces": "tokenized otherwise than prompt, steps and separators one by one (as TRL <= 1.13 did)",
+    "unlike_pieces": "whose tokens differ from prompt, steps and separators tokenized one by one (as in TRL <= 1.13)",
 }
-# A row that has one of these is not used.
+# A row with one of these counts is not used.
 DROPPING = {"over_long_rows", "unlabelled_rows"}
-# What the data says or what is always so: told with the rest, but no reason for a warning.
+# These are in the summary, but they are normal and cause no warning.
 EXPECTED = {"no_segments", "unannotated", "after_error", "unlike_pieces"}
-# A stream has no length, so its survival rate is judged from this many rows on.
+# A stream has no length. Its survival rate is checked once this many rows were read.
 STREAM_ROWS_BEFORE_JUDGING = 256
 
 
@@ -55,21 +55,22 @@ STREAM_ROWS_BEFORE_JUDGING = 256
 class DataReport:
     """Counts of the rows of one data set.
 
-    For a `Dataset` it is complete when the function that prepares it returns. For an `IterableDataset` it fills while
-    rows stream, and counts each row once, in the first pass. It fills in the process that reads the rows: with
-    `DataLoader` workers that is the worker, which still warns and judges survival, but the report of the parent stays
-    empty.
+    For a `Dataset`, the report is complete when the function that prepares it returns. For an `IterableDataset`, the
+    report fills while rows stream, and counts each row once, in the first pass. It fills in the process that reads the
+    rows. With `DataLoader` workers that is the worker: it still warns and checks survival, but the report of the
+    parent stays empty.
 
     Args:
         name (`str`): name of the data set ("train", "eval").
         max_length (`int`, *optional*): the limit in tokens that the user set.
         max_positions (`int`, *optional*): the limit in tokens that the model sets, if it has one.
-        streaming (`bool`): whether the counts still grow.
+        streaming (`bool`): whether the rows are a stream, so that the counts still grow.
         rows (`int`): rows read.
-        kept (`int`): rows that are used.
+        kept (`int`): rows that training uses.
         counts (`dict[str, int]`): how often each reason occurred.
-        reasons (`dict[str, str]`): what is counted, and how it is said; `COUNTED` or `COUNTED_OF_SPANS`.
-        first_unseen (`tuple[int, str]`, *optional*): the first row counted as `unseen` or `unknown`, and the text.
+        reasons (`dict[str, str]`): each reason and its text in the summary; `COUNTED` or `COUNTED_OF_SPANS`.
+        first_unseen (`tuple[int, str]`, *optional*): the first row counted as `unseen` or `unknown`, and the text that
+            the model does not see.
     """
 
     name: str = "train"
@@ -89,7 +90,7 @@ class DataReport:
 
     @property
     def limit(self) -> int | None:
-        """The longest row that is kept, in tokens: the smaller of both limits."""
+        """The longest row that is kept, in tokens: the smaller of the two limits, `None` if there is none."""
         return min((limit for limit in (self.max_length, self.max_positions) if limit is not None), default=None)
 
     @property
@@ -98,14 +99,14 @@ class DataReport:
         return self.rows - self.kept
 
     def add(self, counts: list[int], rows: int, kept: int) -> None:
-        """Add the counts of `rows` rows, in the order of `reasons`, of which `kept` are used."""
+        """Add the counts of `rows` rows, in the order of `reasons`. Of these rows, `kept` are used."""
         self.rows += rows
         self.kept += kept
         for reason, count in zip(self.reasons, counts, strict=True):
             self.counts[reason] += int(count)
 
     def add_streamed(self, row: int, counts: list[int], kept: bool, min_survival: float) -> None:
-        """Add one row of a stream, unless an earlier pass counted it; say the first of each reason; judge survival."""
+        """Add one row of a stream, unless an earlier pass counted it. Warn of each reason once; check survival."""
         if row <= self._last_row:
             return
         self._last_row = row
@@ -119,7 +120,7 @@ class DataReport:
             self.check_survival(min_survival)
 
     def check_survival(self, min_survival: float) -> None:
-        """Raise `DataError` with the counts if less than the share `min_survival` of the rows is used, or none."""
+        """Raise `DataError` with the counts if no row is used, or less than the share `min_survival`."""
         if self.rows and (self.kept == 0 or self.kept < min_survival * self.rows):
             raise DataError(
                 found=self.summary().removeprefix(f"{self.name} data: "),  # the error begins with it
@@ -129,20 +130,20 @@ class DataReport:
             )
 
     def check_seen(self) -> None:
-        """Raise `DataError` if the chat template leaves out text of every row."""
+        """Raise `DataError` if the chat template leaves out text in every row."""
         if self.rows and self.counts.get("unseen") == self.rows:
             row, text = self.first_unseen or (None, "")
             example = f", here {shown(text)}" if text else ""
             raise DataError(
                 found=f"text of a completion that the chat template leaves out in every row{example}",
                 needed="a chat template that renders the completions as they are",
-                fix="Give another chat template (chat_template_path), or take out of the messages what it leaves out.",
+                fix="Give another chat template (chat_template_path), or remove from the messages what it leaves out.",
                 row=row,
                 dataset=self.name,
             )
 
     def show(self) -> None:
-        """Log the summary, once and on the main process only: a warning where something is amiss, else info."""
+        """Log the summary once, on the main process only: as a warning if a reason not in `EXPECTED` occurred."""
         if "summary" in self._said:
             return
         self._said.add("summary")

@@ -1,7 +1,7 @@
-"""One row of a data set -> a checked `Group`: which columns mean what, and what they must hold.
+"""One row of a data set -> a checked `Group`: finds the meaning of each column and checks its values.
 
-Knows the column names of preference and ranked rows (also TRL's own, and already tokenized ones). Knows nothing of
-tokenizers or of `datasets`: a row is a dictionary.
+Knows the column names of preference and ranked rows, including TRL's names and those of tokenized rows. Knows nothing
+of tokenizers or of `datasets`: a row is a dictionary.
 """
 
 import json
@@ -14,23 +14,25 @@ from trl_ext.data.chat_templates import Completion, Prompt
 from trl_ext.data.validation import DataError, Kind, RowChecks, shown
 
 
-# Columns that `formats` writes; `row_counts` only for a moment.
+# Columns that `formats` writes; it removes `row_counts` again.
 WRITTEN = ("candidate_ids", "candidate_ratings", "row_index", "group_margin", "group_target", "row_counts")
-# Columns that the first row of a data set decides on for all of them.
+# If the first row of a data set lacks one of these columns, no later row may have it.
 DECISIVE = ("ratings", "ranks", "margin", "preference_probability", "chosen_rating", "rejected_rating")
 _TOKENIZED_PAIRS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
 
 
 @dataclass(frozen=True)
 class Schema:
-    """Where the parts of a row are, decided once for a data set.
+    """The columns that hold the parts of a row, decided once for a data set.
 
     Args:
         candidates (`tuple[str, ...]`): one column with the list of candidates, or two (better, worse).
-        tokenized (`bool`): whether the candidates are token ids already.
-        ratings (`tuple[str, ...]`): one column with a list, or two with a number each, or none (the first wins).
-        ranks (`str`, *optional*): the column with ranks, in place of ratings.
-        margin, target (`str`, *optional*): columns with the margin and with the probability that the better one wins.
+        tokenized (`bool`): whether the candidates are already token ids.
+        ratings (`tuple[str, ...]`): one column with a list, two columns with a number each, or none (then the first
+            candidate wins).
+        ranks (`str`, *optional*): the column with ranks, which may replace ratings.
+        margin, target (`str`, *optional*): the columns with the margin and with the probability that the better
+            candidate wins.
         kind (`str`, *optional*): "text" or "chat"; `None` when tokenized.
     """
 
@@ -49,14 +51,14 @@ class Schema:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that `check_row` reads, where a data set has them."""
+        """The columns that `check_row` reads if a data set has them."""
         named = [*self.candidates, *self.ratings, self.ranks, self.margin, self.target]
         return [name for name in named if name] + ["prompt", "tools", "chat_template_kwargs"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One checked row: what is to be tokenized, and how good each candidate is."""
+    """One checked row: the texts to tokenize and the rating of each candidate."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -75,7 +77,7 @@ def find_schema(
     loss_needs_ratings: bool,
     use_pair_ratings: bool = True,
 ) -> Schema:
-    """Where the parts of a row are; raises `DataError` for missing, contradicting or reserved columns."""
+    """Finds the `Schema` of a data set. Raises `DataError` for missing, contradicting or reserved columns."""
     present = set(columns)
 
     def error(found: str, needed: str, fix: str, column: str) -> DataError:
@@ -92,9 +94,9 @@ def find_schema(
         candidates, tokenized = tokenized_pair, True
     elif "completions" in present and present & {"ratings", "ranks"} and present & {"chosen", "rejected"}:
         raise error(
-            "completions with ratings or ranks, and chosen and rejected too",
+            "completions with ratings or ranks, and also chosen or rejected",
             "either ranked or preference rows",
-            "Remove those that are not meant with dataset.remove_columns.",
+            "Remove the columns that you do not want with dataset.remove_columns.",
             "completions",
         )
     elif "completions" in present and not present & {"chosen", "rejected"}:
@@ -111,7 +113,12 @@ def find_schema(
 
     reserved = [column for column in WRITTEN if column in present and column not in candidates]
     if reserved:
-        raise error("a column of that name", "a free name", "Rename it; it is written here.", reserved[0])
+        raise error(
+            "a column of that name",
+            "a free name",
+            "Rename it: tokenization writes a column of that name.",
+            reserved[0],
+        )
 
     ratings: tuple[str, ...] = ()
     ranks = None
@@ -129,9 +136,9 @@ def find_schema(
         if loss_needs_ratings:
             raise error(
                 "ranks",
-                "ratings, since this loss uses the distance between candidates and ranks only order them",
-                "Give a column 'ratings', or use plackett_luce or pairwise (without margins from ratings). A loss of "
-                "your own takes ranks if it is declared with uses_distances=False.",
+                "ratings: this loss uses the distances between candidates, and ranks only give their order",
+                "Give a column 'ratings', or use plackett_luce or pairwise (without margins from ratings). A loss "
+                "that you register accepts ranks if you declare it with uses_distances=False.",
                 "ranks",
             )
     else:
@@ -150,7 +157,7 @@ def find_schema(
 
 
 def check_row(row: dict[str, Any], schema: Schema, checks: RowChecks) -> Group:
-    """One row as a `Group`; raises `DataError` at the first thing that is wrong with it."""
+    """Makes a `Group` of one row. Raises `DataError` for the first fault in it."""
     if schema.pair:
         columns, values = list(schema.candidates), [row[column] for column in schema.candidates]
     else:
@@ -184,7 +191,7 @@ def check_row(row: dict[str, Any], schema: Schema, checks: RowChecks) -> Group:
 
 
 def _ratings(row: dict[str, Any], schema: Schema, checks: RowChecks, length: int) -> list[float]:
-    """The ratings of a row's candidates, higher is better."""
+    """The ratings of a row's candidates; higher is better."""
     if schema.pair:
         if not schema.ratings:
             return [1.0, 0.0]
@@ -193,7 +200,7 @@ def _ratings(row: dict[str, Any], schema: Schema, checks: RowChecks, length: int
             raise checks.error(
                 schema.ratings[0],
                 f"{ratings[0]:g}, below {schema.ratings[1]} = {ratings[1]:g}",
-                "the chosen one rated at least as high as the rejected one",
+                "a chosen completion that is rated at least as high as the rejected one",
                 "Swap the two completions and their ratings.",
             )
         return ratings
@@ -214,13 +221,13 @@ def _ratings(row: dict[str, Any], schema: Schema, checks: RowChecks, length: int
 
 
 def template_arguments(row: dict[str, Any], checks: RowChecks) -> tuple[list[Any] | str | None, dict[str, Any] | None]:
-    """`tools` (a list, or JSON of one, as in TRL) and `chat_template_kwargs` of a row."""
+    """The `tools` of a row (a list, or JSON of a list, as in TRL) and its `chat_template_kwargs`."""
     tools, template = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
             json.loads(tools)
         except json.JSONDecodeError as error:
-            raise checks.error("tools", shown(tools), "a list of tools or JSON of one", str(error)) from error
+            raise checks.error("tools", shown(tools), "a list of tools, or JSON of such a list", str(error)) from error
     if template is not None and not isinstance(template, dict):
         raise checks.error("chat_template_kwargs", shown(template), "a dictionary", "Convert or remove the column.")
     return tools, template

@@ -1,9 +1,9 @@
-"""Texts -> segments: spans of characters that follow each other and tile the text exactly.
+"""Texts -> segments: consecutive spans of characters that cover the text exactly.
 
-A segmenter takes a text and gives a list of (start, end), in characters of the Python string, the end not included:
-the first span starts at 0, each starts where the one before ends, the last ends at the end of the text, and none is
-empty. An empty text has no segments. Knows texts (and for `fixed_length` a tokenizer); knows nothing of rewards,
-except that `change_points` is told them.
+A segmenter takes a text and returns a list of (start, end). Both count characters of the Python string, and the end is
+not included. The first span starts at 0, each span starts where the one before ends, the last one ends at the end of
+the text, and none is empty. An empty text has no segments. Knows texts, and for `fixed_length` a tokenizer. Knows
+nothing of reward models: `change_points` takes a reward function.
 """
 
 import re
@@ -21,21 +21,23 @@ CharSpan = tuple[int, int]
 
 segmenters = Registry(kind="segmenter", group="trl_ext.segmenters")
 
-# A line that begins with a number of its own: "1. ", "2) ", "(3) ", "Step 4: ", "**Step 5.** ", "Step 6".
+# A line that begins with a step number: "1. ", "2) ", "(3) ", "Step 4: ", "**Step 5.** ", "Step 6".
 _NUMBERED_LINE = re.compile(
     r"^[ \t]*(?:[#*]+[ \t]*)?(?:step[ \t]+\d+\b|\(\d+\)(?=\s|$)|\d+[.):](?=\s|\*|$))", re.MULTILINE | re.IGNORECASE
 )
 _WORD = re.compile(r"\S+")
-_WIDE_BLANK = re.compile(r"[^\S\x00-\x7f](?=\.)")  # of several bytes: sentencex 1.0.32 panics at "A\u00a0."
-_HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # a JSON escape can hold it, UTF-8 and the libraries cannot
+_WIDE_BLANK = re.compile(
+    r"[^\S\x00-\x7f](?=\.)"
+)  # white space of several bytes: sentencex 1.0.32 panics at "A\u00a0."
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold half a surrogate pair; UTF-8 and the libraries cannot
 
 
 @segmenters.register("fixed_length")
 def fixed_length(text: str, *, tokenizer: Tokenizer, length: int) -> list[CharSpan]:
     """Segments of `length` tokens each; the last one may be shorter.
 
-    The text is tokenized by itself, without special tokens. Where a token ends inside a character (byte-level
-    tokenizers), the segment ends before it. White space that has no token goes to the segment before.
+    The text is tokenized by itself, without special tokens. If a token ends inside a character (byte-level
+    tokenizers), the segment ends before that character. White space without a token belongs to the segment before it.
 
     Args:
         text (`str`): any text.
@@ -43,7 +45,7 @@ def fixed_length(text: str, *, tokenizer: Tokenizer, length: int) -> list[CharSp
         length (`int`): tokens in a segment, at least 1.
 
     Raises:
-        `ValueError`: a length below 1, or a tokenizer that gives no offsets.
+        `ValueError`: the length is below 1, or the tokenizer gives no offsets.
 
     ```python
     >>> fixed_length("one two three", tokenizer=gpt2_tokenizer, length=2)
@@ -53,21 +55,21 @@ def fixed_length(text: str, *, tokenizer: Tokenizer, length: int) -> list[CharSp
     if length < 1:
         raise ValueError(f"length must be at least 1 token, found {length}")
     if not tokenizer.is_fast:
-        raise ValueError(f"fixed_length needs a fast tokenizer; {type(tokenizer).__name__} knows no offsets")
+        raise ValueError(f"fixed_length needs a fast tokenizer; {type(tokenizer).__name__} gives no offsets")
     encoding = tokenizer(text=[_encodable(text)], add_special_tokens=False, return_offsets_mapping=True)
     return _tiles(text, (start for start, _ in encoding["offset_mapping"][0][length::length]))
 
 
 @segmenters.register("sentences")
 def sentences(text: str, *, language: str = "en") -> list[CharSpan]:
-    """Sentences, found by the library sentencex, with the white space that follows each.
+    """Sentences, as the library sentencex finds them. Each includes the white space that follows it.
 
-    It knows the abbreviations of some 240 languages, decimals, quotation marks and the full stops of other scripts.
-    What is only white space goes to the sentence before it.
+    sentencex knows the abbreviations of some 240 languages, decimals, quotation marks and the full stops of other
+    scripts. A piece of white space alone belongs to the sentence before it.
 
     Args:
         text (`str`): any text.
-        language (`str`, *optional*, defaults to `"en"`): language code; an unknown one falls back to a related one.
+        language (`str`, *optional*, defaults to `"en"`): language code. An unknown one falls back to a related one.
 
     Raises:
         `ImportError`: sentencex is not installed.
@@ -85,25 +87,25 @@ def sentences(text: str, *, language: str = "en") -> list[CharSpan]:
     pieces = segment(language, encodable)
     if "".join(pieces) != encodable:
         raise RuntimeError(
-            f"sentencex gave sentences that do not add up to the text {text[:60]!r}; use another segmenter for it, "
-            "and report it to github.com/wikimedia/sentencex"
+            f"joined, the sentences of sentencex differ from the text {text[:60]!r}; use another segmenter for it, "
+            "and report the text to github.com/wikimedia/sentencex"
         )
     return _tiles_of_pieces(text, pieces, blank_ahead=True)
 
 
 @segmenters.register("steps")
 def steps(text: str, *, separator: str = "\n", by: Literal["separator", "number"] = "separator") -> list[CharSpan]:
-    """Steps of a solution, each with the separator behind it.
+    """Steps of a solution. Each includes the separator that follows it.
 
     Args:
         text (`str`): any text.
-        separator (`str`, *optional*, defaults to `"\\n"`): what stands between steps (TRL's default for steps). What
-            is only white space goes to the step before it.
-        by (`str`, *optional*, defaults to `"separator"`): `"number"` starts a step at each line that begins with a
-            number ("2. ", "2) ", "(2) ", "Step 2") in place of looking for the separator.
+        separator (`str`, *optional*, defaults to `"\\n"`): the text between steps (TRL's default for steps). A piece
+            of white space alone belongs to the step before it.
+        by (`str`, *optional*, defaults to `"separator"`): `"number"` ignores the separator. It starts a step at each
+            line that begins with a number ("2. ", "2) ", "(2) ", "Step 2").
 
     Raises:
-        `ValueError`: an empty separator or an unknown `by`.
+        `ValueError`: the separator is empty, or `by` is unknown.
 
     ```python
     >>> steps("3 + 4 = 7\\n\\n7 * 2 = 14")
@@ -115,9 +117,9 @@ def steps(text: str, *, separator: str = "\n", by: Literal["separator", "number"
     if by == "number":
         return _tiles(text, (match.start() for match in _NUMBERED_LINE.finditer(text)), _lead(text))
     if by != "separator":
-        raise ValueError(f"steps are told apart by 'separator' or by 'number', found {by!r}")
+        raise ValueError(f"by must be 'separator' or 'number', found {by!r}")
     if not separator:
-        raise ValueError("the separator is empty; give the text that stands between steps")
+        raise ValueError("the separator is empty; give the text between steps")
     pieces = text.split(separator)
     return _tiles_of_pieces(text, [*(piece + separator for piece in pieces[:-1]), pieces[-1]])
 
@@ -130,20 +132,22 @@ def change_points(
     penalty: float,
     units: Callable[[str], list[CharSpan]] | None = None,
 ) -> list[CharSpan]:
-    """Segments between the places where the reward of the growing prefix shifts.
+    """Segments whose borders are the places where the reward of the growing prefix shifts.
 
-    The prefixes that end with each unit are scored, and the library ruptures (PELT, squared error around the mean)
-    finds the shifts, exactly. A unit after which the reward is different opens a segment.
+    A unit is a word, or a segment that `units` finds. The reward function scores the prefix that ends with each unit,
+    and the library ruptures (PELT, squared error around the mean) finds the exact optimum. A unit after which the
+    reward is different starts a new segment.
 
     Args:
         text (`str`): any text.
-        reward (`Callable`): list of prefixes -> one number for each; is called once for a text.
-        penalty (`float`): what a shift costs, above 0, in squared units of the reward: the larger, the fewer segments.
-        units (`Callable`, *optional*): the segmenter whose segments are joined; words by default.
+        reward (`Callable`): takes a list of prefixes and returns one number for each. Called once per text.
+        penalty (`float`): cost of a shift in squared units of the reward, above 0. A larger penalty gives fewer
+            segments.
+        units (`Callable`, *optional*): the segmenter that finds the units. By default, units are words.
 
     Raises:
         `ImportError`: ruptures is not installed.
-        `ValueError`: a penalty that is not above 0, or rewards that are not one finite number a prefix.
+        `ValueError`: the penalty is not above 0, or `reward` does not return one finite number for each prefix.
 
     ```python
     >>> change_points("good good bad bad", reward=lambda prefixes: [-p.count("bad") for p in prefixes], penalty=0.1)
@@ -171,25 +175,25 @@ def change_points(
 
 
 def _encodable(text: str) -> str:
-    """The text, as long as it is, with the replacement character for each half of a surrogate pair."""
+    """The text with the replacement character in place of each half of a surrogate pair. Its length stays the same."""
     return _HALF_A_PAIR.sub("\ufffd", text)
 
 
 def _tiles(text: str, starts: Iterable[int], after: int = 0) -> list[CharSpan]:
-    """The spans between those of `starts` that lie behind `after`."""
+    """The spans that start at 0 and at each of `starts` that lies behind `after`."""
     cuts = sorted({start for start in starts if start > after})
     return [(start, end) for start, end in pairwise([0, *cuts, len(text)]) if start < end]
 
 
 def _lead(text: str) -> int:
-    """How many white space characters a text begins with."""
+    """The number of white space characters at the start of a text."""
     return len(text) - len(text.lstrip())
 
 
 def _tiles_of_pieces(text: str, pieces: Iterable[str], blank_ahead: bool = False) -> list[CharSpan]:
-    """The spans of `pieces` of the text; those that are only white space are joined to the one before.
+    """The spans of `pieces` of the text. A piece of white space alone is joined to the one before.
 
-    With `blank_ahead` the white space that a piece begins with goes there too.
+    With `blank_ahead`, white space at the start of a piece also belongs to the piece before.
     """
     starts, position = [], 0
     for piece in pieces:

@@ -1,6 +1,6 @@
-"""From a name on a command line to a dataset: a Hub id, a folder, or one local file.
+"""Loads the data set that a command line names: a Hub id, a folder or one local file.
 
-It knows where rows lie and in which file format. It does not know what their columns mean.
+It knows where rows are stored and in which file format. It does not know what their columns mean.
 """
 
 from pathlib import Path
@@ -10,20 +10,20 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""File extension to the name of the `datasets` builder that reads it."""
+"""Maps a file extension to the name of the `datasets` builder that reads it."""
 
-_SAVED_MARKERS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+_SAVED_MARKERS = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes to a folder
 
 
 def file_format(name: str) -> str | None:
-    """The `datasets` builder for a local data file, or `None` where `name` is no local data file.
+    """The `datasets` builder for a local data file; `None` if `name` is not a local data file.
 
     Args:
-        name (`str`): a path, or anything else that may stand for a dataset.
+        name (`str`): a path, or any other name of a data set.
 
     Raises:
-        FileNotFoundError: if `name` ends like a data file and no such file exists. It is not asked for on the Hub.
-        ValueError: if `name` is a file whose extension is not one of `FILE_FORMATS`.
+        FileNotFoundError: `name` ends like a data file, and no such file exists. The Hub is not asked.
+        ValueError: `name` is a file, and its extension is not in `FILE_FORMATS`.
 
     Example:
 
@@ -49,19 +49,20 @@ def load_source(name: str, config: str | None = None, streaming: bool = False) -
     Args:
         name (`str`):
             One of: a local `.jsonl`, `.json`, `.parquet` or `.csv` file (it becomes the split `train`); a folder that
-            `save_to_disk` wrote; any other folder, whose files are found and split by their names as
-            [`~datasets.load_dataset`] does (`train.jsonl`, `test.jsonl`); or the id of a dataset on the Hub.
+            `save_to_disk` wrote; any other folder, in which [`~datasets.load_dataset`] finds files and takes the
+            splits from their names (`train.jsonl`, `test.jsonl`); or the id of a data set on the Hub.
         config (`str`, *optional*):
-            Configuration of a Hub dataset. An error for a local file or a saved folder, which have none.
+            Configuration of a Hub data set. Local files and saved folders have none, so it raises an error for them.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read rows lazily.
 
     Returns:
-        `DatasetDict` or `IterableDatasetDict`: split name to rows.
+        `DatasetDict` or `IterableDatasetDict`: maps split names to rows.
 
     Raises:
-        FileNotFoundError: if the name of a local file was given and it does not exist.
-        ValueError: for a file of unknown format or with damaged content, or a `config` where there can be none.
+        FileNotFoundError: neither a local file or folder nor a data set on the Hub has this name.
+        ValueError: a file has an unknown format or damaged content, a data file is empty, or local data was given a
+            `config`.
     """
     builder = file_format(name)
     saved = any((Path(name) / marker).is_file() for marker in _SAVED_MARKERS)
@@ -73,29 +74,31 @@ def load_source(name: str, config: str | None = None, streaming: bool = False) -
         if builder is not None:
             return load_dataset(builder, data_files={"train": name}, streaming=streaming)
         if Path(name).is_dir():
-            name = str(Path(name).resolve())  # a folder `json`, say, is not the builder of that name
+            name = str(Path(name).resolve())  # else a folder named `json` would mean the builder `json`
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(f"'{name}' cannot be read as a data set: {error.__cause__ or error}") from error
     except StopIteration as error:
-        raise ValueError(f"'{name}' has an empty data file. Needed: at least one row in each; remove it.") from error
+        raise ValueError(
+            f"'{name}' has an empty data file. Needed: at least one row in each file. Remove the empty file."
+        ) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"'{name}' is neither a folder nor a file here (seen from {Path.cwd()}), and could not be had from the "
-            f"Hub as a data set of that name: {error}"
+            f"'{name}' is neither a folder nor a file here (seen from {Path.cwd()}), and could not be loaded "
+            f"from the Hub as a data set of that name: {error}"
         ) from error
 
 
 def select_split(splits: DatasetDict | IterableDatasetDict, split: str, argument: str) -> Dataset | IterableDataset:
-    """One split, or an error that says which there are.
+    """Returns one split. The error for a missing split lists those that exist.
 
     Args:
         splits (`DatasetDict` or `IterableDatasetDict`): what [`load_source`] returned.
-        split (`str`): the split wanted.
+        split (`str`): name of the split.
         argument (`str`): the command-line argument that chooses it, for the message.
 
     Raises:
-        ValueError: if there is no such split.
+        ValueError: there is no such split.
     """
     if split not in splits:
         raise ValueError(

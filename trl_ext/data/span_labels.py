@@ -1,4 +1,4 @@
-"""Labelled spans of characters -> labelled tokens, and what is done to labels before.
+"""Labelled spans of characters -> labelled tokens, and the functions that change labels before that.
 
 Knows spans, values and the characters of tokens. Knows nothing of rows, tokenizers or data sets.
 """
@@ -16,13 +16,13 @@ LabelPlacement = Literal["last", "all", "before"]
 
 @dataclass(frozen=True)
 class Span:
-    """Characters `start` to `end` (not included) of a completion, and what was said about them.
+    """Characters `start` to `end` (not included) of a completion, and their label.
 
     Args:
         start, end (`int`): characters of the completion.
         value (`float`): the label or score.
-        category (`int`, *optional*, defaults to `0`): what it is a label of (relevance, factuality ...).
-        step (`int`, *optional*, defaults to `0`): which step or segment of the row it is.
+        category (`int`, *optional*, defaults to `0`): index of the label's category (relevance, factuality ...).
+        step (`int`, *optional*, defaults to `0`): number of the step or segment in the row.
     """
 
     start: int
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True)
 class TokenLabels:
-    """Labels of single tokens, sorted by position and category: four lists of one length, and what was counted."""
+    """Labels of single tokens, sorted by position and category: four lists of equal length, and counts."""
 
     positions: list[int]
     values: list[float]
@@ -46,16 +46,17 @@ class TokenLabels:
 def place_labels(located: Located, spans: Sequence[Span], placement: LabelPlacement) -> TokenLabels:
     """Put the value of each span on its tokens.
 
-    `"last"`: the token that holds the last character of the span. `"all"`: every token that holds any of it.
-    `"before"`: the token before its first one, which in a model that reads from left to right has not seen the span.
+    `"last"`: the token that holds the last character of the span. `"all"`: every token that holds any of its
+    characters. `"before"`: the token before its first one. A model that reads from left to right has not seen the
+    span at that token.
 
-    Spans of one category may come to share a token: of an empty step, where `\\n\\n` is one token, where an
-    annotation ends inside a word. Equal labels are kept once, with the number of the earliest step. Labels that
-    differ are masked: none of them is right for that token.
+    Spans of one category may share a token: if a step is empty, if `\\n\\n` is one token, or if an annotation ends
+    inside a word. Equal labels are kept once, with the number of the earliest step. Labels that differ are masked,
+    because none of them is right for that token.
 
     Returns:
-        The labels, with the counts `no_token`, `shared`, `conflicting`, and `straddling`: spans with a labelled token
-        that also holds text outside of the span (behind it, or for `"all"` on either side).
+        The labels, with the counts `no_token`, `shared`, `conflicting` and `straddling`. `straddling` counts the spans
+        with a labelled token that also holds text outside of the span (behind it, or for `"all"` on either side).
     """
     counts: Counter[str] = Counter(no_token=0, shared=0, conflicting=0, straddling=0)
     claims: dict[tuple[int, int], list[Span]] = defaultdict(list)
@@ -90,11 +91,11 @@ def place_labels(located: Located, spans: Sequence[Span], placement: LabelPlacem
 def mask_after_first_error(labels: Sequence[float | None], wrong_below: float = 0.5) -> list[float | None]:
     """The labels up to and including the first wrong one; `None` (not annotated) for those that follow it.
 
-    Annotators who stop at the first mistake have said nothing about the steps after it.
+    Annotators who stop at the first mistake did not judge the steps after it.
 
     Args:
         labels (sequence of `float`, `bool` or `None`): one per step.
-        wrong_below (`float`, *optional*, defaults to `0.5`): a label below it is wrong; 0 for labels -1, 0, 1.
+        wrong_below (`float`, *optional*, defaults to `0.5`): a label below this is wrong. Use 0 for labels -1, 0, 1.
 
     ```python
     >>> mask_after_first_error([True, None, False, False, True])
@@ -107,18 +108,18 @@ def mask_after_first_error(labels: Sequence[float | None], wrong_below: float = 
 
 
 def prefix_score_differences(scores: Sequence[float | None], initial: float = 0.0) -> list[float | None]:
-    r"""Scores of growing prefixes -> a score of each segment: what it added to the prefix before it.
+    r"""Scores of growing prefixes -> a score of each segment: the difference that the segment makes.
 
     $$
     r_k = R(x, y_{\le k}) - R(x, y_{<k})
     $$
 
     See *Natural Language Processing: Neural Networks and Large Language Models* by T. Xiao and J. Zhu
-    (https://github.com/NiuTrans/NLPBook), equation 10.69. The differences add up to the last score less `initial`.
+    (https://github.com/NiuTrans/NLPBook), equation 10.69. The differences add up to the last score minus `initial`.
 
     Args:
-        scores (sequence of `float` or `None`): score of the text up to the end of each segment; `None` if not rated,
-            which leaves its segment and the next one without a score.
+        scores (sequence of `float` or `None`): score of the text up to the end of each segment, or `None` if it was
+            not rated. Then its segment and the next one have no score.
         initial (`float`, *optional*, defaults to `0.0`): score of the empty completion.
 
     ```python

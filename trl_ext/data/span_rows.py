@@ -1,7 +1,7 @@
 """One row of a data set -> a checked `SpanRow`: outcome, stepwise and segment rows as labelled spans of characters.
 
-Knows the columns of the three kinds and what they must hold. Knows nothing of tokens or of `datasets`: a row is a
-dictionary.
+Knows the columns of the three types of data set and their valid values. Knows nothing of tokens or of `datasets`: a
+row is a dictionary.
 """
 
 import math
@@ -20,15 +20,15 @@ from trl_ext.data.validation import DataError, Kind, RowChecks, shown
 
 
 SpanKind = Literal["outcome", "stepwise", "segment"]
-# Columns of each kind, beside `prompt`: the one with the text, the one with the labels.
+# For each type of data set, the column with the text and the column with the labels. All have a `prompt` too.
 COLUMNS: dict[str, tuple[str, str]] = {
     "outcome": ("completion", "label"),
     "stepwise": ("completions", "labels"),
     "segment": ("completion", "segments"),
 }
-# Columns that a chat template reads beside the messages.
+# Columns that a chat template reads in addition to the messages.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-# Columns that `spans` writes; `row_counts` only for a moment.
+# Columns that `spans` writes; it removes `row_counts` again.
 WRITTEN = (
     "span_input_ids",
     "label_positions",
@@ -43,7 +43,7 @@ WRITTEN = (
 
 @dataclass(frozen=True)
 class SpanFormat:
-    """How the rows of a data set are read and labelled; the arguments of `spans.prepare_spans` of the same names."""
+    """How rows are read and labelled. The fields are the arguments of `spans.prepare_spans` with the same names."""
 
     kind: SpanKind
     label_placement: LabelPlacement
@@ -68,7 +68,7 @@ class SpanFormat:
 
 @dataclass(frozen=True)
 class SpanRow:
-    """One checked row: what is tokenized, the labelled spans, and what was counted on the way.
+    """One checked row: the text to tokenize, the labelled spans, and the counts for the report.
 
     The span of an outcome row is its whole completion.
     """
@@ -84,7 +84,7 @@ class SpanRow:
 
 
 def check_columns(columns: Sequence[str], layout: SpanFormat, dataset_name: str) -> None:
-    """Raise `DataError` for a missing column, or one whose name is needed here."""
+    """Raise `DataError` for a missing column, or for a column with the name of one that `spans` writes."""
     text, label = COLUMNS[layout.kind]
     for column in ("prompt", text, label):
         if column not in columns:
@@ -104,7 +104,7 @@ def check_columns(columns: Sequence[str], layout: SpanFormat, dataset_name: str)
             raise DataError(
                 "a column of that name",
                 "a free name",
-                "Rename it; it is written here.",
+                "Rename it: tokenization writes a column of that name.",
                 row=0,
                 column=column,
                 dataset=dataset_name,
@@ -114,10 +114,10 @@ def check_columns(columns: Sequence[str], layout: SpanFormat, dataset_name: str)
 def check_span_row(
     row: dict[str, Any], layout: SpanFormat, checks: RowChecks, only_kind: Kind | None = None
 ) -> SpanRow:
-    """One row as a `SpanRow`; raises `DataError` at the first thing that is wrong with it.
+    """Makes a `SpanRow` of one row. Raises `DataError` for the first fault in it.
 
     Args:
-        only_kind (`str`, *optional*): "text" or "chat", whichever row 0 is.
+        only_kind (`str`, *optional*): "text" or "chat", the kind of row 0.
     """
     column, label_column = COLUMNS[layout.kind]
     steps: list[str] = []
@@ -150,13 +150,13 @@ def check_span_row(
 
 
 def _steps(value: Any, checks: RowChecks) -> list[str]:
-    """The steps of a row; empty ones are allowed."""
+    """The steps of a row. Steps may be empty."""
     if not isinstance(value, (list, tuple)) or not value:
         raise checks.error(
             "completions",
             shown(value),
             "a list of steps",
-            "Give the steps of the solution as a list of strings; after a chat prompt too.",
+            "Give the steps of the solution as a list of strings, also after a chat prompt.",
         )
     for step in value:
         if not isinstance(step, str):
@@ -169,7 +169,7 @@ def _steps(value: Any, checks: RowChecks) -> list[str]:
 def _step_spans(
     steps: list[str], labels: Any, layout: SpanFormat, checks: RowChecks, counts: Counter[str]
 ) -> list[Span]:
-    """The steps with their separators, those that have a label."""
+    """The spans of the steps that have a label. Each includes its separator."""
     if not isinstance(labels, (list, tuple)) or len(labels) != len(steps):
         found = f"{len(labels)} values" if isinstance(labels, (list, tuple)) else shown(labels)
         raise checks.error(
@@ -193,7 +193,7 @@ def _step_spans(
 
 
 def _step_label(label: Any, layout: SpanFormat, checks: RowChecks) -> float:
-    """-1, 0 or 1 for three classes; else a bool, 0 or 1, or the probability that the step is right."""
+    """-1, 0 or 1 for three classes; else a bool, 0, 1, or the probability that the step is right."""
     if layout.num_labels != 3:
         if isinstance(label, numbers.Real) and label == -1:
             raise checks.error(
@@ -216,7 +216,7 @@ def _step_label(label: Any, layout: SpanFormat, checks: RowChecks) -> float:
 def _segment_spans(
     text: str, segments: Any, layout: SpanFormat, checks: RowChecks, counts: Counter[str]
 ) -> list[Span]:
-    """The segments that have a place and a label, numbered as in the row."""
+    """The spans of the segments that have offsets and a label, numbered as in the row."""
     if segments is None:
         segments = []
     if not isinstance(segments, (list, tuple)):
@@ -254,14 +254,14 @@ def _segment_spans(
             raise checks.error(
                 "segments",
                 f"overlapping spans of one category: {start} to {end} and {next_start} to {next_end}",
-                "spans of one category apart from each other",
+                "spans of one category that do not overlap",
                 "Give them different categories, or merge them.",
             )
     return spans
 
 
 def _category(name: Any, layout: SpanFormat, checks: RowChecks) -> int:
-    """Index of a category; a row without any is of the only one there is."""
+    """Index of a category. A segment without a category belongs to the only category."""
     if name in layout.categories:
         return layout.categories.index(name)
     if name is None and len(layout.categories) <= 1:
@@ -276,14 +276,14 @@ def _category(name: Any, layout: SpanFormat, checks: RowChecks) -> int:
 
 
 def _segment_value(segment: dict[str, Any], checks: RowChecks) -> float | None:
-    """`label` or `score` of a segment; `None` where it has neither."""
+    """The `label` or `score` of a segment; `None` if both are null."""
     label, score = segment.get("label"), segment.get("score")
     if label is not None and score is not None:
         raise checks.error(
             "segments",
             f"label {label!r} and score {score!r} in one segment",
             "one of them",
-            "Remove the one that is not to be learned, or set it to null.",
+            "Remove the one that the model should not learn, or set it to null.",
         )
     if label is None and score is None:
         if not segment.keys() & {"label", "score"}:
@@ -304,7 +304,7 @@ def _offset(value: Any, name: str, checks: RowChecks) -> int:
 
 
 def find_categories(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The categories that the segments of some rows have, sorted; reads all rows, and passes over malformed ones."""
+    """The categories of the segments of some rows, sorted. Reads all rows and skips malformed ones."""
     lists = (row["segments"] for row in rows)
     segments = (segment for listed in lists if isinstance(listed, (list, tuple)) for segment in listed)
     found = (segment.get("category") for segment in segments if isinstance(segment, dict))

@@ -1,12 +1,13 @@
-"""A data set of outcome, stepwise or segment rows -> the same with token ids and labelled tokens, and a report.
+"""Tokenizes a data set of outcome, stepwise or segment rows, labels its tokens, and reports what happened.
 
-All three kinds are spans of characters with a value. The whole text is tokenized once, and labels are put on tokens
-through character offsets. Writes *new* columns only: `datasets` casts a column that is rewritten to its old type. What
-a row means is in `span_rows`, where a label goes in `span_labels`. Knows nothing of padding, models or losses.
+In all three types, a label belongs to a span of characters. The whole text is tokenized once, and character offsets
+put the labels on tokens. It writes *new* columns only, because `datasets` casts a rewritten column to its old type.
+`span_rows` reads and checks the rows; `span_labels` chooses the tokens of a label. Knows nothing of padding, models or
+losses.
 
-Columns written: `span_input_ids` (token ids), then one entry per labelled token in `label_positions`, `label_values`,
-`label_categories` (index into the categories) and `label_steps` (which step or segment of the row), and
-`completion_start` (position of the completion's first token) and `row_index` (position in the data set it came from).
+Columns written: `span_input_ids` (token ids), `completion_start` (position of the completion's first token) and
+`row_index` (position in the original data set). `label_positions`, `label_values`, `label_categories` (index into the
+categories) and `label_steps` (number of the step or segment) have one entry per labelled token.
 """
 
 from collections import Counter
@@ -93,50 +94,52 @@ def prepare_spans(
     | `"stepwise"` | `prompt`, `completions` (list of steps), `labels` (list), as in TRL <= 1.13 | step + separator |
     | `"segment"` | `prompt`, `completion`, `segments`: list of `{start, end, label or score, category?}` | segment |
 
-    and beside them, for chats, `tools` and `chat_template_kwargs`. An outcome is a bool or the probability that the
-    completion is right; EOS or the end of the turn is labelled with it, since a score is read at the last token. The
-    label of a step is a bool, 0 or 1, or a probability, or with `num_labels=3` one of -1, 0, 1. Steps after a chat
-    prompt are one assistant message. Segments are in characters of the completion (of messages: of the last one's
-    content), in any order; their label or score is a bool or any number.
+    Chats may also have `tools` and `chat_template_kwargs`. An outcome is a bool or the probability that the completion
+    is right. EOS or the end of the turn has the label too, because the score is read at the last token. The label of a
+    step is a bool, 0, 1 or a probability; with `num_labels=3` it is -1, 0 or 1. Steps after a chat prompt form one
+    assistant message. The offsets of segments count characters of the completion (of messages: of the content of the
+    last one). Segments may be in any order. Their label or score is a bool or any number.
 
-    A label that is null is not annotated, and masked. Segments of different categories may overlap, those of one may
-    not. Segments whose offsets are null are skipped. Original columns stay. A prepared data set is returned as it is.
+    A null label means that nobody annotated the span, and it is masked. Segments of different categories may overlap;
+    segments of one category may not. Segments with null offsets are skipped. Original columns stay. A prepared data
+    set is returned unchanged.
 
-    Rows longer than `max_length` tokens are dropped, and so are rows without a labelled token, except segment rows
-    without any segment: nothing is wrong with them, they have just no loss. All of it is counted, and shown once.
+    Rows longer than `max_length` tokens are dropped, and rows without a labelled token too. Segment rows without any
+    segment are kept: they are correct and just have no loss. The report counts all of this, and is logged once.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
-        tokenizer: a fast transformers tokenizer; with a chat template if the rows are chats.
+        dataset (`Dataset` or `IterableDataset`): the rows. A stream is prepared lazily.
+        tokenizer: a fast transformers tokenizer. It needs a chat template if the rows are chats.
         kind (`str`): `"outcome"`, `"stepwise"` or `"segment"`.
         tokenization (`TokenizationSettings`): how plain text becomes ids.
         max_length (`int` or `None`): limit in tokens for prompt + completion; `None` for no limit.
-        dataset_name (`str`, *optional*, defaults to `"train"`): for messages.
+        dataset_name (`str`, *optional*, defaults to `"train"`): name of the data set in messages.
         num_proc (`int`, *optional*): worker processes for a `Dataset`.
         min_survival (`float`, *optional*, defaults to `0.5`): smallest share of the rows that must survive.
         label_placement (`str`, *optional*): `"last"` (the token with the span's last character; the default for
             steps, where TRL <= 1.13 had it, and segments), `"all"` (every token of the span; the default for
             outcomes, as in Cobbe et al., https://huggingface.co/papers/2110.14168), or `"before"` (the token in
             front of the span, for models that read in both directions).
-        categories (sequence of `str`, *optional*): names of the categories of segments, in the order of the outputs;
-            may be left out where no segment has a category.
+        categories (sequence of `str`, *optional*): names of the categories of segments, in the order of the model's
+            outputs. Not needed if no segment has a category.
         step_separator (`str`, *optional*, defaults to `"\\n"`): text after each step (TRL's default).
         num_labels (`int`, *optional*, defaults to `2`): classes of a step: 1 or 2 for labels from 0 to 1, 3 for -1, 0
             and 1.
-        max_completion_length (`int`, *optional*): cut completions after this many tokens, with the labels behind.
+        max_completion_length (`int`, *optional*): cut completions after this many tokens, and drop later labels.
         train_on_last_step_only (`bool`, *optional*, defaults to `False`): keep the label of the last step only.
         mask_after_first_error (`bool`, *optional*, defaults to `False`): mask the labels of the steps after the first
-            wrong one, for annotations that stop there.
-        vocab_size (`int`, *optional*): refuse rows with a token id that is not below it.
-        max_positions (`int`, *optional*): longest row that the model takes, in tokens; a second `max_length`.
+            wrong one, for annotations that stop at it.
+        vocab_size (`int`, *optional*): size of the model's vocabulary. A row with a token id that is not below it
+            raises an error.
+        max_positions (`int`, *optional*): longest row that the model can process, in tokens. Longer rows are dropped.
 
     Returns:
-        The data set with the columns above, and its `DataReport` (which, for a stream, fills as rows are read).
+        The data set with the columns above, and its `DataReport`. For a stream, the report fills as rows are read.
 
     Raises:
-        `DataError`: a malformed row or column, or too few surviving rows. For a stream it is raised when the row is
-        read.
-        `ValueError`: an argument that is out of range.
+        `DataError`: a row or column is malformed, or too few rows survive. For a stream it is raised when the row is
+            read.
+        `ValueError`: an argument is out of range.
     """
     layout = SpanFormat(
         kind=kind,
@@ -189,7 +192,7 @@ def prepare_span_rows(
     vocab_size: int | None,
     cache_version: int,
 ) -> dict[str, list[Any]]:
-    """The new columns of some rows, with their counts."""
+    """Makes the new columns of some rows, with their counts."""
     text, label = COLUMNS[layout.kind]
     columns = {name: batch[name] for name in ("prompt", text, label, *TEMPLATE_COLUMNS) if name in batch}
     checks = [RowChecks(index, dataset_name, vocab_size) for index in indices]
@@ -215,7 +218,7 @@ def prepare_span_rows(
         ids, stop = located.ids, len(located.ids)
         if max_completion_length is not None:
             stop = min(stop, located.completion_start + max_completion_length)
-            if stop < len(ids) - closing:  # what the tokenizer itself closes a text with stays
+            if stop < len(ids) - closing:  # the tokens with which the tokenizer closes a text stay
                 ids = ids[:stop] + ids[len(ids) - closing :]
         cut = len(ids) < len(located.ids)
 
@@ -224,7 +227,7 @@ def prepare_span_rows(
             labels = _whole_completion(located, row, layout, len(ids))
         else:
             labels = place_labels(located, row.spans, layout.label_placement)
-        visible = stop - (layout.label_placement == "before")  # that label stands in front of its span
+        visible = stop - (layout.label_placement == "before")  # this label is on the token before its span
         inside = [number for number, place in enumerate(labels.positions) if whole or not cut or place < visible]
         counts = Counter({**row.counts, **labels.counts})
         counts["unseen"] = int(located.unseen is not None)
@@ -261,7 +264,7 @@ def _unseen_text(
 
 
 def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length: int) -> TokenLabels:
-    """The label of an outcome row, from the completion's first token (or only at the last one) to the last of all."""
+    """The label of an outcome row on every token from the completion's first one, or on the row's last token only."""
     positions = list(range(located.completion_start, length)) if row.spans else []
     if layout.label_placement == "last":
         positions = positions[-1:]
@@ -270,7 +273,7 @@ def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length
 
 
 def _unlike_pieces(tokenizer: Tokenizer, rows: Sequence[SpanRow], separator: str) -> list[bool]:
-    """Whether each text has other tokens than its pieces one by one; special tokens aside."""
+    """Whether each text has other tokens than its pieces have when tokenized one by one, without special tokens."""
     texts = [separator]
     for row in rows:
         texts += [(row.prompt or "") + row.completion, row.prompt or "", *row.steps]

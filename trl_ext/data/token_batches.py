@@ -1,6 +1,6 @@
-"""Which rows of a data set make up a batch when tokens decide, or when rows of one prompt are to stay together.
+"""Groups rows into batches by their number of tokens, and keeps rows of the same prompt together.
 
-Knows lengths and prompts of tokenized rows, and what a batch of them costs. Knows nothing of text, models or loaders.
+Knows lengths and prompts of tokenized rows, and the size of a batch of them. Knows nothing of text, models or loaders.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from trl_ext.data.tokenization import common_prefix_length
 @dataclass(frozen=True)
 class RowSize:
     """
-    What a row adds to a batch.
+    The tokens and sequences that a row adds to a batch.
 
     Args:
-        flat (`int`): its tokens in a flat row.
-        sequences (`int`): sequences that it has in padded rows (the candidates of a group).
-        longest (`int`): tokens of the longest of them.
-        prompt (`int`, *optional*): equal in rows that share their first `prompt_tokens` tokens, which a flat row holds
-            once.
-        prompt_tokens (`int`): see there.
+        flat (`int`): tokens of the row in a flat layout.
+        sequences (`int`): sequences of the row in a padded layout (the candidates of a group).
+        longest (`int`): tokens of the longest sequence.
+        prompt (`int`, *optional*): a hash of the prompt. Rows with the same hash share their first `prompt_tokens`
+            tokens, and a flat layout holds these tokens once.
+        prompt_tokens (`int`): tokens of the prompt.
     """
 
     flat: int
@@ -35,7 +35,7 @@ class RowSize:
 
 
 def group_sizes(dataset: Dataset, shared_prefix: bool) -> list[RowSize]:
-    """The sizes of prepared groups (`candidate_ids`); prefixes are only looked for if flat rows may share them."""
+    """The sizes of prepared groups (`candidate_ids`). Common prefixes count only if `shared_prefix` is set."""
     sizes = []
     for batch in dataset.select_columns(["candidate_ids"]).iter(batch_size=1024):
         for candidates in batch["candidate_ids"]:
@@ -58,13 +58,13 @@ def span_sizes(dataset: Dataset) -> list[RowSize]:
 
 def order_rows(sizes: Sequence[RowSize], strategy: str, seed: int, by_prompt: bool = False) -> list[int]:
     """
-    Row numbers in the order in which batches are cut from them.
+    Returns the row numbers in the order in which batches take them.
 
     Args:
         sizes (`Sequence[RowSize]`): the rows.
         strategy (`str`): `"random"`, `"sequential"`, or `"group_by_length"` (longest first).
-        seed (`int`): of the random order.
-        by_prompt (`bool`): rows of one prompt follow each other, where the first of them stood.
+        seed (`int`): seed of the random order.
+        by_prompt (`bool`): move all rows of a prompt to the place of the first one.
 
     Example:
 
@@ -90,7 +90,7 @@ def order_rows(sizes: Sequence[RowSize], strategy: str, seed: int, by_prompt: bo
 
 @dataclass
 class _Batch:
-    """Rows that are going to be one batch, and what they cost."""
+    """A batch that is being filled: its rows and its size."""
 
     flat_rows: bool
     multiple: int
@@ -101,7 +101,7 @@ class _Batch:
     prompts: set[int | None] = field(default_factory=set)
 
     def tokens_with(self, size: RowSize) -> int:
-        """Tokens through the model if the row came along, by the collators' rule for flat and padded rows."""
+        """Tokens that the model would process with this row added, by the collators' rule for flat and padded rows."""
         flat, sequences, longest = self._grown(size)
         if self.flat_rows and flat < FLAT_BELOW * sequences * longest:
             return flat
@@ -121,15 +121,16 @@ def pack_by_tokens(
     sizes: Sequence[RowSize], order: Sequence[int], max_tokens: int, flat_rows: bool, multiple: int | None = None
 ) -> list[list[int]]:
     """
-    Cut `order` into batches of at most `max_tokens` tokens: those that go through the model, padding included.
+    Cut `order` into batches of at most `max_tokens` tokens. The limit counts the tokens that the model processes,
+    padding included.
 
-    A row is never split; one that is larger than `max_tokens` is a batch of its own.
+    A row is never split. A row that is larger than `max_tokens` forms its own batch.
 
     Args:
-        sizes, order: the rows, and the order in which they are taken.
-        max_tokens (`int`): most tokens in a batch.
-        flat_rows (`bool`): whether the collator lays out flat rows where that pays; else every batch is padded.
-        multiple (`int`, *optional*): padded rows are rounded up to a multiple of this.
+        sizes, order: the sizes of the rows, and the order in which to take them.
+        max_tokens (`int`): largest number of tokens in a batch.
+        flat_rows (`bool`): whether the collator may lay batches out flat; if not, it pads every batch.
+        multiple (`int`, *optional*): the collator pads rows to a multiple of this length.
 
     Example:
 
@@ -150,21 +151,21 @@ def pack_by_tokens(
 
 
 def tokens_alone(size: RowSize, flat_rows: bool, multiple: int | None = None) -> int:
-    """Tokens of a batch of this row only; the arguments are those of [`pack_by_tokens`]."""
+    """Tokens of a batch with only this row. The arguments are those of [`pack_by_tokens`]."""
     return _Batch(flat_rows, multiple or 1).tokens_with(size)
 
 
 def pack_by_rows(order: Sequence[int], batch_size: int, drop_last: bool) -> list[list[int]]:
-    """Cut `order` into batches of `batch_size` rows; the last one may be smaller or is dropped."""
+    """Cut `order` into batches of `batch_size` rows. If the last one is smaller, `drop_last` drops it."""
     batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     return batches[:-1] if drop_last and batches and len(batches[-1]) < batch_size else batches
 
 
 def fill_processes(batches: Sequence[list[int]], processes: int, drop_last: bool) -> list[list[int]]:
     """
-    As many batches for each process: the largest are cut in two until their number fits, or the last ones dropped.
+    Make the number of batches a multiple of the number of processes: drop the last batches, or halve the largest ones.
 
-    If no batch has two rows there are too few: the loader then repeats the first ones, as it does in TRL.
+    Batches of one row cannot be halved. If there are too few batches, the loader repeats the first ones, as in TRL.
 
     Example:
 

@@ -1,6 +1,6 @@
-"""Checks of single values of a row, each with an error that says row, column, what was found, what to do.
+"""Checks single values of a row. Each error names the row, the column, what was found and what to do.
 
-Knows what a text, a message, a rating, a margin may look like. Does not know tokens or data sets.
+Knows the valid forms of a text, a message, a rating and a margin. Knows nothing of data sets.
 """
 
 import math
@@ -18,12 +18,12 @@ Kind = Literal["text", "chat"]
 
 
 class DataError(ValueError):
-    """A row (or a whole data set, with ``row=None``) that cannot be used.
+    """A row that cannot be used, or a whole data set (``row=None``).
 
     Args:
-        found (`str`): what was there.
-        needed (`str`): what was expected instead.
-        fix (`str`): what to do about it.
+        found (`str`): what the data has.
+        needed (`str`): what the data must have instead.
+        fix (`str`): what the user can do about it.
         row (`int`, *optional*): index of the row in the data set, counted from 0.
         column (`str`, *optional*): name of the column.
         dataset (`str`, *optional*): name of the data set ("train", "eval").
@@ -48,18 +48,18 @@ class DataError(ValueError):
         super().__init__(f"{place}: found {found}; needed {needed}. {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are rebuilt from `args` by default, which hold the finished sentence; worker processes need this.
+        # Worker processes pickle exceptions. By default, pickle rebuilds them from `args`, which hold the message.
         return type(self), (self.found, self.needed, self.fix, self.row, self.column, self.dataset)
 
 
 def unknown_token(token_id: int, vocab_size: int, tokenizer: Any = None) -> tuple[str, str, str]:
-    """What was found, what was needed and what to do where a model has no embedding for a token."""
+    """`found`, `needed` and `fix` of the error for a token that has no embedding in the model."""
     token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token_id)!r})"
     return (
         f"the token id {token_id}{token}",
         f"ids below {vocab_size}, the model's vocabulary",
         "The tokenizer knows a token that the model does not. Pass the model's tokenizer as `processing_class`, or "
-        "before training call `model.resize_token_embeddings(len(tokenizer))` and pass the model.",
+        "call `model.resize_token_embeddings(len(tokenizer))` before training and pass the model.",
     )
 
 
@@ -72,12 +72,13 @@ def shown(value: Any) -> str:
 
 class RowChecks:
     """
-    The checks for one row; remembers where it is, so that each error can say so.
+    The checks for one row. It keeps the row's index, so that each error can name the row.
 
     Args:
-        row (`int`): its index, from 0.
-        dataset (`str`): name of its data set.
-        vocab_size (`int`, *optional*): token ids that the model knows are below it; not checked by default.
+        row (`int`): index of the row, from 0.
+        dataset (`str`): name of the data set.
+        vocab_size (`int`, *optional*): size of the model's vocabulary. Without it, token ids are not checked against
+            the model.
     """
 
     def __init__(self, row: int, dataset: str, vocab_size: int | None = None):
@@ -91,7 +92,7 @@ class RowChecks:
 
     @contextmanager
     def tokenizing(self, column: str, kind: Kind | None) -> Iterator[None]:
-        """What tokenizer or chat template object to becomes a `DataError` at this row."""
+        """Turns an error of the tokenizer or the chat template into a `DataError` at this row."""
         try:
             yield
         except DataError:
@@ -118,7 +119,7 @@ class RowChecks:
         return [self.number(value, column) for value in self._list(values, column, length)]
 
     def ranks(self, values: Any, column: str, length: int) -> list[float]:
-        """`length` ranks (whole, >= 0, lower is better, equal is a tie), as ratings: the negative rank."""
+        """Turns `length` ranks (whole, >= 0, lower is better, equal is a tie) into ratings: the negative ranks."""
         for value in self._list(values, column, length):
             whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
             if not whole or value < 0 or value != int(value):
@@ -126,7 +127,7 @@ class RowChecks:
                     column,
                     shown(value),
                     "a whole number >= 0 (0 is best, equal ranks are a tie)",
-                    "Correct the rank; numbers of which higher is better belong into a column 'ratings'.",
+                    "Correct the rank. If higher numbers are better, put them into a column 'ratings'.",
                 )
         return [0.0 - float(value) for value in values]
 
@@ -182,7 +183,7 @@ class RowChecks:
         return list(value)
 
     def completion(self, value: Any, column: str) -> Kind:
-        """Check one completion, a text, a message or a list of messages, and say which kind it is."""
+        """Check one completion (a text, a message or a list of messages). Returns its kind."""
         if isinstance(value, str):
             if not value:
                 raise self._empty(column, "an empty string")
@@ -211,7 +212,7 @@ class RowChecks:
                     column,
                     f"a list that holds {shown(message)}",
                     needed,
-                    "Give one string, or make each item a message; several completions belong into 'completions'.",
+                    "Give one string, or make each item a message. Several completions go into 'completions'.",
                 )
             if not isinstance(message.get("role"), str):
                 raise self.error(column, f"the message {shown(message)}", "a 'role' in it", "Add the role.")
@@ -224,16 +225,16 @@ class RowChecks:
                     column,
                     f"a message with the content {shown(message['content'])}",
                     "a string, or a list of parts {'type': 'text', 'text': ...}",
-                    "Remove parts that are no text (images, audio): the model does not see them.",
+                    "Remove parts that are not text (images, audio): the model does not see them.",
                 )
 
     def one_kind(
         self, prompt: Prompt, completions: Sequence[Completion], columns: Sequence[str]
     ) -> tuple[Kind, Prompt]:
-        """The kind of a row and its prompt, after checking that prompt and completions go together.
+        """Check that prompt and completions go together. Returns the kind of the row and its prompt.
 
-        Completions after a chat prompt may be strings. A text prompt beside chat completions is accepted only where
-        it is contained in all of them (some public data sets repeat it there): then it is not added again.
+        Completions after a chat prompt may be strings. A text prompt with chat completions is valid only if all of the
+        completions contain it, as in some public data sets. Then it is not added again.
         """
         kinds = [self.completion(value, column) for value, column in zip(completions, columns, strict=True)]
         for kind, value, column in zip(kinds, completions, columns, strict=True):
@@ -266,18 +267,18 @@ def named_by_row(
     column: str,
     kind: Kind | None,
 ) -> list[list[Any]]:
-    """What `function`, which tokenizes a list of items, makes of the items of each row, all rows in one call.
+    """Calls `function`, which tokenizes a list of items, once for all rows. Returns its results row by row.
 
-    If it fails, it is called again row by row, so that the error names the row.
+    If the call fails, `function` is called again for each row, so that the error names the row.
 
     Args:
         groups (sequence of lists): the items of each row.
-        checks (sequence of [`RowChecks`]): of each row.
-        column (`str`): the column to name.
-        kind (`str`, *optional*): "text" or "chat".
+        checks (sequence of [`RowChecks`]): the checks of each row.
+        column (`str`): the column that the error names.
+        kind (`str`, *optional*): the kind of the rows, "text" or "chat".
 
     Raises:
-        [`DataError`]: the tokenizer or the chat template refuses a row.
+        [`DataError`]: the tokenizer or the chat template fails on a row.
     """
     try:
         made = function([item for group in groups for item in group])

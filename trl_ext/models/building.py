@@ -111,7 +111,7 @@ def build_reward_model(
         if Path(model_id).is_dir():
             raise
         raise FileNotFoundError(
-            f"{model_id} is not a folder here, and could not be had from the Hub as a model of that name: {error}"
+            f"{model_id} is not a folder here, and could not be loaded from the Hub as a model of that name: {error}"
         ) from error
     kwargs |= hub
     name_problem(config, num_labels)

@@ -91,7 +91,7 @@ def flat_rows_support(trainer: Trainer) -> SharedPrefixSupport:
         wished = args.shared_prefix is False
         return SharedPrefixSupport(False, "shared_prefix=False" if wished else "another argument needs padded rows")
     support = supports_shared_prefix(trainer.model, args.max_length)
-    is_granted(args.shared_prefix, support)  # raises where True cannot be had
+    is_granted(args.shared_prefix, support)  # raises if the model does not support True
     return support
 
 
