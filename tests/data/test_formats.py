@@ -183,7 +183,7 @@ def test_a_format_set_on_the_data_set_does_not_matter():
 
 
 def test_losses_on_distances_refuse_ranks():
-    with pytest.raises(DataError, match="column 'ranks'.*only order them"):
+    with pytest.raises(DataError, match="column 'ranks'.*only give their order"):
         prepare(ranked_rows(2, ranks=True), loss_needs_ratings=True)
     prepare(ranked_rows(2), loss_needs_ratings=True)
 

@@ -135,7 +135,7 @@ BAD_ROWS = {
         pair(prompt=USER, tools="[]"),
         pair(prompt=USER, tools="[{"),
         "tools",
-        "a list of tools or JSON of one",
+        "a list of tools, or JSON of such a list",
     ),
     "kwargs that are no dictionary": (
         pair(prompt=USER, chat_template_kwargs={}),

@@ -131,5 +131,5 @@ def test_topical_chat_rankings_and_ratings(data_dir):
             for j in range(6):
                 assert (ranks[i] > ranks[j]) == (ratings[i] > ratings[j])
     assert tied_groups == 44
-    with pytest.raises(DataError, match="ratings, since this loss uses the distance"):
+    with pytest.raises(DataError, match="ratings: this loss uses the distances"):
         prepare(dataset, tokenizer, max_length=None, loss_needs_ratings=True)

@@ -176,7 +176,7 @@ def test_steps_by_hand():
     assert steps("no number here", by="number") == [(0, 14)]
     with pytest.raises(ValueError, match="separator is empty"):
         steps("a", separator="")
-    with pytest.raises(ValueError, match="'separator' or by 'number'"):
+    with pytest.raises(ValueError, match="by must be 'separator' or 'number'"):
         steps("a", by="line")
 
 

@@ -58,7 +58,7 @@ BAD_ROWS = {
         "chat",
         outcome(prompt=USER, completion=[{"role": "assistant", "tool_calls": [{"name": "f"}]}]),
         "completion",
-        "a text as the content of the last message",
+        "text as the content of the last message",
     ),
     "a picture for text": (
         "chat",
