@@ -155,7 +155,7 @@ def test_a_tokenizer_without_offsets_and_mixed_kinds_are_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="need a fast tokenizer.*Slow is none"):
+    with pytest.raises(ValueError, match="need a fast tokenizer.*Slow is slow"):
         encode_with_offsets(Slow(), "a", "b", TokenizationSettings(True))
     with pytest.raises(TypeError, match="give both as one kind"):
         encode_with_offsets(tiny_tokenizer(), "a", [{"role": "assistant", "content": "b"}], TokenizationSettings(True))
