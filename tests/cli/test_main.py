@@ -200,7 +200,7 @@ def test_an_unknown_format_ends_the_command_before_it_reads(capsys):
 def test_rows_that_cannot_be_held_out(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", pair_rows(4))
     write_jsonl(tmp_path / "test.jsonl", pair_rows(4))
-    with pytest.raises(ValueError, match="the data has one"):
+    with pytest.raises(ValueError, match="the data set already has one"):
         load(0.5, str(tmp_path))
     train, test = load(0.5, str(tmp_path), dataset_test_split="held_out")
     assert (len(train), len(test)) == (2, 2)

@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said(tiny, tmp_path, rows, capsys):
     assert command(tiny, tmp_path, rows, "--selection", "top_per_promt") == 1
     assert "Did you mean 'top_per_prompt'" in capsys.readouterr().err
     for flags, message in (
-        (["--selection_kwargs", "{n: 2}"], "--selection_kwargs is no valid JSON"),
+        (["--selection_kwargs", "{n: 2}"], "--selection_kwargs is '{n: 2}', which is not valid JSON"),
         (["--generation_kwargs", "[1]"], "needed: a JSON object"),
         (["--temprature", "1"], "--temprature"),
     ):

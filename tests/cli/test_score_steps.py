@@ -78,7 +78,9 @@ def test_scores_are_those_of_the_scorer(name, flags, models, tmp_path, capsys):
     assert scored[len(rows) - 2]["step_scores"] == [] and scored[len(rows) - 2]["score"] is None
     missing = sum(own.count(None) for own in steps)
     assert (missing > 0) == ("max_length" in flags)
-    assert (f", {missing} steps cut off and without a score." in capsys.readouterr().err) == (missing > 0)
+    assert (f", {missing} steps without a score because max_length cut them off." in capsys.readouterr().err) == (
+        missing > 0
+    )
 
 
 def test_the_score_is_that_of_the_joined_completion(models, tmp_path):
@@ -119,13 +121,13 @@ NO_LABELS = {"prompt": "a", "completions": ["good", "bad"]}
 @pytest.mark.parametrize(
     ("model", "row", "flags", "complaint"),
     [
-        ("prm", NO_LABELS, [], "may be the steps of one completion or several completions. Say --steps_column"),
-        ("prm", STEPS | {"labels": [1]}, [], "found 1 `labels` of 2 steps; needed: one for each"),
+        ("prm", NO_LABELS, [], "may be the steps of one completion or several completions. Give --steps_column"),
+        ("prm", STEPS | {"labels": [1]}, [], "found 1 `labels` for 2 steps; needed: one label for each step"),
         ("prm", STEPS | {"completions": ["good", {"content": "bad"}]}, [], "needed: a list of steps, each a string"),
         ("prm", STEPS | {"completions": "good"}, [], "found 'good' in 'completions'; needed: a list of steps"),
-        ("prm", STEPS | {"step_scores": []}, [], "found a column 'step_scores', where the score would go"),
+        ("prm", STEPS | {"step_scores": []}, [], "found a column 'step_scores', which the scores would overwrite"),
         ("prm", {"prompt": "a", "steps": ["b"]}, [], "of steps with --steps_column"),
-        ("orm", STEPS, [], "is a model of kind 'outcome', which does not score steps. Take a model of `trl-ext prm`"),
+        ("orm", STEPS, [], "is a model of kind 'outcome', which does not score steps. Use a model of `trl-ext prm`"),
         ("segment", STEPS, [], "is a model of kind 'segment'"),
         ("scalar", STEPS, [], "is a model of kind 'scalar'"),
         ("scalar", NO_LABELS, ["--steps_column", "completions"], "found steps ('completions'); needed: completions"),

@@ -89,4 +89,4 @@ def test_weights_that_are_not_json(base, tmp_path, capsys):
             ["score", "--model", str(base), "--input", str(source), "--output", "-", "--aggregation", "{tone: 0.5}"]
         )
     assert stop.value.code == 2
-    assert "not JSON" in capsys.readouterr().err
+    assert "not valid JSON" in capsys.readouterr().err

@@ -81,8 +81,8 @@ def test_a_config_that_is_no_mapping_is_said_in_a_line(command, text, words, tmp
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (["--model_name_or_path", "v1"], "name one model, and here there are two"),
-        (["--model_revision", "v1"], "name one model, and here there are two"),
+        (["--model_name_or_path", "v1"], "name one model, but this command needs two"),
+        (["--model_revision", "v1"], "name one model, but this command needs two"),
         (["--dataset_streaming"], "split by their prompts"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The `trl-ext` command: `main.py` and one file per command."""
+"""The `trl-ext` command: `main.py` finds a command, and each command has a file."""

@@ -1,7 +1,7 @@
-"""Arguments of the commands that generate: the policy, how and where it is sampled, and what scores its completions.
+"""Arguments of the commands that generate: the policy, the sampling, the backend, and the reward functions.
 
-Maps command-line flags to arguments of the pipelines. The sampling flags are declared in
-`trl_ext.pipelines.generation.sampling`.
+This module maps command-line flags to pipeline arguments. `trl_ext.pipelines.generation.sampling` declares the flags
+of sampling. It does not know what a pipeline does with the arguments.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from trl_ext.pipelines.generation.sampling import Sampling, SamplingFields
 
 
-# Arguments of a server: where and how it is asked.
+# Arguments for requests to a server
 SERVER = ("server_base_url", "server_timeout", "max_concurrency", "max_retries", "api_key_variable")
 
 
@@ -23,10 +23,10 @@ def described(text: str) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class GenerationArguments(SamplingFields):
-    """Arguments of a command that generates completions and scores them; `few_shot` is the name of a file here."""
+    """Arguments of a command that generates completions and scores them. Here `few_shot` is the path of a file."""
 
     model_name_or_path: str = field(
-        metadata=described("folder or Hub id of the policy; for the backend openai its name there")
+        metadata=described("folder or Hub id of the policy; for the backend openai, the model's name on the server")
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -35,31 +35,38 @@ class GenerationArguments(SamplingFields):
             "package.module.function or file.py:function"
         ),
     )
-    reward_weights: list[float] | None = field(default=None, metadata=described("one for each of them (default: 1)"))
+    reward_weights: list[float] | None = field(
+        default=None, metadata=described("one weight for each reward function (default: 1)")
+    )
 
     few_shot: str | None = field(
-        default=None, metadata=described("JSONL file of examples (prompt, completion) that the model sees first")
+        default=None,
+        metadata=described("JSONL file of examples (prompt, completion) that the model sees before each prompt"),
     )
-    seed: int = field(default=0, metadata=described("of the generation"))
+    seed: int = field(default=0, metadata=described("random seed of the generation"))
 
     backend: Literal["transformers", "vllm", "openai"] = field(
         default="transformers",
-        metadata=described("in this process, on a vLLM server, or on any OpenAI-compatible server"),
+        metadata=described("generate in this process, on a vLLM server, or on any OpenAI-compatible server"),
     )
-    generation_batch_size: int = field(default=32, metadata=described("completions in a batch, in this process"))
+    generation_batch_size: int = field(
+        default=32, metadata=described("completions in a batch, for the backend transformers")
+    )
     model_revision: str | None = field(default=None, metadata=described("revision of the model on the Hub"))
-    dtype: str | None = field(default=None, metadata=described("of the policy, e.g. bfloat16 (default: as saved)"))
+    dtype: str | None = field(
+        default=None, metadata=described("dtype of the policy, e.g. bfloat16 (default: as saved)")
+    )
     attn_implementation: str | None = field(default=None, metadata=described("e.g. sdpa, flash_attention_2"))
     load_in_4bit: bool = field(default=False, metadata=described("load the policy in NF4 with bitsandbytes"))
     trust_remote_code: bool = field(default=False, metadata=described("run code that comes with the model"))
 
     server_base_url: str = field(
-        default="http://localhost:8000", metadata=described("the server's URL, or several with commas between")
+        default="http://localhost:8000", metadata=described("URL of the server; separate several with commas")
     )
     server_timeout: float = field(
         default=240.0, metadata=described("seconds to wait for the server to start, and for each answer")
     )
-    max_concurrency: int = field(default=64, metadata=described("requests at a time, over all servers"))
+    max_concurrency: int = field(default=64, metadata=described("requests in flight at a time, over all servers"))
     max_retries: int = field(default=6, metadata=described("how often a failed request is repeated"))
     api_key_variable: str | None = field(
         default=None, metadata=described("environment variable that holds the server's key")
@@ -71,12 +78,14 @@ class GenerationArguments(SamplingFields):
 
 
 def json_object(name: str, value: dict | str | None) -> dict | None:
-    """The value of an argument that is JSON on the command line. Raises `ValueError` where it is no object."""
+    """Parse an argument that is JSON on the command line. Raises `ValueError` if it is not a JSON object."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"--{name} is no valid JSON ({error}): {value}") from error
+            raise ValueError(
+                f"--{name} is {value!r}, which is not valid JSON ({error}). Needed: a JSON object."
+            ) from error
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"--{name} is {value!r}; needed: a JSON object.")
     return value
@@ -85,22 +94,26 @@ def json_object(name: str, value: dict | str | None) -> dict | None:
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     rows = []
-    # split at line feeds only: a text may hold other characters that Python takes for the end of a line
+    # split at line feeds only: str.splitlines would also split at other characters, which may be part of a text
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON ({error}).") from error
+            raise ValueError(
+                f"{path}, line {number} is not valid JSON ({error}). Correct or remove the line."
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; needed: an object.")
+            raise ValueError(
+                f"{path}, line {number} holds a {type(row).__name__}; needed: a JSON object with columns."
+            )
         rows.append(row)
     return rows
 
 
 def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
-    """The fields of [`Sampling`], with the examples of the file that few_shot names."""
+    """The fields of [`Sampling`]; `few_shot` holds the examples read from its file."""
     sampling = {item.name: getattr(args, item.name) for item in fields(Sampling)}
     if args.few_shot is not None:
         sampling["few_shot"] = read_rows(args.few_shot)
@@ -108,12 +121,12 @@ def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
 
 
 def server_kwargs(args: GenerationArguments) -> dict[str, Any] | None:
-    """The arguments for a server, or `None` for generation in this process."""
+    """The server's arguments, or `None` when the policy generates in this process."""
     return None if args.backend == "transformers" else {name: getattr(args, name) for name in SERVER}
 
 
 def model_init_kwargs(args: GenerationArguments) -> dict[str, Any]:
-    """The arguments of `from_pretrained` among those of a command."""
+    """The command's arguments for `from_pretrained`."""
     kwargs: dict[str, Any] = {
         "revision": args.model_revision,
         "dtype": args.dtype,

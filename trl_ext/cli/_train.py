@@ -1,6 +1,7 @@
-"""The flow that all commands that train share: arguments, data, trainer, checkpoint.
+"""The steps that all training commands share: parse arguments, load data, build the trainer, train, save.
 
-The flow is that of TRL's `reward` script. It knows arguments and data sources. It trains nothing itself.
+The steps follow TRL's `reward` script. The module knows arguments and data sources. It does not know how a trainer
+trains.
 """
 
 from pathlib import Path
@@ -36,10 +37,10 @@ def train(
     model_args: "ModelConfig",
     dataset_args: "DatasetMixtureConfig",
 ) -> None:
-    """Load the data, train, save, and push to the Hub where asked to.
+    """Load the data, train, save, and push to the Hub if `push_to_hub` is set.
 
     Raises:
-        ValueError: if no model or no dataset was named, or a split does not exist.
+        ValueError: if the arguments name no model or no data set, or a split that does not exist.
         FileNotFoundError: if there is no checkpoint to resume from.
     """
     from trl_ext.logs import show_logs
@@ -68,13 +69,14 @@ def train(
 def _load(
     script_args: "DataArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool, seed: int
 ) -> tuple[Any, Any]:
-    """The split to train on, and the one to evaluate on or `None`."""
+    """Return the split to train on and the split to evaluate on, or `None` for the latter."""
     from accelerate.logging import get_logger
     from trl import get_dataset
 
     from trl_ext.data.sources import file_format, load_source, select_split
 
-    share, dataset_args.test_split_size = dataset_args.test_split_size, None  # TRL's split has no seed
+    # the share is split off below, because TRL's own split does not take a seed
+    share, dataset_args.test_split_size = dataset_args.test_split_size, None
     streaming = script_args.dataset_streaming
     if dataset_args.datasets:
         if script_args.dataset_name:
@@ -93,13 +95,13 @@ def _load(
     if share is not None:
         if streaming:
             raise ValueError(
-                "--test_split_size draws from all rows, and a stream has them one by one. Leave --test_split_size or "
-                "the streaming out."
+                "--test_split_size needs all rows at once, but a stream gives them one by one. Leave out "
+                "--test_split_size or the streaming."
             )
         if test_name in splits:
             raise ValueError(
-                f"--test_split_size would make a split {test_name!r}, and the data has one. Leave --test_split_size "
-                "out, or name another one with --dataset_test_split."
+                f"--test_split_size makes a split {test_name!r}, but the data set already has one. Leave out "
+                "--test_split_size, or choose another name with --dataset_test_split."
             )
         size = int(share) if share >= 1 else share  # a number of rows, or a share of them
         parts = train_dataset.train_test_split(test_size=size, seed=seed)

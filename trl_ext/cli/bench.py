@@ -1,7 +1,7 @@
-"""`trl-ext bench`: our training steps and our scoring beside TRL's way, on the same work, in one process.
+"""`trl-ext bench`: compare our training, generation and scoring with TRL's on the same work in one process.
 
-Nothing is downloaded: models have random weights, and rows are synthetic or come from a file that you name. It knows
-the names of the cases. `trl_ext.bench.runner` runs them; each case is a module of `trl_ext.bench` or `trl_ext.fit`.
+Models have random weights, and rows are synthetic unless you name a data set. This module knows the names of the
+cases. `trl_ext.bench.runner` runs them; each case is a module of `trl_ext.bench` or `trl_ext.fit`.
 """
 
 import argparse
@@ -21,19 +21,21 @@ from trl_ext.fit import command as bench_fit
 
 
 MEASURED = {
-    "reward": (bench_reward, "RewardTrainer beside trl.RewardTrainer, over shapes and over your data"),
-    "token": (bench_token, "ORMTrainer on flat rows beside padded rows, for K answers to a question"),
-    "ensemble": (bench_ensemble, "M members trained and scored in one pass beside single members"),
-    "fit": (bench_fit, "whether a training config fits on a card, what takes the memory, what would change that"),
-    "generate": (bench_generate, "our backend beside a plain generate loop, with and without the store"),
-    "data": (bench_data, "RewardTrainer's preparation of pairs beside that of trl.RewardTrainer"),
-    "score": (bench_score, "RewardScorer beside padded rows, for N completions of a prompt"),
+    "reward": (bench_reward, "compare RewardTrainer with trl.RewardTrainer, on given shapes and on your data"),
+    "token": (bench_token, "compare ORMTrainer on flat rows and on padded rows, with K answers to a question"),
+    "ensemble": (bench_ensemble, "compare M members in one pass with single members, in training and scoring"),
+    "fit": (bench_fit, "estimate whether a training config fits on a card, and what takes the memory"),
+    "generate": (bench_generate, "compare our backend, with and without stored shards, with a plain generate loop"),
+    "data": (bench_data, "compare the preparation of pairs in RewardTrainer and in trl.RewardTrainer"),
+    "score": (bench_score, "compare RewardScorer with padded rows, for N completions of a prompt"),
 }
 
 
 def make_parser(prog: str | None = "trl-ext bench") -> argparse.ArgumentParser:
-    """The parser: one sub-command for each thing that is measured."""
-    parser = argparse.ArgumentParser(prog=prog, description="Measure ours beside TRL's way in one process.")
+    """The parser, with one sub-command for each case."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Measure time and memory of trl-ext and of TRL on the same work in one process."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, line) in MEASURED.items():
         module.add_arguments(commands.add_parser(name, help=line))
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _says_news(record: logging.LogRecord) -> bool:
-    """False for what each of the many trainers would say: that its metrics are reported nowhere."""
+    """False for the warning that metrics are not reported, which each of the many trainers would repeat."""
     return not record.getMessage().startswith("Metrics are not reported")
 
 

@@ -1,8 +1,8 @@
-"""`trl-ext best-of-n`: the best of n completions for each row of a JSONL file, in order, resumable.
+"""`trl-ext best-of-n`: write the best of n completions for each row of a JSONL file. A rerun resumes.
 
-[`~trl_ext.best_of_n`] makes the picks; this file knows arguments and files of rows. A row has a `prompt` (text or
-messages) and columns for the reward functions. The output adds `completion`, `score` and `sample_index`, and on
-request `answer` and `candidates`.
+This file knows arguments and files of rows; [`~trl_ext.best_of_n`] picks the completions. A row has a `prompt` (text
+or messages) and the columns that the reward functions need. The output keeps the order of the rows and adds
+`completion`, `score` and `sample_index`; `--vote` adds `answer`, `--return_candidates` adds `candidates`.
 """
 
 import json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trl_ext.trainers.common.command_line import Parser
 
 
-CHUNK_ROWS = 64  # rows that are completed at a time with a seed of their own, and what an interruption costs
+CHUNK_ROWS = 64  # rows that are completed together with one seed; an interruption loses at most this many
 
 
 @dataclass(kw_only=True)
@@ -37,15 +37,17 @@ class BestOfNArguments(GenerationArguments):
     """Arguments of `trl-ext best-of-n`."""
 
     input: str = field(metadata=described("JSONL file of rows with a prompt"))
-    output: str = field(metadata=described("JSONL file to write; a file that is there already is continued"))
+    output: str = field(metadata=described("JSONL file to write; an existing file is continued"))
     n: int = field(default=16, metadata=described("completions of each prompt"))
     vote: Literal["majority", "weighted", "softmax"] | None = field(
         default=None,
-        metadata=described("pick by a vote of answers: each counts 1, its score, or its softmax (default: no vote)"),
+        metadata=described(
+            "pick by a vote of answers that counts each 1, its score, or its softmax (default: no vote)"
+        ),
     )
     answers: Literal["math", "number", "line"] = field(
         default="math",
-        metadata=described("how a vote reads answers: by math-verify (extra math), the last number, the last line"),
+        metadata=described("how a vote finds the answer: math-verify (extra math), the last number, or the last line"),
     )
     return_candidates: bool = field(default=False, metadata=described("write all completions and their scores"))
 
@@ -55,7 +57,7 @@ class BestOfNArguments(GenerationArguments):
             raise ValueError("best-of-n needs --reward_funcs.")
 
 
-_FREE = ("input", "output", "generation_batch_size", *SERVER)  # what may change when a run is continued
+_FREE = ("input", "output", "generation_batch_size", *SERVER)  # arguments that may change when a run is continued
 _ADDED = ("completion", "score", "sample_index", "answer", "candidates")
 
 
@@ -66,11 +68,15 @@ def make_parser(prog: str | None = "trl-ext best-of-n") -> "Parser":
 
 def run(args: BestOfNArguments) -> dict[str, Any]:
     """
-    Complete the rows that have no completion yet. Returns how many rows there are, and how many have no score.
+    Complete the rows that have no completion yet.
+
+    Returns:
+        `dict` with `rows` (number of rows), `earlier` (rows completed by earlier runs), `without_score` (new rows
+        whose pick has no score) and `output` (the path).
 
     Raises:
-        ValueError: a line is not a JSON object, a row has a column that would be overwritten, or the output was made
-            from other rows or with other arguments.
+        ValueError: if a line is not a JSON object, a row already has one of the output's columns, or the existing
+            output was made from other rows or with other arguments.
     """
     from trl_ext.pipelines.best_of_n import Picker, as_rows
     from trl_ext.pipelines.generation.records import with_completion
@@ -81,8 +87,8 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
         taken = [name for name in added if name in row]
         if taken:
             raise ValueError(
-                f"{args.input}, row {number} has a column {taken[0]!r}, which would be written over. Rename or remove "
-                "it."
+                f"{args.input}, row {number} has a column {taken[0]!r}, which the output would overwrite. Rename or "
+                "remove it."
             )
     output = output_file(args)
     as_written = [{**row, "prompt": with_completion(row["prompt"], "")[0]} for row in rows]
@@ -114,16 +120,16 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
 
 
 def output_file(args: BestOfNArguments) -> RowFile:
-    """The output, with everything that its completions depend on beside the rows."""
+    """The output file; its settings are everything except the rows that the completions depend on."""
     from trl_ext.pipelines.generation.sampling import Sampling
 
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE} | _identities(args)
-    settings |= asdict(Sampling.of(**sampling_kwargs(args)))  # what files hold, not how they are called
+    settings |= asdict(Sampling.of(**sampling_kwargs(args)))  # the content of the files counts, not their names
     return RowFile(Path(args.output), settings, _ADDED, block=CHUNK_ROWS)
 
 
 def _identities(args: BestOfNArguments) -> dict[str, Any]:
-    """What the results depend on beside the arguments: contents of the policy and of the reward functions."""
+    """The cache keys of the policy and of the reward functions, which cover their contents."""
     from trl_ext.pipelines.generation.backends import model_of_backend
     from trl_ext.pipelines.reward_functions import reward_identity
 

@@ -1,6 +1,6 @@
-"""`trl-ext demo`: a tiny policy, verified samples, reward models of three kinds and what they are good for; offline.
+"""`trl-ext demo`: train and compare reward models of three kinds on the samples of a tiny policy, offline.
 
-It knows arguments, output folders and exit statuses. `trl_ext.demo` does the work.
+This module knows arguments, output folders and exit statuses. `trl_ext.demo` does the work.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from pathlib import Path
 
 
 def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
-    """The parser."""
+    """The parser of the demo's options."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train a tiny policy to sort digits, sample and rate its solutions, train reward models on the "
-        "rankings, on right and wrong answers and on right and wrong lines, reload them, and compare the answers that "
-        "they pick with a random pick, a majority vote and an oracle; then fine-tune the policy on its own samples, "
-        "chosen by the verifier and by models. Offline, on two CPU cores, a few minutes. Ends with a table, "
-        "report.json, a plot (if matplotlib is installed) and offline runs of Weights & Biases.",
+        description="Train a tiny policy to sort digits, and sample and rate its solutions. Train reward models on "
+        "the rankings, on right and wrong answers, and on right and wrong lines. Reload the models, and compare the "
+        "answers that they pick with a random pick, a majority vote and an oracle. Then fine-tune the policy on its "
+        "own samples, chosen by the verifier and by the models. The demo runs offline on two CPU cores in a few "
+        "minutes. It writes a table, report.json, a plot (if matplotlib is installed) and offline runs of Weights & "
+        "Biases.",
         epilog="Exit status: 0 if every reward model beat the random pick by more than the sampling error (1.96 "
         "standard errors of the paired difference) and scored the same after a reload, and the policy learnt more "
         "from the verifier's choice than from a random choice; otherwise 1, or 130 after an interrupt. A smoke run "
@@ -31,20 +32,20 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", help="default: outputs/demo_seed<N>, for a smoke run outputs/demo_smoke_seed<N>"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of problems, weights and samples (default: 0)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run? No verdict")
-    parser.add_argument("--fresh", action="store_true", help="run every stage again, also those that are still valid")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, weights and samples (default: 0)")
+    parser.add_argument("--smoke", action="store_true", help="run a few steps of each stage, without a verdict")
+    parser.add_argument("--fresh", action="store_true", help="run every stage again, even if its result is valid")
     parser.add_argument(
         "--workers",
         type=int,
         default=min(2, os.cpu_count() or 1),
-        help="how many stages run side by side, each in a process on one core (default: 2, or 1 where there is one "
-        "core). The figures are the same for any number",
+        help="stages that run at the same time, each in a process on one core (default: 2, or 1 on a single core). "
+        "The figures do not depend on it",
     )
     return parser
 
 
-# For the libraries that this process loads, so that they look nothing up and send nothing.
+# These variables stop the libraries of this process from looking anything up and from sending anything.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -55,7 +56,7 @@ OFFLINE = {
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables, and puts them back at the end."""
+    """Set environment variables, and restore their values at the end."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -69,10 +70,10 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _prepare() -> None:
-    """Prepares each process that runs stages: one thread, and no progress bars or advice from libraries."""
+    """Prepare a process that runs stages: one thread, and no progress bars or warnings of libraries."""
     import warnings
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it asks for a kernel to be downloaded
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns that a kernel could be downloaded
     import datasets
     import torch
     from transformers.utils import logging as hf_logging
@@ -81,7 +82,7 @@ def _prepare() -> None:
     datasets.disable_progress_bars()
     hf_logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # from TRL's and PEFT's calls of transformers
-    torch.set_num_threads(1)  # for so small a model; two took ten times as long on two cores with other work to do
+    torch.set_num_threads(1)  # measured on two busy cores: with so small a model, two threads take ten times as long
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +131,7 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
         print(f"trl-ext demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Stages that are done are kept: run the same command again to go on.", file=sys.stderr)
+        print("\nInterrupted. Finished stages are kept; run the same command again to continue.", file=sys.stderr)
         return 130
 
     wandb_dir = output_dir / "wandb"
@@ -147,9 +148,7 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
     if smoke:
         print("\nSmoke run: everything ran. Its figures mean nothing, so there is no verdict.")
     elif report["passed"]:
-        print(
-            "\nPassed: every reward model, and the verifier's choice, beats a random one by more than sampling error."
-        )
+        print("\nPassed: every reward model and the verifier's choice beat a random one by more than sampling error.")
     for failure in report["failures"]:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if report["failures"] else 0

@@ -1,7 +1,8 @@
 """`trl-ext ensemble`: train an ensemble of reward models on one base in one run, with TRL's flags and ours.
 
-`--kind` says what members are; rows and other flags are those of `trl-ext reward`, `orm`, `prm` or `segment`. Also a
-module for launchers: `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. The flow is in `_train`.
+`--kind` chooses the kind of the members. Rows and other flags are those of `trl-ext reward`, `orm`, `prm` or
+`segment`. On several GPUs use `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. `_train.py` holds the
+steps.
 """
 
 import argparse
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 KINDS = {"reward": "Reward", "orm": "ORM", "prm": "PRM", "segment": "Segment"}
-"""Kind of the members -> how the names of its trainer and config begin."""
+"""Kind of the members -> prefix of the names of its trainer and config."""
 
 
 def make_parser(prog: str | None = "trl-ext ensemble", kind: str = "reward") -> "Parser":
     """The parser over `DataArguments`, our config for the kind, `ModelConfig` and `DatasetMixtureConfig`."""
     parser = train_parser(getattr(trl_ext, f"{KINDS[kind]}EnsembleConfig"), prog)
     parser.epilog = (
-        f"--kind {{{','.join(KINDS)}}}: what members are (default: reward). These are the options of {kind}."
+        f"--kind {{{','.join(KINDS)}}}: kind of the members (default: reward). These are the options of {kind}."
     )
     return parser
 

@@ -41,7 +41,7 @@ COMMANDS = {
 # Commands with many runs in one display: of our log lines they show warnings only, the others information too.
 QUIET = {"trl-ext demo", "trl-ext bench", "trl-ext weak-to-strong"}
 
-# Environment variable: set it to see the traceback of an error that is otherwise one line.
+# Set this environment variable to see the traceback of an error that is otherwise shown as one line.
 TRACEBACK = "TRL_EXT_TRACEBACK"
 
 
@@ -51,15 +51,15 @@ def module_of(command: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The top-level parser: the commands' names and one line about each. Each command has a parser of its own."""
+    """The top-level parser, which lists the commands with one line each. Every command has its own parser."""
     width = max(len(name) for name in COMMANDS)
     listing = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="trl-ext",
         usage="trl-ext [-h] [--version] COMMAND ...",
         description="Reward models from rankings, on top of TRL.",
-        epilog=f"commands:\n{listing}\n\n'trl-ext COMMAND --help' shows the options of one command. An error in what "
-        f"you gave is one line;\n{TRACEBACK}=1 in the environment shows where it was raised.",
+        epilog=f"commands:\n{listing}\n\n'trl-ext COMMAND --help' shows the options of one command. An error in your "
+        f"input is one line;\n{TRACEBACK}=1 in the environment shows its traceback.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"trl-ext {trl_ext.__version__}")
@@ -74,11 +74,10 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program's name. Defaults to those of the process.
 
     Returns:
-        `int`: the exit status: 0 for success (also when no command is given: the help is shown), else what [`guarded`]
-        returned.
+        `int`: the exit status: 0 if no command is given (the help is shown), else the status from [`guarded`].
 
     Raises:
-        SystemExit: with status 2 on an unknown command or option, as argparse does.
+        SystemExit: with status 2 for an unknown command or option, as in argparse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
@@ -105,23 +104,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """
-    Run a command; an error in what the user gave becomes one line on standard error.
+    Run a command and turn errors in the user's input into one line on standard error.
 
-    That is an error of a class of ours, a `ValueError` or `ImportError` that our code raised itself, and any `OSError`
-    (a missing file, an unknown repository). Everything else is a bug, here or below, and keeps its traceback. A reader
-    of standard output that goes away (`| head`) ends the command without a word, Ctrl-C with one.
+    An error counts as one in the input if trl_ext defines its class, if our code itself raised it as a `ValueError` or
+    `ImportError`, or if it is an `OSError` (a missing file, an unknown repository). Any other error is a bug in
+    trl_ext or in a library and keeps its traceback. If the reader of standard output leaves (`| head`), the command
+    ends silently. After Ctrl-C it ends with the line "interrupted".
 
     Args:
         prog (`str`):
-            How the line begins, e.g. `"trl-ext score"`.
+            Start of the line, e.g. `"trl-ext score"`.
         command (`Callable`):
             The `main` of a command.
         argv (`list[str]`, *optional*):
             Its arguments. Defaults to those of the process.
 
     Returns:
-        `int`: the exit status: what the command returned, 1 after an error, 130 after Ctrl-C, 141 (as of a process
-        ended by SIGPIPE) when the reader is gone.
+        `int`: the exit status: the command's own, 1 after an error, 130 after Ctrl-C, or 141 (as for a process that
+        SIGPIPE ends) if the reader has left.
     """
     quiet_noise()
     # a display of many runs has no room for the start of each
@@ -133,7 +133,7 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
     except Exception as error:
         ours = _raised_here(error)
         if isinstance(error, BrokenPipeError) and ours:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing the rest at exit fails
             return 141
         named = _is_of_files(error) or type(error).__module__.startswith("trl_ext.")
         expected = named or (ours and isinstance(error, (ValueError, ImportError)))
@@ -149,12 +149,12 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
 
 
 def _is_of_files(error: Exception) -> bool:
-    """Whether the system refused a file: a path that is not there, a full disk (also in the writer of weights)."""
+    """Whether the system refused a file, e.g. a missing path or a full disk (safetensors has its own error class)."""
     return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "(os error " in str(error))
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the line that raised it, or that called what is written in C, is in our code."""
+    """Whether the innermost Python frame is in our code: it raised the error, or called C code that did."""
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     return innermost.f_globals["__name__"].startswith("trl_ext.")
 

@@ -1,6 +1,7 @@
-"""`trl-ext merge`: make one plain checkpoint of an adapter and the base it was trained on.
+"""`trl-ext merge`: merge an adapter into the base it was trained on, as one plain checkpoint.
 
-It parses arguments for [`merge_reward_model`], which merges, scores again and refuses a merge that moved the scores.
+This module parses arguments for [`merge_reward_model`], which merges, scores again, and refuses the merge if the
+scores moved too far.
 """
 
 import argparse
@@ -12,19 +13,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser(prog: str | None = "trl-ext merge") -> argparse.ArgumentParser:
-    """The parser: where the adapter is, where the merged model goes, in which precision."""
+    """The parser of adapter, output folder, precision and base."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Merge a reward model's adapter into its base. A quantized training base is dequantized first, "
-        "because that is what the adapter was trained on. The merged folder loads with plain transformers. Prints how "
-        "far the scores of a calibration set moved, and fails if it was too far.",
+        description="Merge a reward model's adapter into its base. A base that was quantized in training is "
+        "dequantized first, because the adapter was trained on those weights. The merged folder loads with plain "
+        "transformers. The command prints how far the scores of a calibration set moved, and fails if it is too far.",
     )
     parser.add_argument(
         "model", help="folder or Hub id of the reward model: adapter, head, tokenizer, reward_model.json"
     )
     parser.add_argument("output_dir", help="new or empty folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="stored precision (default: that of the base)")
-    parser.add_argument("--base_model", default=None, help="where the base is now, if it moved (folder or Hub id)")
+    parser.add_argument("--base_model", default=None, help="folder or Hub id of the base, if it has moved")
     return parser
 
 

@@ -1,7 +1,7 @@
 """`trl-ext orm`: train an outcome reward model, with TRL's flags and ours.
 
-A row has `prompt`, `completion` and `label`. Also a module for launchers:
-`accelerate launch -m trl_ext.cli.orm --config CONFIG.yaml`. The flow is in `_train`.
+A row has `prompt`, `completion` and `label`. On several GPUs use
+`accelerate launch -m trl_ext.cli.orm --config CONFIG.yaml`. `_train.py` holds the steps.
 """
 
 import sys

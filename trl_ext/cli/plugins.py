@@ -1,7 +1,7 @@
-"""`trl-ext plugins`: which names a config can use, and which module or distribution each comes from.
+"""`trl-ext plugins`: list the names that a config can use and the module or distribution of each.
 
-Listing imports our own registries (and torch with them), but no plugin. `--check` imports the plugins too, and shows
-the properties that each callable declares.
+Listing imports our registries (and with them torch), but no plugin. `--check` also imports the plugins and shows the
+properties that each callable declares.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from trl_ext.registry import Registry, all_registries
 
 
-BUILT_IN = (  # the modules that make a registry
+BUILT_IN = (  # the modules that define a registry
     "trl_ext.losses.ranking",
     "trl_ext.losses.token",
     "trl_ext.data.segmentation",
@@ -24,21 +24,21 @@ BUILT_IN = (  # the modules that make a registry
 
 
 def make_parser(prog: str | None = "trl-ext plugins") -> argparse.ArgumentParser:
-    """The parser: one switch."""
+    """The parser of the one switch, `--check`."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="List the names that a config can use, built in or from plugins, and where each is from.",
+        description="List the names that a config can use, built in or from plugins, and where each comes from.",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="also import every plugin and show what it declares; the exit status is 1 if one cannot be used",
+        help="also import every plugin and show its properties; the exit status is 1 if one cannot be used",
     )
     return parser
 
 
 def _check(registry: Registry, name: str) -> tuple[str, str | None]:
-    """The properties of a callable in words, and what stops it from being used, or None."""
+    """Return the properties of a callable as text, and the error that prevents its use, or `None`."""
     try:
         properties = registry.properties_of(name)
     except (ValueError, TypeError, ImportError) as error:

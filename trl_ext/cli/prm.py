@@ -1,7 +1,7 @@
 """`trl-ext prm`: train a process reward model, with TRL's flags and ours.
 
-A row has `prompt`, `completions` (the steps) and `labels`. Also a module for launchers:
-`accelerate launch -m trl_ext.cli.prm --config CONFIG.yaml`. The flow is in `_train`.
+A row has `prompt`, `completions` (the steps) and `labels`. On several GPUs use
+`accelerate launch -m trl_ext.cli.prm --config CONFIG.yaml`. `_train.py` holds the steps.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""`trl-ext rejection-sample`: generate completions, score them, and keep the best. A rerun resumes at any moment.
+"""`trl-ext rejection-sample`: generate completions, score them, and keep the best. A rerun resumes.
 
-It maps flags to the arguments of [`~trl_ext.rejection_sample`]; `--stage` runs one of its stages alone. Standard
-output gets a report as JSON, with the path of the selected rows.
+This module maps flags to the arguments of [`~trl_ext.rejection_sample`]; `--stage` runs one stage alone. The command
+prints a JSON report with the path of the selected rows.
 """
 
 import json
@@ -31,14 +31,16 @@ class RejectionSampleArguments(GenerationArguments):
     dataset_name: str = field(metadata=described("Hub id, folder or file of rows with a prompt"))
     dataset_config: str | None = field(default=None, metadata=described("configuration of a Hub dataset"))
     dataset_split: str = field(default="train", metadata=described("split of the dataset"))
-    output_dir: str = field(metadata=described("where completions, scores and selected rows are kept"))
+    output_dir: str = field(metadata=described("folder for completions, scores and selected rows"))
     stage: Literal["all", "generate", "score", "select"] = field(
-        default="all", metadata=described("run one stage alone; it needs what those before it made")
+        default="all", metadata=described("run one stage alone; it needs the results of the stages before it")
     )
     num_generations: int = field(default=8, metadata=described("completions of each prompt"))
     shard_size: int = field(default=64, metadata=described("prompts that are generated and stored at a time"))
-    selection: str = field(default="top_per_prompt", metadata=described("a selector; trl-ext plugins lists them"))
-    selection_kwargs: dict | str | None = field(default=None, metadata=described("its options, as JSON"))
+    selection: str = field(
+        default="top_per_prompt", metadata=described("name of a selector; trl-ext plugins lists them")
+    )
+    selection_kwargs: dict | str | None = field(default=None, metadata=described("options of the selector, as JSON"))
     drop_truncated: bool = field(
         default=False, metadata=described("never select a completion that was cut at max_completion_length")
     )
@@ -56,12 +58,12 @@ def make_parser(prog: str | None = "trl-ext rejection-sample") -> "Parser":
 
 
 def run(args: RejectionSampleArguments) -> dict[str, Any] | None:
-    """Run the stages that were asked for. Returns the report of the selection, if there is one."""
+    """Run the stages of `--stage`. Returns the report of the selection, or `None` if it did not run."""
     from trl_ext.data.sources import load_source, select_split
     from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
     from trl_ext.pipelines.rejection_sampling.selection import check_selection
 
-    if args.stage in ("all", "select"):  # before anything is generated
+    if args.stage in ("all", "select"):  # fail before anything is generated
         check_selection(args.selection, args.selection_kwargs)
     splits = load_source(args.dataset_name, args.dataset_config)
     sampler = RejectionSampler(

@@ -1,7 +1,6 @@
 """`trl-ext reward`: train a reward model from pairs or K-way rankings, with TRL's flags and ours.
 
-Also a module for launchers:
-`accelerate launch -m trl_ext.cli.reward --config CONFIG.yaml`. The flow is in `_train`.
+On several GPUs use `accelerate launch -m trl_ext.cli.reward --config CONFIG.yaml`. `_train.py` holds the steps.
 """
 
 import sys

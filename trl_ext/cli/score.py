@@ -1,12 +1,17 @@
-"""`trl-ext score`: score the rows of a JSONL file with a reward model, in order, in a stream, resumable.
+"""`trl-ext score`: score the rows of a JSONL file with a reward model, in order. A rerun resumes.
 
-This file reads rows and writes them with their scores; [`~trl_ext.RewardScorer`], or [`~trl_ext.RewardEnsemble`] for
-the folder of an ensemble, scores them.
+This file reads a stream of rows and writes them with their scores. [`~trl_ext.RewardScorer`] scores them, or
+[`~trl_ext.RewardEnsemble`] if the model is the folder of an ensemble.
 
-A row has `prompt` (optional) and one of: `completion`, and gets `score`; `completions` (a list), and gets `scores`;
-`chosen` and `rejected`, and gets `chosen_score` and `rejected_score`; or, for a process model, steps (`completions`
-with `labels`, or the column that `--steps_column` names), and gets `step_scores`, and in `score` their aggregate.
-Every other column is kept. With `--member_scores` an ensemble also writes `<column>_members` and
+A row may have a `prompt`. Its other columns decide which scores it gets:
+
+- `completion` gets `score`;
+- `completions`, a list, gets `scores`;
+- `chosen` and `rejected` get `chosen_score` and `rejected_score`;
+- for a process model, steps (`completions` with `labels`, or the column that `--steps_column` names) get
+  `step_scores`, and `score` holds their aggregate.
+
+The output keeps all columns. With `--member_scores` an ensemble also writes `<column>_members` and
 `<column>_disagreement`.
 """
 
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
     from trl_ext.trainers.common.command_line import Parser
 
 
-CHUNK_ROWS = 256  # rows that are scored and written at a time, and so the most that an interruption costs
+CHUNK_ROWS = 256  # rows that are scored and written together; an interruption loses at most this many
 
 
 def make_parser(prog: str | None = "trl-ext score") -> "Parser":
@@ -42,19 +47,22 @@ def run(args: ScoreArguments) -> int:
     Score the rows that the output does not hold yet.
 
     Returns:
-        `int`: number of rows scored by this call.
+        `int`: number of rows that this call scored.
 
     Raises:
-        [`ScoreError`]: a bad line of the input.
-        [`~trl_ext.pipelines.stages.cache_key.StaleError`]: another model, other options or other rows made the output.
+        [`ScoreError`]: if a line of the input cannot be used.
+        [`~trl_ext.pipelines.stages.cache_key.StaleError`]: if the existing output comes from another model, other
+            options or other rows.
     """
     from tqdm import tqdm
 
     to_file = args.output != "-"
     if to_file and args.input != "-" and Path(args.output).exists() and os.path.samefile(args.input, args.output):
-        raise ScoreError(f"--output is the input file {args.input}. Give another file: rows are not written in place.")
+        raise ScoreError(
+            f"--output is the input file {args.input}. Give another file: the command never overwrites its input."
+        )
     if to_file and Path(args.output).is_dir():
-        raise ScoreError(f"--output {args.output} is a folder. Needed: the name of a file, e.g. in that folder.")
+        raise ScoreError(f"--output {args.output} is a folder; needed: a file, e.g. one in that folder.")
     with ExitStack() as stack:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
         rows = read_rows(source, args.input)
@@ -65,7 +73,7 @@ def run(args: ScoreArguments) -> int:
         scorer = None
         with tqdm(total=total, initial=done, unit=" rows", desc="Scoring", file=sys.stderr) as bar:
             for chunk in chunks(rows, CHUNK_ROWS):
-                if scorer is None:  # nothing is loaded when nothing is left to do
+                if scorer is None:  # load the model only if rows are left to score
                     scorer, kind = make_scorer(args), model_kind(args.model)
                 cut_off += add_scores(scorer, kind, chunk, args)
                 if output is not None:
@@ -77,20 +85,20 @@ def run(args: ScoreArguments) -> int:
                 truncated = scorer.num_truncated
                 bar.update(len(chunk))
     cut = f", {truncated} completions cut to max_length={args.max_length}" if truncated else ""
-    cut += f", {cut_off} steps cut off and without a score" if cut_off else ""
-    print(f"Scored {scored} rows{f' after {done} that were there' if done else ''}{cut}.", file=sys.stderr)
+    cut += f", {cut_off} steps without a score because max_length cut them off" if cut_off else ""
+    print(f"Scored {scored} rows{f'; {done} rows already had scores' if done else ''}{cut}.", file=sys.stderr)
     return scored
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def read_rows(source: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
-    """Line number (from 1) and row of each line that is not blank. Raises [`ScoreError`] at one that is no row."""
+    """Yield line number (from 1) and row of each line that is not blank. Raises [`ScoreError`] for an invalid line."""
     for number, line in enumerate(source, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
+        except ValueError as error:  # invalid JSON or invalid UTF-8
             raise ScoreError(
                 f"{name}, line {number}: not valid JSON ({error}). Correct or remove the line."
             ) from error
@@ -102,7 +110,7 @@ def read_rows(source: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
 
 
 def chunks(rows: Iterator[tuple[int, Row]], size: int) -> Iterator[list[tuple[int, Row]]]:
-    """Lists of up to `size` rows. A bad line is raised after the good rows before it have been handed out."""
+    """Yield lists of up to `size` rows. An invalid line raises its error after the rows before it are yielded."""
     chunk: list[tuple[int, Row]] = []
     try:
         for item in rows:
@@ -125,7 +133,7 @@ def count_lines(path: str) -> int:
 
 
 def output_file(args: ScoreArguments) -> RowFile:
-    """The output, with everything that its scores depend on beside the rows."""
+    """The output file; its settings are everything except the rows that the scores depend on."""
     from trl_ext.models.fingerprint import fingerprint
     from trl_ext.scoring.remote import local_files
 
@@ -161,12 +169,12 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
             try:
                 scorer.set_reducer(args.reduce, weights, **args.reduce_kwargs or {})
             except TypeError as error:
-                raise ScoreError(f"--reduce {args.reduce} does not take --reduce_kwargs: {error}.") from error
+                raise ScoreError(f"--reduce {args.reduce} does not accept these --reduce_kwargs: {error}.") from error
         return scorer
     for flag in ("member_scores", "reduce"):
         if getattr(args, flag):
             raise ScoreError(
-                f"{args.model} has no reward_ensemble.json, so it is one model. Leave --{flag} out, or give the "
+                f"{args.model} has no reward_ensemble.json, so it is a single model. Leave out --{flag}, or give the "
                 "folder of an ensemble."
             )
     return scorer

@@ -19,24 +19,26 @@ class ScoreArguments:
     input: str = field(metadata={"help": "JSONL file of rows; - for standard input"})
     output: str = field(
         metadata={
-            "help": "JSONL file to write: the same rows in the same order, with their scores. If it is there already, "
-            "scoring goes on after its last row. - for standard output"
+            "help": "JSONL file to write: the same rows in the same order, with their scores. If the file exists, "
+            "scoring continues after its last row. - for standard output"
         }
     )
-    batch_size: str = field(default="auto", metadata={"help": "rows of a batch, or auto: by tokens"})
-    max_length: int | None = field(default=None, metadata={"help": "cut rows to so many tokens (default: no limit)"})
+    batch_size: str = field(
+        default="auto", metadata={"help": "rows in a batch, or auto: as many as a token budget allows"}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "cut rows to this many tokens (default: no limit)"})
     aggregation: str | None = field(
         default=None,
         metadata={
-            "help": "how a token-level model gives one number a completion: min, prod, last, mean, sum ...; or, of a "
-            """segment model, weights of the categories as JSON: '{"factuality": 0.5, "relevance": 0.3}'"""
+            "help": "how a token-level model turns its outputs into one score: min, prod, last, mean, sum ...; for a "
+            """segment model also weights of its categories as JSON: '{"factuality": 0.5, "relevance": 0.3}'"""
         },
     )
     reduce: str | None = field(
         default=None,
         metadata={
-            "help": "how the members of an ensemble become one score: mean, min, median, mean_minus_std, or a plugin; "
-            "by default as the ensemble was saved"
+            "help": "how to combine the members' scores: mean, min, median, mean_minus_std, or a plugin (default: the "
+            "ensemble's saved setting)"
         },
     )
     reduce_kwargs: dict | str | None = field(
@@ -44,7 +46,7 @@ class ScoreArguments:
     )
     member_scores: bool = field(
         default=False,
-        metadata={"help": "of an ensemble, also write the score by each member and their standard deviation"},
+        metadata={"help": "for an ensemble, also write each member's score and their standard deviation"},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "text or messages; may be missing from a row"})
     completion_column: str = field(
@@ -53,12 +55,12 @@ class ScoreArguments:
     steps_column: str | None = field(
         default=None,
         metadata={
-            "help": "for a process model: list of the steps of one completion. `completions` beside `labels` are "
-            "steps unless --completion_column names them"
+            "help": "for a process model: the column with the list of a completion's steps. `completions` with "
+            "`labels` are steps too, unless --completion_column names them"
         },
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "of an adapter: where its base is now, if it moved (folder or Hub id)"}
+        default=None, metadata={"help": "folder or Hub id of an adapter's base, if it has moved"}
     )
     device: str | None = field(
         default=None, metadata={"help": "e.g. cpu or cuda:1 (default: the GPU if there is one)"}
@@ -71,12 +73,12 @@ class ScoreArguments:
             self.batch_size = int(self.batch_size)
         self.reduce_kwargs = json_object("reduce_kwargs", self.reduce_kwargs)
         if self.reduce_kwargs and self.reduce is None:
-            raise ValueError("--reduce_kwargs are the options of a reducer: name it with --reduce.")
+            raise ValueError("--reduce_kwargs needs a reducer. Name one with --reduce.")
         if isinstance(self.aggregation, str) and self.aggregation.lstrip().startswith("{"):
             try:
                 self.aggregation = json.loads(self.aggregation)
             except ValueError as error:
                 raise ValueError(
-                    f"--aggregation is {self.aggregation!r}, which is not JSON ({error}). Needed: the name of an "
-                    "aggregator, or a weight for each category."
+                    f"--aggregation is {self.aggregation!r}, which is not valid JSON ({error}). Needed: the name of "
+                    "an aggregator, or a JSON object with a weight for each category."
                 ) from error

@@ -1,6 +1,6 @@
-"""Rows of `trl-ext score`: what is scored in a row, and the columns that the scores go to.
+"""Rows of `trl-ext score`: find the completions or steps of a row, score them, and write the score columns.
 
-This module knows rows and scorers. It does not know files, nor where a run stopped.
+This module knows rows and scorers. It knows neither files nor where an earlier run stopped.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 
 class ScoreError(Exception):
-    """The command cannot go on; the message says what was found, what was needed and what to do."""
+    """The command cannot continue. The message says what was found, what was needed and what to do."""
 
 
 def model_kind(path: str) -> str:
-    """The `kind` in `reward_model.json`, `"scalar"` without one, and `"ensemble"` for the folder of an ensemble."""
+    """The `kind` in `reward_model.json`, `"scalar"` without that file, or `"ensemble"` for an ensemble's folder."""
     from trl_ext.models.ensemble.ensemble_files import read_ensemble
     from trl_ext.models.sidecar import read_sidecar
     from trl_ext.scoring.remote import local_files
@@ -46,10 +46,10 @@ def add_scores(
     Score a chunk of numbered rows and write the scores into them.
 
     Returns:
-        `int`: number of steps without a score, as `max_length` cut them off.
+        `int`: number of steps without a score because `max_length` cut them off.
 
     Raises:
-        [`ScoreError`]: a row that cannot be scored, or not by a model of this `kind`; names its line.
+        [`ScoreError`]: if a row cannot be scored, or not by a model of this `kind`. The message names the line.
     """
     stepwise: list[tuple[int, Row, list[str]]] = []
     others: list[tuple[int, Row, tuple[str, ...], list[Any]]] = []
@@ -99,7 +99,7 @@ def _score_completions(
 
 
 def _call(method: Callable, owners: list[tuple[int, Row]], completions: list[Any], args: ScoreArguments) -> list[Any]:
-    """What `method` says of completions (or lists of steps), given the line and row that each is from."""
+    """Call a scoring method on completions (or lists of steps); an error names the line of the row it comes from."""
     try:
         return method(
             [row.get(args.prompt_column) for _, row in owners],
@@ -117,11 +117,11 @@ def _call(method: Callable, owners: list[tuple[int, Row]], completions: list[Any
 def _check_free(row: Row) -> None:
     taken = [column for column in SCORE_COLUMNS if column in row]
     if taken:
-        raise ScoreError(f"found a column {taken[0]!r}, where the score would go. Rename or remove it.")
+        raise ScoreError(f"found a column {taken[0]!r}, which the scores would overwrite. Rename or remove it.")
 
 
 def _steps(row: Row, kind: str, args: ScoreArguments) -> list[str] | None:
-    """The steps of a row; `None` where it has completions."""
+    """The steps of a row, or `None` if it has completions."""
     column, beside = args.steps_column, ""
     if column not in row:
         if args.completion_column in row or "completions" not in row:
@@ -132,21 +132,23 @@ def _steps(row: Row, kind: str, args: ScoreArguments) -> list[str] | None:
                 return None
             raise ScoreError(
                 "found `completions` without `labels`, which may be the steps of one completion or several "
-                "completions. Say --steps_column completions or --completion_column completions."
+                "completions. Give --steps_column completions or --completion_column completions."
             )
     steps = row[column]
     if kind != "process":
         model = "an ensemble" if kind == "ensemble" else f"a model of kind {kind!r}"
-        fix = "Give the folder of one member" if kind == "ensemble" else "Take a model of `trl-ext prm`"
+        fix = "Give the folder of one member" if kind == "ensemble" else "Use a model of `trl-ext prm`"
         raise ScoreError(
-            f"found steps ({column!r}{beside}); needed: completions, as {args.model} is {model}, which does not score "
-            f"steps. {fix}, or join the steps in one `completion`"
-            + ("; if they are several completions, say --completion_column completions." if beside else ".")
+            f"found steps ({column!r}{beside}); needed: completions, because {args.model} is {model}, which does not "
+            f"score steps. {fix}, or join the steps in one `completion`"
+            + ("; if they are several completions, give --completion_column completions." if beside else ".")
         )
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise ScoreError(f"found {steps!r:.80} in {column!r}; needed: a list of steps, each a string.")
     if beside and len(row["labels"]) != len(steps):
-        raise ScoreError(f"found {len(row['labels'])} `labels` of {len(steps)} steps; needed: one for each.")
+        raise ScoreError(
+            f"found {len(row['labels'])} `labels` for {len(steps)} steps; needed: one label for each step."
+        )
     return steps
 
 
@@ -165,5 +167,5 @@ def _candidates(row: Row, completion_column: str) -> tuple[tuple[str, ...], list
         return ("chosen_score", "rejected_score"), [row["chosen"], row["rejected"]]
     raise ScoreError(
         f"found the columns {sorted(row)}; needed: {completion_column!r}, 'completions', or 'chosen' and 'rejected'. "
-        "Name the column with --completion_column, or of steps with --steps_column."
+        "Name the column of completions with --completion_column, or that of steps with --steps_column."
     )

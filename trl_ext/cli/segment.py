@@ -1,7 +1,7 @@
 """`trl-ext segment`: train rewards for segments of a text, with TRL's flags and ours.
 
-A row has `prompt`, `completion` and `segments`. Also a module for launchers:
-`accelerate launch -m trl_ext.cli.segment --config CONFIG.yaml`. The flow is in `_train`.
+A row has `prompt`, `completion` and `segments`. On several GPUs use
+`accelerate launch -m trl_ext.cli.segment --config CONFIG.yaml`. `_train.py` holds the steps.
 """
 
 import sys

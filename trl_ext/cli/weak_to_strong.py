@@ -1,7 +1,7 @@
-"""`trl-ext weak-to-strong`: a weak model labels what a strong one learns from, and a report says what that recovers.
+"""`trl-ext weak-to-strong`: train a strong model on a weak model's labels, and report the gap that this recovers.
 
-The trainer's arguments are those of the task (`--task preference|outcome|process|generation`), with TRL's flags for
-LoRA and quantization of the strong model. The weak model is trained in full unless you add `--weak_use_peft`.
+`--task preference|outcome|process|generation` chooses the trainer and its arguments. TRL's flags for LoRA and
+quantization apply to the strong model. The weak model trains all weights unless you add `--weak_use_peft`.
 """
 
 import argparse
@@ -27,11 +27,11 @@ CONFIGS = {
 @dataclass
 class WeakModelArguments:
     """
-    What differs for the weak model.
+    Settings of the weak model that differ from those of the strong one.
 
     Args:
-        weak_use_peft (`bool`, *optional*, defaults to `False`): train it with the same LoRA arguments.
-        weak_load_in_4bit (`bool`, *optional*, defaults to `False`): on a base in 4 bits.
+        weak_use_peft (`bool`, *optional*, defaults to `False`): train the weak model with the same LoRA arguments.
+        weak_load_in_4bit (`bool`, *optional*, defaults to `False`): load the weak model's base in 4 bits.
     """
 
     weak_use_peft: bool = field(default=False, metadata={"help": "Train the weak model with LoRA too."})
@@ -39,7 +39,7 @@ class WeakModelArguments:
 
 
 def task_of(argv: list[str]) -> str:
-    """The task that the arguments, or the file behind `--config`, name. It decides which arguments there are."""
+    """The task from `--task` or from the file of `--config`. The task decides which arguments exist."""
     import yaml
 
     first = argparse.ArgumentParser("trl-ext weak-to-strong", add_help=False, allow_abbrev=False)
@@ -50,13 +50,13 @@ def task_of(argv: list[str]) -> str:
     if task is None and given.config is not None:
         with open(given.config, encoding="utf-8") as file:
             values = yaml.safe_load(file)
-        task = values.get("task") if isinstance(values, dict) else None  # the parser reports what is wrong
+        task = values.get("task") if isinstance(values, dict) else None  # the parser reports errors in the file
     task = "process" if task == "steps" else task  # its former name
     return task if task in list(CONFIGS) else "preference"
 
 
 def make_parser(prog: str | None = "trl-ext weak-to-strong", task: str = "preference") -> "Parser":
-    """The parser over the data, the experiment, the task's trainer, and the models."""
+    """The parser over the arguments of the data, the experiment, the task's trainer and the models."""
     from trl import ModelConfig
 
     import trl_ext
@@ -79,26 +79,26 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         task = task_of(argv)
-    except (OSError, ValueError, YAMLError):  # the parser reads the file again and reports it
+    except (OSError, ValueError, YAMLError):  # the parser reads the file again and reports the error
         task = "preference"
     parts = parse(make_parser(task=task), argv)
     try:
         run(*parts)
     except KeyboardInterrupt:
-        print("\nInterrupted. Runs that are done are kept: run the same command again to go on.", file=sys.stderr)
+        print("\nInterrupted. Finished runs are kept; run the same command again to continue.", file=sys.stderr)
         return 130
     return 0
 
 
 def weak_model_config(model: Any, weak: WeakModelArguments) -> Any:
-    """How the weak model is loaded: as the strong one, except for what the arguments of the weak model say."""
+    """The strong model's config with the settings of the weak model in their place."""
     config = copy.copy(model)
     config.use_peft, config.load_in_8bit, config.load_in_4bit = weak.weak_use_peft, False, weak.weak_load_in_4bit
     return config
 
 
 def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any) -> None:
-    """Load the data, run the experiment, and print its table and where the report is."""
+    """Load the data, run the experiment, and print its table and the path of the report."""
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import weak_to_strong
@@ -109,13 +109,11 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
         raise ValueError("No data was named. Give `--dataset_name` a Hub id, a folder or a file.")
     if model.model_name_or_path is not None or model.model_revision not in (None, "main"):
         raise ValueError(
-            "--model_name_or_path and --model_revision name one model, and here there are two: give "
-            "--weak_model_name_or_path and --strong_model_name_or_path, and for another revision its folder."
+            "--model_name_or_path and --model_revision name one model, but this command needs two. Give "
+            "--weak_model_name_or_path and --strong_model_name_or_path; for another revision, give its folder."
         )
     if data.dataset_streaming:
-        raise ValueError(
-            "--dataset_streaming: the rows are split by their prompts, which needs all rows. Leave it out."
-        )
+        raise ValueError("--dataset_streaming is set, but splitting the rows by prompt needs all rows. Leave it out.")
     args.model_init_kwargs = {
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
@@ -124,11 +122,11 @@ def run(data: Any, config: Any, args: Any, weak: WeakModelArguments, model: Any)
     splits = load_source(data.dataset_name, data.dataset_config)
     train = select_split(splits, data.dataset_train_split, "--dataset_train_split")
     split = data.dataset_test_split
-    # 'test' is the default: where the data have no such split, a share of the prompts is held out
+    # 'test' is the default; if the data set has no such split, a share of the prompts is held out
     test = None if split == "test" and split not in splits else select_split(splits, split, "--dataset_test_split")
     train, test = data.converted(train), None if test is None else data.converted(test)
     weak_model = weak_model_config(model, weak)
-    args.disable_tqdm = True  # the display below shows the progress of every run
+    args.disable_tqdm = True  # Progress shows every run instead
     with Progress() as progress:
         report = weak_to_strong(
             config,
