@@ -1,1 +1,1 @@
-"""`DenseGRPOTrainer`: policies trained with rewards of tokens, steps and segments."""
+"""`DenseGRPOTrainer`: trains a policy with rewards of tokens, steps and segments."""

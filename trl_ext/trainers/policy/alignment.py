@@ -1,7 +1,7 @@
-"""From characters of a completion to the tokens that the policy wrote: where a reward of a span is put.
+"""Maps characters of a completion to the policy's tokens, so that the reward of a span lands on a token.
 
-Policy and reward model may have different tokenizers; rewards travel through characters. It knows a tokenizer and
-token ids, and nothing of rewards' origin or of training.
+Policy and reward model may have different tokenizers, so spans are given in characters. The module knows a tokenizer
+and token ids. It knows neither where rewards come from nor how training uses them.
 """
 
 import itertools
@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int]]:
     """
-    The text of generated tokens, and how much of it is there after each token.
+    Decode generated tokens, and find how many characters of the text are complete after each token.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        tokenizer (`PreTrainedTokenizerBase`): the policy's tokenizer.
         ids (`Sequence[int]`): the completion's tokens, without padding.
 
     Returns:
         `tuple[str, list[int]]`: the text as `decode(ids, skip_special_tokens=True)` gives it, and for each token the
-        number of characters that are complete with it. A character of several tokens is complete with the last one.
+        number of characters that are complete after it. The last token of a character completes it.
 
     Example:
 
@@ -36,8 +36,9 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[
         pieces = _streamed(tokenizer, ids)
         if "".join(pieces) == text:
             return text, list(itertools.accumulate(map(len, pieces)))
-    # Some decoders look at neighbours (a space at the start, white space that is cleaned up): decode every prefix. An
-    # incomplete character decodes to a mark that a later token replaces, so what counts is what stays.
+    # Some decoders look at neighbouring tokens (they drop a space at the start or clean up white space), so decode
+    # every prefix. An incomplete character decodes to a placeholder that a later token replaces: only the part of a
+    # prefix that agrees with the final text counts.
     prefixes = [tokenizer.decode(ids[: place + 1], skip_special_tokens=True) for place in range(len(ids))]
     ends = [len(os.path.commonprefix([prefix, text])) for prefix in prefixes]
     for place in range(len(ends) - 2, -1, -1):
@@ -46,7 +47,7 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[
 
 
 def _streamed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; shorter where the stream gives up on bytes that are no characters."""
+    """The text that each token adds; fewer than `ids` if the stream stops at bytes that form no character."""
     stream, pieces = DecodeStream(skip_special_tokens=True), []
     try:
         for token in ids:
@@ -57,7 +58,7 @@ def _streamed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[st
 
 
 def token_of(ends: Sequence[int], end: int) -> int | None:
-    """The token that completes the character before `end`; `None` if no token does."""
+    """The index of the token that completes the character before `end`, or `None` if no token does."""
     for place, there in enumerate(ends):
         if there >= end:
             return place

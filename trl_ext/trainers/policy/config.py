@@ -1,4 +1,4 @@
-"""Arguments of [`DenseGRPOTrainer`]: everything of `trl.GRPOConfig`, and how dense rewards become advantages."""
+"""Arguments of [`DenseGRPOTrainer`]: those of `trl.GRPOConfig`, and how dense rewards become advantages."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,23 +18,25 @@ class DenseGRPOConfig(GRPOConfig):
         advantage (`str`, *optional*, defaults to `"process"`):
             How dense rewards become an advantage for every token:
 
-            - `"process"`: rewards are normalised over all steps of all completions of a prompt; a token gets the sum
-              of those at and behind it (*DeepSeekMath*, https://huggingface.co/papers/2402.03300, section 4.1.3).
-            - `"return"`: a token gets the discounted sum of the rewards at and behind it, normalised over the tokens
-              of all completions of a prompt.
-            - `"min_form"`: as `"return"`, of rewards that add up to the worst step (*PURE*,
-              https://huggingface.co/papers/2504.15275).
-            - `"outcome"`: TRL's own. Dense reward functions are then refused.
+            - `"process"`: rewards are normalised over all steps of all completions of a prompt. A token gets the sum
+              of the normalised rewards at its position and after it (*DeepSeekMath*,
+              https://huggingface.co/papers/2402.03300, section 4.1.3).
+            - `"return"`: a token gets the discounted sum of the rewards at its position and after it, normalised over
+              the tokens of all completions of a prompt.
+            - `"min_form"`: as `"return"`, after reweighting the rewards so that they add up to about the worst step's
+              reward (*PURE*, https://huggingface.co/papers/2504.15275).
+            - `"outcome"`: TRL's advantage only. Dense reward functions raise an error.
         dense_reward_weights (`list[float]`, *optional*):
-            One for each dense reward function; 1 by default.
+            A weight for each dense reward function. Defaults to 1 for each.
         outcome_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of TRL's advantage, that of the scalar `reward_funcs`, which every token of a completion gets.
+            Weight of TRL's advantage, which comes from the scalar `reward_funcs` and is the same for every token of a
+            completion.
         dense_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of the dense rewards.
         gamma (`float`, *optional*, defaults to `1.0`):
-            Discount per token, in [0, 1]; for `"return"` and `"min_form"`.
+            Discount per token in [0, 1], used by `"return"` and `"min_form"`.
         min_form_temperature (`float`, *optional*, defaults to `0.1`):
-            Temperature of `"min_form"`, above 0; the paper's.
+            Temperature of `"min_form"`, above 0. The default is the paper's.
     """
 
     advantage: Credit = field(
@@ -42,7 +44,7 @@ class DenseGRPOConfig(GRPOConfig):
         metadata={"help": "how dense rewards become advantages: outcome, process, return or min_form"},
     )
     dense_reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "one for each dense reward function"}
+        default=None, metadata={"help": "a weight for each dense reward function"}
     )
     outcome_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the scalar rewards"})
     dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})

@@ -1,7 +1,7 @@
-"""Dense reward functions: what a user may pass, called once a batch, and its rewards put on the policy's tokens.
+"""Dense reward functions: calls them once per batch and puts their rewards on the policy's tokens.
 
-[`DenseRewards`] is itself a TRL reward function, so that `GRPOTrainer` calls it with completions, token ids and
-columns through its public interface. It knows reward functions and tokens, and nothing of advantages.
+[`DenseRewards`] is a TRL reward function, so `GRPOTrainer` calls it through its public interface with completions,
+token ids and columns. The module knows reward functions and tokens. It does not know advantages.
 """
 
 import math
@@ -22,25 +22,30 @@ DenseFunction = Callable[..., Sequence[Sequence[Span] | None]]
 
 
 class DenseRewardError(ValueError):
-    """A dense reward function returned what cannot be used; names function and completion."""
+    """A dense reward function returned unusable rewards. The message names the function and the completion."""
 
 
 def dense_function(source: Any) -> DenseFunction:
     """
-    A function `(prompts, completions, **columns) -> [[(start, end, reward), ...] or None, ...]` of what a user passes.
+    Turn the user's source of rewards into a function `(prompts, completions, **columns)`.
+
+    The function returns for each completion a list of `(start, end, reward)` in characters, or `None`.
 
     Args:
-        source (`Any`):
-            A `RewardScorer` of steps, segments or tokens (or anything with `score_spans`). An object with
-            `score_steps` (cut at line breaks), `score_segments` (cut at sentences; categories are added up), or
-            `score_tokens` and `token_texts` (each token's output is its reward). Or such a function.
+        source (`Any`): one of
+
+            - a `RewardScorer` of steps, segments or tokens, or another object with `score_spans`;
+            - an object with `score_steps`; completions are cut at line breaks;
+            - an object with `score_segments`; completions are cut at sentences, and categories are added up;
+            - an object with `score_tokens` and `token_texts`; each token's output is its reward;
+            - such a function.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: if it is none of these, or a scalar reward model.
     """
     if getattr(source, "kind", None) == "scalar":
         raise TypeError(
-            f"{_name(source)} is a scalar reward model: it gives one number a completion. Pass it in `reward_funcs`."
+            f"{_name(source)} is a scalar reward model: one reward per completion. Pass it in `reward_funcs`."
         )
     if hasattr(source, "score_spans"):
         return source.score_spans
@@ -59,7 +64,7 @@ def _steps(scorer: Any) -> DenseFunction:
     def spans_of(prompts, completions, **columns):
         texts = [completion_text(completion) for completion in completions]
         places = [steps(text) for text in texts]
-        # `score_steps` puts the separator behind each step itself
+        # `score_steps` adds the separator after each step itself
         cut = [[text[a:b].removesuffix("\n") for a, b in own] for text, own in zip(texts, places, strict=True)]
         scores = scorer.score_steps(prompts, cut, **_template_columns(columns))
         return [_join(own, values) for own, values in zip(places, scores, strict=True)]
@@ -96,7 +101,7 @@ def _tokens(scorer: Any) -> DenseFunction:
 
 
 def _join(places: Sequence[tuple[int, int]], values: Sequence[float | None]) -> list[Span]:
-    """What was cut off has no score and no reward."""
+    """Join places and scores to spans. A part that was cut off has no score, so it gets no reward."""
     return [(a, b, value) for (a, b), value in zip(places, values, strict=True) if value is not None]
 
 
@@ -108,12 +113,12 @@ class DenseRewards:
     """
     Collects the dense rewards of a batch of completions while `GRPOTrainer` scores them.
 
-    It returns the sum of a completion's rewards, which the trainer logs as `rewards/dense/mean` and weighs by 0.
+    It returns the sum of a completion's rewards. The trainer logs it as `rewards/dense/mean` with weight 0.
 
     Args:
-        sources (`Sequence`): what the user passed, see [`dense_function`].
-        weights (`Sequence[float]`): one for each.
-        tokenizer (`Callable[[], PreTrainedTokenizerBase]`): gives the policy's tokenizer, once there is one.
+        sources (`Sequence`): the user's dense reward functions, see [`dense_function`].
+        weights (`Sequence[float]`): a weight for each of them.
+        tokenizer (`Callable[[], PreTrainedTokenizerBase]`): returns the policy's tokenizer once it is loaded.
     """
 
     __name__ = "dense"
@@ -130,7 +135,7 @@ class DenseRewards:
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
-        """Called by the trainer. A completion for which no function has rewards gives `None`."""
+        """Return the sum of each completion's rewards, or `None` if no function gives it rewards."""
         rows: list[list[tuple[int, float]] | None] = [None] * len(completions)
         tokenizer = self._tokenizer()
         located = [_locate(tokenizer, c, ids) for c, ids in zip(completions, completion_ids, strict=True)]
@@ -139,7 +144,7 @@ class DenseRewards:
             if found is None or len(found) != len(completions):
                 count = "nothing" if found is None else f"{len(found)} lists"
                 raise DenseRewardError(
-                    f"{name} returned {count} for {len(completions)} completions; needed: one each."
+                    f"{name} returned {count} for {len(completions)} completions; needed: one list for each."
                 )
             for row, spans in enumerate(found):
                 if spans is None:
@@ -156,18 +161,19 @@ class DenseRewards:
 
     def take(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The rewards collected since the last call.
+        Return the rewards collected since the last call.
 
         Args:
             shape (`torch.Size`): `(N, T)` of the padded completions.
-            device (`torch.device`): of the result.
+            device (`torch.device`): device of the result.
 
         Returns:
-            rewards `(N, T)` and where one is given `(N, T)`; several on one token are added.
+            `tuple[torch.Tensor, torch.Tensor]`: the rewards `(N, T)`, and a bool tensor `(N, T)` that is True where a
+            token has a reward. Several rewards of one token are added.
         """
         rows, self._rows = self._rows, []
         if len(rows) != shape[0]:
-            raise DenseRewardError(f"{len(rows)} completions were scored and {shape[0]} are trained on.")
+            raise DenseRewardError(f"{len(rows)} completions were scored, but {shape[0]} are used for training.")
         rewards, given = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
         for row, own in enumerate(rows):
             for token, reward in own or []:
@@ -178,12 +184,12 @@ class DenseRewards:
 
 
 def _locate(tokenizer: PreTrainedTokenizerBase, completion: Any, ids: list[int]) -> tuple[str, int, list[int]]:
-    """The text that spans count in, how much of it the policy did not write (a begun answer), and tokens' ends."""
+    """The text that spans refer to, the length of its part that the prompt prefilled, and the end of each token."""
     written, ends = token_ends(tokenizer, ids)
     text = completion_text(completion)
     if not text.endswith(written):
         raise DenseRewardError(
-            f"The completion's text {text[-60:]!r} does not end with what its tokens say, {written[-60:]!r}. Dense "
+            f"The completion's text {text[-60:]!r} does not end with the decoded tokens {written[-60:]!r}. Dense "
             "rewards need completions without tools and without a response template that rewrites them."
         )
     return text, len(text) - len(written), ends

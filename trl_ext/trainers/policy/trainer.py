@@ -1,8 +1,8 @@
 """`DenseGRPOTrainer`: TRL's GRPO with an advantage for every token, from rewards of tokens, steps and segments.
 
-TRL's loss takes advantages of the shape `(B, T)`. This trainer calls TRL's own generation and scoring, and replaces
-the advantages that it returns; nothing else of GRPO is changed, so that every `loss_type`, vLLM mode, `num_iterations`
-and multi-process run works as in TRL.
+TRL's loss accepts advantages of the shape `(B, T)`. This trainer calls TRL's generation and scoring and replaces the
+advantages that they return. It changes nothing else of GRPO, so every `loss_type`, vLLM mode, `num_iterations` and
+multi-process run works as in TRL.
 """
 
 import copy
@@ -29,15 +29,18 @@ class DenseGRPOTrainer(GRPOTrainer):
             One or a list of: a process, segment or outcome [`RewardScorer`]; any object with `score_steps`,
             `score_segments`, or `score_tokens` and `token_texts`; or a function `(prompts, completions, **columns)`
             that returns for each completion a list of `(start, end, reward)` in characters, or `None` for no rewards.
-            A reward is put on the token that completes the last character of its span. The reward model's tokenizer
-            may differ from the policy's.
-        args ([`DenseGRPOConfig`], *optional*): how rewards become advantages, and everything of `trl.GRPOConfig`.
-        **kwargs: as in `trl.GRPOTrainer`. `tools`, `rollout_func` and `environment_factory` are refused: spans of
-            characters are those of one answer.
+            The token that completes the last character of a span gets its reward. The reward model's tokenizer may
+            differ from the policy's.
+        args ([`DenseGRPOConfig`], *optional*): the arguments of `trl.GRPOConfig`, and how rewards become advantages.
+        **kwargs: as in `trl.GRPOTrainer`. `tools`, `rollout_func` and `environment_factory` raise an error, because
+            spans of characters refer to a single answer.
 
     Raises:
-        ValueError: no reward function at all, dense ones with `advantage="outcome"`, or other weights than functions.
-        [`DenseRewardError`]: during training, spans outside a completion, rewards that are not finite, wrong counts.
+        TypeError: if `args` is not a [`DenseGRPOConfig`], or a dense reward function is a scalar reward model.
+        ValueError: if there is no reward function, if `advantage="outcome"` is combined with dense reward functions,
+            or if the number of weights differs from the number of functions.
+        [`DenseRewardError`]: in training, if a dense reward function returns spans outside a completion, rewards that
+            are not finite, or the wrong number of lists.
 
     Example:
 
@@ -68,11 +71,13 @@ class DenseGRPOTrainer(GRPOTrainer):
         args = DenseGRPOConfig("dense-grpo") if args is None else args
         if not isinstance(args, DenseGRPOConfig):
             raise TypeError(
-                f"args is a {type(args).__name__}; needed: a DenseGRPOConfig, which has all of its fields."
+                f"args is a {type(args).__name__}; needed: a DenseGRPOConfig, which has all fields of GRPOConfig."
             )
         refused = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name) is not None]
         if refused:
-            raise ValueError(f"{refused[0]} is given; dense rewards need completions of one answer, without tools.")
+            raise ValueError(
+                f"{refused[0]} is given; dense rewards need completions of one answer, without tools. Leave it out."
+            )
         scalar, dense = _listed(reward_funcs), _listed(dense_reward_funcs)
         if not scalar and not dense:
             raise ValueError("Neither reward_funcs nor dense_reward_funcs is given; needed: at least one function.")
@@ -87,7 +92,7 @@ class DenseGRPOTrainer(GRPOTrainer):
         self._dense: DenseRewards | None = None
         if dense:
             self._dense = DenseRewards(dense, weights, lambda: _tokenizer(self.processing_class))
-            args = copy.copy(args)  # the user's stays as it is
+            args = copy.copy(args)  # do not change the user's config
             args.reward_weights = [*(args.reward_weights or [1.0] * len(scalar)), 0.0]
             classes = kwargs.get("reward_processing_classes")
             if classes is not None:
@@ -111,7 +116,7 @@ class DenseGRPOTrainer(GRPOTrainer):
     def _dense_advantages(
         self, rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor, group_size: int
     ) -> torch.Tensor:
-        """Advantages `(N, T)` of whole groups; see [`DenseGRPOConfig`] for what each name means."""
+        """Advantages `(N, T)` of whole groups; [`DenseGRPOConfig`] explains each kind."""
         if self.args.advantage == "process":
             return returns_to_go(normalize_steps(rewards, given, group_size), mask)
         if self.args.advantage == "min_form":
@@ -126,7 +131,7 @@ class DenseGRPOTrainer(GRPOTrainer):
         mask: torch.Tensor,
         group_size: int,
     ) -> torch.Tensor:
-        """`function` of the whole groups, which may be spread over processes; this process's rows of the result."""
+        """Gather groups that are spread over processes, apply `function`, and return this process's rows."""
         size, width = rewards.shape
         parts = (rewards, given.long(), mask.long())
         padded = [self.accelerator.pad_across_processes(part, dim=1) for part in parts]
