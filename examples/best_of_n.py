@@ -1,10 +1,10 @@
-"""The best of n completions at inference, by a reward model, and by a vote among answers.
+"""Pick the best of n completions with a reward model, or by a vote among their answers.
 
     python examples/best_of_n.py            # a small chat model and a trained reward model; for a GPU
     python examples/best_of_n.py --smoke    # offline, a tiny model and a rule as the reward
 
-The curve says what a larger n would give: the mean reward of the best of k among the n samples, computed over all
-subsets. Best-of-n moves away from the policy by at most log n - (n - 1) / n nats.
+The curve shows how the reward grows with the number of samples: the mean reward of the best of k among the n samples,
+computed over all subsets. The KL divergence of best-of-n from the policy is at most log n - (n - 1) / n nats.
 """
 
 import sys
@@ -29,7 +29,7 @@ def smoke_run(folder: str) -> dict:
 def full_run() -> dict:
     question = "A shop sells pens at 3 for 2 dollars. What do 12 pens cost? Put the answer in \\boxed{}."
     prompts = [[{"role": "user", "content": question}]]
-    # answers are read by math-verify (pip install "trl-ext[math]"); a softmax of the scores weighs them
+    # math-verify reads the answers (pip install "trl-ext[math]"); the softmax of a score weighs its vote
     return dict(model="Qwen/Qwen3-0.6B", reward_funcs="outputs/reward_rankings", prompts=prompts, vote="softmax")
 
 

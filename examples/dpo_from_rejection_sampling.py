@@ -1,10 +1,10 @@
-"""Preference pairs from the policy's own samples, for stock `trl.DPOTrainer`.
+"""Train `trl.DPOTrainer` on preference pairs that come from the policy's samples.
 
     python examples/dpo_from_rejection_sampling.py            # a chat model and a trained reward model; for a GPU
     python examples/dpo_from_rejection_sampling.py --smoke    # offline, a tiny model and a rule as the reward
 
-Of each prompt the best and the worst sample make a pair, if their scores differ. The same samples, scored once, also
-give rows for `SFTTrainer` (`selection="top_per_prompt"`) and groups for `RewardTrainer` (`"ranked_groups"`).
+For each prompt the best and the worst sample form a pair, if their scores differ. The same scored samples can also
+become rows for `SFTTrainer` (`selection="top_per_prompt"`) or groups for `RewardTrainer` (`"ranked_groups"`).
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""GRPO in which the policy (QLoRA) and an ensemble of reward models share one 4-bit base.
+"""Run GRPO with a policy (QLoRA) and an ensemble of reward models that share one 4-bit base.
 
     python examples/grpo_shared_base.py MODEL ENSEMBLE    # for a GPU: a base, and an ensemble trained on it in 4 bits
     python examples/grpo_shared_base.py --smoke           # offline, a tiny model, on a CPU
 
-Stock `trl.GRPOTrainer`: the ensemble is an ordinary reward function, whose adapters are put beside the policy's on the
-policy's own base. It switches to them to score and back. The prompts of the full run are those of data/prompts.jsonl.
-What is in memory is counted and printed: the 4-bit base once, and adapters.
+The trainer is `trl.GRPOTrainer`, and the ensemble is an ordinary reward function. It loads its adapters onto the
+policy's base, switches to them to score, and switches back. The full run reads prompts from data/prompts.jsonl. The
+script prints the memory of the base, which is held once, and of the adapters.
 """
 
 import sys
@@ -22,7 +22,7 @@ from trl_ext import RewardEnsemble
 
 
 def bytes_of(*models: nn.Module) -> int:
-    """What the distinct tensors of some models take, in bytes; shared ones count once."""
+    """Memory of the tensors of some models in bytes; a shared tensor counts once."""
     tensors = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for model in models
@@ -39,7 +39,7 @@ def train(model: str, ensemble_folder: str, prompts: Dataset, args: GRPOConfig, 
         policy, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     with_policy = bytes_of(policy)
-    # the adapters of the ensemble go beside the policy's; the worst of the members is what it is paid for
+    # the ensemble's adapters join the policy's on its base; the reward is the lowest of the members' scores
     ensemble = RewardEnsemble(ensemble_folder, reduce="min", base_model=policy, name="ensemble")
     with_both = bytes_of(policy, *ensemble.models)
     apart = bytes_of(*RewardEnsemble(ensemble_folder).models)

@@ -1,18 +1,18 @@
 """
-Everything that this project claims of a GPU, measured in one run of a few minutes.
+Measure every GPU figure of this project in one run of a few minutes.
 
     python examples/measure_gpu.py --budget 540 --output outputs/measure_gpu          # on a machine with a GPU
     python examples/measure_gpu.py --smoke --output outputs/smoke                     # every row, tiny, on a CPU
     python examples/measure_gpu.py --model FOLDER --dataset FILE --output outputs/real   # train a real reward model
 
-The rows share one model of the shape of `--shape`, with random weights that are made on the device (NF4, LoRA on all
-linear layers, bf16 autocast, gradient checkpointing). Nothing is downloaded. Rows run in the order of their value.
-Each row is written to `rows.jsonl` at once, so the same command goes on where it stopped. No row begins when its usual
-time would pass the budget. A row that cannot run here says why, and the others still run.
+A row is one measurement. All rows use a model of the shape `--shape` with random weights, created on the device (NF4,
+LoRA on all linear layers, bf16 autocast, gradient checkpointing). Nothing is downloaded. The most useful rows run
+first. Each row is written to `rows.jsonl` at once, so the same command continues where it stopped. A row does not
+start if its usual time would exceed the budget. A row that cannot run records the error, and the others still run.
 
-(a) a reward step on flat rows beside padded rows, (b) peaks under a cap of 24 GB beside the estimate, (c) an ensemble
-of four beside one member, (d) scoring, (e) steps of outcome and process models, (f) kernels for the attention of a
-flat row, (g) where the time of a step goes.
+The rows measure (a) a reward step on flat and on padded rows, (b) peak memory under a cap of 24 GB and its estimate,
+(c) an ensemble of four and one member, (d) scoring, (e) steps of outcome and process models, (f) attention kernels for
+a flat row, and (g) which operations take the time of a step.
 """
 
 import argparse
@@ -41,14 +41,14 @@ from trl_ext.models.shared_prefix import flat_scores, flat_token_logits, select_
 GIB = 2**30
 CAP = 24.0
 BARS = {"peak of a pair, 2 x (512 + 512)": 20.0, "peak of K = 8, 512 + 512": 22.0}
-"""GiB that are allowed."""
+"""The most reserved memory, in GiB, that passes."""
 BF16_LIMIT = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12, "A10": 125e12}
-"""Operations a second of dense bf16 matrix products, by the makers' data sheets."""
+"""Dense bf16 operations per second, from the makers' data sheets."""
 FIRST_ID = 10
 
 
 class Bed:
-    """The device, the model on it, and how rows are laid out; a model with other adapters replaces the one before."""
+    """The device, the current model on it, and the layout of rows. A model with other adapters replaces it."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -75,7 +75,7 @@ class Bed:
         return LoraConfig(r=16, target_modules="all-linear")
 
     def model(self, members: int = 1) -> nn.Module:
-        """The model with an adapter, or with those of several members above three quarters of the layers."""
+        """The model with one adapter, or with the adapters of several members in the last quarter of the layers."""
         if self._model is None or self.members != members:
             self._model = None
             base, head = random_base(self.config, self.device)
@@ -100,13 +100,13 @@ class Bed:
         return [(self.ids(p), [self.ids(c) for _ in range(k)]) for _ in range(number)]
 
     def both(self, groups: list) -> tuple[PrefixLayout, torch.Tensor]:
-        """The groups as one flat row, and as padded rows (all of one length)."""
+        """The groups as one flat row and as rows of one length."""
         rows = [[*prompt, *own] for prompt, candidates in groups for own in candidates]
         return build_layout(groups).to(self.device), torch.tensor(rows, device=self.device)
 
 
 def random_base(config: Any, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """A reward model with random weights on the device, in NF4 but for head, embeddings and norms."""
+    """A reward model with random weights on the device. All but head, embeddings and norms is in NF4."""
     import bitsandbytes as bnb
     from transformers import AutoModelForSequenceClassification
 
@@ -129,7 +129,7 @@ def random_base(config: Any, device: torch.device) -> tuple[nn.Module, list[str]
                 made = torch.randn(tensor.shape, dtype=tensor.dtype, device=device) * 0.02
                 made = made if tensor.dim() > 1 else torch.ones_like(made)
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
-    for path, module in list(model.named_modules()):  # buffers of positions are computed, not stored
+    for path, module in list(model.named_modules()):  # buffers of positions are computed from the config
         if any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
             model.set_submodule(path, type(module)(config).to(device))
     model.is_quantized = model.is_loaded_in_4bit = True
@@ -139,7 +139,7 @@ def random_base(config: Any, device: torch.device) -> tuple[nn.Module, list[str]
 
 
 def checkpointing(model: nn.Module) -> None:
-    """Gradient checkpointing, by the name that it has in the installed transformers."""
+    """Switch on gradient checkpointing; the method has two names in the supported versions of transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -151,7 +151,7 @@ def wait() -> None:
 
 
 def stepper(bed: Bed, model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], float]:
-    """A training step without the optimizer, whose part LoRA makes small: loss and gradients."""
+    """A training step: loss and gradients. It leaves out the optimizer, which takes little time with LoRA."""
 
     def step() -> float:
         model.zero_grad(set_to_none=True)
@@ -171,7 +171,7 @@ def gradients(model: nn.Module) -> torch.Tensor:
 def compare(
     bed: Bed, model: nn.Module, sides: dict[str, Callable], tokens: dict[str, int], ours: str
 ) -> dict[str, Any]:
-    """Times of the sides in turns, the ratio of each to ours, and how far losses and gradients are apart."""
+    """Time the sides in turns; return times, ratios to ours, and the differences of losses and gradients."""
     steps = {name: stepper(bed, model, loss_of) for name, loss_of in sides.items()}
     losses, grads = {}, {}
     for name, step in steps.items():
@@ -205,7 +205,7 @@ def memory() -> dict[str, float | None]:
 
 
 def percent_of_limit(model: nn.Module, tokens_per_second: float) -> float | None:
-    """Share of the card's bf16 limit: 6 operations a weight and token (forward, again, and backward to the inputs)."""
+    """Percentage of the card's bf16 limit, at 6 operations per weight and token (two forwards, backward to inputs)."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -216,7 +216,7 @@ def percent_of_limit(model: nn.Module, tokens_per_second: float) -> float | None
 
 # -------------------------------------------------------------------------------------------------------------- rows
 def reward_step(bed: Bed, p: int, c: int, k: int) -> dict[str, Any]:
-    """(a) A batch of two groups, flat and padded, through the same ranking loss."""
+    """(a) A batch of two groups, as flat rows and as padded rows, with the same ranking loss."""
     model = bed.model()
     groups = bed.groups(2, p, c, k)
     layout, rows = bed.both(groups)
@@ -236,7 +236,7 @@ def reward_step(bed: Bed, p: int, c: int, k: int) -> dict[str, Any]:
 
 
 def peak_of(bed: Bed, p: int, c: int, k: int, name: str) -> dict[str, Any]:
-    """(b) The peak of one group's step under a cap of 24 GB, beside the estimate."""
+    """(b) Peak memory of a step with one group under a cap of 24 GB, and the estimate."""
     from trl_ext.bench.runner import forget_peak
     from trl_ext.fit.memory_estimate import TrainingStep, estimate
 
@@ -249,7 +249,7 @@ def peak_of(bed: Bed, p: int, c: int, k: int, name: str) -> dict[str, Any]:
         forget_peak()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         step = stepper(bed, model, lambda: -flat_scores(model, layout)[:, 0].log_softmax(0)[0])
-        for _ in range(2):  # the second one meets the optimizer's states
+        for _ in range(2):  # the second step runs with optimizer states in memory
             step()
             optimizer.step()
         wait()
@@ -273,7 +273,7 @@ def peak_of(bed: Bed, p: int, c: int, k: int, name: str) -> dict[str, Any]:
 
 
 def ensemble(bed: Bed) -> dict[str, Any]:
-    """(c) A step of four branched members beside one member, on the same flat row."""
+    """(c) A step of four branched members and of one member, on the same flat row."""
     seconds = {}
     layout, _ = bed.both(bed.groups(1, 512, 256, 4))
     for members in (1, 4):
@@ -285,7 +285,7 @@ def ensemble(bed: Bed) -> dict[str, Any]:
 
 
 def scoring(bed: Bed) -> dict[str, Any]:
-    """(d) Sixteen completions of each of four prompts: flat rows, padded rows in given order, and sorted by length."""
+    """(d) Score 16 completions of each of 4 prompts: flat rows, padded in given order, padded and sorted by length."""
     model = bed.model().eval()
     groups = [
         (bed.ids(512), [bed.ids(64 + 192 * ((5 * number + place) % 16) // 15) for place in range(16)])
@@ -328,7 +328,7 @@ def scoring(bed: Bed) -> dict[str, Any]:
 
 
 def token_step(bed: Bed, steps: bool) -> dict[str, Any]:
-    """(e) A step of an outcome model (every token of a completion), or of a process model (the end of each step)."""
+    """(e) A step of an outcome model (loss on every token) or of a process model (loss on the end of each step)."""
     model = bed.model()
     layout, rows = bed.both(bed.groups(1, 512, 512, 4))
     start, every = layout.completions[0].prefix_length, max(2, 64 // bed.shrink) if steps else 1
@@ -350,7 +350,7 @@ def token_step(bed: Bed, steps: bool) -> dict[str, Any]:
 
 
 def kernels(bed: Bed, length: int) -> dict[str, Any]:
-    """(f) Attention of a flat row of one prompt and four completions by kernel, forward and (on a GPU) backward."""
+    """(f) Time each attention kernel on a flat row of one prompt and four completions, with backward on a GPU."""
     on_gpu = bed.device.type == "cuda"  # on a CPU flex_attention has no backward pass
     heads, kv_heads, width = (4, 2, 16) if bed.args.smoke else (32, 8, 128)
     prompt, candidates = bed.groups(1, 4 * length // 5, length // 5, 4)[0]
@@ -391,7 +391,7 @@ def by_buckets(layout: PrefixLayout, compiled: bool) -> Callable:
 
 
 def by_varlen(layout: PrefixLayout, compiled: bool) -> Callable:
-    """Each completion as a sequence whose keys are the prompt's, repeated, and its own."""
+    """Attention with one sequence per completion; its keys are a copy of the prompt's and its own."""
     from torch.nn.attention.varlen import varlen_attn
 
     device, own = layout.last.device, layout.completions
@@ -413,7 +413,7 @@ def by_varlen(layout: PrefixLayout, compiled: bool) -> Callable:
 
 
 def by_flex(layout: PrefixLayout, compiled: bool) -> Callable:
-    """A block mask of who sees whom: the prompt, and the tokens of one's own completion up to oneself."""
+    """Attention with a block mask: a token sees the prompt and the tokens of its completion up to itself."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device, size = layout.last.device, layout.num_tokens
@@ -430,7 +430,7 @@ def by_flex(layout: PrefixLayout, compiled: bool) -> Callable:
 
 
 def by_merging(layout: PrefixLayout, compiled: bool) -> Callable:
-    """The prompt's part of each completion's attention and its own part, merged by their log-sum-exp."""
+    """Attention to the prompt and attention within the completion, merged by their log-sum-exp."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     own = layout.completions
@@ -464,7 +464,7 @@ def by_merging(layout: PrefixLayout, compiled: bool) -> Callable:
 
 
 def profile_of(bed: Bed) -> dict[str, Any]:
-    """(g) Shares of a flat reward step at K = 4, P = 4C: products, attention, dequantization, the rest, gaps."""
+    """(g) Time shares in a flat reward step at K = 4, P = 4C: products, attention, dequantization, the rest, gaps."""
     from torch.profiler import ProfilerActivity, profile
 
     model = bed.model()
@@ -495,7 +495,7 @@ def profile_of(bed: Bed) -> dict[str, Any]:
     }
 
 
-# name -> (the row, its usual seconds on an H100); in the order of their value
+# name -> (the row, its usual seconds on an H100); the most useful first
 ROWS: dict[str, tuple[Callable[[Bed], dict[str, Any]], int]] = {
     "reward step, K = 4, P = 4C": (partial(reward_step, p=1024, c=256, k=4), 60),
     "peak of a pair, 2 x (512 + 512)": (
@@ -517,7 +517,7 @@ ROWS: dict[str, tuple[Callable[[Bed], dict[str, Any]], int]] = {
 
 
 def train_real(args: argparse.Namespace) -> dict[str, Any]:
-    """One epoch of QLoRA on real rows with a real model: accuracy on what was held out, and tokens a second."""
+    """Train a real model with QLoRA on real rows for one epoch; return held-out accuracy and tokens per second."""
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -567,26 +567,26 @@ def train_real(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every row that is not there yet. Returns 1 if a bar was missed or a row failed, 2 without a GPU."""
+    """Measure every missing row. Returns 1 if a memory limit was exceeded or a row failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--shape", default="meta-llama/Llama-3.1-8B", help="a known shape, or a folder with config.json"
     )
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds; no row begins that would pass them")
-    parser.add_argument("--only", nargs="*", default=None, help="rows whose name contains one of these")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too: do all rows run?")
-    parser.add_argument("--model", default=None, help="train a reward model from this folder in place of the rows")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds; rows that would exceed it do not start")
+    parser.add_argument("--only", nargs="*", default=None, help="run only rows whose name contains one of these")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, also on a CPU, to see that all rows run")
+    parser.add_argument("--model", default=None, help="train a reward model from this folder instead")
     parser.add_argument("--dataset", default=None, help="with --model: JSONL file of pairs or rankings")
     parser.add_argument("--output", default="outputs/measure_gpu")
     args = parser.parse_args(argv)
     started = time.monotonic()
     if not (torch.cuda.is_available() or args.smoke):
         print(
-            "measure_gpu: found no CUDA device; needed: one, or --smoke to see that every row runs.", file=sys.stderr
+            "measure_gpu: found no CUDA device; needed: one, or --smoke to check that every row runs.", file=sys.stderr
         )
         return 2
     if (args.model is None) != (args.dataset is None):
-        print("measure_gpu: --model and --dataset go together.", file=sys.stderr)
+        print("measure_gpu: found one of --model and --dataset; needed: both or neither.", file=sys.stderr)
         return 2
     file = Path(args.output, "rows.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -624,12 +624,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     )
     if late:
-        print(f"Not begun within {args.budget:g} s, run the same command again: {'; '.join(late)}.")
+        print(f"Not started within {args.budget:g} s: {'; '.join(late)}. Run the same command again.")
     return int(any("error" in row or row.get("bar_met") is False for row in found.values()))
 
 
 def cell(value: Any) -> str:
-    """A value of the table."""
+    """Format a value as a table cell."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {number:.2f}x" for name, number in value.items())
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,12 +1,11 @@
-"""Train an outcome verifier on graded solutions of word problems, and let it pick the best of several.
+"""Train an outcome reward model on graded solutions of word problems, and use it to pick the best of several.
 
     python examples/orm_gsm8k.py            # your samples, see below; for a GPU
     python examples/orm_gsm8k.py --smoke    # offline, a tiny model, under a minute on a CPU
 
 The full run reads data/gsm8k_samples.jsonl: GSM8K questions with the `answer` of the data set, which ends in
-"#### 42", and `samples`, solutions that a policy wrote and that end in the same way. A sample is right if its number
-is. Questions, not rows, are split into those for training and those held out: else the verifier is tested on what it
-has seen.
+"#### 42", and `samples`, solutions that a policy generated and that end in the same way. A sample is right if its
+final number is right. The split is by question, not by row: otherwise the test would contain questions from training.
 """
 
 import sys
@@ -22,7 +21,7 @@ LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 
 
 def final_number(text: str) -> str:
-    """What follows the last "####", without thousands separators."""
+    """The text after the last "####", without thousands separators."""
     return text.rsplit("####", 1)[-1].strip().replace(",", "")
 
 
@@ -62,7 +61,7 @@ def full_run() -> tuple[ORMTrainer, list[dict]]:
 
 
 def smoke_questions() -> list[dict]:
-    """Sums whose wrong samples are off by ten, so that a tiny model can learn to tell."""
+    """Sums whose wrong samples are far off, so that a tiny model can learn the difference."""
     sums = [(a, b) for a in range(8) for b in range(8)]
     return [
         {
@@ -100,10 +99,10 @@ def main(smoke: bool) -> None:
         trainer.save_model()
         print("losses:", *(f"{entry['loss']:.4f}" for entry in trainer.state.log_history if "loss" in entry))
         metrics = trainer.evaluate()
-        # within a question, because the pooled AUC mostly says which questions are hard
+        # look at question_auc: the pooled AUC mostly shows which questions are hard
         print(*(f"{name}={metrics[f'eval_{name}']:.3f}" for name in ("auc", "question_auc", "best_of_n", "mean_of_n")))
 
-        scorer = RewardScorer(trainer.args.output_dir)  # the folder is enough
+        scorer = RewardScorer(trainer.args.output_dir)  # the folder is all it needs
         prompt, samples = held_out[0]["question"] + "\n", held_out[0]["samples"]
         scores = scorer([prompt] * len(samples), samples)
         best = max(zip(scores, samples, strict=True))[1]

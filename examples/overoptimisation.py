@@ -1,13 +1,14 @@
-"""Does an ensemble resist over-optimisation? The gold reward of best-of-n by one reward model and by four together.
+"""Compare the gold reward of best-of-n with one reward model and with an ensemble of four (over-optimisation).
 
     python examples/overoptimisation.py            # three seeds, minutes on two CPU cores
-    python examples/overoptimisation.py --smoke    # whether it runs, not what comes out
+    python examples/overoptimisation.py --smoke    # checks that it runs; the figures mean nothing
 
 The setting is that of *Reward Model Ensembles Help Mitigate Overoptimization* by T. Coste et al.
-(https://huggingface.co/papers/2310.02743) in small: a policy of the demo's task (sorting digits), members that differ
-in their seed (head, adapter, order of rows) and share a small set of pairs with a quarter of the labels flipped, and
-as gold the exact verifier: share of right lines, plus 1 for a right answer. The best of n by a proxy is computed over
-all subsets of the samples of a prompt, so no figure depends on a draw. The KL is the bound log n - (n - 1) / n.
+(https://huggingface.co/papers/2310.02743) at a small scale. The policy solves the demo's task (sorting digits). The
+members train on the same small set of pairs, in which a quarter of the labels is flipped, and differ in their seed
+(head, adapter, order of rows). The gold reward is the exact verifier's: the share of right lines, plus 1 for a right
+answer. The best of n by a proxy is averaged over all subsets of a prompt's samples, so no figure depends on a draw.
+The KL is the bound log n - (n - 1) / n.
 """
 
 import argparse
@@ -38,7 +39,7 @@ REDUCERS = {
 
 
 def noisy_pairs(problems: list, samples: list[list[str]], noise: float, seed: int) -> list[dict]:
-    """One pair of different quality a problem, the labels of a share of them flipped."""
+    """One pair of solutions with different gold rewards for each problem; a share of the pairs is flipped."""
     rng, rows = random.Random(seed), []
     for problem, texts in zip(problems, samples, strict=True):
         ratings = {text: verify(problem, text).rating for text in texts}
@@ -52,7 +53,7 @@ def noisy_pairs(problems: list, samples: list[list[str]], noise: float, seed: in
 
 
 def train_members(base: str, rows: list[dict], folder: str, args: argparse.Namespace, seed: int) -> str:
-    """The same pairs, another seed for each member, one run."""
+    """Train all members in one run on the same pairs, each with its own seed."""
     config = RewardEnsembleConfig(
         output_dir=f"{folder}/ensemble",
         num_members=args.members,
@@ -82,7 +83,7 @@ def train_members(base: str, rows: list[dict], folder: str, args: argparse.Names
 
 
 def run(args: argparse.Namespace, seed: int, folder: str) -> dict:
-    """One seed: for each proxy the curve of the gold reward over n, and how disagreement goes with errors."""
+    """Run one seed: the gold reward over n for each proxy, and how well disagreement predicts errors."""
     base = f"{folder}/policy"
     report = train_policy(
         make_problems(args.policy_prompts, "policy", seed),
@@ -146,13 +147,15 @@ def with_error(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--members", type=int, default=4, help="the paper finds four to five to be enough")
-    parser.add_argument("--data_strategy", default="shuffle", help="shuffle: the same pairs for all; bootstrap; kfold")
+    parser.add_argument("--members", type=int, default=4, help="the paper finds four to five enough")
+    parser.add_argument(
+        "--data_strategy", default="shuffle", help="shuffle (the same pairs for all), bootstrap, kfold"
+    )
     parser.add_argument("--noise", type=float, default=0.25, help="share of flipped labels; the paper's 0.25")
-    parser.add_argument("--train_prompts", type=int, default=1000, help="a pair each")
+    parser.add_argument("--train_prompts", type=int, default=1000, help="training problems, with one pair each")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=200, help="held-out problems")
-    parser.add_argument("--samples", type=int, default=128, help="a held-out problem: the largest n")
+    parser.add_argument("--samples", type=int, default=128, help="samples of a held-out problem: the largest n")
     parser.add_argument("--policy_prompts", type=int, default=4000)
     parser.add_argument("--policy_steps", type=int, default=1000)
     parser.add_argument("--smoke", action="store_true")
@@ -168,9 +171,9 @@ def main() -> None:
         one = runs[-1]
         accuracies = ", ".join(f"{value:.3f}" for value in one["accuracy"])
         print(
-            f"seed {seed}: a sample is right with {one['policy']:.2f}; {one['pairs']} pairs; held-out pairs in order: "
-            f"members {accuracies}, mean {one['ensemble_accuracy']:.3f}; disagreement tells errors with AUC "
-            f"{one['auc']}, over the mean difference with {one['relative_auc']}",
+            f"seed {seed}: policy accuracy {one['policy']:.2f}; {one['pairs']} pairs; held-out accuracy: members "
+            f"{accuracies}, mean {one['ensemble_accuracy']:.3f}; AUC of disagreement for errors {one['auc']}, divided "
+            f"by the mean difference {one['relative_auc']}",
             flush=True,
         )
 
@@ -180,7 +183,7 @@ def main() -> None:
     print("|---" * (len(sizes) + 1) + "|")
     for name in names:
         print(f"| {name} | " + " | ".join(with_error([one["curves"][name][n] for one in runs]) for n in sizes) + " |")
-    print("\nless the mean of single members, seed by seed")
+    print("\ngain over the mean of single members, paired by seed")
     for name in REDUCERS:
         gains = [
             [one["curves"][name][n] - one["curves"]["single (mean of the members)"][n] for one in runs] for n in sizes

@@ -3,8 +3,8 @@
     python examples/prm_stepwise.py            # trl-lib/math_shepherd, see below; for a GPU
     python examples/prm_stepwise.py --smoke    # offline, a tiny model, under a minute on a CPU
 
-A row is a prompt, the steps of a solution (`completions`), and a label for each step: true or false, a probability, or
-null for a step that nobody judged. It is the format of TRL's former PRMTrainer.
+A row has a prompt, the steps of a solution (`completions`), and a label for each step: true, false, a probability, or
+null for a step without annotation. This is the format of TRL's former PRMTrainer.
 """
 
 import sys
@@ -22,7 +22,7 @@ LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 def full_run() -> PRMTrainer:
     args = PRMConfig(
         output_dir="outputs/prm_stepwise",
-        learning_rate=1e-4,  # for LoRA; the default, 1e-5, is TRL's for all weights
+        learning_rate=1e-4,  # for LoRA; TRL's default of 1e-5 is for training all weights
         num_train_epochs=1,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=8,
@@ -40,7 +40,7 @@ def full_run() -> PRMTrainer:
 
 
 def smoke_rows(start: int) -> list[dict]:
-    """Counting up from a digit; every third solution skips to a letter, and what follows is not judged."""
+    """Solutions that count up from a digit; every third has a letter as a wrong step, and no labels after it."""
     rows = []
     for number in range(start, start + 60):
         first = number % 5
@@ -71,7 +71,7 @@ def smoke_run(folder: str) -> PRMTrainer:
         model=tiny_reward_base(f"{folder}/base", hidden_size=32),
         args=args,
         train_dataset=Dataset.from_list(smoke_rows(0)),
-        eval_dataset=Dataset.from_list(smoke_rows(7)),  # the same few texts again: does it run, not does it generalise
+        eval_dataset=Dataset.from_list(smoke_rows(7)),  # the same texts: a smoke run does not test generalisation
         peft_config=LORA,
     )
 
@@ -83,11 +83,11 @@ def main(smoke: bool) -> None:
         trainer.save_model()
         print("losses:", *(f"{entry['loss']:.4f}" for entry in trainer.state.log_history if "loss" in entry))
         metrics = trainer.evaluate()
-        # AUC up to the first error, beside what the number of a step alone would reach
+        # AUC on steps up to the first error, and the AUC that the step's number alone reaches
         names = ("auc_to_first_error", "step_index_auc", "first_error_accuracy", "processbench_f1")
         print(*(f"{name}={metrics[f'eval_{name}']:.3f}" for name in names))
 
-        # a completion is worth its worst step; `prod` or `sum_log` would also punish long ones
+        # the score of a completion is its worst step's; `prod` or `sum_log` would also penalise long completions
         scorer = RewardScorer(trainer.args.output_dir, aggregation="min")
         prompt, steps = "Count from 2:\n", ["2", "3", "x", "5"]
         (probabilities,) = scorer.score_steps([prompt], [steps])

@@ -1,9 +1,9 @@
-"""A GRPO script with the class swapped: rounds of sampling, selecting by a reward, and supervised fine-tuning.
+"""A GRPO script with another class: rounds of sampling, selection by a reward, and supervised fine-tuning.
 
     python examples/rejection_sampling.py            # GSM8K with a verifier; for a GPU
     python examples/rejection_sampling.py --smoke    # offline, a tiny model that learns to write vowels
 
-Run it again after an interruption: it goes on. With `selection="random_per_prompt"` the same script is its control.
+After an interruption, run it again to continue. For a random control set `selection="random_per_prompt"`.
 """
 
 import sys
@@ -29,7 +29,7 @@ def full_run() -> RejectionSamplingTrainer:
         num_generations=8,
         max_completion_length=512,
         temperature=0.8,
-        selection="budget_by_difficulty",  # right solutions of the questions that are neither solved nor hopeless
+        selection="budget_by_difficulty",  # right solutions of questions that are neither always nor never solved
         selection_kwargs={"min_score": 1.0, "n": 4},
         num_train_epochs=1,
         learning_rate=1e-4,
@@ -69,7 +69,7 @@ def smoke_run(folder: str) -> RejectionSamplingTrainer:
     )
     rows = Dataset.from_list([{"prompt": f"say {number}:"} for number in range(32)])
     model = tiny_reward_base(f"{folder}/base", hidden_size=32)
-    # tested on the prompts of training: does it run, not does it generalise
+    # evaluated on the training prompts: a smoke run does not test generalisation
     return RejectionSamplingTrainer(model, share_of_vowels, args, train_dataset=rows, eval_dataset=rows)
 
 
@@ -79,7 +79,7 @@ def main(smoke: bool) -> None:
         trainer.train()
         print("rewards:", *(f"{row['eval_reward']:.4f}" for row in trainer.history))
         for row in trainer.history[1:]:
-            means = f"{row['reward']:.4f}, of those kept {row['selected_reward']:.4f}"
+            means = f"{row['reward']:.4f}, of selected samples {row['selected_reward']:.4f}"
             print(f"round {row['round']}: kept {row['rows']} rows, mean reward of all samples {means}")
 
 

@@ -1,10 +1,10 @@
-"""Train an ensemble of reward models in one run on one base, and score with it: mean, worst case, disagreement.
+"""Train an ensemble of reward models on one base in one run, and score with its mean, worst case and fusion.
 
     python examples/reward_ensemble.py            # your rankings, see below; for a GPU
     python examples/reward_ensemble.py --smoke    # offline, a tiny model, under a minute on a CPU
 
-A row is a prompt, its candidate completions, and a rating for each. The full run reads them from
-data/rankings/train.jsonl and calibration.jsonl; the latter must not be among the rows of training.
+A row has a prompt, candidate completions, and a rating for each. The full run reads data/rankings/train.jsonl and
+calibration.jsonl. The two files must not share rows.
 """
 
 import sys
@@ -25,7 +25,7 @@ def full_run() -> tuple[RewardEnsembleTrainer, list[dict]]:
         output_dir="outputs/reward_ensemble",
         loss_type="plackett_luce",
         num_members=4,
-        data_strategy="bootstrap",  # members share their batches, so that the layers below the adapters run once
+        data_strategy="bootstrap",  # members share batches, so the layers below the adapters run once
         branch_at=0.75,  # adapters in the last quarter of the layers
         num_train_epochs=1,
         per_device_train_batch_size=4,
@@ -42,7 +42,7 @@ def full_run() -> tuple[RewardEnsembleTrainer, list[dict]]:
 
 
 def smoke_rows() -> list[dict]:
-    """Sums of two digits: the right one, one that is off by one (rated lower), one that is far off."""
+    """Sums of two digits with three answers: the right one, one that is off by one, and one that is far off."""
     return [
         {
             "prompt": f"{a}+{b}=",
@@ -86,12 +86,12 @@ def main(smoke: bool) -> None:
         trainer.save_model()
         print("losses:", *(f"{entry['loss']:.4f}" for entry in trainer.state.log_history if "loss" in entry))
 
-        # one copy of the base and one pass for all members; the folder is all that is needed
+        # the ensemble loads from its folder: one copy of the base, and one pass for all members
         ensemble = RewardEnsemble(trainer.args.output_dir)
         flat = [(row["prompt"], text) for row in held_out for text in row["completions"]]
         ensemble.fit_normalizer([prompt for prompt, _ in flat], [text for _, text in flat])
 
-        # learn from held-out preferences how much each member counts (needs the extra `fusion`)
+        # fit the members' weights on held-out preferences (needs the extra `fusion`)
         pairs = [(row["prompt"], *_best_and_worst(row)) for row in held_out]
         weights = ensemble.fit_fusion(*(list(column) for column in zip(*pairs, strict=True)))
         print("fusion:", *(f"{weight:.3f}" for weight in weights))

@@ -3,8 +3,8 @@
     python examples/reward_rankings.py            # your rankings, see below; for a GPU
     python examples/reward_rankings.py --smoke    # offline, a tiny model, under a minute on a CPU
 
-A row is a prompt, any number of candidate completions, and a rating for each (higher is better; equal is a tie). With
-`ranks` in place of `ratings`, lower is better. The full run reads them from data/rankings/train.jsonl.
+A row has a prompt, any number of candidate completions, and a rating for each (higher is better; equal ratings are a
+tie). You can also give `ranks`, where lower is better. The full run reads data/rankings/train.jsonl.
 """
 
 import sys
@@ -32,7 +32,7 @@ def full_run() -> RewardTrainer:
 
 
 def smoke_rows() -> list[dict]:
-    """Sums of two digits: the right one, one that is off by one (rated lower), two that are far off (tied, last)."""
+    """Sums of two digits with four answers: right, off by one (rated lower), and two far off (tied last)."""
     return [
         {
             "prompt": f"{a}+{b}=",
@@ -69,9 +69,8 @@ def main(smoke: bool) -> None:
         trainer.save_model()
         print("losses:", *(f"{entry['loss']:.4f}" for entry in trainer.state.log_history if "loss" in entry))
 
-        scorer = RewardScorer(
-            trainer.args.output_dir
-        )  # needs only the folder: adapter, head, tokenizer and their base
+        # the folder holds adapter, head and tokenizer, and names their base
+        scorer = RewardScorer(trainer.args.output_dir)
         candidates = ["7", "8", "14"]
         scores = scorer(prompts=["3+4="] * len(candidates), completions=candidates)
         for score, candidate in sorted(zip(scores, candidates, strict=True), reverse=True):

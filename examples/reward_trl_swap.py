@@ -1,4 +1,4 @@
-"""A reward model script written for TRL. One import line was changed, and nothing else.
+"""A reward model script for TRL, in which only one import line was changed.
 
 python examples/reward_trl_swap.py            # downloads a 0.5B model and UltraFeedback; for a GPU
 python examples/reward_trl_swap.py --smoke    # offline, a tiny model, a few seconds on a CPU

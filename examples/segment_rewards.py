@@ -1,11 +1,11 @@
-"""Train rewards for parts of a text in two categories, and weigh them into one reward.
+"""Train rewards for segments of a text in two categories, and combine them into one reward.
 
     python examples/segment_rewards.py            # your annotations, see below; for a GPU
     python examples/segment_rewards.py --smoke    # offline, a tiny model, under a minute on a CPU
 
-A row is a prompt, a completion, and `segments`: characters from `start` to `end` (not included) of the completion
-with a `label` (or a `score`) and a category. Categories may have different granularity and overlap. The full run reads
-data/segments/train.jsonl and test.jsonl with the categories factuality and relevance.
+A row has a prompt, a completion, and `segments`. A segment has `start` and `end` (not included), in characters of the
+completion, a `label` (or a `score`) and a category. Categories may overlap and differ in granularity. The full run
+reads data/segments/train.jsonl and test.jsonl with the categories factuality and relevance.
 """
 
 import sys
@@ -18,7 +18,7 @@ from trl_ext import RewardScorer, SegmentRewardConfig, SegmentRewardTrainer
 
 
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-WEIGHTS = {"factuality": 0.5, "relevance": 0.3}  # of Fine-Grained RLHF (https://huggingface.co/papers/2306.01693)
+WEIGHTS = {"factuality": 0.5, "relevance": 0.3}  # from Fine-Grained RLHF (https://huggingface.co/papers/2306.01693)
 
 
 def full_run() -> SegmentRewardTrainer:
@@ -43,7 +43,7 @@ def full_run() -> SegmentRewardTrainer:
 
 
 def smoke_rows(start: int) -> list[dict]:
-    """Two sentences, each true (`yes`) or not (`no`); the whole is relevant if it does not end in an exclamation."""
+    """Two sentences, true (`yes`) or false (`no`); the text is relevant if it does not end in an exclamation mark."""
     rows = []
     for number in range(start, start + 48):
         sentences = ["Yes. " if number & 1 else "No. ", "Yes" if number & 2 else "No"]
@@ -77,13 +77,13 @@ def smoke_run(folder: str) -> SegmentRewardTrainer:
         model=tiny_reward_base(f"{folder}/base", hidden_size=32),
         args=args,
         train_dataset=Dataset.from_list(smoke_rows(0)),
-        eval_dataset=Dataset.from_list(smoke_rows(5)),  # the same few texts again: does it run, not does it generalise
+        eval_dataset=Dataset.from_list(smoke_rows(5)),  # the same texts: a smoke run does not test generalisation
         peft_config=LORA,
     )
 
 
 def halves(text: str) -> list[tuple[int, int]]:
-    """A text of two sentences as segments: up to the first ". ", and what follows it."""
+    """Split a text of two sentences at the first ". " into two segments."""
     end = text.find(". ") + 1
     return [(0, end), (end + 1, len(text))]
 
@@ -97,8 +97,8 @@ def main(smoke: bool) -> None:
         metrics = trainer.evaluate()
         print(*(f"{name}={metrics[f'eval_{name}']:.3f}" for name in ("factuality_auc", "relevance_auc")))
 
-        # the scalar call cuts a completion into segments, sums up each category, and weighs the sums; without
-        # `segmenter` it takes sentences (pip install "trl-ext[segment]")
+        # the scorer cuts a completion into segments, sums each category, and returns the weighted sum; without a
+        # `segmenter` the segments are sentences (pip install "trl-ext[segment]")
         scorer = RewardScorer(trainer.args.output_dir, aggregation=WEIGHTS, segmenter=halves)
         prompt, completions = "Is 3 so? ", ["Yes. Yes.", "Yes. No!"]
         spans = [halves(text) for text in completions]

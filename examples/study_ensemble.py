@@ -1,15 +1,16 @@
-"""Ensembles of reward models on real rankings and pairs, beside their members; branching; an ensemble of aspects.
+"""Compare ensembles of reward models with their members on real data; also branched and aspect ensembles.
 
     python examples/study_ensemble.py --data topical_chat     # minutes on a CPU; table: docs/results/real_data.md
     python examples/study_ensemble.py --data hh_harmless --folds 1
     python examples/study_ensemble.py --smoke                 # a few rows and steps
 
-Four members (LoRA on stories260K, other seeds, the same rows) are trained in one run on four fifths of the training
-prompts; the last fifth scales them and fits the fusion. `accuracy` is the share of a prompt's decided pairs in order,
-mean over unseen prompts of all folds, with a 95 % bootstrap interval over conversations (prompts of one are drawn
-together); `gain` is less that of a single member (the mean of the four), prompt by prompt. The same again for members
-branched at each of `--branch_at`, with adapters in the layers above only. For topical_chat there is one more ensemble:
-a member for each of five aspects that people rated, which together predict the overall rating.
+Four members (LoRA on stories260K with different seeds and the same rows) train in one run on four fifths of the
+training prompts. The last fifth calibrates their scales and fits the fusion. `accuracy` is the share of a prompt's
+decided pairs that are in order. It is the mean over the unseen prompts of all folds, with a 95 % bootstrap interval
+over conversations (prompts of one conversation are drawn together). `gain` is the accuracy minus that of a single
+member (the mean of the four), paired by prompt. The study repeats this for members branched at each of `--branch_at`,
+with adapters only above the branch. For topical_chat there is one more ensemble: it has a member for each of five
+aspects that people rated, and predicts the overall rating.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from trl_ext.metrics.voting import bootstrap_interval
 
 
 FILES = {**FILES, "hh_harmless": "pairs_hh_harmless/split_test.jsonl"}
-COMPLETION = 250  # characters: the beginning of a completion
+COMPLETION = 250  # first characters of a completion
 ASPECTS = ("understandability", "naturalness", "coherence", "engagingness", "groundedness")
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 OF_SEEDS = {
@@ -58,17 +59,17 @@ def data(rows: list[dict], ratings: str = "ratings") -> Dataset:
 
 
 def group(row: dict) -> dict:
-    """A row of any of the files as a ranked group."""
+    """Turn a row of any of the files into a ranked group."""
     if "chosen" in row:
         texts = [row[name][-1]["content"] for name in ("chosen", "rejected")]
-        first = row["prompt"][0]["content"]  # dialogues that begin alike stay in one fold
+        first = row["prompt"][0]["content"]  # dialogues with the same first turn stay in one fold
         row = {"tree": first, "prompt": row["prompt"], "completions": texts, "ranks": [0, 1]}
     found = ranked(row) | aspect_ratings(row)
     return found | {"completions": [text[:COMPLETION] for text in found["completions"]]}
 
 
 def aspect_ratings(row: dict) -> dict[str, list[float]]:
-    """Ratings of the completions by aspect, where there are any."""
+    """Ratings of the completions for each aspect, if the row has them."""
     found = row.get("aspect_scores", [])
     return {aspect: [float(own[aspect]) for own in found] for aspect in ASPECTS if found}
 
@@ -84,14 +85,14 @@ def config(args: argparse.Namespace, folder: str, rows: list[dict], completions:
 
 
 def scored(ensemble: RewardEnsemble, rows: list[dict]) -> list[list[list[float]]]:
-    """By prompt, completion and member."""
+    """Scores indexed by prompt, completion and member."""
     texts = [(row["prompt"], text) for row in rows for text in row["completions"]]
     found = iter(ensemble.score_members(*zip(*texts, strict=True)))
     return [[next(found) for _ in row["completions"]] for row in rows]
 
 
 def accuracies(rows: list[dict], scores: list[list[float]]) -> list[float]:
-    """Of each prompt, the share of its decided pairs in order."""
+    """For each prompt, the share of its decided pairs that are in order."""
     return [
         pair_accuracy(torch.tensor([own]), torch.tensor([row["ratings"]]), torch.ones(1, len(own)).bool()).item()
         for row, own in zip(rows, scores, strict=True)
@@ -99,7 +100,7 @@ def accuracies(rows: list[dict], scores: list[list[float]]) -> list[float]:
 
 
 def compare(ensemble: RewardEnsemble, calibration: list[dict], test: list[dict], reducers: dict[str, dict]) -> Values:
-    """Accuracy on each test prompt by the members and by each reducer."""
+    """Accuracy of each member and of each reducer on each test prompt."""
     flat = [(row["prompt"], text) for row in calibration for text in row["completions"]]
     ensemble.fit_normalizer([prompt for prompt, _ in flat], [text for _, text in flat])
     members = scored(ensemble, test)
@@ -124,7 +125,7 @@ def members_and_reducers(
     reducers: dict[str, dict],
     branch_at: float | None = None,
 ) -> tuple[Values, RewardEnsemble]:
-    """Members that differ in their seed: what one reaches (the mean of all), and what reducers do."""
+    """Train members with different seeds; return the accuracy of a single one (their mean) and of each reducer."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardEnsembleTrainer(
             model=args.model,
@@ -145,7 +146,7 @@ def members_and_reducers(
 def of_seeds(
     args: argparse.Namespace, completions: int, train: list[dict], calibration: list[dict], test: list[dict]
 ) -> tuple[Values, list[torch.Tensor]]:
-    """Full-depth and branched members; also the score differences of the former on the decided test pairs."""
+    """Accuracies of full-depth and branched members, and full-depth score differences on decided test pairs."""
     rows = completions, train, calibration, test
     values, ensemble = members_and_reducers(args, *rows, OF_SEEDS)
     for share in args.branch_at:
@@ -163,7 +164,7 @@ def of_seeds(
 def of_aspects(
     args: argparse.Namespace, completions: int, train: list[dict], calibration: list[dict], test: list[dict]
 ) -> Values:
-    """One member an aspect and one for the overall rating, which is not in the ensemble; tested on the latter."""
+    """An ensemble of one member per aspect, and a single model of the overall rating, both tested on the latter."""
     with tempfile.TemporaryDirectory() as folder:
         for aspect in ("ratings", *ASPECTS):
             rows = [row for row in train if len(set(row[aspect])) > 1]
@@ -184,7 +185,7 @@ def of_aspects(
 
 
 def show(title: str, values: Values, reference: str, groups: list[str]) -> None:
-    """A table: accuracy and gain over the first method, with intervals; `groups`: the conversation of each prompt."""
+    """Print accuracy and gain over `reference` with intervals; `groups` holds the conversation of each prompt."""
     print(f"| {title} ({len(values[reference])} prompts) | accuracy | gain |\n|---|---|---|")
     for name, own in values.items():
         low, high = bootstrap_interval(own, groups=groups)
@@ -207,14 +208,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="a model's folder; default: stories260K of the data")
     parser.add_argument("--data", nargs="+", choices=FILES, default=list(FILES))
-    parser.add_argument("--folds", type=int, default=5, help="of five")
+    parser.add_argument("--folds", type=int, default=5, help="number of the five folds to run")
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--branch_at", type=float, nargs="*", default=[0.6], help="shares of the layers")
+    parser.add_argument("--branch_at", type=float, nargs="*", default=[0.6], help="share of layers below it")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--completions", type=int, default=16, help="a step, of each member")
+    parser.add_argument("--completions", type=int, default=16, help="completions of a member in a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--prompts", type=int, default=120, help="of a fold, to test, and to calibrate, at most")
+    parser.add_argument("--prompts", type=int, default=120, help="most prompts of a fold to test, and to calibrate")
     parser.add_argument("--smoke", action="store_true", help="a few rows, one fold, two steps")
     args = parser.parse_args()
     root = data_folder([FILES[name] for name in args.data] + ([] if args.model else ["stories260K"]))

@@ -1,14 +1,14 @@
-"""Reward models from real rankings: Plackett-Luce, pairs within a prompt, and Bradley-Terry on all pairs.
+"""Compare losses on real rankings: Plackett-Luce, pairs within a prompt, and Bradley-Terry on all pairs.
 
     python examples/study_rankings.py                    # minutes on a CPU; docs/results/real_data.md has the table
     python examples/study_rankings.py --model PATH --folds 1
     python examples/study_rankings.py --smoke            # a few rows and steps
 
-The same small model is trained in full with each loss, with the same number of completions a step, and tested on
-prompts that it has not seen. It reads the end of the prompt and the beginning of a completion, as much as 512 tokens
-of stories260K hold. Beside it, on the same folds: the longer completion (all of it) wins, and a logistic regression on
-the n-grams of what the model reads. `accuracy` is that of the trainer: the share of a prompt's decided pairs in order,
-mean over the prompts.
+The same small model trains all weights with each loss and the same number of completions in a step. The test prompts
+are unseen. The model reads the end of the prompt and the beginning of a completion, as much as fits into 512 tokens of
+stories260K. Two baselines use the same folds: the longer (whole) completion wins, and a logistic regression on the
+n-grams of the text that the model reads. `accuracy` is the trainer's metric: the share of a prompt's decided pairs
+that are in order, averaged over the prompts.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from trl_ext.metrics.ranking import pair_accuracy
 
 
 FILES = {"oasst": "rankings_oasst_en100/rankings.jsonl", "topical_chat": "rankings_topical_chat/rankings.jsonl"}
-PROMPT, COMPLETION = 200, 600  # characters: the end of the prompt, the beginning of a completion
-COMPLETIONS_A_STEP = {"oasst": 24, "topical_chat": 48}  # those of oasst are longer
+PROMPT, COMPLETION = 200, 600  # last characters of the prompt, first characters of a completion
+COMPLETIONS_A_STEP = {"oasst": 24, "topical_chat": 48}  # completions of oasst are longer
 
 
 def ranked(row: dict) -> dict:
-    """The last turn of the prompt, and ratings: -rank, or where people rated the rating."""
+    """Turn a row into a group: the last turn of the prompt, and as ratings people's ratings, or else -rank."""
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     return {
         "prompt": prompt[-PROMPT:].strip() + "\n",
         "completions": [text[:COMPLETION] for text in row["completions"]],
         "ratings": [float(rating) for rating in row.get("scores") or [-rank for rank in row["ranks"]]],
         "lengths": [len(text) for text in row["completions"]],
-        # prompts of one conversation stay in one fold: they have its tree, or its first line, in common
+        # prompts of one conversation stay in one fold; they share its tree or its first line
         "group": row.get("tree", prompt.split("\n")[0]),
     }
 
@@ -55,7 +55,7 @@ def pairs(rows: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def accuracy(rows: list[dict], scores: list[list[float]]) -> float:
-    """Mean over the prompts of the share of pairs in order."""
+    """The share of a prompt's pairs that are in order, averaged over the prompts."""
     values = [
         pair_accuracy(torch.tensor([own]), torch.tensor([row["ratings"]]), torch.ones(1, len(own)).bool()).item()
         for row, own in zip(rows, scores, strict=True)
@@ -68,7 +68,7 @@ def by_ngrams(train: list[dict], test: list[dict]) -> list[list[float]]:
     vectors = ngrams().fit([text for row in train for text in row["completions"]])
     _, better, worse = zip(*pairs(train), strict=True)
     difference = vectors.transform(better) - vectors.transform(worse)
-    sign = np.where(np.arange(difference.shape[0]) % 2, 1, -1)  # both classes have to be there
+    sign = np.where(np.arange(difference.shape[0]) % 2, 1, -1)  # the regression needs both classes
     model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(
         difference.multiply(sign[:, None]).tocsr(), sign
     )
@@ -78,7 +78,7 @@ def by_ngrams(train: list[dict], test: list[dict]) -> list[list[float]]:
 def by_model(
     args: argparse.Namespace, loss: str, completions: int, train: list[dict], test: list[dict]
 ) -> list[list[float]]:
-    """Train with a loss, and score each completion of the test prompts."""
+    """Train a model with the loss, and score each completion of the test prompts."""
     k = sum(len(row["completions"]) for row in train) / len(train)
     if loss == "bradley_terry":
         data = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs(train)]
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="a model's folder; default: stories260K of the data")
     parser.add_argument("--data", nargs="+", choices=FILES, default=list(FILES))
-    parser.add_argument("--folds", type=int, default=5, help="of five")
+    parser.add_argument("--folds", type=int, default=5, help="number of the five folds to run")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--max_length", type=int, default=512)

@@ -1,12 +1,13 @@
-"""What rejection sampling gives, beside controls: rounds on the demo's task, and picks among real solutions of GSM8K.
+"""Compare rejection sampling with controls: rounds on the demo's task, and picks among real GSM8K solutions.
 
     python examples/study_rejection_sampling.py rounds           # three seeds, offline
     python examples/study_rejection_sampling.py picks            # needs the data of docs/results/real_data.md
-    python examples/study_rejection_sampling.py rounds --smoke   # does it run?
+    python examples/study_rejection_sampling.py rounds --smoke   # checks that it runs
 
-`rounds`: a mediocre policy sorts digits. Three rounds keep samples that the exact verifier finds right; the control
-keeps as many samples of the same prompts, drawn blindly from all that were made. `picks`: best of 4 given solutions a
-question, by rules that need no training (a trained verifier's figure is that of `study_token_rewards.py orm`).
+`rounds` trains a mediocre policy that sorts digits. Each of three rounds keeps samples that the exact verifier
+finds right. The control keeps the same number of samples of the same prompts, drawn at random from all samples.
+`picks` picks the best of 4 given solutions of a question with rules that need no training (`study_token_rewards.py orm`
+has the figure of a trained verifier).
 """
 
 import argparse
@@ -67,7 +68,7 @@ def run_rounds(folder: str, seed: int, sizes: dict) -> dict[str, list[dict]]:
             **selection,
             num_train_epochs=1,
             per_device_train_batch_size=16,
-            learning_rate=1e-4,  # at 3e-4 the first steps of a round's new optimizer undo what was learnt
+            learning_rate=1e-4,  # at 3e-4 the first steps of a round's new optimizer undo earlier learning
             lr_scheduler_type="constant",
             save_strategy="no",
             report_to="none",
@@ -90,7 +91,7 @@ def run_rounds(folder: str, seed: int, sizes: dict) -> dict[str, list[dict]]:
 
 
 def report_rounds(seeds: list[dict[str, list[dict]]]) -> None:
-    """Exact match on held-out prompts: mean over seeds, with an interval from the errors over prompts."""
+    """Print exact match on held-out prompts: the mean over seeds, with an interval from the errors over prompts."""
     print(f"{'round':>5} {'arm':<10} {'exact match':>11}  {'95 % interval':<16} {'rows':>6}  by seed")
     for number in range(len(seeds[0]["verifier"])):
         for arm in ARMS if number else ["verifier"]:
@@ -105,7 +106,7 @@ def report_rounds(seeds: list[dict[str, list[dict]]]) -> None:
 
 
 def report_picks(folder: Path) -> None:
-    """The share of questions whose pick is right."""
+    """Print the share of questions whose pick is right, for each rule."""
     questions: dict[str, list[dict]] = {}
     for row in read(folder / "orm_gsm8k" / "model_solutions.jsonl"):
         questions.setdefault(row["id"], []).append(row)
@@ -125,7 +126,7 @@ def report_picks(folder: Path) -> None:
         picks["random"].append(best_of_k(right, right, 1))
         picks["shortest"].append(best_of_k(right, [-length for length in lengths], 4))
         picks["longest"].append(best_of_k(right, lengths, 4))
-        picks["majority"].append(best_of_k(right, votes, 4))  # of equally many votes each as likely
+        picks["majority"].append(best_of_k(right, votes, 4))  # solutions with equally many votes are equally likely
         picks["oracle"].append(best_of_k(right, right, 4))
     print(f"{len(groups)} questions with 4 solutions each")
     print(f"{'pick':<10} {'right':>6}  {'95 % interval':<16} more than random")
@@ -140,7 +141,7 @@ def report_picks(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study", choices=("rounds", "picks"))
-    parser.add_argument("--smoke", action="store_true", help="of rounds: a few rows and steps")
+    parser.add_argument("--smoke", action="store_true", help="for rounds: a few rows and steps")
     args = parser.parse_args()
     if args.study == "picks":
         report_picks(data_folder(["orm_gsm8k"]))

@@ -1,13 +1,13 @@
-"""Outcome, step and segment reward models on real annotations, beside baselines that read next to nothing.
+"""Compare outcome, process and segment reward models with simple baselines on real annotations.
 
     python examples/study_token_rewards.py orm           # or prm, or segment; docs/results/real_data.md has the tables
     python examples/study_token_rewards.py prm --model PATH --folds 1 --steps 20 --learning_rate 1e-4
     python examples/study_token_rewards.py prm --smoke   # a few rows and steps
 
-A small model is trained in full and tested on questions that it has not seen. On the same folds: the length of what is
-judged, a logistic regression on its n-grams, and its place: of steps the number, of segments the first character. Text
-that does not fit into the model's positions is cut for it; where it then has no score, a step or segment counts for
-none of the methods.
+A small model trains all weights and is tested on unseen questions. The baselines on the same folds are the length of
+the judged text, a logistic regression on its n-grams, and its position (the number of a step, the first character of a
+segment). Text that exceeds the model's positions is cut. A step or segment that has no score for this reason is left
+out for all methods.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from trl_ext.metrics.question import QuestionStream
 
 FILES = {"orm": "orm_gsm8k", "prm": "steps_bigbench_mistake", "segment": "segment_finegrained"}
 TASKS = ["word_sorting", "tracking_shuffled_objects", "logical_deduction", "multistep_arithmetic", "dyck_languages"]
-MAX_LENGTH = {"orm": 768, "prm": 1024, "segment": 640}  # of stories260K, with some 1.7 characters a token
-STEP_PROMPT = 400  # characters: the end of the prompt, so that room is left for steps
+MAX_LENGTH = {"orm": 768, "prm": 1024, "segment": 640}  # tokens of stories260K, with about 1.7 characters each
+STEP_PROMPT = 400  # last characters of the prompt, which leaves room for the steps
 
 Fold = tuple[list[dict], list[dict]]
 
 
 def train(args: argparse.Namespace, trainer_class: type, config_class: type, rows: list[dict], **options: Any):
-    """A scorer of a model trained on the rows."""
+    """Train a model on the rows and return its scorer."""
     with tempfile.TemporaryDirectory() as folder:
         shared = settings(args, folder, MAX_LENGTH[args.what])
         config = config_class(per_device_train_batch_size=args.batch_size, **shared, **options)
@@ -54,7 +54,7 @@ def train(args: argparse.Namespace, trainer_class: type, config_class: type, row
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
 def orm(args: argparse.Namespace, root: Path) -> None:
-    """The four solutions of a question stay together. They are solutions of GSM8K's *test* questions."""
+    """Outcome models. The four solutions of a question, from GSM8K's *test* questions, stay in one fold."""
     rows = read(root / "model_solutions.jsonl")
     results = Results("orm_gsm8k")
     for training, test in parts(args, rows, [row["id"] for row in rows]):
@@ -73,7 +73,7 @@ def orm(args: argparse.Namespace, root: Path) -> None:
 
 
 def outcome_metrics(rows: list[dict], scores: Sequence[float]) -> dict[str, float]:
-    """Over all solutions, and within the questions."""
+    """Metrics over all solutions and within questions."""
     labels = torch.tensor([float(row["label"]) for row in rows])
     questions = torch.tensor([int(row["id"].rsplit("-", 1)[1]) for row in rows])
     stream = QuestionStream()
@@ -86,7 +86,7 @@ def outcome_metrics(rows: list[dict], scores: Sequence[float]) -> dict[str, floa
 
 # --------------------------------------------------------------------------------------------------------------- steps
 def prm(args: argparse.Namespace, root: Path) -> None:
-    """One model for the five tasks, with and without the labels after the first mistake, which nobody annotated."""
+    """One process model for the five tasks, with and without the unannotated labels after the first mistake."""
     rows = [
         {**row, "task": task, "prompt": row["prompt"][-STEP_PROMPT:].strip() + "\n"}
         for task in TASKS
@@ -111,17 +111,17 @@ def prm(args: argparse.Namespace, root: Path) -> None:
 
 
 def until_first(row: dict) -> int:
-    """Number of steps up to the first mistake, that one included."""
+    """The number of steps up to and including the first mistake."""
     return len(row["labels"]) if row["mistake_index"] is None else row["mistake_index"] + 1
 
 
 def steps_of(rows: list[dict], score: Callable) -> list[list[float]]:
-    """The later a step, the likelier it is wrong."""
+    """A baseline that scores later steps lower."""
     return [[-float(number) for number in score(len(row["labels"]))] for row in rows]
 
 
 def step_baseline(training: list[dict], test: list[dict], view: Callable, fit: Callable) -> list[list[float]]:
-    """A regression on what `view` makes of each step, fitted task by task to the steps up to the first mistake."""
+    """A regression on `view(step)`, fitted for each task to the steps up to the first mistake."""
     scores = {}
     for task in {row["task"] for row in test}:
         known = [
@@ -140,7 +140,7 @@ def step_baseline(training: list[dict], test: list[dict], view: Callable, fit: C
 
 
 def step_aucs(rows: list[dict], scores: list, seen: list, to_first: bool) -> dict[str, float]:
-    """AUC of each task, over the steps that the model has a score for, and the mean over the tasks."""
+    """AUC of each task over the steps that have a model score, and the mean over the tasks."""
     aucs = {}
     for task in TASKS:
         points = [
@@ -158,7 +158,7 @@ def step_aucs(rows: list[dict], scores: list, seen: list, to_first: bool) -> dic
 
 # ------------------------------------------------------------------------------------------------------------ segments
 def segment(args: argparse.Namespace, root: Path) -> None:
-    """Relevance of sub-sentences and factuality of sentences in one head. The passages do not fit: question only."""
+    """One head for relevance of sub-sentences and factuality of sentences. The passages do not fit: question only."""
     questions = {row["id"]: row["question"] for row in read(root / "dev_feedback.jsonl")}
     level = {"relevance": "subsentence", "factuality": "sentence"}
     rows: dict[str, dict] = {}
@@ -199,7 +199,7 @@ def segment(args: argparse.Namespace, root: Path) -> None:
 
 
 def segments_of(rows: list[dict], category: str | None = None) -> list[tuple[str, int, str, int]]:
-    """Category, start, text and label of each segment, of one category or all."""
+    """Category, start, text and label of each segment of one category, or of all."""
     return [
         (s["category"], s["start"], row["completion"][s["start"] : s["end"]], int(s["label"]))
         for row in rows
@@ -209,17 +209,19 @@ def segments_of(rows: list[dict], category: str | None = None) -> list[tuple[str
 
 
 def segment_metrics(scores: Sequence[float], labels: Sequence[int], wrong_rate: float) -> dict[str, float]:
-    """AUC, and F1 of the errors if as many are called wrong as were wrong in training (so do all methods)."""
+    """AUC, and F1 of the errors when the share of segments called wrong is the wrong share in training."""
     called = np.array(scores) <= np.quantile(scores, wrong_rate)
     return {"AUC": roc_auc_score(labels, scores), "F1 of errors": f1_score(1 - np.array(labels), called)}
 
 
 # ------------------------------------------------------------------------------------------------------------- program
 def parts(args: argparse.Namespace, rows: list[dict], groups: list[str]) -> list[Fold]:
-    """Rows for training and for testing, fold by fold."""
+    """Training and test rows of each fold."""
     taken = []
     for train_rows, test_rows in folds(groups, 1 if args.smoke else args.folds):
-        order = np.random.default_rng(0).permutation(train_rows)  # a mix, of which the steps may see only a part
+        order = np.random.default_rng(0).permutation(
+            train_rows
+        )  # shuffle, because the steps may see only a part of the rows
         if args.smoke:
             order, test_rows = order[:200], test_rows[:60]
         taken.append(([rows[i] for i in order], [rows[i] for i in test_rows]))
@@ -230,13 +232,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=FILES)
     parser.add_argument("--model", help="a model's folder; default: stories260K of the data")
-    parser.add_argument("--folds", type=int, default=5, help="of five")
+    parser.add_argument("--folds", type=int, default=5, help="folds to run, of five")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--rows_per_task", type=int, default=300, help="prm: Dyck languages have more than the others")
+    parser.add_argument(
+        "--rows_per_task", type=int, default=300, help="prm: most rows of a task (Dyck languages has more)"
+    )
     parser.add_argument("--no_unmasked", dest="unmasked", action="store_false", help="prm: leave out the second model")
-    parser.add_argument("--smoke", action="store_true", help="one fold, two steps, and for steps fewer rows")
+    parser.add_argument("--smoke", action="store_true", help="one fold, two training steps, and fewer rows for prm")
     args = parser.parse_args()
     if args.smoke:
         args.batch_size, args.rows_per_task = 4, 20

@@ -1,4 +1,4 @@
-"""What the studies share: the real data, folds, baselines, training settings, and a table of means with errors."""
+"""Helpers of the studies: real data, folds, baselines, training settings, and a table of means with errors."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded and nothing sent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # download nothing
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
@@ -23,28 +23,28 @@ from transformers import AutoConfig, PrinterCallback, Trainer
 
 
 def data_folder(needed: Sequence[str]) -> Path:
-    """The folder named by TRL_EXT_DATA, else shared/data beside the project; ends the program if data are missing."""
+    """The folder in TRL_EXT_DATA, or shared/data next to the project. Exits if a needed file is missing."""
     named = os.environ.get("TRL_EXT_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         sys.exit(
-            f"{folder} has no {', '.join(missing)}. Set TRL_EXT_DATA to a folder with them; docs/results/real_data.md "
-            "says where they come from and what their columns are."
+            f"{folder} has no {', '.join(missing)}. Set TRL_EXT_DATA to a folder that has them; "
+            "docs/results/real_data.md describes the data and their sources."
         )
     return folder
 
 
 def read(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
-    # split at line feeds only: a text may hold other characters that Python takes for the end of a line
+    # split at line feeds only: str.splitlines would also split at other characters, which may be part of a text
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def folds(
     groups: Sequence[Hashable], number: int, of: int = 5, seed: int = 0
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Row numbers for training and for testing, `number` times of `of`; rows of one group are always together."""
+    """Yield training and test row numbers of the first `number` of `of` folds; a group stays in one fold."""
     names = sorted(set(groups), key=str)
     order = np.random.default_rng(seed).permutation(len(names))
     fold_of = {names[name]: place % of for place, name in enumerate(order)}
@@ -55,14 +55,14 @@ def folds(
 
 
 def by_number(train: Sequence[float], labels: Sequence[int], test: Sequence[float]) -> list[float]:
-    """Scores of a logistic regression on one number; it only has to find out whether more is better."""
+    """Scores of a logistic regression on one number, which only learns whether more is better."""
     model = make_pipeline(StandardScaler(), LogisticRegression())
     model.fit(np.array(train, dtype=float)[:, None], labels)
     return model.decision_function(np.array(test, dtype=float)[:, None]).tolist()
 
 
 def ngrams() -> TfidfVectorizer:
-    """Words and pairs of words (numbers and signs too), weighted by TF-IDF."""
+    """TF-IDF of words and pairs of words; numbers and punctuation count as words."""
     return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", sublinear_tf=True, min_df=2)
 
 
@@ -73,10 +73,10 @@ def by_ngrams(train: Sequence[str], labels: Sequence[int], test: Sequence[str]) 
 
 
 def settings(args: Any, folder: str, max_length: int) -> dict[str, Any]:
-    """Arguments that all trainers of the studies get: all weights, on the CPU, nothing reported or saved."""
+    """Arguments of all trainers in the studies: on the CPU, with nothing reported or saved."""
     config = AutoConfig.from_pretrained(args.model)
     positions, longer = config.max_position_embeddings, {}
-    if max_length > positions and config.to_dict().get("rope_parameters"):  # rotary positions go on, learnt ones end
+    if max_length > positions and config.to_dict().get("rope_parameters"):  # learnt ones cannot grow
         longer, positions = {"model_init_kwargs": {"max_position_embeddings": max_length}}, max_length
     return {
         "output_dir": folder,
@@ -85,7 +85,7 @@ def settings(args: Any, folder: str, max_length: int) -> dict[str, Any]:
         "warmup_steps": 0.1,
         "lr_scheduler_type": "cosine",
         "max_length": min(max_length, positions),
-        "min_survival": 0.0,  # rows that are longer are left out of training; the report counts them
+        "min_survival": 0.0,  # longer rows are dropped from training; the report counts them
         "seed": 0,
         "use_cpu": True,
         "bf16": False,
@@ -99,7 +99,7 @@ def settings(args: Any, folder: str, max_length: int) -> dict[str, Any]:
 
 
 def train_quietly(trainer: Trainer) -> None:
-    """Train without printing logs; one line on standard error says how long it took."""
+    """Train without printing logs; print the time to standard error."""
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train()
@@ -110,19 +110,19 @@ def train_quietly(trainer: Trainer) -> None:
 
 
 class Results:
-    """Values of methods, fold by fold, and their table."""
+    """Collects values of methods from each fold and prints their table."""
 
     def __init__(self, title: str):
         self._title = title
         self._values: dict[str, dict[str, list[float]]] = {}
 
     def add(self, method: str, **values: float) -> None:
-        """One fold of a method."""
+        """Add one fold's values of a method."""
         for name, value in values.items():
             self._values.setdefault(method, {}).setdefault(name, []).append(value)
 
     def print(self) -> None:
-        """Means over the folds, and standard errors where there are several."""
+        """Print means over the folds, with standard errors if there are several."""
         names = list(dict.fromkeys(name for values in self._values.values() for name in values))
         rows = [[self._title, *names]]
         rows += [[method, *(_cell(values.get(name, [])) for name in names)] for method, values in self._values.items()]

@@ -1,11 +1,11 @@
-"""Weak to strong on real preferences; other uses of small models on the digits of `weak_to_strong.py`.
+"""Weak-to-strong training on real preferences, and other uses of small models on `weak_to_strong.py`'s digits.
 
     python examples/study_weak_to_strong.py pairs --strong PATH    # HH harmless: stories260K labels for a larger model
     python examples/study_weak_to_strong.py cascade                # after weak_to_strong.py has run in this folder
     python examples/study_weak_to_strong.py selection
 
-`pairs` needs data (docs/results/real_data.md). `cascade` takes the weak judge of `weak_to_strong.py` and defers the
-pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps the
+`pairs` needs data (see docs/results/real_data.md). `cascade` takes the weak judge of `weak_to_strong.py` and defers
+the pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps the
 share that a model pretrained on other problems finds most likely, and trains on it; the control trains on the same
 number of rows drawn at random. Add `--smoke` for a few rows and steps.
 """
@@ -36,7 +36,7 @@ WRONG = 0.3
 
 
 def real_pairs(args: argparse.Namespace) -> None:
-    """The last question and the beginning of both answers, of the pairs that are well formed."""
+    """Run weak-to-strong on well-formed pairs: the last question and the beginning of both answers."""
     folder = data_folder([PAIRS, "stories260K"])
     rows = [
         {
@@ -77,7 +77,7 @@ def real_pairs(args: argparse.Namespace) -> None:
 
 
 def cascade_curve(folder: Path) -> None:
-    """Performance of weak and ceiling together, by the share of pairs that are deferred; the mean over the seeds."""
+    """Print the accuracy of weak model and ceiling together over the share of deferred pairs, as a mean over seeds."""
     table = Results("deferred to the ceiling")
     runs = sorted(folder.glob("weak-0-seed-*"))
     if not runs:
@@ -94,7 +94,7 @@ def cascade_curve(folder: Path) -> None:
 
 
 def selection_curve(smoke: bool) -> None:
-    """The share of wrong rows among those that are kept, and exact match after training on them."""
+    """Print the share of wrong rows among the kept rows, and exact match after training on them."""
     table, scratch = Results("kept"), tempfile.mkdtemp()
     judge = pretrained(f"{scratch}/writer", 5 if smoke else 150, solution_rows(4000, "policy"))
     held_out = solution_rows(40 if smoke else 400, "held_out")
@@ -118,7 +118,7 @@ def selection_curve(smoke: bool) -> None:
 
 
 def exact_match(rows: Dataset, held_out: Dataset, seed: int, smoke: bool) -> float:
-    """Train a new model on rows, and let it solve held-out problems."""
+    """Train a new model on the rows, and return its exact match on held-out problems."""
     with tempfile.TemporaryDirectory() as folder:
         training = COMMON | {"learning_rate": 2e-3, "seed": seed}
         args = WeakToStrongConfig(
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--weak_steps", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--output_dir", help="for pairs: where runs are kept; for cascade: where they are read")
+    parser.add_argument("--output_dir", help="for pairs: folder for the runs; for cascade: folder of earlier runs")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.study == "pairs":

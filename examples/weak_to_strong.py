@@ -1,13 +1,13 @@
-"""A weak model labels what a strong one learns from: how much of the gap to ground truth does the student recover?
+"""Train a strong student on a weak model's labels, and measure how much of the gap to ground truth it recovers.
 
     python examples/weak_to_strong.py            # offline; preferences and generation, three seeds, CPU
     python examples/weak_to_strong.py --smoke    # the same in seconds, too short to learn
 
-The task is sorting digits, with right and wrong solutions made in code. The weak supervisor is small and starts from
-nothing. The strong student was pretrained on other problems, so that it has seen the task before, as in Burns et al.
-(https://huggingface.co/papers/2312.09390): texts with verdicts before it learns to judge, solutions before it learns
-to generate them. To use your own data, give `weak_to_strong` a data set with the columns of the task, and paths or Hub
-ids of two models.
+The task is sorting digits; code makes right and wrong solutions. The weak supervisor is small and has random weights.
+The strong student was pretrained on other problems, so it has seen the task before, as in Burns et al.
+(https://huggingface.co/papers/2312.09390). It saw texts with verdicts before it learns to judge, and solutions before
+it learns to generate them. To use your own data, give `weak_to_strong` a data set with the columns of the
+task, and paths or Hub ids of two models.
 """
 
 import random
@@ -39,7 +39,7 @@ COMMON = {
 
 
 def corrupted(problem: Problem, rng: random.Random) -> str:
-    """A wrong solution: two lines swapped, one left out, or one digit changed."""
+    """A wrong solution: two lines are swapped, one is left out, or one digit is changed."""
     lines = problem.steps
     place = rng.randrange(len(lines) - 1)
     kind = rng.choice(("swap", "drop", "change"))
@@ -54,7 +54,7 @@ def corrupted(problem: Problem, rng: random.Random) -> str:
 
 
 def pair_rows(number: int) -> Dataset:
-    """Right solutions and wrong ones of the same problems."""
+    """Pairs of a right and a wrong solution of the same problem."""
     rng, rows = random.Random(0), []
     for problem in make_problems(number, "train", 0, lengths=LENGTHS):
         rows.append({"prompt": problem.prompt, "chosen": problem.solution, "rejected": corrupted(problem, rng)})
@@ -78,7 +78,7 @@ def verdict_rows(number: int, split: str) -> Dataset:
 
 
 def pretrained(folder: str, steps: int, rows: Dataset) -> str:
-    """A strong language model that has seen such texts about other problems."""
+    """Pretrain a strong language model on texts of the same kind about other problems."""
     base = tiny_reward_base(f"{folder}/untrained", hidden_size=96, num_layers=2)
     args = WeakToStrongConfig(f"{folder}/pretraining", max_steps=steps, kd_weight=0.0, save_strategy="no", **COMMON)
     trainer = WeakToStrongTrainer(base, args=args, train_dataset=rows)
@@ -116,11 +116,11 @@ def main() -> None:
             student_loss=loss,
             seeds=seeds,
             weak_share=0.2,
-            # long enough to learn to end its texts: the student skips texts that were cut
+            # long enough to learn to end texts, because the student skips truncated ones
             weak_training={"max_steps": 150 if smoke else 600, "learning_rate": 2e-3},
             max_completion_length=24,
         )
-        training = COMMON | {"learning_rate": 2e-4}  # the writer knows the task: few and small steps
+        training = COMMON | {"learning_rate": 2e-4}  # the writer knows the task, so it needs few and small steps
         args = WeakToStrongConfig(f"{folder}/generation-{loss}", max_steps=3 if smoke else 100, **training)
         print(weak_to_strong(config, args, solution_rows(60 if smoke else 4000)).markdown())
 

@@ -23,7 +23,7 @@ def test_rows_go_on_where_they_stopped_and_keep_the_budget(tmp_path, capsys):
     arguments = ["--smoke", "--output", str(tmp_path), "--only", "PRM", "profile"]
     assert SCRIPT["main"]([*arguments, "--budget", "20"]) == 0  # the PRM's row usually takes 30 seconds
     assert [row["row"] for row in rows_of(tmp_path)] == ["profile of a reward step"]
-    assert "Not begun within 20 s" in capsys.readouterr().out
+    assert "Not started within 20 s" in capsys.readouterr().out
     assert SCRIPT["main"](arguments) == 0
     profiled, stepped = rows_of(tmp_path)
     assert sum(profiled["shares"].values()) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""The hinge loss of the ranking SVM, as a ranking loss. It knows tensors; trl-ext finds it through an entry point."""
+"""The hinge loss of the ranking SVM, as a ranking loss of tensors. trl-ext finds it through an entry point."""
 
 import torch
 
@@ -8,8 +8,8 @@ from trl_ext.losses import ranking_losses
 __all__ = ["hinge"]
 
 
-# What the trainer may rely on. Leave a property out, and the trainer takes the strict reading: the loss uses the
-# distances of the ratings, compares two candidates, and uses neither a margin nor a target.
+# The properties tell the trainer which data the loss accepts. A property that you leave out gets the most restrictive
+# value: the loss uses the distances of the ratings, compares two candidates, and uses neither a margin nor a target.
 @ranking_losses.declare(uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False)
 def hinge(
     scores: torch.Tensor,
@@ -43,13 +43,13 @@ def hinge(
         target (*optional*):
             Not supported.
         width (`float`, *optional*, defaults to `1.0`):
-            Difference w > 0 of two scores from which on a pair costs nothing.
+            Difference w > 0 of two scores at which the loss of a pair becomes 0.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`; 0 for a group without a decided pair.
+        `torch.Tensor` of shape `(B,)`: the loss of each group; 0 for a group without a decided pair.
 
     Raises:
-        ValueError: on a target, a width that is not above 0, or a margin of another shape.
+        ValueError: if a target is given, the width is not above 0, or the margin has another shape.
 
     Example:
 
