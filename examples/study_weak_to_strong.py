@@ -5,8 +5,8 @@
     python examples/study_weak_to_strong.py selection
 
 `pairs` needs data (see docs/results/real_data.md). `cascade` takes the weak judge of `weak_to_strong.py` and defers
-the pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps the
-share that a model pretrained on other problems finds most likely, and trains on it; the control trains on the same
+the pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps
+the share that a model pretrained on other problems finds most likely, and trains on it; the control trains on the same
 number of rows drawn at random. Add `--smoke` for a few rows and steps.
 """
 
