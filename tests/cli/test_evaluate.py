@@ -5,6 +5,8 @@ import json
 import pytest
 
 from tests.scoring.conftest import save_reward_model
+from tests.tiny import save_tiny_model
+from trl_ext import RewardScorer
 from trl_ext.cli import main as cli
 
 
@@ -57,6 +59,42 @@ def test_a_public_data_set_is_evaluated_as_it_is_released(tmp_path):
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]["accuracy"] == 1.0
 
 
+def test_a_policy_is_sampled_and_the_model_folder_keeps_card_and_calibration(tmp_path, monkeypatch):
+    model = save_reward_model(tmp_path)
+    policy = save_tiny_model(tmp_path / "policy", "llama")
+    rows = [row | {"prompt": f"{n}: {row['prompt']}"} for n, row in enumerate(PAIRS * 4)]
+    scorer, prompts = RewardScorer(model, device="cpu"), [row["prompt"] for row in rows]
+    scores = [scorer(prompts, [row[name] for row in rows]) for name in ("chosen", "rejected")]
+    for n, (row, chosen, rejected) in enumerate(zip(rows, *scores, strict=True)):
+        if (chosen > rejected) != (n % 4 > 0):  # three of four are ordered right, whatever this random model prefers
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    arguments = (
+        ["evaluate", "--model", str(model), "--dataset_name", write(tmp_path / "pairs.jsonl", rows)]
+        + ["--policy", str(policy), "--policy_prompts", "5", "--num_generations", "3", "--max_completion_length", "4"]
+        + ["--output_dir", str(tmp_path / "out"), "--resamples", "20", "--probes", "false", "--device", "cpu"]
+    )
+    assert cli.main([*arguments, "--update_model_card", "true", "--calibrate", "temperature"]) == 0
+    file = tmp_path / "out" / "policy_samples.jsonl"
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [len(row["completions"]) for row in samples] == [3] * 5
+    assert {row["prompt"] for row in samples} <= {row["prompt"] for row in rows}
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert 0 <= report["metrics"]["samples/within_prompt_variance_share"] <= 1
+    assert report["settings"]["rows"] == 48 + 5
+    assert "within_prompt_variance_share" in (model / "README.md").read_text()
+    calibration = json.loads((model / "reward_model.json").read_text())["calibration"]
+    assert calibration["temperature"] == report["calibrations"]["temperature"]["temperature"]
+
+    monkeypatch.delattr("trl_ext.pipelines.policy_samples.make_generator")  # a rerun reads the samples
+    assert cli.main([*arguments, "--calibrated", "true"]) == 0
+    assert [json.loads(line) for line in file.read_text().splitlines()] == samples
+    again = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    assert again["data/margin"] == pytest.approx(
+        report["metrics"]["data/margin"] / calibration["temperature"], rel=1e-4
+    )
+    assert again["data/accuracy"] == report["metrics"]["data/accuracy"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +102,10 @@ def test_a_public_data_set_is_evaluated_as_it_is_released(tmp_path):
         (["--model", "a", "--reward_funcs", "b"], "needed: one of them"),
         (["--reward_funcs", "a", "b"], "names 2 functions"),
         (["--model", "a", "--batch_size", "none"], "--batch_size is 'none'"),
+        (["--model", "a", "--update_model_card", "true"], "--update_model_card writes into the folder of --model"),
+        (["--reward_funcs", "a", "--calibrate", "temperature"], "--calibrate writes into the folder of --model"),
+        (["--model", "a", "--policy", "b", "--samples", "c"], "Samples need no policy"),
+        (["--model", "a", "--policy", "b", "--num_generations", "0"], "--num_generations is 0"),
     ],
 )
 def test_wrong_arguments_fail_in_a_sentence(arguments, message, tmp_path, capsys):

@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl_ext.data.validation import DataError
 from trl_ext.evaluation import evaluate_reward_model
 from trl_ext.evaluation.items import family_of, read_item
+from trl_ext.evaluation.page import to_html
 
 
 def by_text(prompts, completions, **columns):
@@ -126,6 +127,8 @@ def test_a_subset_of_one_row_has_no_interval_and_says_why():
         ({"problem": "a", "steps": ["x"], "label": 2}, "label"),
         ({"modified_process": ["x"], "error_steps": [2]}, "error_steps"),
         ({"prompt": "a", "completions": []}, "completions"),
+        ({"prompt": "a", "chosen": ["x"], "rejected": []}, "rejected"),
+        ({"prompt": "a", "completions": ["x", "y"], "labels": [0, -1]}, "labels"),
     ],
 )
 def test_bad_rows_name_row_and_column(row, column):
@@ -152,6 +155,102 @@ def test_what_is_no_reward_model_is_refused():
     steps = [{"prompt": "a", "completions": ["x", "y"], "labels": [True, False]}]
     with pytest.raises(ValueError, match="no `score_steps`"):
         evaluate_reward_model(by_text, steps)
+
+
+@pytest.mark.parametrize("wrong", [{"level": 1.0}, {"probe_rows": 0}, {"resamples": 0}, {"max_rows": 0}])
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*needed"):
+        evaluate_reward_model(by_text, pairs(), **wrong)
+
+
+def test_a_model_compared_with_itself_has_no_interval_of_a_share():
+    report = evaluate_reward_model(by_text, pairs(), compare=by_text, probes=False, resamples=50)
+    found = report.compared["differences"]
+    assert found["accuracy"]["difference"] == 0.0
+    assert found["accuracy"]["interval"] is None
+    assert found["accuracy"]["reason"] == "all 40 values are 0"
+    assert found["ece"]["difference"] == 0.0  # a number that is no mean is compared too
+
+
+def test_numbers_that_are_no_means_are_compared_draw_by_draw():
+    rows = [{"prompt": f"p{n}", "completion": f"{n % 3} {n % 2}", "label": n % 2} for n in range(90)]
+    right = lambda prompts, completions, **columns: [float(c.split()[1]) for c in completions]  # noqa: E731
+    report = evaluate_reward_model(right, rows, compare=by_text, probes=False, resamples=400)
+    found = report.compared["differences"]["auc"]
+    assert report.metrics["auc"] == 1.0
+    assert found["difference"] == pytest.approx(0.5)
+    assert found["interval"][0] > 0.35
+    assert math.isnan(found["p_value"])
+
+
+class Steps:
+    def __call__(self, prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    def score_steps(self, prompts, steps):
+        return [[float(step) for step in own] for own in steps]
+
+
+def test_a_neutral_step_is_not_wrong_in_any_row():
+    # labels are -1, 0, 1: the second row alone looks like labels 0 and 1, and its first step is neutral
+    rows = [
+        {"prompt": "a", "completions": ["0.9", "0.1"], "labels": [1, -1]},
+        {"prompt": "b", "completions": ["0.8", "0.9"], "labels": [0, 1]},
+    ]
+    report = evaluate_reward_model(Steps(), rows * 10, resamples=20)
+    assert report.metrics["step_auc"] == 1.0
+    assert not report.mistakes
+
+
+def test_parts_of_several_data_sets_are_kept_apart(tmp_path):
+    outcomes = [{"prompt": f"o{n}", "completion": f"{n % 7 / 7} x", "label": n % 2} for n in range(40)]
+    report = evaluate_reward_model(
+        by_text, {"pairs": pairs(), "a/b": outcomes}, probes=False, resamples=20, output_dir=tmp_path
+    )
+    assert set(report.histogram) == {"pairs/chosen", "pairs/rejected", "a/b/right", "a/b/wrong"}
+    assert {"pairs/reliability", "a/b/reliability"} <= set(report.curves)
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert {"scores_pairs.png", "scores_a-b.png", "reliability_pairs.png", "reliability_a-b.png"} <= names
+    assert (tmp_path / "evaluation.html").read_text().count("<svg") == len(names)
+
+
+def test_a_model_card_gets_one_section_whatever_stands_around_it(tmp_path):
+    report = evaluate_reward_model(by_text, pairs(), probes=False, resamples=20)
+    card = report.update_model_card(tmp_path)
+    card.write_text(f"---\ntags: [trl]\n---\n# Mine\n\n{card.read_text()}\nThe end.\n")
+    before = card.read_text()
+    assert report.update_model_card(tmp_path).read_text() == before
+    other = evaluate_reward_model(by_length, pairs(), probes=False, resamples=20)
+    after = other.update_model_card(tmp_path).read_text()
+    assert after.startswith("---\ntags: [trl]\n---\n# Mine\n") and after.endswith("The end.\n")
+    assert after.count("Results of") == after.count("## Evaluation") == 1
+    assert "by_length" in after and "by_text" not in after
+    with pytest.raises(NotADirectoryError, match="no folder"):
+        report.update_model_card(tmp_path / "none")
+
+
+def test_tokens_of_a_mistake_are_coloured():
+    class Verifier:
+        raw = type("Raw", (), {"kind": "outcome"})()
+
+        def __call__(self, prompts, completions, **columns):
+            return [2.0 if "bad" in text else -2.0 for text in completions]
+
+        def token_texts(self, prompts, completions):
+            return [[*text.split(" "), ""] for text in completions]
+
+        def score_tokens(self, prompts, completions):
+            return [[float(word == "bad") for word in [*text.split(" "), ""]] for text in completions]
+
+    rows = [{"prompt": f"p{n}", "chosen": "good <b>", "rejected": "bad one"} for n in range(4)]
+    report = evaluate_reward_model(Verifier(), rows, probes=False, resamples=20)
+    assert report.mistakes[0].tokens == [
+        [("good", 0.0), ("<b>", 0.0), ("", 0.0)],
+        [("bad", 1.0), ("one", 0.0), ("", 0.0)],
+    ]
+    page = to_html(report)
+    assert 'background: hsl(120 45% 50% / .35)" title="1">bad</span>' in page
+    assert 'background: hsl(0 45% 50% / .35)" title="0">&lt;b&gt;</span>' in page
 
 
 def test_chats_without_a_prompt_column_share_their_first_turns():

@@ -147,7 +147,11 @@ def test_samples_without_spread_teach_nothing():
     assert report.metrics["at_ceiling"] == 1.0
     assert {"no_signal", "low_reward_variance"} <= set(report.flags)
     lively = [{"prompt": f"p{n}", "completions": ["1 a", "2 b", "3 c"]} for n in range(20)]
-    assert evaluate(lively).metrics["within_prompt_variance_share"] == pytest.approx(1.0)
+    metrics = evaluate(lively).metrics
+    assert metrics["within_prompt_variance_share"] == pytest.approx(1.0)
+    assert metrics["at_ceiling"] == 0.0
+    half = [{"prompt": f"p{n}", "completions": ["1 a", "3 b", "3 c"]} for n in range(20)]
+    assert evaluate(half).metrics["at_ceiling"] == 0.5
 
 
 def test_samples_are_compared_with_the_data():
@@ -159,3 +163,21 @@ def test_samples_are_compared_with_the_data():
     assert report.metrics["other/word_distance_to_pairs"] == pytest.approx(1.0)
     assert report.metrics["other/length_gap_to_pairs"] > 1
     assert report.metrics["pairs/accuracy"] == 1.0
+
+
+def test_the_calibration_error_of_other_rows_falls():
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(1_200):
+        margin = abs(generator.normal(scale=3.0))
+        right = generator.random() < 1 / (1 + math.exp(-margin / 3))  # three times as sure as it may be
+        rows.append({"prompt": f"p{number}", "chosen": f"{margin if right else -margin} x", "rejected": "0 y"})
+    report = evaluate(rows)
+    assert report.metrics["temperature"] == pytest.approx(3.0, rel=0.2)
+    assert report.metrics["ece_before_calibration"] > 0.12
+    for method in ("temperature", "isotonic"):
+        assert report.metrics[f"ece_after_{method}"] < 0.06
+        assert report.calibrations[method]["of"] == "pairs"
+    assert "miscalibrated" in report.flags
+    outcomes = [{"prompt": f"p{n}", "completion": row["chosen"], "label": n % 3 > 0} for n, row in enumerate(rows)]
+    assert evaluate(outcomes).calibrations["isotonic"]["of"] == "outcomes"

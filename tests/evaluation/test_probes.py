@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from trl_ext.evaluation.findings import Findings
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.probes import ALPHA, PROBES, SMALLEST_EFFECT, changed, eos_probe, judge, run_probes
+from trl_ext.evaluation.verdicts import judge_report
 
 
 def items(number=60):
@@ -100,3 +102,28 @@ def test_a_feature_that_is_there_already_is_not_added():
         if probe.name in texts:
             assert probe.change(texts[probe.name]) is None
     assert eos_probe("</s>").change("text") == "text</s>"
+
+
+def test_a_few_rows_accuse_no_model_of_ignoring_half_an_answer():
+    # the model loses one standard deviation with half an answer, but its noise hides that in six rows
+    generator = np.random.default_rng(0)
+
+    def noisy(prompts, texts, columns):
+        return [4 * generator.normal() - ("third" not in text) for text in texts]
+
+    results = {r.name: r for r in run_probes(noisy, items(6), resamples=200)}
+    assert results["truncation"].interval[1] > -SMALLEST_EFFECT
+    assert not results["truncation"].found
+
+
+def test_probes_of_one_flag_make_one_verdict():
+    score = scorer(0)
+
+    def formatted(prompts, texts, columns):
+        extra = [FEATURES["bold"](text) + FEATURES["heading"](text) for text in texts]
+        return [value + more for value, more in zip(score(prompts, texts, columns), extra, strict=True)]
+
+    report = Findings("model", probes=run_probes(formatted, items(), resamples=50))
+    found = [verdict for verdict in judge_report(report) if verdict.flag == "format_bias"]
+    assert len(found) == 1
+    assert "set in bold" in found[0].reason and "a heading is put in front" in found[0].reason

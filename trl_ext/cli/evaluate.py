@@ -3,12 +3,16 @@
 It knows arguments. What is computed, and from which columns, is said in [`~trl_ext.evaluate_reward_model`].
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from trl_ext.cli._generation import json_object, sampling_kwargs
 from trl_ext.cli._options import command_parser, parse
+from trl_ext.pipelines.generation.sampling import SamplingFields
 
 
 if TYPE_CHECKING:
@@ -17,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluateArguments:
-    """Arguments of `trl-ext evaluate`."""
+class EvaluateArguments(SamplingFields):
+    """Arguments of `trl-ext evaluate`; how the policy is sampled is what the other commands call it."""
 
     dataset_name: str = field(
         metadata={"help": "file (.jsonl, .json, .parquet, .csv), folder, or Hub id of the rows to evaluate on"}
@@ -46,6 +50,19 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "JSONL file of the policy's own samples (prompt, completions): would the model teach it?"},
     )
+    policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "in place of --samples: folder or Hub id of the policy, which is sampled for the same question"
+        },
+    )
+    policy_prompts: int = field(default=64, metadata={"help": "prompts of the data set that the policy answers"})
+    num_generations: int = field(default=8, metadata={"help": "samples of the policy for each prompt"})
+    backend: Literal["transformers", "vllm", "openai"] = field(
+        default="transformers", metadata={"help": "where the policy runs: in this process, or on a server"}
+    )
+    server_base_url: str = field(default="http://localhost:8000", metadata={"help": "the server of the policy"})
+    generation_batch_size: int = field(default=32, metadata={"help": "samples in a batch, in this process"})
     cluster_column: str | None = field(
         default=None, metadata={"help": "column that says which rows are not independent, e.g. a conversation"}
     )
@@ -57,6 +74,14 @@ class EvaluateArguments:
     batch_size: str = field(default="auto", metadata={"help": "rows of a batch, or auto: by tokens"})
     max_length: int | None = field(default=None, metadata={"help": "cut rows to so many tokens"})
     device: str | None = field(default=None, metadata={"help": "e.g. cpu or cuda:1"})
+    base_model: str | None = field(default=None, metadata={"help": "where the base of an adapter is now, if it moved"})
+    calibrated: bool = field(default=False, metadata={"help": "evaluate scores as the stored calibration gives them"})
+    calibrate: Literal["temperature", "isotonic"] | None = field(
+        default=None, metadata={"help": "fit a calibration on half of the prompts and store it with --model"}
+    )
+    update_model_card: bool = field(
+        default=False, metadata={"help": "put the results into the model card (README.md) of --model"}
+    )
     report_to: str = field(default="none", metadata={"help": "wandb: put numbers and tables on a run"})
 
     def __post_init__(self) -> None:
@@ -71,6 +96,16 @@ class EvaluateArguments:
             from trl_ext.data.recipes import find_recipe
 
             find_recipe(self.dataset_format)
+        stored = [name for name in ("update_model_card", "calibrate") if getattr(self, name)]
+        if stored and (self.model is None or not Path(self.model).is_dir()):
+            raise ValueError(f"--{stored[0]} writes into the folder of --model, which is {self.model!r}.")
+        if self.policy is not None and self.samples is not None:
+            raise ValueError("Found --policy and --samples; needed: one of them. Samples need no policy.")
+        for name in ("policy_prompts", "num_generations", "generation_batch_size", "resamples", "probe_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; needed: 1 or more.")
+        for name in ("generation_kwargs", "chat_template_kwargs"):
+            setattr(self, name, json_object(name, getattr(self, name)))
         if self.batch_size != "auto":
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
@@ -85,6 +120,7 @@ def make_parser(prog: str | None = "trl-ext evaluate") -> "Parser":
 def run(args: EvaluateArguments) -> "EvaluationReport":
     """Read the rows, evaluate, write the report. What is wrong in the arguments fails before scoring."""
     from trl_ext.evaluation import evaluate_reward_model
+    from trl_ext.scoring.calibration import store_calibration
 
     dataset: Any = _rows(args.dataset_name, args.dataset_config, args.dataset_split)
     if args.dataset_format is not None:
@@ -93,8 +129,10 @@ def run(args: EvaluateArguments) -> "EvaluationReport":
         dataset = convert(dataset, args.dataset_format)
     if args.samples is not None:
         dataset = {"data": dataset, "samples": _rows(args.samples, None, None)}
+    elif args.policy is not None:
+        dataset = {"data": dataset, "samples": _policy_samples(args, dataset)}
     model, scorer_kwargs = _model(args)
-    return evaluate_reward_model(
+    report = evaluate_reward_model(
         model,
         dataset,
         output_dir=args.output_dir,
@@ -106,6 +144,38 @@ def run(args: EvaluateArguments) -> "EvaluationReport":
         resamples=args.resamples,
         max_rows=args.max_rows,
         **scorer_kwargs,
+    )
+    if args.calibrate is not None:
+        if args.calibrate not in report.calibrations:
+            raise ValueError(
+                f"These rows determine no {args.calibrate} calibration; needed: preference or outcome rows of which "
+                "the model gets some, but not all, right."
+            )
+        store_calibration(args.model, report.calibrations[args.calibrate])
+    if args.update_model_card:
+        report.update_model_card(args.model)
+    return report
+
+
+def _policy_samples(args: EvaluateArguments, dataset: Any) -> list[dict[str, Any]]:
+    from trl_ext.evaluation.items import family_of, read_item
+    from trl_ext.pipelines.policy_samples import draw_prompts, policy_samples
+
+    family = family_of(dataset.column_names)
+    rows = itertools.islice(dataset, args.max_rows) if args.max_rows else dataset
+    prompts = (read_item(row, index, family, signed=True).prompt for index, row in enumerate(rows))
+    kwargs: dict[str, Any] = {"generation_batch_size": args.generation_batch_size}
+    if args.backend != "transformers":
+        kwargs = {"server_base_url": args.server_base_url}
+    return policy_samples(
+        args.policy,
+        draw_prompts(prompts, args.policy_prompts, args.seed),
+        Path(args.output_dir, "policy_samples.jsonl"),
+        args.num_generations,
+        seed=args.seed,
+        backend=args.backend,
+        backend_kwargs=kwargs,
+        **sampling_kwargs(args),
     )
 
 
@@ -123,8 +193,9 @@ def _model(args: EvaluateArguments) -> tuple[str | Callable, dict[str, Any]]:
         from trl_ext.pipelines.reward_functions import load_reward
 
         return load_reward(args.reward_funcs[0]), {}
-    options = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
-    return args.model, {name: value for name, value in options.items() if value not in (None, "auto")}
+    names = ("batch_size", "max_length", "device", "base_model", "calibrated")
+    options = {name: getattr(args, name) for name in names}
+    return args.model, {name: value for name, value in options.items() if value not in (None, "auto", False)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,6 @@ expected gold reward is \(f(n) = \int_0^1 r(u)\, n u^{n-1} du\) with \(r(u)\) th
 prompts and stands beside the best n of the curve of the other half. It knows numbers, and nothing of texts.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,7 +19,8 @@ from scipy.optimize import brentq
 from scipy.special import gammaln
 
 from trl_ext.evaluation.items import Item
-from trl_ext.evaluation.measures import Measure, Units
+from trl_ext.evaluation.measures import Measure, Units, part
+from trl_ext.evaluation.places import Places
 from trl_ext.metrics.voting import kl_bound
 
 
@@ -29,6 +29,7 @@ class BestOfN:
 
     def __init__(self):
         self.units = Units()
+        self._places = Places()
         self._samples: list[tuple[np.ndarray, np.ndarray]] = []
         self._curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # gold, oracle, proxy for n = 1, 2, 3 ...
 
@@ -36,6 +37,7 @@ class BestOfN:
         """Take one scored row; returns what the pick falls short of the best sample by, as a negative number."""
         scores_, gold = np.asarray(scores, dtype=float), np.asarray(item.ratings, dtype=float)
         self.units.add(item.row, item.cluster, item.subset)
+        self._places.add(scores_, gold)
         self._samples.append((scores_, gold))
         self._curves.append((best_of_each(gold, scores_), best_of_each(gold, gold), best_of_each(scores_, scores_)))
         return float(gold[int(scores_.argmax())] - gold.max())
@@ -52,15 +54,17 @@ class BestOfN:
         clusters = self.units.clusters
         table = {n: self._gold_at(n) for n in _powers(self.most)}
         for n, values in table.items():
-            yield Measure(f"gold_at_{n}", values=values, clusters=clusters)
+            yield Measure(f"gold_at_{n}", values=values, clusters=clusters, proportion=False)
         first, last = table[1], table[max(table)]
-        yield Measure("gain", values=last - first, clusters=clusters)
-        yield Measure("oracle", values=self._gold_at(max(table), oracle=True), clusters=clusters)
+        yield Measure("gain", values=last - first, clusters=clusters, proportion=False)
+        oracle = self._gold_at(max(table), oracle=True)
+        yield Measure("oracle", values=oracle, clusters=clusters, proportion=False)
+        yield self.units.computed("position_correlation", self._places.correlation)
         if self.most < 4:
             return
         everything = np.array([curves[0][: self.most] for curves in self._curves]).T  # (n, N)
-        tested = np.flatnonzero([not _is_calibration(cluster) for cluster in clusters])
-        calibration = np.flatnonzero([_is_calibration(cluster) for cluster in clusters])
+        fitted = np.array([part(cluster, "calibration ") < 0.5 for cluster in clusters])
+        tested, calibration = np.flatnonzero(~fitted), np.flatnonzero(fitted)
         names = [clusters[unit] for unit in tested]
         yield Measure(
             "best_n",
@@ -75,7 +79,7 @@ class BestOfN:
             clusters=[clusters[unit] for unit in calibration],
         )
         best = everything.max(0) if len(tested) == 0 else everything[int(everything.mean(1).argmax())]
-        yield Measure("loss_at_largest_n", values=everything[-1] - best, clusters=clusters)
+        yield Measure("loss_at_largest_n", values=everything[-1] - best, clusters=clusters, proportion=False)
 
     def curve(self) -> list[dict[str, float]]:
         """For n = 1, 2, 4 ... what the pick is worth: `n`, `kl` (nats, an upper bound), `proxy`, `gold`, `oracle`."""
@@ -159,7 +163,3 @@ def predicted_n(samples: list[tuple[np.ndarray, np.ndarray]], limit: int) -> flo
 
 def _powers(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length()) if 2**power <= most]
-
-
-def _is_calibration(cluster: object) -> bool:
-    return hashlib.sha256(f"calibration {cluster}".encode()).digest()[0] < 128

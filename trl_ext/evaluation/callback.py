@@ -3,10 +3,11 @@
 It knows the callback interface of transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerCallback
 
 from trl_ext.evaluation.evaluate import Rows, evaluate_reward_model
 from trl_ext.models.heads import unwrap
@@ -31,6 +32,9 @@ class EvaluationCallback(TrainerCallback):
     ```python
     trainer = RewardTrainer(..., callbacks=[EvaluationCallback(held_out, metrics=["accuracy", "length_accuracy"])])
     ```
+
+    With a trainer of another package, call `callback.follow(trainer)` so that the numbers are logged wherever that
+    trainer reports to; without it they are in `trainer.state.log_history` alone.
     """
 
     def __init__(
@@ -40,14 +44,54 @@ class EvaluationCallback(TrainerCallback):
         metrics: list[str] | None = None,
         **kwargs: Any,
     ):
+        data = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+        if any(isinstance(rows, Iterator) for rows in data):
+            raise TypeError(
+                "The data set of EvaluationCallback is an iterator, which the first evaluation would use up. Pass a "
+                "list, a Dataset or an IterableDataset."
+            )
         self.dataset, self.prefix, self.metrics = dataset, prefix, metrics
         self.kwargs = {"probes": False, "resamples": 200} | kwargs
+        self.trainer: Trainer | None = None
+        self._found: dict[str, float] = {}
+        self._step = -1
+        self._seen: set[frozenset[str]] = set()  # names of the trainer's metrics: one set for each of its data sets
+
+    def follow(self, trainer: Trainer) -> None:
+        """Log through this trainer. Our trainers call it with themselves; with others, call it yourself."""
+        self.trainer = trainer
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, metrics=None, **kwargs):
-        """Evaluate on the main process and add the numbers to `metrics`, which the trainer reports and compares."""
-        if not state.is_world_process_zero or metrics is None:
+        """
+        Evaluate, log the numbers, and add them to `metrics`, which the trainer compares.
+
+        Every process evaluates all rows, so that a model that is spread over processes can run, and gets the numbers
+        of the main process, so that all of them choose the same checkpoint.
+        """
+        if metrics is None:
             return
+        names = frozenset(metrics)
+        if state.global_step == self._step and names not in self._seen:  # the trainer's next data set, the same model
+            self._seen.add(names)
+            metrics.update(self._found)
+            return
+        self._step, self._seen = state.global_step, {names}
+        self._found = self._evaluate(model, processing_class, state.is_world_process_zero)
+        metrics.update(self._found)
+        if self.trainer is not None:
+            self.trainer.log(dict(self._found))
+        elif state.is_world_process_zero:
+            state.log_history.append({**self._found, "epoch": state.epoch, "step": state.global_step})
+
+    def _evaluate(self, model, processing_class, is_main: bool) -> dict[str, float]:
+        kwargs = self.kwargs if is_main else self.kwargs | {"output_dir": None}
         scorer = RewardScorer(unwrap(model) if hasattr(model, "module") else model, processing_class=processing_class)
-        report = evaluate_reward_model(scorer, self.dataset, **self.kwargs)
+        report = evaluate_reward_model(scorer, self.dataset, **kwargs)
+        unknown = [name for name in self.metrics or [] if name not in report.metrics]
+        if unknown:
+            raise ValueError(
+                f"EvaluationCallback is to report {unknown}; these rows have {', '.join(report.metrics)}."
+            )
         wanted = report.metrics if self.metrics is None else {name: report.metrics[name] for name in self.metrics}
-        metrics.update({f"eval_{self.prefix}_{name.replace('/', '_')}": value for name, value in wanted.items()})
+        found = {f"eval_{self.prefix}_{name.replace('/', '_')}": value for name, value in wanted.items()}
+        return broadcast_object_list([found])[0]

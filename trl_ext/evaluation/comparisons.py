@@ -6,6 +6,7 @@ models that gave them.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from trl_ext.evaluation.benchmarks import (
     tie_margins,
     ties_score,
 )
+from trl_ext.evaluation.calibration import Calibrations
 from trl_ext.evaluation.items import Item, text_of
 from trl_ext.evaluation.measures import Measure, Units, calibration_error, correlation, reliability, sigmoid
+from trl_ext.evaluation.places import Places
 from trl_ext.metrics.ranking import kendall_tau, ndcg, pair_accuracy, top1_agreement
 
 
@@ -41,6 +44,7 @@ class Comparisons:
         self._ties: dict[str, dict[str, dict[str, float]]] = {"tied": {}, "ref": {}}
         # of every decided pair: score difference, difference of log lengths, unit
         self._pairs: list[tuple[float, float, int]] = []
+        self._places = Places()
 
     def add(self, item: Item, scores: list[float]) -> float:
         """Take one scored row; returns its margin, which is below 0 where the row is ordered wrong."""
@@ -66,6 +70,7 @@ class Comparisons:
             }
         if self.ranked:
             values |= _rank_metrics(scores_, ratings)
+            self._places.add(scores_, ratings)
         self.units.add(item.row, item.cluster, item.subset, **values)
         return margin
 
@@ -96,7 +101,8 @@ class Comparisons:
         units = self.units
         yield units.mean("accuracy")
         names = ["pair_accuracy", "length_accuracy", "matched_length_accuracy", "tied_scores", "margin"]
-        yield from (units.mean(name) for name in (["kendall_tau", "ndcg", "top1"] if self.ranked else []) + names)
+        names = (["kendall_tau", "ndcg", "top1"] if self.ranked else []) + names
+        yield from (units.mean(name, proportion=name not in ("kendall_tau", "margin")) for name in names)
         yield from units.by_subset("accuracy", "accuracy")
         if not self._pairs:
             return
@@ -116,12 +122,24 @@ class Comparisons:
 
             return read
 
+        yield units.drift(units.array("accuracy"))
+        if self.ranked:
+            yield units.computed("position_correlation", self._places.correlation)
         yield units.computed("length_correlation", of_pairs(_symmetric_correlation))
         yield units.computed("length_controlled_accuracy", of_pairs(length_controlled_accuracy))
         if not self.ranked:
             yield units.computed("ece", of_pairs(lambda d, _: calibration_error(sigmoid(np.abs(d)), d > 0)))
             yield units.computed("brier", of_pairs(lambda d, _: float(np.mean((1 - sigmoid(d)) ** 2))))
+            yield from self._calibrations().measures()
             yield from self._benchmark_measures()
+
+    def calibrations(self) -> dict[str, Any]:
+        """Calibrations of score differences by method, fitted on one half of the prompts."""
+        return {} if self.ranked or not self._pairs else self._calibrations().found
+
+    def _calibrations(self) -> Calibrations:
+        margins = np.array([pair[0] for pair in self._pairs])
+        return Calibrations(margins, None, [self.units.clusters[pair[2]] for pair in self._pairs])
 
     def _benchmark_measures(self) -> Iterator[Measure]:
         units = self.units
@@ -161,10 +179,6 @@ class Comparisons:
         """Points of the reliability diagram of sigmoid(score difference)."""
         differences = np.array([pair[0] for pair in self._pairs])
         return reliability(sigmoid(np.abs(differences)), (differences > 0).astype(float)) if len(differences) else []
-
-    def differences(self) -> list[float]:
-        """Better less worse of every decided pair."""
-        return [pair[0] for pair in self._pairs]
 
 
 def _is_style_matrix(item: Item, ratings: np.ndarray) -> bool:

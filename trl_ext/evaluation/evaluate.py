@@ -1,63 +1,36 @@
 """`evaluate_reward_model`: rows in, a report out.
 
-Rows are read, scored and reduced to a few numbers in chunks, so that memory does not grow with texts. Which numbers a
-family of rows has is decided in `comparisons`, `outcomes`, `steps`, `best_of_n` and `samples`; intervals come from
-`statistics`, judgements from `verdicts`. It knows reward functions by their call, and nothing of how they are trained.
+`run` reads, scores and reduces the rows of one data set. `comparisons`, `outcomes`, `steps`, `best_of_n` and `samples`
+decide which numbers a family of rows has; intervals come from `statistics`, judgements from `verdicts`. It knows
+reward functions by their call, and nothing of how they are trained.
 """
 
-import heapq
 import itertools
-import logging
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_ext.data.mapping import plain_rows
-from trl_ext.data.validation import DataError
-from trl_ext.evaluation.best_of_n import BestOfN
-from trl_ext.evaluation.comparisons import Comparisons
-from trl_ext.evaluation.findings import Mistake
-from trl_ext.evaluation.items import Family, Item, family_of, read_item, text_of
+from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure
-from trl_ext.evaluation.outcomes import Outcomes
 from trl_ext.evaluation.probes import PROBES, ProbeResult, eos_probe, run_probes
 from trl_ext.evaluation.report import EvaluationReport
+from trl_ext.evaluation.run import WORST, Reservoir, Rows, Run, call
 from trl_ext.evaluation.samples import Samples, Words
-from trl_ext.evaluation.statistics import paired_test
-from trl_ext.evaluation.steps import Steps
+from trl_ext.evaluation.statistics import function_estimate, paired_test
 from trl_ext.evaluation.verdicts import judge_report
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.remote import files_of
 
 
-logger = logging.getLogger(__name__)
-
 RewardModel = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
-Rows = Iterable[Mapping[str, Any]]
-
-# Rows that are scored at a time: enough for a scorer to sort by length, few enough for texts to stay small.
-CHUNK = 512
-# Scores kept for the histogram, and mistakes for the page.
-KEPT = 2_000
-WORST = 20
-
-_FAMILIES: dict[Family, Callable[[], Any]] = {
-    "preference": lambda: Comparisons(ranked=False),
-    "ranked": lambda: Comparisons(ranked=True),
-    "outcome": Outcomes,
-    "stepwise": Steps,
-    "best_of_n": BestOfN,
-    "samples": Samples,
-}
 
 
 def evaluate_reward_model(
@@ -119,7 +92,7 @@ def evaluate_reward_model(
 
     Raises:
         [`DataError`]: the columns are those of no family, a row cannot be read, or no row has a score.
-        `ValueError`: stepwise rows and a function without `score_steps`.
+        `ValueError`: an argument is out of its range, or stepwise rows and a function without `score_steps`.
 
     Example:
 
@@ -130,27 +103,27 @@ def evaluate_reward_model(
     ```
     """
     started = time.perf_counter()
+    _check(level, {"probe_rows": probe_rows, "resamples": resamples, "max_rows": max_rows})
     named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
     model = as_reward_function(model_or_function, **scorer_kwargs)
     other = None if compare is None else as_reward_function(compare, **scorer_kwargs)
     report = EvaluationReport(model=_name(model, model_or_function))
-    drawn = _Reservoir(probe_rows, seed)
-    words = {name: Words() for name in named}
+    drawn = Reservoir(probe_rows, seed) if probes else None
+    words = {name: Words() for name in named} if len(named) > 1 else {}
     families: dict[str, Any] = {}
     rows, seconds = 0, 0.0
     for name, data in named.items():
         data = plain_rows(data) if isinstance(data, (Dataset, IterableDataset)) else data
-        run = _Run(model, other, report, drawn if probes else None, words[name])
+        run = Run(name, model, other, report, drawn, words.get(name))
         run.read(itertools.islice(data, max_rows) if max_rows else data, cluster_column)
         families[name] = run.family
         rows, seconds = rows + run.rows, seconds + run.seconds
-        prefix = f"{name}/" if name else ""
         for measure in run.family.measures():
-            _enter(report, prefix, measure, level, resamples, seed)
+            _enter(report, run.prefix, measure, level, resamples, seed)
         if run.second is not None:
-            _compare(report, prefix, run, level, resamples, seed)
+            _compare(report, run, level, resamples, seed)
     _enter_words(report, families, words)
-    if probes and drawn.items:
+    if drawn is not None and drawn.items:
         report.probes = _probe(model, drawn.items, level, resamples, seed)
     report.mistakes = sorted(report.mistakes, key=lambda mistake: mistake.margin)[:WORST]
     report.settings = {
@@ -171,6 +144,14 @@ def evaluate_reward_model(
     return report
 
 
+def _check(level: float, counts: dict[str, int | None]) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level!r}; needed: a number between 0 and 1, 0.95 for example.")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r}; needed: 1 or more.")
+
+
 def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[..., list[float | None]]:
     """A reward function of what a user may pass as a reward model; see [`evaluate_reward_model`]."""
     if isinstance(model, (str, Path)) and Path(files_of(model), "reward_ensemble.json").is_file():
@@ -185,120 +166,6 @@ def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[...
     if scorer_kwargs:
         raise TypeError(f"{sorted(scorer_kwargs)} are for models that are loaded here, but a function was given.")
     return model
-
-
-class _Run:
-    """One data set through one or two models."""
-
-    def __init__(
-        self,
-        model: Callable,
-        other: Callable | None,
-        report: EvaluationReport,
-        drawn: "_Reservoir | None",
-        words: Words,
-    ):
-        self.model, self.other, self.report, self.drawn, self.words = model, other, report, drawn, words
-        self.family: Any = None
-        self.second: Any = None
-        self.rows = 0
-        self.seconds = 0.0
-        self._mistakes: list[tuple[float, int, Mistake]] = []
-
-    def read(self, data: Rows, cluster_column: str | None) -> None:
-        """Go through the rows once."""
-        name: Family | None = None
-        for chunk in _chunks(data, CHUNK):
-            if name is None:
-                columns = getattr(data, "column_names", None) or list(dict.fromkeys(c for row in chunk for c in row))
-                name = family_of(columns)
-                self.family = _FAMILIES[name]()
-                self.second = None if self.other is None else _FAMILIES[name]()
-            items = [read_item(row, self.rows + n, name, cluster_column) for n, row in enumerate(chunk)]
-            self.rows += len(chunk)
-            scored = self._scores(self.model, items, name)
-            others = None if self.other is None else self._scores(self.other, items, name)
-            for n, (item, scores) in enumerate(zip(items, scored, strict=True)):
-                reason = _useless(scores) or (None if others is None else _useless(others[n]))
-                if reason:
-                    self.report.omitted[reason] = self.report.omitted.get(reason, 0) + 1
-                    continue
-                self._take(item, scores, name)
-                if others is not None:
-                    self.second.add(item, others[n])
-        if name is None:
-            raise DataError("no rows", "at least one row", "Check the data set and its split.", dataset="evaluation")
-        if not len(self.family.units):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.report.omitted.items())
-            raise DataError(
-                f"{self.rows} rows of which none has a score ({reasons})",
-                "at least one row with a finite score",
-                "Check what the reward function returns.",
-                dataset="evaluation",
-            )
-        self.report.mistakes += [mistake for _, _, mistake in self._mistakes]
-        if hasattr(self.family, "reliability"):
-            self.report.curves.setdefault("reliability", self.family.reliability())
-        if hasattr(self.family, "curve"):
-            self.report.curves.setdefault("best_of_n", self.family.curve())
-
-    def _take(self, item: Item, scores: list[float], name: Family) -> None:
-        margin = self.family.add(item, scores)
-        if self.drawn is not None and name != "stepwise":
-            self.drawn.add(item)
-        for completion in item.completions:
-            self.words.add(text_of(completion))
-        self._histogram(item, scores, name)
-        if margin < 0:
-            mistake = (-margin, -item.row, _mistake(item, scores, margin, name))
-            push = heapq.heappush if len(self._mistakes) < WORST else heapq.heappushpop
-            push(self._mistakes, mistake)
-
-    def _histogram(self, item: Item, scores: list[float], name: Family) -> None:
-        names = {"preference": ("rejected", "chosen"), "outcome": ("wrong", "right"), "stepwise": ("wrong", "right")}
-        ratings = item.ratings or [math.nan] * len(scores)
-        for score, rating in zip(scores, ratings, strict=True):
-            key = names[name][int(rating > 0.5)] if name in names and not math.isnan(rating) else "scores"
-            kept = self.report.histogram.setdefault(key, [])
-            if len(kept) < KEPT:
-                kept.append(score)
-
-    def _scores(self, model: Callable, items: list[Item], name: Family) -> list[list[float | None]]:
-        started = time.perf_counter()
-        try:
-            if name == "stepwise":
-                return _score_steps(model, items)
-            flat = [(item, completion) for item in items for completion in item.completions]
-            scores = iter(call(model, [i.prompt for i, _ in flat], [c for _, c in flat], [i.columns for i, _ in flat]))
-            return [[next(scores) for _ in item.completions] for item in items]
-        finally:
-            self.seconds += time.perf_counter() - started
-
-
-def call(
-    model: Callable, prompts: list[Any], completions: list[Any], columns: Sequence[Mapping[str, Any]]
-) -> list[float | None]:
-    """Call a reward function as TRL does: columns as keyword arguments, `None` where a row lacks one."""
-    names = dict.fromkeys(name for row in columns for name in row)
-    given = {name: [row.get(name) for row in columns] for name in names}
-    whole = None if all(prompt is None for prompt in prompts) else prompts
-    scores = list(model(prompts=whole, completions=completions, **given))
-    if len(scores) != len(completions):
-        raise ValueError(
-            f"The reward function returned {len(scores)} scores for {len(completions)} completions; needed: one each."
-        )
-    return scores
-
-
-def _score_steps(model: Callable, items: list[Item]) -> list[list[float | None]]:
-    if not hasattr(model, "score_steps"):
-        raise ValueError(
-            "The rows have labelled steps, but the model has no `score_steps`. Pass a process reward model "
-            "(PRMTrainer), or rows of another family."
-        )
-    prompts = [item.prompt for item in items]
-    steps = [[text_of(step) for step in item.completions] for item in items]
-    return model.score_steps(None if all(p is None for p in prompts) else prompts, steps)
 
 
 def _probe(model: Callable, items: list[Item], level: float, resamples: int, seed: int) -> list[ProbeResult]:
@@ -321,21 +188,35 @@ def _enter(report: EvaluationReport, prefix: str, measure: Measure, level: float
         report.detectable[name] = estimate.detectable
 
 
-def _compare(report: EvaluationReport, prefix: str, run: _Run, level: float, resamples: int, seed: int) -> None:
-    """Differences of all metrics that are means over the same units."""
+def _compare(report: EvaluationReport, run: Run, level: float, resamples: int, seed: int) -> None:
+    """Differences of all metrics over the same units: means by a paired test, others by a paired bootstrap."""
     differences = report.compared.setdefault("differences", {})
-    second = {measure.name: measure for measure in run.second.measures() if measure.values is not None}
+    second = {measure.name: measure for measure in run.second.measures()}
     for measure in run.family.measures():
         twin = second.get(measure.name)
-        if measure.values is None or twin is None or len(twin.values) != len(measure.values) or len(twin.values) < 2:
+        size = measure.size if measure.values is None else len(measure.values)
+        if twin is None or size < 2 or size != (twin.size if twin.values is None else len(twin.values)):
             continue
-        test = paired_test(measure.values, twin.values, measure.clusters, level, resamples, seed)
-        differences[prefix + measure.name] = {
-            "difference": test.difference.value,
-            "interval": test.difference.interval,
-            "reason": test.difference.reason,
-            "detectable": test.difference.detectable,
-            "p_value": test.p_value,
+        if measure.values is not None:
+            test = paired_test(measure.values, twin.values, measure.clusters, level, resamples, seed)
+            estimate, p_value = test.difference, test.p_value
+        else:
+            both = (measure.function, twin.function)
+            estimate = function_estimate(
+                lambda drawn, both=both: both[0](drawn) - both[1](drawn),
+                size,
+                measure.clusters,
+                level,
+                max(200, resamples // 4),
+                seed,
+            )
+            p_value = math.nan  # an interval without a test
+        differences[run.prefix + measure.name] = {
+            "difference": estimate.value,
+            "interval": estimate.interval,
+            "reason": estimate.reason,
+            "detectable": estimate.detectable,
+            "p_value": p_value,
         }
 
 
@@ -351,42 +232,7 @@ def _enter_words(report: EvaluationReport, families: dict[str, Any], words: dict
                 report.reasons[f"{name}/{kind}_to_{other}"] = "of all texts together"
 
 
-def _mistake(item: Item, scores: list[float], margin: float, name: Family) -> Mistake:
-    prompt = "" if item.prompt is None else text_of(item.prompt)
-    ratings = item.ratings or [math.nan] * len(scores)
-    texts = [text_of(completion) for completion in item.completions]
-    return Mistake(item.row, name, margin, prompt, list(zip(texts, map(float, scores), ratings, strict=True)))
-
-
-def _useless(scores: list[float | None]) -> str | None:
-    """Why a row does not count, `None` where all of its scores are finite numbers."""
-    if any(score is None for score in scores):
-        return "without a score"
-    return None if np.isfinite(np.asarray(scores, dtype=float)).all() else "with a score that is not finite"
-
-
-def _chunks(data: Rows, size: int) -> Iterator[list[Mapping[str, Any]]]:
-    rows = iter(data)
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk
-
-
 def _name(model: Callable, given: RewardModel) -> str:
     if isinstance(given, (str, Path)):
         return str(given)
     return getattr(model, "__name__", type(model).__name__)
-
-
-class _Reservoir:
-    """A random sample of the items, of one size however many there are."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.items, self.seen = size, [], 0
-        self._random = random.Random(seed)
-
-    def add(self, item: Item) -> None:
-        self.seen += 1
-        if len(self.items) < self.size:
-            self.items.append(item)
-        elif (place := self._random.randrange(self.seen)) < self.size:
-            self.items[place] = item

@@ -6,6 +6,8 @@ numbers.
 
 import importlib.util
 import io
+import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ def matplotlib_is_there() -> bool:
 
 
 def draw(report: Findings, kind: Literal["png", "svg"]) -> dict[str, bytes]:
-    """Every picture that the report has numbers for, by name."""
+    """Every picture that the report has numbers for, by name; of several data sets `<picture>_<data set>`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -45,45 +47,99 @@ def draw(report: Findings, kind: Literal["png", "svg"]) -> dict[str, bytes]:
     }
     pictures = {}
     with matplotlib.rc_context(style):
-        for name, (there, make) in _PICTURES.items():
-            if not there(report):
-                continue
-            figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-            make(figure, report)
-            buffer = io.BytesIO()
-            options = {"dpi": 144, "facecolor": "white"} if kind == "png" else {"transparent": True}
-            figure.savefig(buffer, format=kind, metadata=None if kind == "png" else {"Date": None}, **options)
-            pictures[name] = buffer.getvalue()
+        for prefix in report.prefixes():
+            for name, make in _PICTURES.items():
+                figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+                if make(figure, report, prefix):
+                    pictures[name + _suffix(prefix)] = _as_file(figure, kind)
+        figure = Figure(layout="constrained")
+        if _probes(figure, report):
+            pictures["probes"] = _as_file(figure, kind)
     return pictures
 
 
-def _reliability(figure: Any, report: Findings) -> None:
+def _suffix(prefix: str) -> str:
+    """The name of a data set as part of a file's name."""
+    return f"_{re.sub('[^A-Za-z0-9.-]+', '-', prefix[:-1])}" if prefix else ""
+
+
+def _title(what: str, prefix: str) -> str:
+    return f"{what}: {prefix[:-1]}" if prefix else what
+
+
+def _as_file(figure: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    options = {"dpi": 144, "facecolor": "white"} if kind == "png" else {"transparent": True}
+    figure.savefig(buffer, format=kind, metadata=None if kind == "png" else {"Date": None}, **options)
+    return buffer.getvalue()
+
+
+def _reliability(figure: Any, report: Findings, prefix: str) -> bool:
+    points = report.curves.get(f"{prefix}reliability", [])
+    if len(points) < 2:
+        return False
     axes = figure.subplots()
-    points = report.curves["reliability"]
     x, y = ([point[name] for point in points] for name in ("confidence", "right"))
     sizes = np.array([point["size"] for point in points])
-    low = min(0.5, *x) if min(x) >= 0.5 else 0.0
+    low = 0.5 if min(x) >= 0.5 else 0.0
     axes.plot([low, 1], [low, 1], color=GREY, linestyle=":", label="perfectly calibrated")
     axes.plot(x, y, color=BLUE)
     axes.scatter(x, y, s=12 + 120 * sizes / sizes.max(), color=BLUE, label="this model (area: rows)")
-    axes.set(xlabel="confidence", ylabel="share that is right", title="Calibration", xlim=(low, 1.02), ylim=(0, 1.05))
+    title = _title("Calibration", prefix)
+    axes.set(xlabel="confidence", ylabel="share that is right", title=title, xlim=(low, 1.02), ylim=(0, 1.05))
     axes.legend(loc="lower right")
+    return True
 
 
-def _scores(figure: Any, report: Findings) -> None:
+def _scores(figure: Any, report: Findings, prefix: str) -> bool:
+    found = {
+        key.removeprefix(prefix): np.asarray(scores)
+        for key, scores in sorted(report.histogram.items())
+        if key.startswith(prefix)
+    }
+    if not any(len(scores) > 1 for scores in found.values()):
+        return False
     axes = figure.subplots()
-    values = np.concatenate([np.asarray(scores) for scores in report.histogram.values()])
-    edges = np.linspace(*np.quantile(values, [0.001, 0.999]), 41) if np.ptp(values) else 10
-    good = {"chosen", "right"}
-    for name, scores in sorted(report.histogram.items()):
-        colour = GREEN if name in good else ORANGE if len(report.histogram) > 1 else BLUE
+    values = np.concatenate(list(found.values()))
+    low, high = np.quantile(values, [0.001, 0.999])
+    edges = np.linspace(low, high, 41) if high > low else 10
+    for name, scores in found.items():
+        colour = GREEN if name in ("chosen", "right") else ORANGE if len(found) > 1 else BLUE
         axes.hist(scores, bins=edges, alpha=0.55, color=colour, label=f"{name} ({len(scores)})")
-    axes.set(xlabel="score", ylabel="completions", title="Scores")
+    axes.set(xlabel="score", ylabel="completions", title=_title("Scores", prefix))
     axes.legend()
+    return True
 
 
-def _probes(figure: Any, report: Findings) -> None:
+def _best_of_n(figure: Any, report: Findings, prefix: str) -> bool:
+    points = report.curves.get(f"{prefix}best_of_n", [])
+    if len(points) < 2:
+        return False
+    axes = figure.subplots()
+    n = [point["n"] for point in points]
+    axes.plot(n, [point["oracle"] for point in points], color=GREY, linestyle="--", label="oracle (gold)")
+    axes.plot(n, [point["gold"] for point in points], color=GREEN, marker="o", label="picked by this model (gold)")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(n, [f"{point['n']}\n{point['kl']:.1f}" for point in points])
+    for name, colour in (("best_n", GREEN), ("predicted_n", ORANGE)):
+        found = report.metrics.get(prefix + name, math.nan)
+        if math.isfinite(found):
+            axes.axvline(found, color=colour, linestyle=":", label=f"{name.replace('_', ' ')}: {found:.0f}")
+    other = axes.twinx()
+    other.spines.right.set_visible(True)
+    other.plot(n, [point["proxy"] for point in points], color=BLUE, marker=".", label="picked by this model (score)")
+    other.set_ylabel("score (blue)")
+    axes.set(xlabel="n, and below it the KL from the policy in nats", ylabel="gold reward")
+    axes.set_title(_title("Best of n", prefix))
+    lines = [line for each in (axes, other) for line in each.get_legend_handles_labels()[0]]
+    axes.legend(lines, [line.get_label() for line in lines], fontsize=8)
+    return True
+
+
+def _probes(figure: Any, report: Findings) -> bool:
     probes = [probe for probe in report.probes if probe.interval is not None][::-1]
+    if not probes:
+        return False
     figure.set_size_inches(5.4, 1.2 + 0.28 * len(probes))
     axes = figure.subplots()
     for place, probe in enumerate(probes):
@@ -93,27 +149,11 @@ def _probes(figure: Any, report: Findings) -> None:
     axes.axvline(0, color=GREY, linestyle=":")
     axes.set_yticks(range(len(probes)), [probe.name for probe in probes])
     axes.set(xlabel="change of the score (standard deviations)", title="Bias probes (orange: a bias)")
+    return True
 
 
-def _best_of_n(figure: Any, report: Findings) -> None:
-    axes = figure.subplots()
-    points = report.curves["best_of_n"]
-    n = [point["n"] for point in points]
-    axes.plot(n, [point["oracle"] for point in points], color=GREY, linestyle="--", label="oracle (gold)")
-    axes.plot(n, [point["gold"] for point in points], color=GREEN, marker="o", label="picked by this model (gold)")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(n, n)
-    for name, colour in (("best_n", GREEN), ("predicted_n", ORANGE)):
-        found = [value for key, value in report.metrics.items() if key.split("/")[-1] == name]
-        if found and np.isfinite(found[0]):
-            axes.axvline(found[0], color=colour, linestyle=":", label=f"{name.replace('_', ' ')}: {found[0]:.0f}")
-    axes.set(xlabel="n", ylabel="gold reward", title="Best of n")
-    axes.legend(fontsize=8)
-
-
-_PICTURES: dict[str, tuple[Callable[[Findings], bool], Callable[[Any, Findings], None]]] = {
-    "reliability": (lambda report: len(report.curves.get("reliability", [])) > 1, _reliability),
-    "scores": (lambda report: any(len(scores) > 1 for scores in report.histogram.values()), _scores),
-    "probes": (lambda report: any(probe.interval for probe in report.probes), _probes),
-    "best_of_n": (lambda report: len(report.curves.get("best_of_n", [])) > 1, _best_of_n),
+_PICTURES: dict[str, Callable[[Any, Findings, str], bool]] = {
+    "reliability": _reliability,
+    "scores": _scores,
+    "best_of_n": _best_of_n,
 }

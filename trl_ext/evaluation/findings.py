@@ -40,6 +40,8 @@ class Mistake:
         margin (`float`): how wrong, in units of the score; the lower, the worse.
         prompt (`str`): the prompt as text.
         completions (`list[tuple[str, float, float]]`): text, score and rating of each candidate or step.
+        tokens (`list[list[tuple[str, float]]]`, *optional*):
+            Of each candidate the tokens with their scores, where the model scores tokens.
     """
 
     row: int
@@ -47,6 +49,7 @@ class Mistake:
     margin: float
     prompt: str
     completions: list[tuple[str, float, float]]
+    tokens: list[list[tuple[str, float]]] | None = None
 
 
 @dataclass
@@ -65,8 +68,12 @@ class Findings:
         sizes (`dict[str, int]`): units of each metric.
         probes (`list[ProbeResult]`): the bias probes.
         omitted (`dict[str, int]`): rows that do not count, by reason.
-        curves (`dict[str, list]`): points of the best-of-n curve and of the reliability diagram.
-        histogram (`dict[str, list[float]]`): scores, by what they belong to; at most 2,000 of each.
+        curves (`dict[str, list]`): points of `best_of_n` and `reliability`, of several data sets `<name>/reliability`.
+        histogram (`dict[str, list[float]]`):
+            At most 2,000 scores each of `chosen` and `rejected`, `right` and `wrong`, or `scores`; of several data
+            sets `<name>/chosen`.
+        calibrations (`dict[str, dict]`):
+            By method, what `reward_model.json` can hold as `calibration`; of the first data set that allows one.
         mistakes (`list[Mistake]`): the worst ones first.
         compared (`dict[str, Any]`): name of the second model and, by metric, the paired differences.
         settings (`dict[str, Any]`): data, rows, seed, versions, seconds.
@@ -85,8 +92,17 @@ class Findings:
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     histogram: dict[str, list[float]] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     compared: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def prefixes(self) -> list[str]:
+        """`""` and, where several data sets were evaluated, `"name/"` of each: how the names of their parts begin."""
+        return [f"{name}/" for name in self.settings.get("datasets") or []] or [""]
+
+    def level(self) -> str:
+        """The level of the intervals, e.g. `95 %`."""
+        return f"{100 * self.settings.get('level', 0.95):.4g} %"
 
     def rows(self) -> list[tuple[str, ...]]:
         """The metrics as texts: name, value, interval (or why there is none), detectable effect, units."""

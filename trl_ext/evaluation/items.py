@@ -4,6 +4,7 @@ It knows column names. It knows nothing of models, metrics, or of where rows com
 """
 
 import hashlib
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,7 +79,15 @@ def family_of(columns: Sequence[str]) -> Family:
     )
 
 
-def read_item(row: Mapping[str, Any], index: int, family: Family, cluster_column: str | None = None) -> Item:
+def has_signed_labels(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether steps are labelled -1, 0, 1: then 0 is neutral, while among labels 0 and 1 it is wrong."""
+    labels = (label for row in rows for label in row.get("labels") or [])
+    return any(isinstance(label, (int, float)) and label < 0 for label in labels)
+
+
+def read_item(
+    row: Mapping[str, Any], index: int, family: Family, cluster_column: str | None = None, signed: bool = False
+) -> Item:
     """
     Check one row.
 
@@ -89,6 +98,8 @@ def read_item(row: Mapping[str, Any], index: int, family: Family, cluster_column
         cluster_column (`str`, *optional*):
             The column that tells which rows are not independent. By default `cluster`, `conversation_id` or
             `prompt_id` if there is one, else rows of the same prompt belong together.
+        signed (`bool`, *optional*, defaults to `False`):
+            What [`has_signed_labels`] says of the data set. A row alone cannot tell: its labels may be 0 and 1 only.
 
     Raises:
         [`DataError`]: a column is missing or holds what it must not; names row and column.
@@ -96,6 +107,16 @@ def read_item(row: Mapping[str, Any], index: int, family: Family, cluster_column
     checks = RowChecks(index, "evaluation")
     row = {name: value for name, value in row.items() if value is not None}
     prompt, completions, ratings, used = _READERS[family](row, checks)
+    if family == "stepwise" and "labels" in used:
+        if not signed and any(value < 0 for value in ratings):
+            raise checks.error(
+                "labels",
+                "a label of -1, of which earlier rows have none",
+                "one scale in all rows",
+                "Shuffle the rows, or map neutral steps (0) to 1 and wrong ones (-1) to 0.",
+            )
+        if signed:  # a neutral step is not wrong; a label of None stays unknown
+            ratings = [value if math.isnan(value) else float(value >= 0) for value in ratings]
     if not completions:
         raise checks.error(used[0], "nothing to score", "at least one completion", "Remove the row.")
     columns = {name: value for name, value in row.items() if name not in {*used, "prompt"}}
@@ -140,6 +161,9 @@ def _preference(row: dict[str, Any], checks: RowChecks) -> Parts:
     if prompt is None and _is_chat(chosen) and _is_chat(rejected):
         prompt, chosen, rejected = _common_prompt(chosen, rejected)
     chosen, rejected = _candidates(chosen), _candidates(rejected)
+    for name, candidates in (("chosen", chosen), ("rejected", rejected)):
+        if not candidates:
+            raise checks.error(name, "an empty list", "at least one completion", "Remove the row.")
     return prompt, chosen + rejected, [1.0] * len(chosen) + [0.0] * len(rejected), ["chosen", "rejected"]
 
 
@@ -196,8 +220,6 @@ def _stepwise(row: dict[str, Any], checks: RowChecks) -> Parts:
     steps = _list(row, "completions", checks)
     given = _list(row, "labels", checks)
     labels = checks.number_list([0.0 if label is None else label for label in given], "labels", len(steps))
-    signed = any(label < 0 for label in labels)  # -1, 0, 1: a neutral step is not wrong
-    labels = [float(label >= 0) if signed else label for label in labels]
     known = [nan if label is None else value for label, value in zip(given, labels, strict=True)]
     return row.get("prompt"), steps, known, ["completions", "labels"]
 

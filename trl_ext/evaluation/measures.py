@@ -4,6 +4,7 @@ A `Measure` keeps what its interval needs, so that one place draws all intervals
 knows arrays of numbers, and nothing of models or texts.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class Measure:
         function (`Callable`, *optional*): in place of `values`: from indices of units to the number.
         size (`int`): units, where a `function` is given.
         clusters (`list[Hashable]`): of the units.
+        proportion (`bool`): whether `values` are shares in [0, 1], see [`mean_estimate`].
+        note (`str`, *optional*): stands in place of an interval, for a number that was chosen and not measured.
     """
 
     name: str
@@ -31,11 +34,15 @@ class Measure:
     function: Callable[[np.ndarray], float] | None = None
     size: int = 0
     clusters: Sequence[Hashable] = field(default_factory=list)
+    proportion: bool = True
+    note: str | None = None
 
     def estimate(self, level: float, resamples: int, seed: int) -> Estimate:
         """The number with its interval."""
+        if self.note is not None:
+            return Estimate(float(self.values[0]), None, None, self.size, 0, self.note)
         if self.function is None:
-            return mean_estimate(self.values, self.clusters, level, resamples, seed)
+            return mean_estimate(self.values, self.clusters, level, resamples, seed, self.proportion)
         return function_estimate(self.function, self.size, self.clusters, level, max(200, resamples // 4), seed)
 
 
@@ -70,9 +77,32 @@ class Units:
         """A column as fp64 `(N,)`; all NaN if no unit has it."""
         return np.asarray(self.columns.get(name, [math.nan] * len(self)), dtype=float)
 
-    def mean(self, name: str, key: str | None = None) -> Measure:
+    def mean(self, name: str, proportion: bool = True) -> Measure:
         """The mean of a column as a measure."""
-        return Measure(key or name, values=self.array(name), clusters=self.clusters)
+        return Measure(name, values=self.array(name), clusters=self.clusters, proportion=proportion)
+
+    def drift(self, values: np.ndarray) -> Measure:
+        """
+        `accuracy_drift`: by how much `values` change from the first to the last row of the file, on a straight line.
+
+        Subsets are compared with themselves, since a benchmark's file has one subset after the other.
+        """
+        place = np.asarray(self.rows, dtype=float)
+        place = (place - place.min(initial=0)) / max(1.0, np.ptp(place) if len(place) else 1.0)
+        values = np.array(values, dtype=float)
+        subsets = np.asarray([str(subset) for subset in self.subsets])
+        there = np.isfinite(values)
+        for subset in np.unique(subsets):
+            rows = there & (subsets == subset)
+            place[rows] -= place[rows].mean() if rows.any() else 0.0
+            values[rows] -= values[rows].mean() if rows.any() else 0.0
+        place, values = np.where(there, place, 0.0), np.where(there, values, 0.0)
+
+        def slope(drawn: np.ndarray) -> float:
+            square = float(place[drawn] @ place[drawn])
+            return float(place[drawn] @ values[drawn]) / square if square else math.nan
+
+        return self.computed("accuracy_drift", slope)
 
     def by_subset(self, name: str, key: str) -> list[Measure]:
         """`key/<subset>` for each subset, where there is more than one."""
@@ -88,6 +118,11 @@ class Units:
     def computed(self, key: str, function: Callable[[np.ndarray], float]) -> Measure:
         """A number that is no mean, as a measure."""
         return Measure(key, function=function, size=len(self), clusters=self.clusters)
+
+
+def part(cluster: Hashable, purpose: str = "") -> float:
+    """A number in [0, 1) that a cluster has in every run and for every model: who is fitted on, and who is tested."""
+    return hashlib.sha256(f"{purpose}{cluster}".encode()).digest()[0] / 256
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:

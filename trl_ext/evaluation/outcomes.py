@@ -5,11 +5,14 @@ A unit is a solution. It knows scores and labels. Scores in [0, 1] are read as p
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from trl_ext.evaluation.calibration import Calibrations
 from trl_ext.evaluation.items import Item, text_of
 from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, correlation, reliability, sigmoid
+from trl_ext.scoring.calibration import as_log_odds
 
 
 class Outcomes:
@@ -34,8 +37,20 @@ class Outcomes:
     def probabilities(self) -> np.ndarray:
         """P(right) of every unit, `(N,)`."""
         scores = self.units.array("score")
-        inside = len(scores) and scores.min() >= 0 and scores.max() <= 1
-        return scores if inside else sigmoid(scores)
+        return scores if self._are_probabilities() else sigmoid(scores)
+
+    def _are_probabilities(self) -> bool:
+        scores = self.units.array("score")
+        return bool(len(scores) and scores.min() >= 0 and scores.max() <= 1)
+
+    def calibrations(self) -> dict[str, Any]:
+        """Calibrations of scores by method, fitted on one half of the prompts."""
+        return self._calibrations().found
+
+    def _calibrations(self) -> Calibrations:
+        scores, given = self.units.array("score"), self._are_probabilities()
+        margins = as_log_odds(scores) if given else scores
+        return Calibrations(margins, self.units.array("label"), self.units.clusters, probabilities=given)
 
     def measures(self) -> Iterator[Measure]:
         """Every number of these rows, with what its interval is drawn from."""
@@ -47,9 +62,8 @@ class Outcomes:
         codes = {cluster: code for code, cluster in enumerate(dict.fromkeys(units.clusters))}
         prompts = np.array([codes[cluster] for cluster in units.clusters])
         yield Measure("base_rate", values=labels, clusters=units.clusters)
-        yield Measure(
-            "accuracy", values=((probabilities > 0.5) == (labels > 0.5)).astype(float), clusters=units.clusters
-        )
+        right = ((probabilities > 0.5) == (labels > 0.5)).astype(float)
+        yield Measure("accuracy", values=right, clusters=units.clusters)
         yield units.computed("auc", lambda drawn: auc(scores[drawn], labels[drawn]))
         yield units.computed("length_auc", lambda drawn: auc(lengths[drawn], labels[drawn]))
         wins = within_prompt_wins(scores, labels, prompts)
@@ -61,6 +75,8 @@ class Outcomes:
         yield units.computed("ece", lambda drawn: calibration_error(probabilities[drawn], labels[drawn]))
         yield Measure("brier", values=(probabilities - labels) ** 2, clusters=units.clusters)
         yield units.computed("length_correlation", lambda drawn: correlation(scores[drawn], lengths[drawn]))
+        yield units.drift(right)
+        yield from self._calibrations().measures()
 
     def reliability(self) -> list[dict[str, float]]:
         """Points of the reliability diagram."""

@@ -7,6 +7,8 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from trl_ext.evaluation.figures import draw, matplotlib_is_there
 from trl_ext.evaluation.findings import Findings, Mistake, number
 
@@ -27,14 +29,21 @@ ul.summary { list-style: none; padding: 0; } ul.summary li { margin: .5rem 0; pa
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); }
+th + th { text-align: right; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
-.figures svg { width: 100%; height: auto; }
+figure { margin: 0; } .figures svg { width: 100%; height: auto; }
 details { margin: .5rem 0; padding: .5rem .75rem; background: var(--card); border-radius: .2rem; break-inside: avoid; }
 summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .25rem 0; }
 .candidate { border-left: .3rem solid; padding-left: .5rem; margin: .5rem 0; }
-@media print { details { display: block; } details > * { display: block; } body { font-size: 11px; } }
+.token { border-radius: .15rem; }
+@media print { :root { color-scheme: light; --text: #1c2128; --soft: #5b6470; --line: #d6dae0; --page: #ffffff;
+  --card: #f6f7f9; } details::details-content { content-visibility: visible; height: auto; } body { font-size: 11px; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } .wide { overflow: visible; } table { font-size: 9px; }
+  ul.summary li, .candidate, .token { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
+
+_WORDS = {"good": "Good", "look": "Look", "bad": "Bad"}
 
 # Characters of a completion that are shown; texts of thousands of tokens would hide the rest of the page.
 SHOWN = 1_500
@@ -61,7 +70,8 @@ def _sections(report: Findings) -> Iterator[str]:
     yield '<ul class="summary">'
     for verdict in report.verdicts:
         advice = f'<br><span class="soft">{html.escape(verdict.advice)}</span>' if verdict.advice else ""
-        yield f'<li class="{verdict.level}">{html.escape(verdict.reason)}{advice}</li>'
+        mark = f"<b>{_WORDS[verdict.level]}.</b> "  # not by colour alone
+        yield f'<li class="{verdict.level}">{mark}{html.escape(verdict.reason)}{advice}</li>'
     yield "</ul>"
     if matplotlib_is_there():
         pictures = draw(report, "svg")
@@ -72,6 +82,10 @@ def _sections(report: Findings) -> Iterator[str]:
         install = '<code>pip install "trl-ext[plots]"</code>'
         yield f'<p class="soft">There are no pictures here: install matplotlib with {install}.</p>'
     yield "<h2>Metrics</h2>"
+    yield (
+        f'<p class="soft">Intervals hold {report.level()} of the bootstrap samples of prompts. Detectable: the '
+        "smallest true difference that this sample shows with 80 % power.</p>"
+    )
     yield _table(("metric", "value", "interval", "detectable", "n"), report.rows())
     if report.probes:
         yield "<h2>Bias probes</h2>"
@@ -86,28 +100,55 @@ def _sections(report: Findings) -> Iterator[str]:
         lost = ", ".join(f"{count} {reason}" for reason, count in report.omitted.items())
         yield f"<h2>Rows that do not count</h2><p>{html.escape(lost)}</p>"
     if report.mistakes:
-        yield "<h2>The worst mistakes</h2>"
+        yield f"<h2>The {len(report.mistakes)} worst mistakes</h2>"
+        if any(mistake.tokens for mistake in report.mistakes):
+            yield '<p class="soft">Tokens are green where their score is high, red where it is low.</p>'
         yield from (_mistake(mistake) for mistake in report.mistakes)
 
 
 def _mistake(mistake: Mistake) -> str:
     scores = [score for _, score, _ in mistake.completions]
-    low, high = min(scores), max(scores)
+    low, high = (0.0, 1.0) if mistake.family == "stepwise" else (min(scores), max(scores))
+    tokens = mistake.tokens or [None] * len(scores)
+    ends = _range([score for row in mistake.tokens or [] for _, score in row])
     parts = []
-    for text, score, rating in mistake.completions:
-        share = (score - low) / (high - low) if high > low else 0.5
-        hue = f"hsl({120 * share:.0f} 45% 50%)"
+    for (text, score, rating), own in zip(mistake.completions, tokens, strict=True):
         what = f"score {number(score)}" + ("" if math.isnan(rating) else f", label {number(rating)}")
-        shown = text if len(text) <= SHOWN else text[:SHOWN] + " ..."
+        shown = html.escape(text if len(text) <= SHOWN else text[:SHOWN] + " ...")
+        shown = shown if own is None else _coloured(own, *ends)
         parts.append(
-            f'<div class="candidate" style="border-color: {hue}"><span class="soft">{what}</span>'
-            f"<pre>{html.escape(shown)}</pre></div>"
+            f'<div class="candidate" style="border-color: {_hue(score, low, high)}"><span class="soft">{what}</span>'
+            f"<pre>{shown}</pre></div>"
         )
     prompt = mistake.prompt if len(mistake.prompt) <= SHOWN else "... " + mistake.prompt[-SHOWN:]
     return (
         f"<details><summary>Row {mistake.row}, {mistake.family}, margin {number(mistake.margin)}</summary>"
         f'<pre class="soft">{html.escape(prompt)}</pre>{"".join(parts)}</details>'
     )
+
+
+def _coloured(tokens: Sequence[tuple[str, float]], low: float, high: float) -> str:
+    """Tokens on a background from red to green; the score is in the tooltip."""
+    parts, length = [], 0
+    for text, score in tokens:
+        if length > SHOWN:
+            return "".join(parts) + " ..."
+        colour = f"{_hue(score, low, high)[:-1]} / .35)"
+        parts.append(
+            f'<span class="token" style="background: {colour}" title="{number(score)}">{html.escape(text)}</span>'
+        )
+        length += len(text)
+    return "".join(parts)
+
+
+def _range(scores: Sequence[float]) -> tuple[float, float]:
+    """The ends of the colours: the outer 2 % on either side do not stretch them."""
+    return tuple(np.quantile(scores, [0.02, 0.98]).tolist()) if scores else (0.0, 0.0)
+
+
+def _hue(score: float, low: float, high: float) -> str:
+    share = min(1.0, max(0.0, (score - low) / (high - low))) if high > low else 0.5
+    return f"hsl({120 * share:.0f} 45% 50%)"
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

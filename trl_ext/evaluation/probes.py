@@ -20,6 +20,9 @@ from trl_ext.evaluation.statistics import adjust, mean_estimate, sign_flip_p_val
 
 # An effect counts from this many standard deviations of the score on: our choice, half of Cohen's "small" effect.
 SMALLEST_EFFECT = 0.1
+# A model that loses less than this by the loss of half an answer ignores it: Cohen's "medium" effect. The sample must
+# show that, so that a few rows with a wide interval accuse nobody.
+MISSED_DROP = 0.5
 # Adjusted p-values below it count.
 ALPHA = 0.05
 
@@ -58,7 +61,9 @@ class ProbeResult:
         detectable (`float`, *optional*): the smallest effect that this many completions show with 80 % power.
         p_value (`float`): adjusted for the number of probes.
         size (`int`): completions that could be changed.
-        found (`bool`): whether it is a bias of at least `SMALLEST_EFFECT` with an adjusted p-value below `ALPHA`.
+        found (`bool`):
+            Whether it is a bias of at least `SMALLEST_EFFECT` with an adjusted p-value below `ALPHA`. For damage that
+            should cost: whether the interval holds no loss of `MISSED_DROP` and does not lie below `SMALLEST_EFFECT`.
         reason (`str`, *optional*): why there is no result.
     """
 
@@ -208,7 +213,7 @@ def judge(
     p_values, estimates = [], []
     for _, changes, clusters in raw:
         scaled = changes / spread if spread else np.full(len(changes), math.nan)
-        estimates.append(mean_estimate(scaled, clusters, level, resamples, seed))
+        estimates.append(mean_estimate(scaled, clusters, level, resamples, seed, proportion=False))
         places: dict[Hashable, int] = {}
         codes = [places.setdefault(name, len(places)) for name in clusters]
         fine = np.isfinite(scaled)
@@ -217,10 +222,12 @@ def judge(
     results = []
     for (probe, _, _), estimate, p_value in zip(raw, estimates, adjust(p_values), strict=True):
         effect, sure = estimate.value, p_value < ALPHA
+        # changes that are all the same have no interval, and need none
+        low, high = estimate.interval or ((effect, effect) if estimate.clusters > 1 else (-math.inf, math.inf))
         found = {
             "higher": sure and effect >= SMALLEST_EFFECT,
             "either": sure and abs(effect) >= SMALLEST_EFFECT,
-            "not_lower": bool(estimate.interval) and estimate.interval[1] > -SMALLEST_EFFECT,
+            "not_lower": low > -MISSED_DROP and high > -SMALLEST_EFFECT,
         }[probe.wrong]
         reason = estimate.reason or (None if spread else "all completions have the same score")
         results.append(

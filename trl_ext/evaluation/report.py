@@ -12,6 +12,7 @@ from typing import Any
 from trl_ext.evaluation.figures import draw, matplotlib_is_there
 from trl_ext.evaluation.findings import Findings
 from trl_ext.evaluation.page import to_html
+from trl_ext.trainers.common.model_card import CARD_NAME, put_evaluation
 
 
 _MARKS = {"good": "ok", "look": "look", "bad": "bad"}
@@ -56,7 +57,7 @@ class EvaluationReport(Findings):
         """The summary, the metrics and the probes as Markdown, e.g. for a model card."""
         lines = [f"{heading} of {self.model}", ""]
         lines += [f"- **{_MARKS[v.level]}** {v.reason} {v.advice}".rstrip() for v in self.verdicts]
-        lines += ["", "| metric | value | 95 % interval | detectable | n |", "|---|---|---|---|---|"]
+        lines += ["", f"| metric | value | {self.level()} interval | detectable | n |", "|---|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]
         if self.probes:
             lines += ["", "| probe | effect (sd) | interval | p | n | bias |", "|---|---|---|---|---|---|"]
@@ -69,10 +70,30 @@ class EvaluationReport(Findings):
             lines += ["", "Rows that do not count: " + ", ".join(f"{k}: {v}" for k, v in self.omitted.items()) + "."]
         return "\n".join(lines) + "\n"
 
+    def update_model_card(self, folder: str | Path) -> Path:
+        """
+        Put the summary and all numbers into the model card of a checkpoint, in place of an earlier evaluation.
+
+        `push_to_hub` of a trainer writes the card anew and keeps this section.
+
+        Args:
+            folder (`str` or `Path`): the checkpoint; its `README.md` is made where there is none.
+
+        Returns:
+            `Path`: the card.
+
+        Raises:
+            `NotADirectoryError`: there is no such folder.
+        """
+        if not Path(folder).is_dir():
+            raise NotADirectoryError(f"{folder} is no folder; needed: the folder of a saved model, to hold its card.")
+        put_evaluation(folder, self.to_markdown(heading="Results"))
+        return Path(folder, CARD_NAME)
+
     def print(self) -> None:
         """Show the summary, metrics and probes in the terminal."""
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
         console = Console()
         colours = {"good": "green", "look": "yellow", "bad": "red"}
@@ -86,7 +107,7 @@ class EvaluationReport(Findings):
         ]
         for names, rows in zip(tables, (self.rows(), self.probe_rows()), strict=True):
             if rows:
-                table = Table(*names)
+                table = Table(Column(names[0], overflow="fold"), *names[1:])
                 for row in rows:
                     table.add_row(*row)
                 console.print(table)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.spatial.distance import jensenshannon
 
-from trl_ext.evaluation.items import Item, text_of
+from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure, Units
+from trl_ext.evaluation.places import Places
 
 
 # A prompt has no signal if the standard deviation of its scores is below this share of the overall one: our choice.
@@ -51,7 +52,7 @@ class Samples:
 
     def __init__(self):
         self.units = Units()
-        self.words = Words()
+        self._places = Places()
         self._all: list[float] = []
 
     def add(self, item: Item, scores: list[float]) -> float:
@@ -64,11 +65,10 @@ class Samples:
             mean=scores_.mean(),
             std=scores_.std(),
             distinct=len(np.unique(scores_)) / len(scores_),
-            at_best=float((scores_ == scores_.max()).mean()),
+            at_ceiling=((scores_ == scores_.max()).sum() - 1) / (len(scores_) - 1) if len(scores_) > 1 else math.nan,
         )
         self._all += scores_.tolist()
-        for completion in item.completions:
-            self.words.add(text_of(completion))
+        self._places.add(scores_)
         return math.nan
 
     def measures(self) -> Iterator[Measure]:
@@ -78,16 +78,12 @@ class Samples:
             return
         spread = float(np.std(self._all))
         std = units.array("std")
-        yield Measure("reward_mean", values=units.array("mean"), clusters=units.clusters)
-        yield Measure("reward_std_within_prompt", values=std, clusters=units.clusters)
+        yield Measure("reward_mean", values=units.array("mean"), clusters=units.clusters, proportion=False)
+        yield Measure("reward_std_within_prompt", values=std, clusters=units.clusters, proportion=False)
         share = std**2 / spread**2 if spread else np.zeros(len(std))
-        yield Measure("within_prompt_variance_share", values=share, clusters=units.clusters)
+        yield Measure("within_prompt_variance_share", values=share, clusters=units.clusters, proportion=False)
         without = (std <= SIGNAL * spread).astype(float)
         yield Measure("prompts_without_signal", values=without, clusters=units.clusters)
         yield Measure("tied_scores", values=1 - units.array("distinct"), clusters=units.clusters)
-        yield Measure("at_ceiling", values=self._at_ceiling(), clusters=units.clusters)
-
-    def _at_ceiling(self) -> np.ndarray:
-        """Share of each prompt's samples that share the best score, beyond the one that has it, `(N,)`."""
-        counts = self.units.array("at_best")
-        return np.where(counts >= 1.0, 1.0, counts)
+        yield units.mean("at_ceiling")  # of the samples beside the best one, how many share its score
+        yield units.computed("position_correlation", self._places.correlation)

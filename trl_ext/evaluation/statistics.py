@@ -81,6 +81,7 @@ def mean_estimate(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    proportion: bool = True,
 ) -> Estimate:
     """
     The mean of the values that there are, with a percentile bootstrap interval over clusters.
@@ -95,10 +96,13 @@ def mean_estimate(
         level (`float`, *optional*, defaults to `0.95`): in (0, 1).
         resamples (`int`, *optional*, defaults to `2000`): how often clusters are drawn with replacement.
         seed (`int`, *optional*, defaults to `0`): of the draws.
+        proportion (`bool`, *optional*, defaults to `True`):
+            Whether the values are shares in [0, 1]. Only those get the Wilson interval; ten differences that are all 0
+            do not.
 
     Returns:
         `Estimate`: without an interval, and with a reason, where fewer than two clusters have a value or all values
-        are the same number that is neither 0 nor 1.
+        are the same number (of proportions: neither 0 nor 1).
 
     Example:
 
@@ -115,7 +119,7 @@ def mean_estimate(
     if count < 2:
         return Estimate(mean, None, None, len(values), count, "an interval needs at least two independent prompts")
     if np.ptp(values) == 0:
-        if mean in (0.0, 1.0):
+        if proportion and mean in (0.0, 1.0):
             ends = stats.binomtest(round(mean * count), count).proportion_ci(level, method="wilson")
             return Estimate(mean, (float(ends.low), float(ends.high)), None, len(values), count)
         return Estimate(mean, None, None, len(values), count, f"all {len(values)} values are {mean:g}")
@@ -197,7 +201,7 @@ def paired_test(
     if len(first) != len(second):
         raise ValueError(f"found {len(first)} and {len(second)} values; needed: one of each model for every unit.")
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    estimate = mean_estimate(differences, clusters, level, resamples, seed)
+    estimate = mean_estimate(differences, clusters, level, resamples, seed, proportion=False)
     there = np.isfinite(differences)
     codes, count = _codes(clusters, there)
     if count < 2:

@@ -5,14 +5,13 @@ prompts and the F1 is that of the rest. (Public evaluation code chooses it on th
 knows probabilities and labels of steps, and nothing of texts.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from trl_ext.evaluation.items import Item
-from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, reliability
+from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, part, reliability
 from trl_ext.metrics.token import harmonic_mean
 
 
@@ -27,6 +26,7 @@ class Steps:
     def __init__(self):
         self.units = Units()
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []
+        self._known: dict[bool, tuple[np.ndarray, ...]] = {}
 
     def add(self, item: Item, scores: list[float]) -> float:
         """Take one scored row; returns how sure the model is on the wrong side, negative, of its worst step."""
@@ -48,11 +48,12 @@ class Steps:
         units = self.units
         if not len(units):
             return
-        held = np.array([_is_validation(cluster) for cluster in units.clusters])
+        held = np.array([part(cluster) < VALIDATION for cluster in units.clusters])
         tested = np.flatnonzero(~held)
         clusters = [units.clusters[unit] for unit in tested]
         threshold = self.best_threshold(np.flatnonzero(held))
-        yield Measure("threshold", values=[threshold], clusters=[0])
+        note = "chosen on other prompts than those of the F1"
+        yield Measure("threshold", values=[threshold], size=int(held.sum()), note=note)
         first = units.array("first")
         found = self.first_below(threshold)
         hit = (found == first).astype(float)
@@ -69,6 +70,7 @@ class Steps:
             yield Measure(name, values=np.where(side, hit, math.nan)[tested], clusters=clusters)
         yield units.computed("step_auc", lambda drawn: auc(*self.labelled(drawn, until_first=True)))
         yield units.computed("ece", lambda drawn: calibration_error(*self.labelled(drawn)))
+        yield units.drift(np.where(held, math.nan, hit))
         if not units.array("monotone").all():  # PRMBench
             yield units.computed("prm_score", lambda drawn: prm_score(*self.labelled(drawn)))
 
@@ -82,17 +84,29 @@ class Steps:
                 Only steps up to the first wrong one. What follows an error is labelled by convention, and its place
                 alone gives it away.
         """
+        probabilities, labels, starts, sizes = self._flat(until_first)
+        take = sizes[units]
+        rows = np.repeat(starts[units] - np.r_[0, take.cumsum()[:-1]], take) + np.arange(take.sum())
+        return probabilities[rows], labels[rows]
+
+    def _flat(self, until_first: bool) -> tuple[np.ndarray, ...]:
+        """Probabilities and labels of all steps that count, one after the other; start and number of each unit's."""
+        known = self._known.get(until_first)
+        if known is not None and len(known[2]) == len(self._steps):
+            return known
         probabilities, labels = [], []
-        for unit in units:
-            chances, given = self._steps[unit]
+        for chances, given in self._steps:
             use = np.isfinite(given) & np.isfinite(chances)
             wrong = np.flatnonzero(given < 0.5)
             if until_first and len(wrong):
                 use[wrong[0] + 1 :] = False
             probabilities.append(chances[use])
             labels.append(given[use])
+        sizes = np.array([len(given) for given in labels], dtype=int)
         empty = [np.empty(0)]
-        return np.concatenate(probabilities or empty), np.concatenate(labels or empty)
+        flat = (np.concatenate(probabilities or empty), np.concatenate(labels or empty), sizes.cumsum() - sizes, sizes)
+        self._known[until_first] = flat
+        return flat
 
     def first_below(self, threshold: float) -> np.ndarray:
         """Index of the first step with P(correct) < threshold in each solution, `-1` for none, `(N,)`."""
@@ -136,9 +150,3 @@ def prm_score(probabilities: np.ndarray, labels: np.ndarray, threshold: float = 
         whole = (called == side).sum() + (right == side).sum()
         scores.append(2 * both / whole if whole else 0.0)
     return float(np.mean(scores))
-
-
-def _is_validation(cluster: object) -> bool:
-    """The same part of the prompts in every run and for every model."""
-    digest = hashlib.sha256(str(cluster).encode()).digest()
-    return digest[0] / 256 < VALIDATION

@@ -18,12 +18,14 @@ OMITTED_LIMIT = 0.01  # share of rows without a score
 LENGTH_LIMIT = 0.3  # correlation of score and length within pairs: a medium effect after J. Cohen
 SIGNAL_LIMIT = 0.2  # share of prompts whose samples all get the same score
 VARIANCE_LIMIT = 0.1  # share of the score's variance that lies within prompts
+DRIFT_LIMIT = 0.1  # change of the accuracy from the first to the last row
+POSITION_LIMIT = 0.1  # correlation of score and place: a small effect after J. Cohen
 PRECISION_LIMIT = 0.05  # an accuracy whose detectable difference is larger says little
 
 
 def judge_report(report: Findings) -> list[Verdict]:
     """All verdicts on a report, the bad ones first."""
-    verdicts = [verdict for prefix in _prefixes(report) for verdict in _of_prefix(report, prefix)]
+    verdicts = [verdict for prefix in report.prefixes() for verdict in _of_prefix(report, prefix)]
     verdicts += list(_of_probes(report.probes))
     total = report.settings.get("rows", 0)
     lost = sum(report.omitted.values())
@@ -34,12 +36,6 @@ def judge_report(report: Findings) -> list[Verdict]:
         )
     order = {"bad": 0, "look": 1, "good": 2}
     return sorted(verdicts, key=lambda verdict: order[verdict.level])
-
-
-def _prefixes(report: Findings) -> list[str]:
-    """`""` and, where several data sets were evaluated, `"name/"` of each."""
-    names = report.settings.get("datasets")
-    return [f"{name}/" for name in names] if names else [""]
 
 
 def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
@@ -90,8 +86,8 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
             f"than the best n, {metrics.get('best_n', math.nan):.0f}.",
             f"Stay at or below n = {metrics.get('predicted_n', math.nan):.0f} (predicted on other prompts).",
         )
-    if "gain" in intervals:
-        low, high = intervals["gain"]
+    if math.isfinite(metrics.get("gain", math.nan)):
+        low, high = intervals.get("gain", (metrics["gain"], metrics["gain"]))
         if low > 0:
             yield Verdict(
                 "gain", "good", f"Best-of-n gains {metrics['gain']:.3g} gold reward ({low:.3g} to {high:.3g})."
@@ -103,6 +99,7 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
                 f"Best-of-n is not shown to gain anything ({metrics['gain']:.3g}, {low:.3g} to {high:.3g}).",
                 "Do not select with this model.",
             )
+    yield from _of_order(metrics, intervals, where)
     if "f1" in metrics and "step_auc" in intervals and intervals["step_auc"][0] > 0.5:
         yield Verdict(
             "steps",
@@ -116,6 +113,27 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
             "bad",
             f"The AUC over steps is {metrics['step_auc']:.3f}: not shown to differ from chance.",
             "Train longer or on more data, or evaluate on more rows.",
+        )
+
+
+def _of_order(metrics: dict[str, float], intervals: dict[str, tuple[float, float]], where: str) -> Iterator[Verdict]:
+    drift, (low, high) = metrics.get("accuracy_drift", math.nan), intervals.get("accuracy_drift", (0.0, 0.0))
+    if abs(drift) > DRIFT_LIMIT and (low > 0 or high < 0):
+        yield Verdict(
+            "accuracy_drift",
+            "look",
+            f"The accuracy{where} changes by {drift:+.2f} ({low:.2f} to {high:.2f}) from the first row to the last.",
+            "The file is in an order that matters: shuffle before you take its first rows or split it.",
+        )
+    place, (low, high) = metrics.get("position_correlation", math.nan), intervals.get("position_correlation", (0, 0))
+    if abs(place) > POSITION_LIMIT and (low > 0 or high < 0):
+        way = "later" if place > 0 else "earlier"
+        yield Verdict(
+            "position_bias",
+            "look",
+            f"Candidates that stand {way} in a row{where} score higher than their ratings explain (correlation "
+            f"{place:.2f}, {low:.2f} to {high:.2f}).",
+            "The model does not see the place. Look for what comes with it in the texts, length for example.",
         )
 
 
@@ -178,6 +196,18 @@ def _of_accuracy(
 
 
 def _of_probes(probes: Sequence[ProbeResult]) -> Iterator[Verdict]:
+    flags: dict[str, list[ProbeResult]] = {}
+    for probe in probes:
+        if probe.found and probe.flag != "ignores_truncation":
+            flags.setdefault(probe.flag, []).append(probe)
+    for flag, found in flags.items():
+        moves = ", ".join(f"{probe.effect:+.2f} sd when {probe.says}" for probe in found)
+        yield Verdict(
+            flag,
+            "look",
+            f"The score moves by {moves} (p {'=' if len(found) == 1 else '<='} {max(p.p_value for p in found):.2g}).",
+            "A policy will find this: add such completions as rejected ones, or filter for them.",
+        )
     for probe in probes:
         if probe.found and probe.flag == "ignores_truncation":
             yield Verdict(
@@ -185,13 +215,6 @@ def _of_probes(probes: Sequence[ProbeResult]) -> Iterator[Verdict]:
                 "bad",
                 f"Cutting off the second half of a completion changes its score by {probe.effect:+.2f} sd.",
                 "A model that does not miss half an answer has not learnt what an answer is.",
-            )
-        elif probe.found:
-            yield Verdict(
-                probe.flag,
-                "look",
-                f"The score moves by {probe.effect:+.2f} sd (p = {probe.p_value:.2g}) when {probe.says}.",
-                "A policy will find this: add such completions as rejected ones, or filter for them.",
             )
     if probes and not any(probe.found for probe in probes):
         effects = [probe.detectable for probe in probes if probe.detectable is not None]

@@ -77,6 +77,7 @@ class Sidecar:
         pad_is_eos (`bool`): whether the pad token is EOS. Plain transformers then ignores a final EOS, so its scores
             differ from ours.
         normalizer (`dict`, *optional*): `{"mean": float, "std": float}` of the scores on a calibration set.
+        calibration (`dict`, *optional*): from scores to probabilities, see `trl_ext.scoring.calibration`.
         probes (`dict`, *optional*): `{"input_ids": [[int]], "scores": [float]}`, the scores at save time.
         schema_version (`int`): version of this file.
     """
@@ -97,6 +98,7 @@ class Sidecar:
     max_length: int | None = None
     pad_is_eos: bool = False
     normalizer: dict[str, float] | None = None
+    calibration: dict[str, Any] | None = None
     probes: dict[str, list] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION

@@ -20,17 +20,18 @@ from trl_ext.data.segmentation import CharSpan
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.inputs import load_tokenizer, text_tokenizer
 from trl_ext.models.loading import load_reward_model
-from trl_ext.models.sidecar import read_sidecar, set_sidecar
-from trl_ext.scoring.normalizer import mean_and_std
+from trl_ext.scoring.calibration import check_usable
 from trl_ext.scoring.raw_scorer import RawScorer, check_lengths, check_limits
 from trl_ext.scoring.remote import RemoteModel, is_served, read_address
+from trl_ext.scoring.scales import Scales
+from trl_ext.scoring.shaping import relative_to_reference
 from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse, total
 
 
 logger = logging.getLogger(__name__)
 
 
-class RewardScorer:
+class RewardScorer(Scales):
     """
     Scores completions with a reward model. It is a TRL reward function: `reward_funcs=[scorer]`.
 
@@ -96,6 +97,11 @@ class RewardScorer:
             The scorer's name in messages and in the metrics of `GRPOTrainer` and `RLOOTrainer`
             (`rewards/<name>/mean`). Defaults to `"RewardScorer"`, as TRL names a callable object by its class. Give
             each of several scorers a different name.
+        calibrated (`bool`, *optional*, defaults to `False`):
+            Give scores as calibrated log-odds, by the calibration stored with the model (see `fit_calibration`).
+        reference (`str` or `float`, *optional*):
+            Give `sigmoid(score - reference score)` in place of the score: a column that holds a reference completion
+            (or several) of each row, or one fixed score. See https://huggingface.co/papers/2502.18770.
         base_model (`str` or `Path`, *optional*):
             Where the base of an adapter is now, if it moved. It must hold the same weights; the probes check this.
         model (`str`, *optional*):
@@ -108,6 +114,7 @@ class RewardScorer:
         processing_class (`PreTrainedTokenizerBase`): the tokenizer.
         choices (`dict`): the values of `max_length`, `aggregation` and `segmenter` that were passed.
         normalizer (`dict` or `None`): `{"mean", "std"}`, used to normalise scores.
+        calibration (`dict` or `None`): what `fit_calibration` found; applied where `calibrated` is true.
         num_truncated (`int`): rows cut to `max_length` so far.
         num_unseen (`int`):
             Rows so far with text of the completion that the model does not see, because the chat template leaves it
@@ -141,6 +148,8 @@ class RewardScorer:
         segmenter: Segmenter | None = None,
         base_model: str | Path | None = None,
         model: str | None = None,
+        calibrated: bool = False,
+        reference: str | float | None = None,
     ):
         self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
         check_limits(batch_size, max_length)  # before a model is loaded
@@ -167,6 +176,10 @@ class RewardScorer:
             name=self.__name__,
         )
         self.normalizer = None if self.raw.sidecar is None else self.raw.sidecar.normalizer
+        self.calibration = None if self.raw.sidecar is None else self.raw.sidecar.calibration
+        self.calibrated, self.reference = calibrated, reference
+        if calibrated:
+            check_usable(self.calibration, self.normalizer, self.__name__)
 
     @property
     def kind(self) -> str:
@@ -206,34 +219,10 @@ class RewardScorer:
             [`DataError`]: a row cannot be read or tokenized, or its score is not finite. It names the row index.
             `ValueError`: `prompts`, `completions` and columns have different lengths.
         """
-        return self._normalized(self.raw.scores(prompts, completions, columns))
-
-    def fit_normalizer(
-        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
-    ) -> dict[str, float]:
-        """
-        Fit a normaliser, so that the scores of these rows get mean 0 and (population) standard deviation 1.
-
-        Rankings do not change. If the scorer was made from a local folder with a `reward_model.json`, the normaliser
-        is written there, and every scorer that is made from the folder later applies it. Else only this object has it.
-        It replaces an existing normaliser. Arguments as in a call.
-
-        Returns:
-            `dict[str, float]`: `mean` and `std` of the raw scores.
-
-        Raises:
-            `ValueError`: fewer than two rows have a score, or all scores are equal.
-        """
-        self.normalizer = mean_and_std(self.raw.scores(prompts, completions, columns))
-        sidecar = None if self.folder is None else read_sidecar(self.folder)
-        if sidecar is None:
-            logger.info(f"{self.__name__}: the normaliser is not saved, because there is no local reward_model.json.")
-        else:
-            sidecar.normalizer = dict(self.normalizer)
-            sidecar.save(self.folder)
-            if not isinstance(self.model, RemoteModel):
-                set_sidecar(self.model, sidecar)
-        return dict(self.normalizer)
+        scores = self._scaled(prompts, completions, columns)
+        if self.reference is None:
+            return scores
+        return relative_to_reference(self._scaled, scores, prompts, columns, self.reference)
 
     # --------------------------------------------------------------------------------------------- token-level models
     def score_tokens(
@@ -372,12 +361,6 @@ class RewardScorer:
         """
         refuse("combine", self.raw.kind, self.__name__)
         return self._normalized([self.raw.views.combine(own) for own in scores])
-
-    def _normalized(self, scores: list[float | None]) -> list[float | None]:
-        if self.normalizer is None:
-            return scores
-        mean, std = self.normalizer["mean"], self.normalizer["std"]
-        return [None if score is None else (score - mean) / std for score in scores]
 
 
 def _spans_of_pieces(pieces: Sequence[str], rewards: Sequence[float]) -> list[tuple[int, int, float]]:

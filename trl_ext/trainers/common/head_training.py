@@ -157,6 +157,9 @@ class HeadTraining:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation. It restores the model's mode afterwards, because `log` reads it."""
+        for callback in self.callback_handler.callbacks:
+            # EvaluationCallback logs through its trainer; it belongs to a layer above and cannot be imported here
+            getattr(callback, "follow", lambda trainer: None)(self)
         open_run(self)
         training = self.model.training
         try:
