@@ -276,7 +276,7 @@ def test_evaluation_table_and_predictions_equal_padded_rows(kind, base, tmp_path
         assert json.loads(values) == pytest.approx(json.loads(other_values), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind, peft", [("reward", None), ("reward", lora), ("orm", None)], ids=["full", "lora", "orm"])
+@pytest.mark.parametrize("kind, peft", [("reward", None), ("reward", lora), ("orm", None)], ids=["all", "lora", "orm"])
 def test_what_is_saved_does_not_know_of_it(kind, peft, base, tmp_path, passes):
     """The model has its attention between steps, and the files are those of a run on padded rows."""
     seen = []
