@@ -1,14 +1,16 @@
 """`EvaluationCallback` in a real `RewardTrainer` on a tiny model, alone and in two processes."""
 
+import os
 from pathlib import Path
 
 import pytest
 import trl
+from accelerate.utils import gather_object
 from datasets import Dataset
 
-from tests.evaluation import callback_program
+from tests.program import TORCHRUN, run_program
 from tests.tiny import pair_rows, save_tiny_model
-from tests.trainers.helpers import config, run_in_two_processes, torchrun, trainer_for
+from tests.trainers.helpers import config, history, trainer_for
 from trl_ext import EvaluationCallback, evaluate_reward_model
 from trl_ext.scoring import RewardScorer
 
@@ -105,9 +107,33 @@ def test_a_card_written_anew_keeps_its_evaluation(base, tmp_path):
     assert card.count("Results of") == 1
 
 
+NAME = "eval_probe_pair_accuracy"
+
+
+def train(folder, base):
+    """What a training in this process, or in this and another one, logs and picks."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = config(
+        folder,
+        per_device_train_batch_size=4 // processes,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model=NAME,
+        max_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    callback = EvaluationCallback(pair_rows(16, seed=1), metrics=["pair_accuracy"], resamples=20)
+    data = Dataset.from_list(pair_rows(4, seed=2))
+    trainer = trainer_for(Path(base), args, pair_rows(8), eval_dataset=data, callbacks=[callback])
+    trainer.train()
+    told = {"processes": processes, "history": history(trainer, NAME), "best": trainer.state.best_metric}
+    return told | {"ranks": gather_object([history(trainer, NAME)])}
+
+
 def test_two_processes_agree_and_do_not_wait_for_each_other(base, tmp_path):
-    one = callback_program.main(base, tmp_path / "one")
-    two = run_in_two_processes(torchrun("tests.evaluation.callback_program", base, tmp_path / "two"), timeout=180)
+    one = train(tmp_path / "one", base)
+    two = run_program(train, tmp_path / "two", base, launcher=TORCHRUN, timeout=180)
     assert two["processes"] == 2
     assert two["best"] == max(two["history"])
     assert two["ranks"][0] == two["ranks"][1] == two["history"]
