@@ -1,5 +1,7 @@
 """On a CUDA device, with tiny models: NF4 checkpoints reload, the head is exact under autocast, batches are halved."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -76,3 +78,31 @@ def test_a_batch_that_does_not_fit_is_halved(trained):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert scores[:4] == pytest.approx(expected, abs=2e-2)
+
+
+def test_two_streams_of_stages_give_their_memory_back(trained, tmp_path):
+    from datasets import Dataset
+
+    from trl_ext import rejection_sample
+
+    policy = str(save_tiny_model(tmp_path / "policy", "llama"))
+    prompts = Dataset.from_list([{"prompt": text} for text in ("one", "two", "three", "four")])
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+
+    def stream(number):
+        folder = tmp_path / f"samples_{number}"
+        return rejection_sample(
+            policy,
+            [trained[1]],
+            prompts,
+            output_dir=folder,
+            num_generations=2,
+            max_completion_length=8,
+            isolate="always",
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(stream, range(2)))
+    assert all(len(rows) == len(prompts) for rows in results)
+    assert free - torch.cuda.mem_get_info()[0] <= 500 * 2**20
