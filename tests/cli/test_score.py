@@ -176,7 +176,7 @@ def test_nothing_is_loaded_when_nothing_is_left(model, finished, tmp_path, monke
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.setattr("trl_ext.RewardScorer", None)
     assert run(model, tmp_path / "copy" / "rows.jsonl", tmp_path / "copy" / "out.jsonl") == 0
-    assert "Scored 0 rows after" in capsys.readouterr().err
+    assert "Scored 0 rows; 23 rows already had scores" in capsys.readouterr().err
 
 
 def test_rows_added_to_the_input_are_scored(model, finished, tmp_path):

@@ -148,7 +148,7 @@ def test_rows_beyond_the_models_positions_are_dropped_and_counted(tmp_path, fami
 def test_the_scorer_cuts_at_the_models_positions_at_the_latest(tmp_path):
     train(tiny_base(tmp_path / "base", "gpt2"), tmp_path / "model")
     long = [" good" * 700]
-    with pytest.raises(DataError, match="row 0.*at most 512, the number of .* positions. Pass max_length=512"):
+    with pytest.raises(DataError, match="row 0.*at most 512, which is all that the model .*Pass max_length=512"):
         RewardScorer(tmp_path / "model")(None, long)
     scorer = RewardScorer(tmp_path / "model", max_length=1024)
     assert scorer(None, long) == RewardScorer(tmp_path / "model", max_length=512)(None, long)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import trl
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
@@ -224,7 +225,11 @@ def _is_adapter(path: str) -> bool:
     """Whether a folder or Hub repository holds an adapter."""
     if Path(path).is_dir():
         return Path(path, "adapter_config.json").is_file()
-    return not Path(path).is_absolute() and find_adapter_config_file(path) is not None
+    try:
+        validate_repo_id(path)
+    except HFValidationError:  # a folder that does not exist; loading it says so
+        return False
+    return find_adapter_config_file(path) is not None
 
 
 def _is_language_adapter(path: str) -> bool:
