@@ -143,12 +143,12 @@ def test_one_quantized_base(quantization, tmp_path):
         # int8 chooses its scales by the rows of the batch
         assert (scores_of(model)[0] - together[member]).abs().max() < (1e-5 if quantization.load_in_4bit else 3e-2)
     model.use_rows()
-    assert all(p.dtype == torch.float32 for p in model.member_parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 def test_memory_is_one_base_and_the_adapters(llama):
     """Nothing of the base is there twice."""
-    trained = sum(p.numel() for p in llama.member_parameters())
+    trained = sum(p.numel() for p in llama.parameters() if p.requires_grad)
     single, _ = build_reward_model(llama.config.name_or_path)
     own_head = single.score.weight.numel()
     assert (
