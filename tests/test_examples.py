@@ -234,12 +234,12 @@ def test_weak_to_strong_example_reports_four_experiments(monkeypatch, capsys):
     found = tables(["", *run(EXAMPLES / "weak_to_strong.py", monkeypatch, capsys)])
     assert len(found) == 4
     for _, row in found:
-        assert all(0 <= float(cell) <= 1 for cell in row[2:5]) and row[-1] == "1"
+        assert all(0 <= float(cell.split()[0]) <= 1 for cell in row[2:5]) and row[-1] == "1"
 
 
 def test_selection_study_keeps_and_trains(monkeypatch, capsys):
     (table,) = tables(["", *run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "selection")])
     assert [row[0] for row in table] == ["kept", "25%", "50%", "70%", "100%"]
     assert all(0 <= float(cell) <= 1 for row in table[1:] for cell in row[1:])
-    with pytest.raises(SystemExit, match="has no legs"):
+    with pytest.raises(SystemExit, match="has no runs"):
         run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "cascade", "--output_dir", "nowhere")

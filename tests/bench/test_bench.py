@@ -95,7 +95,7 @@ def test_score_measures_four_sides(tmp_path, capsys):
         report["sides"]["tokens"]["cpu_seconds"] / report["sides"]["sorted"]["cpu_seconds"]
     )
     printed = capsys.readouterr().out
-    assert "shared prompts" in printed and f"{report['token_cost']:.2f} of the CPU time" in printed
+    assert "shared prompts" in printed and f"{report['token_cost']:.2f} times the CPU time" in printed
 
 
 def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_another_reducer_and_its_options(ensemble, source, tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new.jsonl").exists()
     assert run(ensemble / "member-0", source, tmp_path / "new.jsonl", "--reduce", "min") == 1
-    assert "Leave --reduce out" in capsys.readouterr().err
+    assert "Leave out --reduce" in capsys.readouterr().err
 
 
 def test_another_member_is_another_model(ensemble, source, tmp_path, capsys):

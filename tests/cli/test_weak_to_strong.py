@@ -83,7 +83,7 @@ def test_a_config_that_is_no_mapping_is_said_in_a_line(command, text, words, tmp
     [
         (["--model_name_or_path", "v1"], "name one model, but this command needs two"),
         (["--model_revision", "v1"], "name one model, but this command needs two"),
-        (["--dataset_streaming"], "split by their prompts"),
+        (["--dataset_streaming"], "splitting the rows by prompt needs all rows"),
     ],
 )
 def test_flags_without_a_meaning_here_are_refused(flag, message, capsys):

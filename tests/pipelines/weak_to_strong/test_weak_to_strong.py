@@ -289,7 +289,7 @@ def test_texts_that_were_cut_or_are_empty_are_left_out_and_counted(models, tmp_p
     assert report.pairs[0].by_seed[0]["left_out"] == counted
     saved = json.loads((folder / "report.json").read_text())
     assert saved["pairs"][0]["by_seed"][0]["left_out"] == counted
-    assert f"{counted['cut']} that were cut" in report.markdown()
+    assert f"learn from {counted['cut']} of {len(labels)} weak texts" in report.markdown()
 
     rows = [{"prompt": str(n), "completion": "gold"} for n in range(4)]
     judged = [Judgement(0.0, "whole"), Judgement(0.0, "cu", finished=False), Judgement(0.0, ""), Judgement(0.0, "too")]

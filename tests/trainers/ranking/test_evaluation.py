@@ -187,7 +187,7 @@ def test_dropped_rows_are_said_once_and_logged_once(base, tmp_path, caplog):
         trainer = trainer_for(base, args, rows, eval_dataset=Dataset.from_list(rows[:8]))
         trainer.train()
         trainer.evaluate()
-    said = [record.message for record in caplog.records if "rows kept" in record.message]
+    said = [record.message for record in caplog.records if record.name == "trl_ext.data.report"]
     assert len(said) == 2
     assert "train data: 24 of 32 rows kept; 8 dropped: longer than max_length=48" in said[0]
     assert "eval data: 6 of 8 rows kept" in said[1]

@@ -64,7 +64,7 @@ def test_it_changes_the_training(base, tmp_path):
 def test_what_cannot_be_smoothed_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1.*'plackett_luce' takes no probability"):
         trainer_for(base, config(tmp_path, loss_type="plackett_luce", label_smoothing_factor=0.1), ranked_rows(4))
-    with pytest.raises(ValueError, match="0 to below 0.5"):
+    with pytest.raises(ValueError, match="at least 0 and below 0.5"):
         trainer_for(base, config(tmp_path, label_smoothing_factor=0.5))
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1.*'mse' does not learn probabilities"):
         tiny_trainer("segment", base, tmp_path, label_smoothing_factor=0.1)
