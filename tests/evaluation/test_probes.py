@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from trl_ext.evaluation.findings import Findings
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.probes import ALPHA, PROBES, SMALLEST_EFFECT, changed, eos_probe, judge, run_probes
-from trl_ext.evaluation.verdicts import judge_report
+from trl_ext.evaluation.report.findings import Findings
+from trl_ext.evaluation.report.verdicts import judge_report
 
 
 def items(number=60):

@@ -18,14 +18,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_ext.data.mapping import plain_rows
+from trl_ext.evaluation.families.samples import Samples, Words
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure
 from trl_ext.evaluation.probes import PROBES, ProbeResult, eos_probe, run_probes
-from trl_ext.evaluation.report import EvaluationReport
+from trl_ext.evaluation.report.evaluation_report import EvaluationReport
+from trl_ext.evaluation.report.verdicts import judge_report
 from trl_ext.evaluation.run import WORST, Reservoir, Rows, Run, call
-from trl_ext.evaluation.samples import Samples, Words
 from trl_ext.evaluation.statistics import function_estimate, paired_test
-from trl_ext.evaluation.verdicts import judge_report
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.remote import files_of
 

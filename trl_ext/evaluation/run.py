@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from trl_ext.data.validation import DataError
-from trl_ext.evaluation.best_of_n import BestOfN
-from trl_ext.evaluation.comparisons import Comparisons
-from trl_ext.evaluation.findings import Mistake
+from trl_ext.evaluation.families.best_of_n import BestOfN
+from trl_ext.evaluation.families.comparisons import Comparisons
+from trl_ext.evaluation.families.outcomes import Outcomes
+from trl_ext.evaluation.families.samples import Samples, Words
+from trl_ext.evaluation.families.steps import Steps
 from trl_ext.evaluation.items import Family, Item, family_of, has_signed_labels, read_item, text_of
-from trl_ext.evaluation.outcomes import Outcomes
-from trl_ext.evaluation.report import EvaluationReport
-from trl_ext.evaluation.samples import Samples, Words
-from trl_ext.evaluation.steps import Steps
+from trl_ext.evaluation.report.evaluation_report import EvaluationReport
+from trl_ext.evaluation.report.findings import Mistake
 
 
 Rows = Iterable[Mapping[str, Any]]
@@ -52,7 +52,8 @@ class Run:
         model, other (`Callable`): reward functions, the second for a comparison.
         report ([`EvaluationReport`]): gets mistakes, curves, histograms and omitted rows.
         drawn ([`Reservoir`], *optional*): gets rows for the probes.
-        words ([`~trl_ext.evaluation.samples.Words`], *optional*): gets the texts, where data sets are compared.
+        words ([`~trl_ext.evaluation.families.samples.Words`], *optional*):
+            Gets the texts, where data sets are compared.
     """
 
     def __init__(

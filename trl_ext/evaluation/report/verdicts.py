@@ -7,8 +7,8 @@ cannot show is not said. It knows the names of metrics, and nothing of how they 
 import math
 from collections.abc import Iterator, Sequence
 
-from trl_ext.evaluation.findings import Findings, Verdict
 from trl_ext.evaluation.probes import ProbeResult
+from trl_ext.evaluation.report.findings import Findings, Verdict
 
 
 # Our choices; each is stated in the guide beside the metric.

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_ext.evaluation.figures import draw, matplotlib_is_there
-from trl_ext.evaluation.findings import Findings
-from trl_ext.evaluation.page import to_html
+from trl_ext.evaluation.report.figures import draw, matplotlib_is_there
+from trl_ext.evaluation.report.findings import Findings
+from trl_ext.evaluation.report.page import to_html
 from trl_ext.trainers.common.model_card import CARD_NAME, put_evaluation
 
 
@@ -21,7 +21,7 @@ _MARKS = {"good": "ok", "look": "look", "bad": "bad"}
 @dataclass
 class EvaluationReport(Findings):
     """
-    What an evaluation found; see [`~trl_ext.evaluation.findings.Findings`] for its fields.
+    What an evaluation found; see [`~trl_ext.evaluation.report.findings.Findings`] for its fields.
 
     `metrics`, `intervals` and `flags` are the three that programs read; everything is in `evaluation.json` too.
     """

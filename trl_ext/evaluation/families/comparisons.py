@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_ext.evaluation.benchmarks import (
+from trl_ext.evaluation.families.benchmarks import (
     REWARDBENCH_2,
     is_rewardbench,
     rewardbench_sections,
@@ -19,10 +19,10 @@ from trl_ext.evaluation.benchmarks import (
     tie_margins,
     ties_score,
 )
-from trl_ext.evaluation.calibration import Calibrations
+from trl_ext.evaluation.families.calibration import Calibrations
+from trl_ext.evaluation.families.places import Places
 from trl_ext.evaluation.items import Item, text_of
 from trl_ext.evaluation.measures import Measure, Units, calibration_error, correlation, reliability, sigmoid
-from trl_ext.evaluation.places import Places
 from trl_ext.metrics.ranking import kendall_tau, ndcg, pair_accuracy, top1_agreement
 
 

@@ -5,13 +5,15 @@ import math
 import numpy as np
 import pytest
 
+from tests.evaluation.rows import by_text
 from trl_ext.evaluation import evaluate_reward_model
-from trl_ext.evaluation.benchmarks import REWARDBENCH, rewardbench_sections, style_scores, tie_margins, ties_score
-
-
-def by_text(prompts, completions, **columns):
-    """A reward function whose scores stand in the texts."""
-    return [float(text.split()[0]) for text in completions]
+from trl_ext.evaluation.families.benchmarks import (
+    REWARDBENCH,
+    rewardbench_sections,
+    style_scores,
+    tie_margins,
+    ties_score,
+)
 
 
 def evaluate(rows, **kwargs):

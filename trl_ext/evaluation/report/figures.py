@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trl_ext.evaluation.findings import Findings
+from trl_ext.evaluation.report.findings import Findings
 
 
 GREY = "#808590"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.evaluation.calibration import Calibrations
+from trl_ext.evaluation.families.calibration import Calibrations
 from trl_ext.evaluation.items import Item, text_of
 from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, correlation, reliability, sigmoid
 from trl_ext.scoring.calibration import as_log_odds

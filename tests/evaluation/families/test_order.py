@@ -5,12 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from tests.evaluation.rows import by_text
 from trl_ext.evaluation import evaluate_reward_model
-from trl_ext.evaluation.places import Places
-
-
-def by_text(prompts, completions, **columns):
-    return [float(text.split()[0]) for text in completions]
+from trl_ext.evaluation.families.places import Places
 
 
 def groups(push, seed=0, number=150, size=5):

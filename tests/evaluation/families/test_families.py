@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.evaluation.rows import by_text
 from trl_ext.evaluation import evaluate_reward_model
-from trl_ext.evaluation.best_of_n import best_of_each, predicted_n
-from trl_ext.evaluation.comparisons import length_controlled_accuracy
+from trl_ext.evaluation.families.best_of_n import best_of_each, predicted_n
+from trl_ext.evaluation.families.comparisons import length_controlled_accuracy
 from trl_ext.evaluation.measures import auc, calibration_error
 from trl_ext.metrics.voting import best_of_k
-
-
-def by_text(prompts, completions, **columns):
-    return [float(text.split()[0]) for text in completions]
 
 
 def evaluate(rows, model=by_text, **kwargs):

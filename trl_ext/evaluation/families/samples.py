@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.spatial.distance import jensenshannon
 
+from trl_ext.evaluation.families.places import Places
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure, Units
-from trl_ext.evaluation.places import Places
 
 
 # A prompt has no signal if the standard deviation of its scores is below this share of the overall one: our choice.

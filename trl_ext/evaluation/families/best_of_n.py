@@ -18,9 +18,9 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import gammaln
 
+from trl_ext.evaluation.families.places import Places
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure, Units, part
-from trl_ext.evaluation.places import Places
 from trl_ext.metrics.voting import kl_bound
 
 

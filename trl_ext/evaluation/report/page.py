@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trl_ext.evaluation.figures import draw, matplotlib_is_there
-from trl_ext.evaluation.findings import Findings, Mistake, number
+from trl_ext.evaluation.report.figures import draw, matplotlib_is_there
+from trl_ext.evaluation.report.findings import Findings, Mistake, number
 
 
 _STYLE = """
