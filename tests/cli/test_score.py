@@ -296,3 +296,41 @@ def test_no_model_and_no_input(model, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
     assert run(model, tmp_path / "none.jsonl", tmp_path / "out.jsonl") == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_parts_are_merged_in_order_and_checked(model, rows, tmp_path, small_chunks, capsys):
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in rows[:10]) + "\n\n")
+    whole, merged, outputs = tmp_path / "whole.jsonl", tmp_path / "merged.jsonl", []
+    assert run(model, source, whole) == 0
+    for number in (1, 2, 3):
+        outputs.append(str(tmp_path / f"part-{number}.jsonl"))
+        assert run(model, source, outputs[-1], "--shard", f"{number}/3") == 0
+    assert [len(read(path)) for path in outputs] == [3, 3, 4]
+    kept = Path(outputs[1]).read_bytes()
+
+    def refused(*parts, text, flags=()):
+        capsys.readouterr()
+        assert run(model, source, merged, "--shards_from", *parts, *flags) == 1
+        assert text in capsys.readouterr().err and not merged.exists()
+
+    refused(*outputs[:2], text="Part 3/3 is missing")
+    refused(*outputs, outputs[0], text="are both part 1/3")
+    refused(*outputs, text="other settings (max_length=None, now 50)", flags=("--max_length", "50"))
+    refused(*outputs, str(whole), text="was made without --shard")
+    refused(*outputs[:2], str(tmp_path / "nowhere"), text="is not there")
+    lines = kept.splitlines(keepends=True)
+    Path(outputs[1]).write_bytes(b"".join(lines[:2]))
+    refused(*outputs, text="(part 2/3) holds 2 of 3 rows. Run its command again")
+    Path(outputs[1]).write_bytes(b"".join([lines[1], lines[0], lines[2]]))
+    refused(*outputs, text="made from another row")
+    Path(outputs[1]).write_bytes(b"".join(lines[:1]))
+    assert run(model, source, outputs[1], "--shard", "2/3") == 0 and len(read(outputs[1])) == 3  # it goes on
+    assert run(model, source, outputs[1], "--shard", "3/3") == 1  # another part has another output
+    for _ in range(2):  # a second merge finds nothing to do
+        assert run(model, source, merged, "--shards_from", *reversed(outputs)) == 0
+        for one, other in zip(read(merged), read(whole), strict=True):
+            assert numbers(one) == pytest.approx(numbers(other), abs=1e-5)
+            assert one.keys() == other.keys()
+    assert run(model, source, merged) == 0  # and it is an output of the command
+    assert "10 rows already had scores" in capsys.readouterr().err

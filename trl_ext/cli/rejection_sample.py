@@ -1,7 +1,7 @@
 """`trl-ext rejection-sample`: generate completions, score them, and keep the best. A rerun resumes.
 
-This module maps flags to the arguments of [`~trl_ext.rejection_sample`]; `--stage` runs one stage alone. The command
-prints a JSON report with the path of the selected rows.
+This module maps flags to the arguments of [`~trl_ext.rejection_sample`]; `--stage` runs one stage alone, and `--shard`
+one part of the prompts. The command prints a JSON report with the path of the selected rows.
 """
 
 import json
@@ -18,6 +18,7 @@ from trl_ext.cli._generation import (
     server_kwargs,
 )
 from trl_ext.cli._options import command_parser, parse
+from trl_ext.pipelines.stages.parts import Part
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,20 @@ class RejectionSampleArguments(GenerationArguments):
     stage: Literal["all", "generate", "score", "select"] = field(
         default="all", metadata=described("run one stage alone; it needs the results of the stages before it")
     )
+    shard: str | None = field(
+        default=None,
+        metadata=described(
+            "i/n: make the i-th of n parts, for n machines with the same arguments; they share output_dir, or each "
+            "has its own and --shards_from merges them. Nothing is selected"
+        ),
+    )
+    shards_from: list[str] | None = field(
+        default=None,
+        metadata=described(
+            "the output_dir of every part: copy their completions and scores (with --stage generate only their "
+            "completions), check that none is missing, and go on"
+        ),
+    )
     num_generations: int = field(default=8, metadata=described("completions of each prompt"))
     shard_size: int = field(default=64, metadata=described("prompts that are generated and stored at a time"))
     selection: str = field(
@@ -50,6 +65,10 @@ class RejectionSampleArguments(GenerationArguments):
         self.selection_kwargs = json_object("selection_kwargs", self.selection_kwargs)
         if self.reward_funcs is None and self.stage != "generate":
             raise ValueError(f"--stage {self.stage} needs --reward_funcs.")
+        Part.parse(self.shard)
+        if self.shard is not None and (self.stage == "select" or self.shards_from):
+            other = "--stage select" if self.stage == "select" else "--shards_from"
+            raise ValueError(f"--shard {self.shard} makes one part, and {other} needs all. Leave out --shard.")
 
 
 def make_parser(prog: str | None = "trl-ext rejection-sample") -> "Parser":
@@ -58,7 +77,7 @@ def make_parser(prog: str | None = "trl-ext rejection-sample") -> "Parser":
 
 
 def run(args: RejectionSampleArguments) -> dict[str, Any] | None:
-    """Run the stages of `--stage`. Returns the report of the selection, or `None` if it did not run."""
+    """Run the stages of `--stage`. Returns the report of the selection or of the part, `None` if there is none."""
     from trl_ext.data.sources import load_source, select_split
     from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
     from trl_ext.pipelines.rejection_sampling.selection import check_selection
@@ -79,12 +98,17 @@ def run(args: RejectionSampleArguments) -> dict[str, Any] | None:
         generation_batch_size=args.generation_batch_size,
         model_init_kwargs=model_init_kwargs(args),
         server=server_kwargs(args),
+        shard=args.shard,
         **sampling_kwargs(args),
     )
+    if args.shards_from:
+        sampler.merge(args.shards_from, scores=args.stage != "generate")
     if args.stage in ("all", "generate"):
         sampler.generate()
     if args.stage in ("all", "score"):
         sampler.score()
+    if args.shard is not None:
+        return {"shard": args.shard, "output_dir": args.output_dir}
     if args.stage in ("all", "select"):
         selected = sampler.select(args.selection, args.selection_kwargs, args.drop_truncated)
         return selected.report | {"path": str(selected.path)}

@@ -20,13 +20,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from trl_ext.cli._options import command_parser, parse
 from trl_ext.cli.score_arguments import ScoreArguments
 from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
+from trl_ext.pipelines.stages.parts import Part
 from trl_ext.pipelines.stages.row_file import RowFile, line_of
+from trl_ext.pipelines.stages.row_parts import merge_rows
 
 
 if TYPE_CHECKING:
@@ -66,9 +69,16 @@ def run(args: ScoreArguments) -> int:
     with ExitStack() as stack:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
         rows = read_rows(source, args.input)
+        total = None if args.input == "-" else count_rows(args.input)
         output = output_file(args) if to_file else None
+        if args.shards_from:
+            merge_rows(output, list(map(Path, args.shards_from)), rows, args.input, total)
+            print(f"Merged {total} rows.", file=sys.stderr)
+            return 0
+        if args.shard is not None:
+            own = Part.parse(args.shard).rows(total)
+            rows, total = islice(rows, own.start, own.stop), len(own)
         done = 0 if output is None else output.resume(rows, args.input)
-        total = None if args.input == "-" else count_lines(args.input)
         scored = truncated = cut_off = 0
         scorer = None
         with tqdm(total=total, initial=done, unit=" rows", desc="Scoring", file=sys.stderr) as bar:
@@ -126,10 +136,10 @@ def chunks(rows: Iterator[tuple[int, Row]], size: int) -> Iterator[list[tuple[in
         yield chunk
 
 
-def count_lines(path: str) -> int:
-    """Number of lines, for the progress bar."""
+def count_rows(path: str) -> int:
+    """Number of lines that are not blank."""
     with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return sum(1 for line in file if line.strip())
 
 
 def output_file(args: ScoreArguments) -> RowFile:
@@ -149,6 +159,8 @@ def output_file(args: ScoreArguments) -> RowFile:
         "completion_column": args.completion_column,
         "steps_column": args.steps_column,
     }
+    if args.shard is not None:
+        manifest["shard"] = str(Part.parse(args.shard))
     return RowFile(Path(args.output), manifest, SCORE_COLUMNS, places={"model": "model_sha256"})
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from trl_ext.cli._generation import json_object
+from trl_ext.pipelines.stages.parts import Part
 
 
 @dataclass
@@ -22,6 +23,20 @@ class ScoreArguments:
             "help": "JSONL file to write: the same rows in the same order, with their scores. If the file exists, "
             "scoring continues after its last row. - for standard output"
         }
+    )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n: score the i-th of n parts of the rows, for n machines with outputs of their own; "
+            "--shards_from merges them"
+        },
+    )
+    shards_from: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "the output of every part: check that none is missing and that all were made with these "
+            "arguments, and write their rows in the order of the input. Nothing is scored"
+        },
     )
     batch_size: str = field(
         default="auto", metadata={"help": "rows in a batch, or auto: as many as a token budget allows"}
@@ -71,6 +86,11 @@ class ScoreArguments:
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
             self.batch_size = int(self.batch_size)
+        Part.parse(self.shard)
+        if self.shard is not None and self.shards_from:
+            raise ValueError(f"--shard {self.shard} makes one part, and --shards_from needs all. Leave out --shard.")
+        if "-" in (self.input, self.output) and (self.shards_from or (self.shard is not None and self.input == "-")):
+            raise ValueError("--shard needs a file as --input, and --shards_from files as --input and --output.")
         self.reduce_kwargs = json_object("reduce_kwargs", self.reduce_kwargs)
         if self.reduce_kwargs and self.reduce is None:
             raise ValueError("--reduce_kwargs needs a reducer. Name one with --reduce.")

@@ -18,6 +18,7 @@ from trl_ext.pipelines.stages.store import (
     count_lines,
     key_of,
     read_lines,
+    staging_of,
     write_lines,
 )
 
@@ -83,7 +84,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
 def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(tmp_path):
     made = store(tmp_path)
     made.write(0, ROWS[:2])
-    os.symlink("/dev/full", made.folder / ".shard-000001.jsonl.0.tmp")  # the kernel says ENOSPC
+    os.symlink("/dev/full", staging_of(made.path(1)))  # the kernel says ENOSPC
     with pytest.raises(StoreError, match=r"shard-000001.*No space left on device.*finished before is kept"):
         made.write(1, ROWS[2:])
     assert made.missing() == [1]

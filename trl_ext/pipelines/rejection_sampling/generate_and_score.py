@@ -28,6 +28,7 @@ from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.rejection_sampling.prompts import PromptFile
 from trl_ext.pipelines.rejection_sampling.scored import text_hash
 from trl_ext.pipelines.reward_functions import RewardFunc, call_reward, is_by_name, load_reward
+from trl_ext.pipelines.stages.parts import Part
 from trl_ext.pipelines.stages.runner import Isolate, StageError, run_job
 from trl_ext.pipelines.stages.store import ShardStore, StoreError
 
@@ -51,9 +52,9 @@ class Workers:
         """Read them from the environment of this process."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _LAUNCHER.items()))
 
-    def own(self, shards: Sequence[int]) -> list[int]:
-        """The shards that this process makes."""
-        return [shard for shard in shards if shard % self.count == self.rank]
+    def own(self, shards: range) -> range:
+        """The shards of these that this process makes."""
+        return shards[self.rank :: self.count]
 
 
 _LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
@@ -191,9 +192,9 @@ def _shard_seed(seed: int, rows: Sequence[dict[str, Any]]) -> int:
     return sample_seed(seed, rows[0]["prompt_id"], -1)
 
 
-def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = True) -> None:
+def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = True, part: Part | None = None) -> None:
     """
-    Make the missing shards of a stage.
+    Make the missing shards of a stage, or of one part of it.
 
     Args:
         stage ([`GenerateStage`] or [`ScoreStage`]): the stage to run.
@@ -201,10 +202,12 @@ def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = T
             Whether the stage runs in a separate process; see [`~trl_ext.pipelines.stages.runner.run_job`].
         wait_for_others (`bool`, *optional*, defaults to `True`): return only when all processes have made their
             shards.
+        part ([`~trl_ext.pipelines.stages.parts.Part`], *optional*): the part that this machine makes.
     """
     workers = Workers.here()
+    shards = (part or Part()).shards(len(stage.store.sizes))
     stage.store.create()
-    missing = workers.own(stage.store.missing())
+    missing = stage.store.missing(workers.own(shards))
     if missing:
         before = _allocated()
         run_job(
@@ -216,7 +219,7 @@ def run_stage(stage: Stage, isolate: Isolate = "auto", wait_for_others: bool = T
         )
         _check_given_back(stage.name, before)
     if wait_for_others and workers.count > 1:
-        stage.store.wait()
+        stage.store.wait(shards)
 
 
 def _make(stage: Stage, shards: list[int], shown: bool, on_progress: Callable[[float], None]) -> None:

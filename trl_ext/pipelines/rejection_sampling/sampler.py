@@ -33,6 +33,7 @@ from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
 from trl_ext.pipelines.rejection_sampling.selection import check_selection, select
 from trl_ext.pipelines.reward_functions import RewardFunc, as_list, check_rewards, reward_identity, weights_by_name
 from trl_ext.pipelines.stages.cache_key import key_of
+from trl_ext.pipelines.stages.parts import Part, take_shards
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.runner import Isolate, check_isolate
 from trl_ext.pipelines.stages.store import ShardStore, StoreError, write_json, write_lines
@@ -88,6 +89,9 @@ class RejectionSampler:
     >>> best = sampler.select("top_per_prompt").dataset
     >>> control = sampler.select("random_per_prompt").dataset
     ```
+
+    With `shard="i/n"` [`generate`] and [`score`] make one of n parts of the shards, so that n machines share a run: in
+    one folder, or each in its own, whose results [`merge`] brings together.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class RejectionSampler:
         server: dict[str, Any] | None = None,
         isolate: Isolate = "auto",
         own_process: bool | Literal["auto"] | None = None,
+        shard: str | Part | None = None,
         **sampling: Any,
     ):
         if own_process is not None:
@@ -121,6 +126,7 @@ class RejectionSampler:
         self.output_dir = Path(output_dir)
         self.num_generations = num_generations
         self._isolate = isolate
+        self._part = Part.parse(shard)
         self._rewards = [] if reward_funcs is None else as_list(reward_funcs)
         self.reward_weights = weights_by_name(self._rewards, reward_weights)
         self.reward_names = list(self.reward_weights)
@@ -191,17 +197,39 @@ class RejectionSampler:
         return stages
 
     def generate(self) -> None:
-        """Generate the completions that are missing."""
-        run_stage(self._generate, self._isolate)
+        """Generate the completions that are missing, with `shard` those of this part."""
+        run_stage(self._generate, self._isolate, part=self._part)
 
     def score(self) -> None:
         """Add the missing scores. Raises [`~trl_ext.pipelines.stages.store.StoreError`] if completions are missing."""
-        self._need(self._generate.store, "generate")
+        self._need(self._generate.store, "generate", self._part)
         for stage in self._score:
-            run_stage(stage, self._isolate)
+            run_stage(stage, self._isolate, part=self._part)
 
-    def _need(self, store: ShardStore, stage: str) -> None:
-        missing = store.missing()
+    def merge(self, folders: Sequence[str | Path], scores: bool = True) -> None:
+        """
+        Copy the completions, and with `scores` their scores, that other machines made in folders of their own.
+
+        Args:
+            folders (sequence of `str` or `Path`):
+                The `output_dir` of each part. All must have been made with the arguments of this sampler.
+            scores (`bool`, *optional*, defaults to `True`): whether the parts have scores of all reward functions.
+
+        Raises:
+            [`~trl_ext.pipelines.stages.store.StoreError`]: a folder has other settings, or shards are missing from all
+                folders or differ between two. What was copied is kept, so the merge can be run again.
+        """
+        roots = [Path(folder) for folder in folders]
+        absent = [str(root) for root in roots if not root.is_dir()]
+        if absent:
+            raise FileNotFoundError(f"{', '.join(absent)}: no such folder. Needed: the output_dir of each part.")
+        take_shards(self._generate.store, [root / "rollouts" for root in roots], "completions")
+        if scores:
+            for name, stage in zip(self.reward_names, self._score, strict=True):
+                take_shards(stage.store, [root / "scores" / name for root in roots], f"scores of {name}")
+
+    def _need(self, store: ShardStore, stage: str, part: Part | None = None) -> None:
+        missing = store.missing((part or Part()).shards(len(store.sizes)))
         if not missing:
             return
         near = store.nearest()
@@ -348,6 +376,11 @@ def rejection_sample(
     >>> trl.SFTTrainer("Qwen/Qwen3-0.6B", train_dataset=best).train()
     ```
     """
+    if options.get("shard") is not None:
+        raise ValueError(
+            f"shard={options['shard']!r}: a selection needs the samples of all shards. Make a part with "
+            "RejectionSampler(..., shard=...), its generate() and its score()."
+        )
     check_selection(selection, selection_kwargs)  # checked before anything is generated
     sampler = RejectionSampler(
         model, reward_funcs, dataset, output_dir, num_generations, seed=seed, backend=backend, **options

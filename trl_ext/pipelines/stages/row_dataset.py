@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Json
 
+from trl_ext.pipelines.stages.store import staging_of
+
 
 CHUNK_ROWS = 1000
 
@@ -34,7 +36,7 @@ def dataset_of_rows(path: Path) -> Dataset:
     features = Features({name: Json() if kind is None else plain[name] for name, kind in types.items()})
     schema = features.arrow_schema
     arrow = path.with_suffix(".arrow")
-    staging = arrow.with_name(f".{arrow.name}.{os.environ.get('RANK', '0')}.tmp")
+    staging = staging_of(arrow)
     with pa.OSFile(str(staging), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for rows in _chunks(path):
             columns = []

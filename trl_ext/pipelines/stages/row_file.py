@@ -90,12 +90,13 @@ class RowFile:
             for number, line in enumerate(file, start=1):
                 if number > keep:
                     break
-                self._compare(number, line, *next(remaining, (None, None)), name)
+                self.compare(number, line, *next(remaining, (None, None)), name)
                 end += len(line)
             file.truncate(end)
         return keep
 
-    def _compare(self, number: int, line: bytes, at: int | None, row: Row | None, name: str) -> None:
+    def compare(self, number: int, line: bytes, at: int | None, row: Row | None, name: str) -> None:
+        """Raise [`StaleError`] unless line `number` of the output was made from this row, line `at` of the input."""
         try:
             written = json.loads(line)
         except ValueError as error:

@@ -8,6 +8,8 @@ so a kill at any moment leaves it either missing or complete. This module does n
 import json
 import logging
 import os
+import shutil
+import socket
 import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,6 +24,10 @@ from trl_ext.pipelines.stages.cache_key import Change, StaleError, changes_betwe
 logger = logging.getLogger(__name__)
 
 _CHECKSUM = len(b'{"crc": "00000000", ')
+_FULL = (
+    "Everything that was finished before is kept. Free some disk space or give another output_dir (and copy this one "
+    "there), then run the same command again."
+)
 
 
 class StoreError(RuntimeError):
@@ -44,11 +50,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool =
         [`StoreError`]: the disk is full or the folder cannot be written to.
     """
     count = 0
-    with _whole_file(
-        path,
-        "Everything that was finished before is kept. Free some disk space or give another output_dir "
-        "(and copy this one there), then run the same command again.",
-    ) as file:
+    with whole_file(path, _FULL) as file:
         for record in records:
             file.write(_line(record) if checksums else _json(record) + b"\n")
             count += 1
@@ -206,6 +208,15 @@ class ShardStore:
             raise StoreError(f"Shard {shard} of {self.folder} got {count} records; needed: {self.sizes[shard]}.")
         self._complete.add(shard)
 
+    def copy(self, shard: int, other: "ShardStore") -> None:
+        """Copy a shard from another store. Raises [`StoreError`] if it is damaged there or cannot be written."""
+        count = count_lines(other.path(shard))
+        if count != self.sizes[shard]:
+            raise DamagedError(f"{other.path(shard)} holds {count} records; needed: {self.sizes[shard]}.")
+        with open(other.path(shard), "rb") as source, whole_file(self.path(shard), _FULL) as file:
+            shutil.copyfileobj(source, file)
+        self._complete.add(shard)
+
     def read(self, shard: int, places: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
         """The records of a shard, or those at `places`. Raises [`StoreError`] if the shard is missing or damaged."""
         if not self.path(shard).is_file():
@@ -235,26 +246,33 @@ class ShardStore:
         self._complete.add(shard)
         return True
 
-    def missing(self) -> list[int]:
-        """The shards that are missing or damaged."""
-        return [shard for shard in range(len(self.sizes)) if not self.is_complete(shard)]
+    def missing(self, shards: Iterable[int] | None = None) -> list[int]:
+        """The shards that are missing or damaged: of these, or of all."""
+        return [
+            shard for shard in (range(len(self.sizes)) if shards is None else shards) if not self.is_complete(shard)
+        ]
 
-    def wait(self, seconds: float = 0.2) -> None:
-        """Wait until all shards exist, including those that other processes make."""
-        while self.missing():
+    def wait(self, shards: Iterable[int] | None = None, seconds: float = 0.2) -> None:
+        """Wait until these shards, or all, exist, including those that other processes make."""
+        while self.missing(shards):
             time.sleep(seconds)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file, which appears only when it is complete. Raises [`StoreError`]."""
-    with _whole_file(path, "Free some disk space and run again.") as file:
+    with whole_file(path, "Free some disk space and run again.") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
+def staging_of(path: Path) -> Path:
+    """Where this process writes a file before it is complete; processes of several machines may make the same one."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 @contextmanager
-def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
+def whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
     """A file to write to. It is renamed to `path` when it is complete and synced. Raises [`StoreError`]."""
-    staging = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")  # two processes may write the same
+    staging = staging_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(staging, "wb") as file:
@@ -265,6 +283,8 @@ def _whole_file(path: Path, advice: str) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"{path} could not be written: {error.strerror or error}. {advice}") from error
+    finally:
+        staging.unlink(missing_ok=True)  # of a writer that failed
 
 
 def read_json(path: Path) -> dict[str, Any]:
