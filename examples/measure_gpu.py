@@ -4,21 +4,23 @@ Measure every GPU figure of this project in one run of a few minutes.
     python examples/measure_gpu.py --budget 540 --output outputs/measure_gpu          # on a machine with a GPU
     python examples/measure_gpu.py --smoke --output outputs/smoke                     # every row, tiny, on a CPU
     python examples/measure_gpu.py --model FOLDER --dataset FILE --output outputs/real   # train a real reward model
+    python docs/make_gpu_page.py outputs/measure_gpu/rows.jsonl                          # the results as a page
 
 A row is one measurement. All rows use a model of the shape `--shape` with random weights, created on the device (NF4,
 LoRA on all linear layers, bf16 autocast, gradient checkpointing). Nothing is downloaded. The most useful rows run
 first. Each row is written to `rows.jsonl` at once, so the same command continues where it stopped. A row does not
 start if its usual time would exceed the budget. A row that cannot run records the error, and the others still run.
 
-The rows measure (a) a reward step on flat and on padded rows, (b) peak memory under a cap of 24 GB and its estimate,
-(c) an ensemble of four and one member, (d) scoring, (e) steps of outcome and process models, (f) attention kernels for
-a flat row, and (g) which operations take the time of a step.
+The rows measure (a) a reward step on flat rows, on padded rows, and for pairs in `trl.RewardTrainer`, (b) peak memory
+under a cap of 24 GB, (c) an ensemble of four and one member, (d) scoring, (e) steps of outcome and process models, (f)
+attention kernels for a flat row, (g) which operations take the time of a step, and the peaks of the 8B configs.
 """
 
 import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from trl_ext.bench.runner import formatted, in_turns, medians, timed
+from trl_ext.bench.runner import forget_peak, formatted, in_turns, medians, timed
 from trl_ext.data.prefix_layout import PrefixLayout, build_layout
 from trl_ext.losses import plackett_luce
 from trl_ext.models.adapters import add_adapter
@@ -42,6 +44,7 @@ GIB = 2**30
 CAP = 24.0
 BARS = {"peak of a pair, 2 x (512 + 512)": 20.0, "peak of K = 8, 512 + 512": 22.0}
 """The most reserved memory, in GiB, that passes."""
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BF16_LIMIT = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12, "A10": 125e12}
 """Dense bf16 operations per second, from the makers' data sheets."""
 FIRST_ID = 10
@@ -55,7 +58,7 @@ class Bed:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shrink = 32 if args.smoke else 1
         self.repeats = 1 if args.smoke else 5
-        self.members = 0
+        self._built: tuple[int, str] | None = None  # number of members, and their adapter
         self._model: nn.Module | None = None
 
     @property
@@ -74,21 +77,21 @@ class Bed:
 
         return LoraConfig(r=16, target_modules="all-linear")
 
-    def model(self, members: int = 1) -> nn.Module:
+    def model(self, members: int = 1, lora: Any = None) -> nn.Module:
         """The model with one adapter, or with the adapters of several members in the last quarter of the layers."""
-        if self._model is None or self.members != members:
+        lora = lora or self.lora()
+        wanted = (members, json.dumps(lora.to_dict(), sort_keys=True, default=str))
+        if self._model is None or self._built != wanted:
             self._model = None
             base, head = random_base(self.config, self.device)
             if members == 1:
-                self._model = add_adapter(base, self.lora(), head)
+                self._model = add_adapter(base, lora, head)
             else:
                 from trl_ext.models.ensemble.member_config import branch_at
                 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
 
-                self._model = StackedRewardModel(
-                    base, branch_at(base, self.lora(), 0.75), head, members, range(members)
-                )
-            self.members = members
+                self._model = StackedRewardModel(base, branch_at(base, lora, 0.75), head, members, range(members))
+            self._built = wanted
             checkpointing(self._model)
         self._model.train()
         return self._model
@@ -171,13 +174,14 @@ def gradients(model: nn.Module) -> torch.Tensor:
 def compare(
     bed: Bed, model: nn.Module, sides: dict[str, Callable], tokens: dict[str, int], ours: str
 ) -> dict[str, Any]:
-    """Time the sides in turns; return times, ratios to ours, and the differences of losses and gradients."""
+    """Time the sides in turns; return times, ratios to ours, peaks, and the differences of losses and gradients."""
     steps = {name: stepper(bed, model, loss_of) for name, loss_of in sides.items()}
-    losses, grads = {}, {}
+    losses, grads, peaks = {}, {}, {}
     for name, step in steps.items():
-        losses[name], grads[name] = step(), gradients(model)
-    other = next(name for name in sides if name != ours)
-    apart = (grads[ours] - grads[other]).norm() / grads[other].norm().clamp(min=1e-12)
+        forget_peak()
+        losses[name], grads[name], peaks[name] = step(), gradients(model), memory()
+    others = [name for name in sides if name != ours]
+    apart = [(grads[ours] - grads[name]).norm() / grads[name].norm().clamp(min=1e-12) for name in others]
     runs = {
         name: medians(found)
         for name, found in in_turns({n: partial(timed, s) for n, s in steps.items()}, bed.repeats).items()
@@ -187,11 +191,11 @@ def compare(
         "seconds": wall,
         "ratio": {name: seconds / wall[ours] for name, seconds in wall.items() if name != ours},
         "token_bound": {name: tokens[name] / tokens[ours] for name in tokens if name != ours},
-        "loss_difference": abs(losses[ours] - losses[other]),
-        "gradient_difference": float(apart),
-        "tokens_per_second": tokens[ours] / wall[ours],
-        "percent_of_bf16": percent_of_limit(model, tokens[ours] / wall[ours]),
-        **memory(),
+        "loss_difference": max(abs(losses[ours] - losses[name]) for name in others),
+        "gradient_difference": float(max(apart)),
+        "peaks": peaks,
+        **speed(tokens[ours], wall[ours], operations_of(model, tokens[ours])),
+        **peaks[ours],
     }
 
 
@@ -204,19 +208,28 @@ def memory() -> dict[str, float | None]:
     }
 
 
-def percent_of_limit(model: nn.Module, tokens_per_second: float) -> float | None:
-    """Percentage of the card's bf16 limit, at 6 operations per weight and token (two forwards, backward to inputs)."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
+def speed(tokens: int, seconds: float, operations: float) -> dict[str, float | None]:
+    """Tokens per second, and the percentage of the card's bf16 limit (unknown for a card that is not listed)."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     limit = next((value for part, value in BF16_LIMIT.items() if part in name), None)
+    percent = None if limit is None else 100 * operations / seconds / limit
+    return {"tokens_per_second": tokens / seconds, "percent_of_bf16": percent}
+
+
+def operations_of(model: nn.Module, tokens: int, training: bool = True) -> float:
+    """
+    Operations of the linear layers: 2 per weight and token in a forward pass.
+
+    A training step has 6 with frozen weights: the forward pass twice (gradient checkpointing), and the gradient of the
+    inputs. Adapters are counted like other layers. Attention is not counted.
+    """
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
-    return None if limit is None else 100 * 6 * weights * tokens_per_second / limit
+    return (6 if training else 2) * float(weights) * tokens
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 def reward_step(bed: Bed, p: int, c: int, k: int) -> dict[str, Any]:
-    """(a) A batch of two groups, as flat rows and as padded rows, with the same ranking loss."""
+    """(a) A batch of two groups, as flat rows and as padded rows, with the same ranking loss; pairs also in TRL."""
     model = bed.model()
     groups = bed.groups(2, p, c, k)
     layout, rows = bed.both(groups)
@@ -231,62 +244,128 @@ def reward_step(bed: Bed, p: int, c: int, k: int) -> dict[str, Any]:
         return loss(candidate_scores(model, rows, torch.ones_like(rows)))
 
     sides = {"flat": lambda: loss(flat_scores(model, layout)[:, 0]), "padded": padded}
-    found = compare(bed, model, sides, {"flat": layout.num_tokens, "padded": rows.numel()}, "flat")
-    return found | {"goal": 2.25 if (p, k) == (4 * c, 4) else None}
+    tokens = {"flat": layout.num_tokens, "padded": rows.numel()}
+    if k == 2:
+        select_attention(model, "sdpa")
+        sides["trl.RewardTrainer"], tokens["trl.RewardTrainer"] = trl_loss(model, rows), rows.numel()
+    found = compare(bed, model, sides, tokens, "flat")
+    return found | {"groups": groups_of(layout), "goal": 2.25 if (p, k) == (4 * c, 4) else None}
 
 
-def peak_of(bed: Bed, p: int, c: int, k: int, name: str) -> dict[str, Any]:
-    """(b) Peak memory of a step with one group under a cap of 24 GB, and the estimate."""
-    from trl_ext.bench.runner import forget_peak
-    from trl_ext.fit.memory_estimate import TrainingStep, estimate
+def trl_loss(model: nn.Module, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The loss of `trl.RewardTrainer` on pairs (chosen, rejected), collated and computed by TRL."""
+    import trl
+    from datasets import Dataset
 
-    model = bed.model()
-    layout, _ = bed.both(bed.groups(1, p, c, k))
+    from trl_ext.bench.synthetic import words_tokenizer
+
+    chosen, rejected = (part.tolist() for part in (rows[0::2], rows[1::2]))
+    pairs = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    config = trl.RewardConfig(
+        output_dir=tempfile.mkdtemp(),
+        report_to="none",
+        max_length=None,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False,  # `Bed` has switched it on
+    )
+    base = model.get_base_model()
+    base.is_quantized = False  # Trainer asks a quantized model for the quantizer that loaded it, and none did
+    trainer = trl.RewardTrainer(model=model, args=config, train_dataset=pairs, processing_class=words_tokenizer())
+    base.is_quantized = True
+    model.train()
+    batch = {name: value.to(rows.device) for name, value in trainer.data_collator(list(trainer.train_dataset)).items()}
+
+    def loss() -> torch.Tensor:
+        select_attention(model, "sdpa")
+        return trainer.compute_loss(model, dict(batch))
+
+    return loss
+
+
+def groups_of(layout: PrefixLayout) -> list[list[Any]]:
+    """The prompt's length and the completions' lengths of each group, from which the page estimates the memory."""
+    groups: dict[int, list[Any]] = {}
+    for own in layout.completions:
+        groups.setdefault(own.prefix_start, [own.prefix_length, []])[1].append(own.length)
+    return list(groups.values())
+
+
+def peak_under_cap(bed: Bed, model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> dict[str, float | None]:
+    """Peak memory of two optimizer steps (the second one has optimizer states) on a card that is capped at 24 GB."""
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * GIB / whole))
     try:
         forget_peak()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        step = stepper(bed, model, lambda: -flat_scores(model, layout)[:, 0].log_softmax(0)[0])
-        for _ in range(2):  # the second step runs with optimizer states in memory
+        step = stepper(bed, model, loss_of)
+        for _ in range(2):
             step()
             optimizer.step()
         wait()
-        found = memory()
+        return memory()
     finally:
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)
-    config = bed.config
-    config.pad_token_id = 0
-    batch = {
-        "prefix_layout": build_layout(
-            [([3] * layout.completions[0].prefix_length, [[4] * layout.completions[0].length] * k)]
-        )
-    }
-    wanted = TrainingStep(
-        config, batch, dtype=torch.bfloat16, bf16=True, four_bit=True, peft_config=bed.lora(), checkpointing=True
-    )
+
+
+def peak_of(bed: Bed, p: int, c: int, k: int, name: str) -> dict[str, Any]:
+    """(b) Peak memory of a step with one group under a cap of 24 GB."""
+    model = bed.model()
+    layout, _ = bed.both(bed.groups(1, p, c, k))
+    found = peak_under_cap(bed, model, lambda: -flat_scores(model, layout)[:, 0].log_softmax(0)[0])
     bar, reserved = BARS.get(name), found["reserved_gib"]
     met = None if reserved is None or bar is None else reserved <= bar
-    return found | {"estimate_gib": estimate(wanted).peak / GIB, "bar_gib": bar, "bar_met": met}
+    return found | {"groups": groups_of(layout), "bar_gib": bar, "bar_met": met}
+
+
+def config_peak(bed: Bed, path: Path) -> dict[str, Any]:
+    """Peak memory of a step with the batch, the adapter and the members of a config, under a cap of 24 GB."""
+    from trl_ext.fit.config import parse, sizes_of, training_step
+
+    command = path.parent.name
+    given = argparse.Namespace(config=str(path), override=[], candidates=None, prompt_length=None)
+    given.completion_length = None
+    parsed = parse(command, given)
+    sizes = sizes_of(command, parsed, bed.config, given)
+    own, rows = (sizes.rows, sizes.candidates) if command in ("reward", "ensemble") else (sizes.rows, 1)
+    layout, _ = bed.both(bed.groups(own, sizes.prompt, sizes.completion, rows))
+    wanted = training_step(command, parsed, bed.config, sizes)
+    model = bed.model(wanted.members or 1, wanted.peft_config)
+    found = peak_under_cap(bed, model, lambda: flat_token_logits(model, layout).float().square().mean())
+    batch = f"{own} x {rows} candidates" if rows > 1 else f"{own} rows"
+    return found | {
+        "config": path.relative_to(CONFIGS.parent).as_posix(),
+        "batch": f"{batch} of {sizes.prompt} + {sizes.completion} tokens",
+    }
 
 
 def ensemble(bed: Bed) -> dict[str, Any]:
     """(c) A step of four branched members and of one member, on the same flat row."""
-    seconds = {}
+    seconds, losses, operations = {}, {}, {}
     layout, _ = bed.both(bed.groups(1, 512, 256, 4))
     for members in (1, 4):
         model = bed.model(members)
+        forget_peak()
         step = stepper(bed, model, lambda model=model: flat_scores(model, layout).square().mean())
-        step()
+        losses[members] = step()
         seconds[members] = medians(in_turns({"": partial(timed, step)}, bed.repeats)[""])["seconds"]
-    return {"seconds": seconds, "ratio": seconds[4] / seconds[1], "goal": 1.25, **memory()}
+        operations[members] = operations_of(model, layout.num_tokens)
+    return {
+        "seconds": seconds,
+        "ratio": seconds[4] / seconds[1],
+        "goal": 1.25,
+        "loss": losses,  # of other random heads, so the two differ; a number that is not finite would show here
+        **speed(layout.num_tokens, seconds[4], operations[4]),
+        **memory(),
+    }
 
 
 def scoring(bed: Bed) -> dict[str, Any]:
     """(d) Score 16 completions of each of 4 prompts: flat rows, padded in given order, padded and sorted by length."""
     model = bed.model().eval()
+    forget_peak()
     groups = [
         (bed.ids(512), [bed.ids(64 + 192 * ((5 * number + place) % 16) // 15) for place in range(16)])
         for number in range(4)
@@ -322,7 +401,9 @@ def scoring(bed: Bed) -> dict[str, Any]:
         "ratio": {name: seconds / wall["flat"] for name, seconds in wall.items() if name != "flat"},
         "score_difference": apart,
         "score_std": spread,
-        "tokens_per_second": sum(map(len, rows)) / wall["flat"],
+        **speed(
+            sum(map(len, rows)), wall["flat"], operations_of(model, sum(own.num_tokens for own in layouts), False)
+        ),
         **memory(),
     }
 
@@ -346,7 +427,8 @@ def token_step(bed: Bed, steps: bool) -> dict[str, Any]:
         return loss(run_with_head_output(model, rows, torch.ones_like(rows))[1][:, padded_index])
 
     sides = {"flat": lambda: loss(flat_token_logits(model, layout)[flat_index]), "padded": padded}
-    return compare(bed, model, sides, {"flat": layout.num_tokens, "padded": rows.numel()}, "flat")
+    found = compare(bed, model, sides, {"flat": layout.num_tokens, "padded": rows.numel()}, "flat")
+    return found | {"groups": groups_of(layout)}
 
 
 def kernels(bed: Bed, length: int) -> dict[str, Any]:
@@ -361,6 +443,7 @@ def kernels(bed: Bed, length: int) -> dict[str, Any]:
     )
     exact = shared_prefix_attention(None, *(t.float() for t in (q, k, v)), None, prefix_layout=layout)[0]
     found: dict[str, Any] = {"tokens": layout.num_tokens, "seconds": {}, "difference": {}, "not_run": {}}
+    forget_peak()
     for name, attention in {
         "sdpa by buckets": by_buckets,
         "varlen": by_varlen,
@@ -383,7 +466,12 @@ def kernels(bed: Bed, length: int) -> dict[str, Any]:
         except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             found["not_run"][name] = " ".join(str(error).split())[:200] or repr(error)
     equal = [name for name in found["seconds"] if found["difference"][name] <= 1e-2]
-    return found | {"fastest": min(equal, key=found["seconds"].get, default=None), **memory()}
+    fastest = min(equal, key=found["seconds"].get, default=None)
+    seen = len(prompt) * (len(prompt) + 1) / 2  # pairs of a query and a key
+    seen += sum(own.length * (len(prompt) + (own.length + 1) / 2) for own in layout.completions)
+    operations = 4 * heads * width * seen * (3.5 if on_gpu else 1)  # the backward pass has 2.5 times as many
+    measured = {} if fastest is None else speed(layout.num_tokens, found["seconds"][fastest], operations)
+    return found | {"fastest": fastest, **measured, **memory()}
 
 
 def by_buckets(layout: PrefixLayout, compiled: bool) -> Callable:
@@ -513,6 +601,11 @@ ROWS: dict[str, tuple[Callable[[Bed], dict[str, Any]], int]] = {
     "attention, 2k tokens": (partial(kernels, length=2048), 20),
     "attention, 8k tokens": (partial(kernels, length=8192), 20),
     "profile of a reward step": (profile_of, 15),
+    **{
+        f"config {path.parent.name}/{path.stem}": (partial(config_peak, path=path), 20)
+        for path in sorted(CONFIGS.glob("*/*_qlora_8b.yaml"))
+        if path.parent.name in ("reward", "orm", "prm", "segment", "ensemble")
+    },
 }
 
 
@@ -569,9 +662,7 @@ def train_real(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Measure every missing row. Returns 1 if a memory limit was exceeded or a row failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--shape", default="meta-llama/Llama-3.1-8B", help="a known shape, or a folder with config.json"
-    )
+    parser.add_argument("--shape", default="Qwen/Qwen3-8B", help="a known shape, or a folder with config.json")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds; rows that would exceed it do not start")
     parser.add_argument("--only", nargs="*", default=None, help="run only rows whose name contains one of these")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, also on a CPU, to see that all rows run")
