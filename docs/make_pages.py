@@ -40,7 +40,7 @@ API = {
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
-    "policies": ("Policies", "DenseGRPOTrainer DenseGRPOConfig"),
+    "policies": ("Policies", "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig"),
     "weak_to_strong": (
         "Weak to strong",
         "weak_to_strong WeakToStrongArguments WeakToStrongTrainer WeakToStrongConfig performance_gap_recovered",

@@ -40,6 +40,8 @@ _HOME = {
     "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
     "DenseGRPOConfig": "trl_ext.trainers.policy.config",
     "DenseGRPOTrainer": "trl_ext.trainers.policy.trainer",
+    "PPOConfig": "trl_ext.trainers.policy.ppo_config",
+    "PPOTrainer": "trl_ext.trainers.policy.ppo_trainer",
     "EvaluationCallback": "trl_ext.evaluation.callback",
     "EvaluationReport": "trl_ext.evaluation",
     "evaluate_reward_model": "trl_ext.evaluation",
@@ -56,6 +58,8 @@ __all__ = [
     "ORMEnsembleConfig",
     "ORMEnsembleTrainer",
     "ORMTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "PRMConfig",
     "PRMEnsembleConfig",
     "PRMEnsembleTrainer",
@@ -118,6 +122,8 @@ if TYPE_CHECKING:
         WeakToStrongTrainer,
     )
     from trl_ext.trainers.policy.config import DenseGRPOConfig
+    from trl_ext.trainers.policy.ppo_config import PPOConfig
+    from trl_ext.trainers.policy.ppo_trainer import PPOTrainer
     from trl_ext.trainers.policy.trainer import DenseGRPOTrainer
 
 

@@ -45,6 +45,7 @@ _SFT = "trl.trainer.sft_trainer:SFTTrainer"
 _STUDENT = "trl_ext.trainers.weak_to_strong.trainer"
 _GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
 _DENSE = "trl_ext.trainers.policy.trainer"
+_PPO = "trl_ext.trainers.policy.ppo_trainer"
 
 PRIVATE_NAMES = (
     UpstreamName(
@@ -86,6 +87,48 @@ PRIVATE_NAMES = (
         _DENSE,
         "its result holds advantages (B,), which we replace by (B, T); the loss takes both",
         ("inputs",),
+    ),
+    UpstreamName(
+        _GRPO,
+        "_calculate_rewards",
+        "method",
+        _PPO,
+        "its result holds the reward of each function and completion, of all processes, before TRL normalises it",
+        ("inputs", "prompts", "completions", "completion_ids_list"),
+    ),
+    UpstreamName(
+        _GRPO,
+        "_compute_loss",
+        "method",
+        _PPO,
+        "the policy's loss; PPO sets `beta` to 0 around it where the reward holds the KL divergence",
+        ("model", "inputs"),
+    ),
+    UpstreamName(
+        _GRPO,
+        "_get_per_token_logps_and_entropies",
+        "method",
+        _PPO,
+        "log-probabilities of the policy that sampled, for the KL divergence in the reward",
+        (
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+            "compute_entropy",
+            "compute_aux_loss",
+            "pixel_values",
+            "image_grid_thw",
+            "num_images",
+            "pixel_attention_mask",
+            "spatial_shapes",
+            "num_tiles",
+            "image_sizes",
+            "token_type_ids",
+            "mm_token_type_ids",
+            "image_position_ids",
+        ),
     ),
     UpstreamName(_GRPO, "_metrics", "instance", _DENSE, "mode to name to values, which TRL averages when it logs"),
     UpstreamName(_GRPO, "_tag_names", "class", _DENSE, "tags of the model card"),

@@ -181,6 +181,7 @@ def test_every_field_of_a_config_is_documented():
             trl.GRPOConfig,
             section("trainers/dense_grpo_trainer.md", "Fields of DenseGRPOConfig"),
         ),
+        "PPOConfig": (trl_ext.DenseGRPOConfig, section("trainers/ppo_trainer.md", "Fields of PPOConfig")),
         "RejectionSamplingConfig": (
             trl.SFTConfig,
             section("trainers/rejection_sampling_trainer.md", "Fields of RejectionSamplingConfig"),

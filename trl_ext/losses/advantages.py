@@ -205,7 +205,9 @@ def min_form(rewards: torch.Tensor, given: torch.Tensor, temperature: float = 0.
     return weights * rewards
 
 
-def whiten(advantages: torch.Tensor, mask: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
+def whiten(
+    advantages: torch.Tensor, mask: torch.Tensor, group_size: int | None = None, shift_mean: bool = True
+) -> torch.Tensor:
     """
     Advantages with mean 0 and standard deviation 1 over the tokens of the mask: of the batch, or of each group.
 
@@ -213,10 +215,49 @@ def whiten(advantages: torch.Tensor, mask: torch.Tensor, group_size: int | None 
         advantages (`torch.Tensor` of shape `(N, T)`).
         mask (`torch.BoolTensor` of shape `(N, T)`).
         group_size (`int`, *optional*): G; the whole batch by default.
+        shift_mean (`bool`, *optional*, defaults to `True`): with false, only the standard deviation changes.
     """
     spread = _grouped(advantages.float().masked_fill(~mask, torch.nan), group_size or len(advantages)).flatten(1)
-    centred = (spread - spread.nanmean(1, keepdim=True)) / (_nanstd(spread).unsqueeze(1) + EPSILON)
-    return centred.view(advantages.shape).masked_fill(~mask, 0.0).nan_to_num(nan=0.0)
+    mean = spread.nanmean(1, keepdim=True)
+    scaled = (spread - mean if shift_mean else spread) / (_nanstd(spread).unsqueeze(1) + EPSILON)
+    return scaled.view(advantages.shape).masked_fill(~mask, 0.0).nan_to_num(nan=0.0)
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float | None = 0.2
+) -> torch.Tensor:
+    r"""
+    The squared error of a critic, clipped as in PPO.
+
+    $$ L_t = \frac{1}{2} \max\left((V_t - R_t)^2,\;
+       (\mathrm{clip}(V_t, V^{old}_t - \epsilon, V^{old}_t + \epsilon) - R_t)^2\right) $$
+
+    The squared error is equation 10.32 of *Foundations of Large Language Models* by T. Xiao and J. Zhu. The clipping,
+    the factor and the default of `cliprange` are those of TRL's `PPOTrainer` (up to 1.12).
+
+    Args:
+        values, old_values, returns (`torch.Tensor` of one shape):
+            The critic's values now, its values when the completions were sampled, and what it should predict.
+        cliprange (`float`, *optional*, defaults to `0.2`): epsilon, above 0; `None` for no clipping.
+
+    Returns:
+        `torch.Tensor` of that shape, fp32.
+
+    Example:
+
+    ```python
+    >>> clipped_value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
+    tensor([0.3200])
+    ```
+    """
+    values, old_values, returns = values.float(), old_values.float(), returns.float()
+    errors = (values - returns).square()
+    if cliprange is not None:
+        if cliprange <= 0:
+            raise ValueError(f"cliprange={cliprange}; needed: a number above 0, or None for no clipping.")
+        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+        errors = torch.maximum(errors, (clipped - returns).square())
+    return errors / 2
 
 
 def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:

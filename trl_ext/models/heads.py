@@ -234,7 +234,7 @@ def token_logits_at_last(
     A stacked model ([`StackedRewardModel`](stacked_model)) gives the logits of all members: `(M * N, C)`, member by
     member.
     """
-    input_ids, attention_mask = _pad_right(input_ids, attention_mask)
+    input_ids, attention_mask = pad_right(input_ids, attention_mask)
     output, raw = run_with_head_output(model, input_ids, attention_mask, call)
     if raw.dim() == 2:  # pooled before the head: an encoder
         return output.logits.float()
@@ -280,7 +280,7 @@ def last_head_module(base: PreTrainedModel) -> nn.Module:
     return base.get_submodule(head_modules(base)[-1])
 
 
-def _pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move left padding to the right, so that absolute positions count from the first real token."""
     if bool(attention_mask[:, 0].all()):
         return input_ids, attention_mask

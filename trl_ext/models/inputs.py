@@ -65,7 +65,7 @@ def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -
         # not every processor has a template
         tokenizer.chat_template = getattr(processing_class, "chat_template", None)
     logger.warning(
-        f"`processing_class` is a {type(processing_class).__name__}. Reward models of trl_ext read only text, so "
+        f"`processing_class` is a {type(processing_class).__name__}. trl_ext reads only text, so "
         f"its {type(tokenizer).__name__} is used."
     )
     return tokenizer

@@ -151,13 +151,30 @@ def test_several_functions_are_weighted(policy_path, tmp_path):
     def whole(reward):
         return lambda prompts, completions, **columns: [[(0, len(c), reward)] if c else None for c in completions]
 
-    tokenizer = AutoTokenizer.from_pretrained(policy_path)
-    dense = DenseRewards([whole(1.0), whole(10.0)], [0.5, 2.0], lambda: tokenizer)
+    dense = DenseRewards([whole(1.0), whole(10.0)], [0.5, 2.0])
+    dense.tokenizer = tokenizer = AutoTokenizer.from_pretrained(policy_path)
     ids = tokenizer("one two", add_special_tokens=False)["input_ids"]
     assert dense(prompts=["p", "q"], completions=["one two", ""], completion_ids=[ids, []]) == [20.5, None]
     rewards, given = dense.take(torch.Size([2, len(ids) + 2]), torch.device("cpu"))
     assert rewards[0].tolist() == [0.0] * (len(ids) - 1) + [20.5, 0.0, 0.0]
     assert given.sum() == 1
+
+
+def test_a_function_gets_messages_as_in_trl_and_the_text_that_spans_count_in(policy_path):
+    seen = {}
+
+    def last_word(prompts, completions, completion_texts, **columns):
+        seen.update(completions=completions, texts=completion_texts)
+        return [[(text.rindex(" ") + 1, len(text), 1.0)] for text in completion_texts]
+
+    dense = DenseRewards([last_word], [1.0])
+    dense.tokenizer = tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    ids = tokenizer("one two", add_special_tokens=False)["input_ids"]
+    for completion in ("one two", [{"role": "assistant", "content": "one two"}]):
+        assert dense(prompts=["p"], completions=[completion], completion_ids=[ids]) == [1.0]
+        assert seen == {"completions": [completion], "texts": ["one two"]}
+        rewards, _ = dense.take(torch.Size([1, len(ids)]), torch.device("cpu"))
+        assert rewards.tolist() == [[0.0] * (len(ids) - 1) + [1.0]]
 
 
 class StepScorer:

@@ -1,4 +1,4 @@
-"""Loads several saved adapters onto one base in memory, which may be in 4 bits and may have a policy training on it.
+"""Puts reward adapters, saved or new, onto one base in memory, which may be in 4 bits and may have a policy on it.
 
 It knows PEFT adapters, sidecars and bases. It knows nothing of text or of how scores are combined.
 """
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForSequenceClassification
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
-from trl_ext.models.adapters import changes_to_base
+from trl_ext.models.adapters import adapter_config, changes_to_base
 from trl_ext.models.bases import BaseMismatchError, check_probes, check_same_base, plain_name
-from trl_ext.models.building import keep_4bit_exact_on_cpu
-from trl_ext.models.heads import make_head_exact, unwrap
+from trl_ext.models.building import keep_4bit_exact_on_cpu, name_problem
+from trl_ext.models.heads import HeadClass, head_modules, make_head_exact, unwrap
 from trl_ext.models.loading import check_head_in_files, load_reward_model
 from trl_ext.models.sidecar import Sidecar, SidecarError, read_sidecar, set_sidecar
 
@@ -105,12 +105,46 @@ def load_adapters(
     names = [_free_name(name, owner) for name in names]
     before = _checksums(owner)
     with _unchanged(owner):
-        model = _reward_model_around(owner, sidecars[0])
+        described = sidecars[0]
+        model, _ = _reward_model_around(owner, described.num_labels, described.head_class, described.head_modules)
         model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
         _check_weights(owner, before)
         _add_members(model, folders, names, sidecars)
     _check_weights(owner, before)
     return model, names
+
+
+def new_adapter(base_model: nn.Module, peft_config: PeftConfig, name: str) -> tuple[PeftModel, str, list[str]]:
+    """
+    Put a new adapter, with a head of one output, onto the base of a model in memory.
+
+    The head starts at zero, so the model gives 0 for every token. As in [`load_adapters`], the weights, the trainable
+    parameters and the mode of the model in memory do not change.
+
+    Args:
+        base_model (`PreTrainedModel` or `PeftModel`): a decoder in memory, e.g. a policy in training.
+        peft_config (`PeftConfig`): the adapter; the head is added to it. It is not changed.
+        name (`str`): the adapter's name; a number is appended if the model has such an adapter already.
+
+    Returns:
+        `tuple[PeftModel, str, list[str]]`: the model around the base, the adapter's name, and the head's modules.
+
+    Raises:
+        [`BaseMismatchError`]: putting the adapter on the base changed its weights.
+        `ValueError`: the base is trainable, or the adapter could not be loaded again.
+    """
+    keep_4bit_exact_on_cpu(base_model)
+    owner = unwrap(base_model)
+    _check_frozen(owner)
+    name = _free_name(name, owner)
+    before = _checksums(owner)
+    with _unchanged(owner):
+        model, head = _reward_model_around(owner, 1, "sequence")
+        config = adapter_config(model, peft_config, head)
+        model = PeftModelForSequenceClassification(model, config, adapter_name=name)
+        make_head_exact(model, head)
+    _check_weights(owner, before)
+    return model, name, head
 
 
 @contextmanager
@@ -146,13 +180,16 @@ def _add_members(
             check_probes(model, sidecar, folder, allow_base_mismatch=False, moved_to=moved_to)
 
 
-def _reward_model_around(owner: PreTrainedModel, sidecar: Sidecar) -> PreTrainedModel:
-    """A classification model that takes its backbone from another model and has a head of zeros."""
+def _reward_model_around(
+    owner: PreTrainedModel, num_labels: int, head_class: HeadClass, head: list[str] | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """A classification model around the backbone of another model, with a head of zeros; and the head's names."""
     config = copy.deepcopy(owner.config)
-    config.num_labels = sidecar.num_labels
+    config.num_labels = num_labels
+    name_problem(config, num_labels)
     classes = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
     with torch.device("meta"):
-        model = classes[sidecar.head_class].from_config(config)
+        model = classes[head_class].from_config(config)
     prefix = model.base_model_prefix
     if type(model.get_submodule(prefix)) is not type(owner.get_submodule(owner.base_model_prefix)):
         raise BaseMismatchError(
@@ -160,12 +197,16 @@ def _reward_model_around(owner: PreTrainedModel, sidecar: Sidecar) -> PreTrained
             "Pass a language model of the reward model's family, or leave `base_model` out."
         )
     model.set_submodule(prefix, owner.get_submodule(owner.base_model_prefix))
-    for name in sidecar.head_modules:  # the adapter contains its copy
+    for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(owner, flag, False):  # only quantized models have these fields; PEFT picks its layers by them
+            setattr(model, flag, True)
+    head = head_modules(model) if head is None else head
+    for name in head:  # the adapter contains its copy
         module = model.get_submodule(name).to_empty(device=owner.device)
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
-    make_head_exact(model, sidecar.head_modules)
-    return model
+    make_head_exact(model, head)
+    return model, head
 
 
 def _check_frozen(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Arguments of [`DenseGRPOTrainer`]: those of `trl.GRPOConfig`, and how dense rewards become advantages."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
 from trl import GRPOConfig
 
@@ -39,6 +39,8 @@ class DenseGRPOConfig(GRPOConfig):
             Temperature of `"min_form"`, above 0. The default is the paper's.
     """
 
+    credits: ClassVar[tuple[str, ...]] = get_args(Credit)
+
     advantage: Credit = field(
         default="process",
         metadata={"help": "how dense rewards become advantages: outcome, process, return or min_form"},
@@ -53,8 +55,9 @@ class DenseGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.advantage not in (known := ("outcome", "process", "return", "min_form")):
-            raise ValueError(f"advantage={self.advantage!r}; needed: one of {known}.")
+        if self.advantage not in self.credits:
+            critic = " A critic ('gae') needs PPOConfig and PPOTrainer." if self.advantage == "gae" else ""
+            raise ValueError(f"advantage={self.advantage!r}; needed: one of {self.credits}.{critic}")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma}; needed: a number from 0 to 1.")
         if self.min_form_temperature <= 0:

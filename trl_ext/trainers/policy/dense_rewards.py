@@ -115,21 +115,24 @@ class DenseRewards:
 
     It returns the sum of a completion's rewards. The trainer logs it as `rewards/dense/mean` with weight 0.
 
+    A dense reward function gets what TRL gives a reward function (for chats, `completions` are lists of messages), and
+    `completion_texts`: the string of each completion in whose characters spans are counted.
+
     Args:
         sources (`Sequence`): the user's dense reward functions, see [`dense_function`].
         weights (`Sequence[float]`): a weight for each of them.
-        tokenizer (`Callable[[], PreTrainedTokenizerBase]`): returns the policy's tokenizer once it is loaded.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's tokenizer; the trainer sets it once it is loaded.
     """
 
     __name__ = "dense"
+    tokenizer: PreTrainedTokenizerBase
 
-    def __init__(
-        self, sources: Sequence[Any], weights: Sequence[float], tokenizer: Callable[[], PreTrainedTokenizerBase]
-    ):
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
         self.names = [_name(source) for source in sources]
         self.functions = [dense_function(source) for source in sources]
         self.weights = list(weights)
-        self._tokenizer = tokenizer
         self._rows: list[list[tuple[int, float]] | None] = []
 
     def __call__(
@@ -137,10 +140,10 @@ class DenseRewards:
     ) -> list[float | None]:
         """Return the sum of each completion's rewards, or `None` if no function gives it rewards."""
         rows: list[list[tuple[int, float]] | None] = [None] * len(completions)
-        tokenizer = self._tokenizer()
-        located = [_locate(tokenizer, c, ids) for c, ids in zip(completions, completion_ids, strict=True)]
+        located = [_locate(self.tokenizer, c, ids) for c, ids in zip(completions, completion_ids, strict=True)]
+        columns |= {"completion_ids": completion_ids, "completion_texts": [text for text, _, _ in located]}
         for name, function, weight in zip(self.names, self.functions, self.weights, strict=True):
-            found = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            found = function(prompts=prompts, completions=completions, **columns)
             if found is None or len(found) != len(completions):
                 count = "nothing" if found is None else f"{len(found)} lists"
                 raise DenseRewardError(

@@ -7,12 +7,15 @@ multi-process run works as in TRL.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from trl import GRPOTrainer
 
 from trl_ext.losses.advantages import min_form, normalize_steps, returns_to_go, whiten
+from trl_ext.models.building import keep_4bit_exact_on_cpu
+from trl_ext.models.inputs import text_tokenizer
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
 
@@ -29,6 +32,7 @@ class DenseGRPOTrainer(GRPOTrainer):
             One or a list of: a process, segment or outcome [`RewardScorer`]; any object with `score_steps`,
             `score_segments`, or `score_tokens` and `token_texts`; or a function `(prompts, completions, **columns)`
             that returns for each completion a list of `(start, end, reward)` in characters, or `None` for no rewards.
+            It gets the arguments of a TRL reward function, and `completion_texts`, the strings that it counts in.
             The token that completes the last character of a span gets its reward. The reward model's tokenizer may
             differ from the policy's.
         args ([`DenseGRPOConfig`], *optional*): the arguments of `trl.GRPOConfig`, and how rewards become advantages.
@@ -91,7 +95,7 @@ class DenseGRPOTrainer(GRPOTrainer):
             raise ValueError(f"{len(weights)} dense_reward_weights for {len(dense)} functions; needed: one for each.")
         self._dense: DenseRewards | None = None
         if dense:
-            self._dense = DenseRewards(dense, weights, lambda: _tokenizer(self.processing_class))
+            self._dense = DenseRewards(dense, weights)
             args = copy.copy(args)  # do not change the user's config
             args.reward_weights = [*(args.reward_weights or [1.0] * len(scalar)), 0.0]
             classes = kwargs.get("reward_processing_classes")
@@ -99,19 +103,39 @@ class DenseGRPOTrainer(GRPOTrainer):
                 kwargs["reward_processing_classes"] = [*_listed(classes), None]
             scalar = [*scalar, self._dense]
         super().__init__(model=model, reward_funcs=scalar, args=args, **kwargs)
+        keep_4bit_exact_on_cpu(self.model)
+        if self._dense is not None:
+            self._dense.tokenizer = text_tokenizer(self.processing_class)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        mask = output["completion_mask"].bool()
+        rewards, given = torch.zeros(mask.shape, device=mask.device), torch.zeros_like(mask)
         if self._dense is not None:
-            mode = "train" if self.model.training else "eval"
-            rewards, given = self._dense.take(output["completion_ids"].shape, output["completion_ids"].device)
-            mask = output["completion_mask"].bool()
-            group_size = self.num_generations if mode == "train" else self.num_generations_eval
-            dense = self._across_processes(self._dense_advantages, rewards, given & mask, mask, group_size)
-            outcome = output["advantages"].unsqueeze(1) * mask
-            output["advantages"] = self.args.outcome_weight * outcome + self.args.dense_weight * dense
-            self._log_dense(mode, given & mask, mask, dense)
+            rewards, given = self._dense.take(mask.shape, mask.device)
+        output["advantages"] = self._credit(output, rewards, given & mask, mask)
         return output
+
+    def _credit(
+        self, output: dict[str, Any], rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The advantages of a batch of completions.
+
+        Args:
+            output (`dict`): what TRL's scoring returned; `advantages` (N,) are those of the scalar rewards.
+            rewards, given (`torch.Tensor` of shape `(N, T)`): the dense rewards, and where there is one.
+            mask (`torch.BoolTensor` of shape `(N, T)`): the tokens that the policy wrote.
+        """
+        if self._dense is None:
+            return output["advantages"]
+        mode = "train" if self.model.training else "eval"
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        function = partial(self._dense_advantages, group_size=group_size)
+        dense = self._across_processes(function, rewards, given, mask)
+        self._log_dense(mode, given, mask, dense)
+        outcome = output["advantages"].unsqueeze(1) * mask
+        return self.args.outcome_weight * outcome + self.args.dense_weight * dense
 
     def _dense_advantages(
         self, rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor, group_size: int
@@ -123,21 +147,14 @@ class DenseGRPOTrainer(GRPOTrainer):
             rewards = min_form(rewards, given, self.args.min_form_temperature)
         return whiten(returns_to_go(rewards.masked_fill(~given, 0.0), mask, self.args.gamma), mask, group_size)
 
-    def _across_processes(
-        self,
-        function: Callable,
-        rewards: torch.Tensor,
-        given: torch.Tensor,
-        mask: torch.Tensor,
-        group_size: int,
-    ) -> torch.Tensor:
-        """Gather groups that are spread over processes, apply `function`, and return this process's rows."""
-        size, width = rewards.shape
-        parts = (rewards, given.long(), mask.long())
-        padded = [self.accelerator.pad_across_processes(part, dim=1) for part in parts]
-        rewards, given, mask = (self.accelerator.gather(part) for part in padded)
+    def _across_processes(self, function: Callable, *parts: torch.Tensor) -> torch.Tensor:
+        """Gather tensors `(N, T)` from all processes, apply `function`, and return this process's rows."""
+        size, width = parts[0].shape
+        numbers = [part.long() if part.dtype == torch.bool else part for part in parts]  # a collective takes no bools
+        gathered = [self.accelerator.gather(self.accelerator.pad_across_processes(n, dim=1)) for n in numbers]
+        gathered = [g.to(part.dtype) for g, part in zip(gathered, parts, strict=True)]
         start = self.accelerator.process_index * size
-        return function(rewards, given.bool(), mask.bool(), group_size)[start : start + size, :width]
+        return function(*gathered)[start : start + size, :width]
 
     def _log_dense(self, mode: str, given: torch.Tensor, mask: torch.Tensor, dense: torch.Tensor) -> None:
         counts = torch.stack([given.sum(), given.any(1).sum(), torch.tensor(len(given), device=given.device)]).float()
@@ -150,8 +167,3 @@ class DenseGRPOTrainer(GRPOTrainer):
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _tokenizer(processing_class: Any) -> Any:
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processing_class, "tokenizer", processing_class)
