@@ -18,7 +18,7 @@ _RED, _MIDDLE, _GREEN = (244, 143, 137), (255, 244, 200), (142, 206, 141)
 _MOST_NUMBERS = 60
 _NAMES = {"probability": "probability", "log_odds": "log-odds", "score": "score"}
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #ffffff; --faint: #666666; --line: #d0d0d0; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --paper: #16181d; --faint: #a0a0a0; --line: #3a3d45; }
@@ -142,7 +142,7 @@ def to_html(
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
         f"<body><h1>{html.escape(title)}</h1>\n{_legend(scale, bool(prompt), None in scores)}\n"
         f'<div class="text{" numbers" if shown else ""}">{front}{"".join(spans)}</div></body></html>\n'
     )

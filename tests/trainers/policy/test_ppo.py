@@ -1,5 +1,7 @@
 """`PPOTrainer`: TRL's numbers without a critic, a critic that learns known values, and runs that can be resumed."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,12 +14,14 @@ from tests.tiny import pair_rows, save_tiny_model
 from tests.trainers.helpers import config as reward_config
 from tests.trainers.helpers import lora, trainer_for
 from trl_ext import RewardEnsemble, RewardScorer
+from trl_ext.evaluation.policy_report import policy_report
 from trl_ext.losses.advantages import gae, td_errors, whiten
 from trl_ext.models import BaseMismatchError
 from trl_ext.trainers.common.health import NotFiniteError
 from trl_ext.trainers.policy.critic import CRITIC_FOLDER
 from trl_ext.trainers.policy.ppo_config import PPOConfig
 from trl_ext.trainers.policy.ppo_trainer import PPOTrainer
+from trl_ext.trainers.policy.watch import SAMPLES
 
 
 PROMPTS = Dataset.from_list([{"prompt": text} for text in ("one", "two", "three", "four")])
@@ -137,10 +141,11 @@ def test_the_critic_learns_values_that_are_known_exactly(policy_path, tmp_path):
 def trained(policy_path, tmp_path_factory):
     """A trainer after two steps, its weights before, and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp("ppo")
-    trainer = made(policy_path, folder, dense=halves, beta=0.1, gamma=0.9)
+    trainer = made(policy_path, folder, dense=halves, beta=0.1, gamma=0.9, log_completions=True, verifier="letters")
     before = copied([*trainer.model.named_parameters(), *trainer.value_model.named_parameters()])
     trainer.train()
     trainer.save_model()
+    trainer.save_state()
     return trainer, before, folder
 
 
@@ -155,6 +160,23 @@ def test_policy_and_critic_move_and_the_base_does_not(trained):
     logged = trainer.state.log_history[0]
     assert logged["critic/value_loss"] > 0 and logged["critic/grad_norm"] > 0
     assert {"critic/explained_variance", "critic/clip_share", "kl", "dense/advantage_size"} <= set(logged)
+    assert {"watch/repetition", "watch/reward_trend", "watch/hacking_suspected"} <= set(logged)
+    assert logged["dense/reward_at_step_1"] == 1.0 and logged["dense/without_low_step"] == 1.0
+
+
+def test_a_report_shows_the_credit_of_every_token(trained):
+    trainer, _, folder = trained
+    page = policy_report(folder).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (folder / "completions" / SAMPLES).read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4
+    for row, ids, mask in zip(
+        rows[4:], trainer.output["completion_ids"], trainer.output["completion_mask"], strict=True
+    ):
+        assert "".join(row["pieces"]) == trainer.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
+        assert len(row["pieces"]) == len(row["advantages"]) == len(row["values"]) == len(row["rewards"]) == mask.sum()
+        assert page.count(f'title="advantage {row["advantages"][0]:.3g}') >= 1
+    assert page.count("piece rewarded") >= sum(reward is not None for row in rows[4:] for reward in row["rewards"]) > 0
+    assert (folder / "policy_reward.png").stat().st_size > 1000
 
 
 def test_the_base_is_held_once_and_each_backward_pass_reaches_its_own_adapter(trained):

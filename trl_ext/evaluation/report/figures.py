@@ -19,6 +19,22 @@ from trl_ext.evaluation.report.findings import Findings
 GREY = "#808590"
 BLUE, ORANGE, GREEN = "#3b7dd8", "#e08a3c", "#3f9b63"
 
+STYLE = {
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": GREY,
+    "axes.titlesize": 11,
+    "font.size": 10,
+    "legend.frameon": False,
+    "legend.labelcolor": GREY,
+    "svg.hashsalt": "trl_ext",  # the same report gives the same file
+    "text.color": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
 
 def matplotlib_is_there() -> bool:
     """Whether pictures can be made: matplotlib comes with `pip install "trl-ext[plots]"`."""
@@ -30,31 +46,16 @@ def draw(report: Findings, kind: Literal["png", "svg"]) -> dict[str, bytes]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": GREY,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlecolor": GREY,
-        "axes.titlesize": 11,
-        "font.size": 10,
-        "legend.frameon": False,
-        "legend.labelcolor": GREY,
-        "svg.hashsalt": "trl_ext",  # the same report gives the same file
-        "text.color": GREY,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-    }
     pictures = {}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         for prefix in report.prefixes():
             for name, make in _PICTURES.items():
                 figure = Figure(figsize=(5.4, 3.6), layout="constrained")
                 if make(figure, report, prefix):
-                    pictures[name + _suffix(prefix)] = _as_file(figure, kind)
+                    pictures[name + _suffix(prefix)] = as_file(figure, kind)
         figure = Figure(layout="constrained")
         if _probes(figure, report):
-            pictures["probes"] = _as_file(figure, kind)
+            pictures["probes"] = as_file(figure, kind)
     return pictures
 
 
@@ -67,7 +68,7 @@ def _title(what: str, prefix: str) -> str:
     return f"{what}: {prefix[:-1]}" if prefix else what
 
 
-def _as_file(figure: Any, kind: str) -> bytes:
+def as_file(figure: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
     options = {"dpi": 144, "facecolor": "white"} if kind == "png" else {"transparent": True}
     figure.savefig(buffer, format=kind, metadata=None if kind == "png" else {"Date": None}, **options)

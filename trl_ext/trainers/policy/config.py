@@ -37,6 +37,11 @@ class DenseGRPOConfig(GRPOConfig):
             Discount per token in [0, 1], used by `"return"` and `"min_form"`.
         min_form_temperature (`float`, *optional*, defaults to `0.1`):
             Temperature of `"min_form"`, above 0. The default is the paper's.
+        low_reward (`float`, *optional*, defaults to `0.5`):
+            A dense reward below it counts as low in metrics. The default suits probabilities.
+        verifier (`str`, *optional*):
+            Name of the reward function that tells the truth. A warning says when the reward rises and it does not.
+            Give it the weight 0 in `reward_weights` if it is not to be trained on.
     """
 
     credits: ClassVar[tuple[str, ...]] = get_args(Credit)
@@ -52,6 +57,10 @@ class DenseGRPOConfig(GRPOConfig):
     dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})
     gamma: float = field(default=1.0, metadata={"help": "discount per token, for return and min_form"})
     min_form_temperature: float = field(default=0.1, metadata={"help": "temperature of min_form"})
+    low_reward: float = field(default=0.5, metadata={"help": "a dense reward below it counts as low in metrics"})
+    verifier: str | None = field(
+        default=None, metadata={"help": "reward function that tells the truth; a warning says when only rewards rise"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

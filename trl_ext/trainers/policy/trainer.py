@@ -8,6 +8,7 @@ multi-process run works as in TRL.
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
+from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, step_metrics, write_samples
 
 
 class DenseGRPOTrainer(GRPOTrainer):
@@ -93,6 +95,7 @@ class DenseGRPOTrainer(GRPOTrainer):
         weights = args.dense_reward_weights or [1.0] * len(dense)
         if len(weights) != len(dense):
             raise ValueError(f"{len(weights)} dense_reward_weights for {len(dense)} functions; needed: one for each.")
+        self._sample: dict[str, Any] | None = None
         self._dense: DenseRewards | None = None
         if dense:
             self._dense = DenseRewards(dense, weights)
@@ -104,6 +107,12 @@ class DenseGRPOTrainer(GRPOTrainer):
             scalar = [*scalar, self._dense]
         super().__init__(model=model, reward_funcs=scalar, args=args, **kwargs)
         keep_4bit_exact_on_cpu(self.model)
+        if args.verifier is not None and args.verifier not in self.reward_func_names:
+            raise ValueError(
+                f"verifier={args.verifier!r} is none of the reward functions {self.reward_func_names}. Pass it in "
+                "`reward_funcs`, with the weight 0 in `reward_weights` if it is not to be trained on."
+            )
+        self._hacking = None if args.verifier is None else HackingWatch(args.verifier)
         if self._dense is not None:
             self._dense.tokenizer = text_tokenizer(self.processing_class)
 
@@ -114,7 +123,30 @@ class DenseGRPOTrainer(GRPOTrainer):
         if self._dense is not None:
             rewards, given = self._dense.take(mask.shape, mask.device)
         output["advantages"] = self._credit(output, rewards, given & mask, mask)
+        self._observe(output, rewards, given & mask, mask)
         return output
+
+    def _observe(self, output: dict[str, Any], rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor) -> None:
+        """Record what the policy wrote; see [`trl_ext.trainers.policy.watch`]."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        reduce = partial(self.accelerator.reduce, reduction="sum")
+        found = repetition_metric(output["completion_ids"], mask, reduce)
+        if self._dense is not None:
+            found |= step_metrics(rewards, given, mask, self.args.low_reward, reduce)
+        if self._hacking is not None and self.model.training:
+            found |= self._hacking.add(metrics["reward"][-1], metrics[f"rewards/{self._hacking.verifier}/mean"][-1])
+        for name, value in found.items():
+            metrics[name].append(value)
+        if self.log_completions and self.model.training:
+            self._sample = output | {"rewards": rewards, "given": given}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._sample is not None and self.is_world_process_zero():
+            folder = Path(self.args.output_dir, "completions")
+            tokenizer = text_tokenizer(self.processing_class)
+            write_samples(folder, self.state.global_step, tokenizer, self._sample, self.num_generations)
+        self._sample = None
 
     def _credit(
         self, output: dict[str, Any], rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor

@@ -1,0 +1,124 @@
+"""Watches a policy in training: its steps, signs of reward hacking, and a sample of completions with their credit.
+
+It knows rewards, tokens and metrics. It does not know how advantages are made.
+"""
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.metrics.policy import first_low_steps, repetition, sums_by_step, trend
+from trl_ext.trainers.policy.alignment import token_ends
+
+
+logger = logging.getLogger(__name__)
+
+# Positions of steps that have a metric; the last one counts all later steps.
+POSITIONS = 6
+# Trends are those of so many batches of completions.
+WINDOW = 50
+# A reward rises if its slope is this many standard errors above 0; a verifier follows if its slope is above 1.
+RISES, FOLLOWS = 3.0, 1.0
+SAMPLES = "advantages.jsonl"
+
+
+def step_metrics(
+    rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor, low: float, reduce: Callable
+) -> dict[str, float]:
+    """
+    Rewards by position of the step, where the first low one is, and how long steps are.
+
+    Args:
+        rewards, given, mask (`torch.Tensor` of shape `(N, T)`): of this process.
+        low (`float`): a reward below it is low.
+        reduce (`Callable`): adds a tensor up over processes.
+    """
+    sums, counts = sums_by_step(rewards, given, POSITIONS)
+    first = first_low_steps(rewards, given, low, POSITIONS)
+    length = torch.stack([mask[given.any(1)].sum(), given.sum()]).float()
+    parts = reduce(torch.cat([sums, counts, first, length])).split([POSITIONS, POSITIONS, POSITIONS + 1, 2])
+    sums, counts, first, (tokens, steps) = (part.tolist() for part in parts)
+    found = {f"dense/reward_at_step_{n + 1}": sums[n] / counts[n] for n in range(POSITIONS) if counts[n]}
+    if sum(first):
+        found |= {f"dense/first_low_at_step_{n + 1}": first[n] / sum(first) for n in range(POSITIONS)}
+        found |= {"dense/without_low_step": first[-1] / sum(first), "watch/tokens_per_step": tokens / steps}
+    return found
+
+
+def repetition_metric(ids: torch.Tensor, mask: torch.Tensor, reduce: Callable) -> dict[str, float]:
+    """The share of runs of four tokens that occurred earlier in their completion."""
+    shares = [repetition(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
+    total, count = reduce(torch.tensor([sum(shares), float(len(shares))], device=ids.device)).tolist()
+    return {"watch/repetition": total / count}
+
+
+class HackingWatch:
+    """
+    Compares the trend of the reward with that of a verifier, and warns once when only the reward rises.
+
+    Args:
+        verifier (`str`): name of the reward function that tells the truth.
+    """
+
+    def __init__(self, verifier: str):
+        self.verifier = verifier
+        self._rewards: deque[float] = deque(maxlen=WINDOW)
+        self._truths: deque[float] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    def add(self, reward: float, truth: float) -> dict[str, float]:
+        """Add the means of a batch of completions; returns the trends in standard errors."""
+        if math.isfinite(reward) and math.isfinite(truth):
+            self._rewards.append(reward)
+            self._truths.append(truth)
+        up, follows = trend(self._rewards), trend(self._truths)
+        suspected = up > RISES and not follows > FOLLOWS
+        if suspected and len(self._rewards) == WINDOW and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"Over the last {WINDOW} batches the reward rose (slope of {up:.1f} standard errors) and the verifier "
+                f"{self.verifier!r} did not ({follows:.1f}). The policy may exploit the reward. Look at completions, "
+                "raise `beta`, or stop here."
+            )
+        return {
+            "watch/reward_trend": up,
+            "watch/verifier_trend": follows,
+            "watch/hacking_suspected": float(suspected),
+        }
+
+
+def write_samples(
+    folder: str | Path, step: int, tokenizer: PreTrainedTokenizerBase, output: dict[str, Any], rows: int
+) -> None:
+    """
+    Append completions with the credit of each token to `advantages.jsonl`, one JSON object a line.
+
+    Its keys: `step`, `prompt`, `pieces` (the text that each token adds), `advantages`, `rewards` (`null` for tokens
+    without one), and with a critic `values`. `trl_ext.evaluation.policy_report` shows them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        for row in range(min(rows, len(output["completion_ids"]))):
+            real = output["completion_mask"][row].bool()
+            text, ends = token_ends(tokenizer, output["completion_ids"][row][real].tolist())
+            credit = output["advantages"][row]
+            credit = credit.expand(len(real)) if credit.dim() == 0 else credit
+            rewards = output["rewards"][row].masked_fill(~output["given"][row], torch.nan)[real].tolist()
+            sample = {
+                "step": step,
+                "prompt": tokenizer.decode(output["prompt_ids"][row][output["prompt_mask"][row].bool()]),
+                "pieces": [text[start:end] for start, end in zip([0, *ends], ends, strict=False)],
+                "advantages": credit[real].tolist(),
+                "rewards": [None if math.isnan(reward) else reward for reward in rewards],
+            }
+            if "values" in output:
+                sample["values"] = output["values"][row][real].tolist()
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
