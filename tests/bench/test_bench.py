@@ -110,6 +110,20 @@ def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):
     assert "token ids of both sides: equal" in capsys.readouterr().out
 
 
+def test_serving_measures_our_part_of_a_request(tmp_path, capsys):
+    size = ["--rows", "4", "--requests", "3", "--prompt_words", "6", "--completion_words", "4", "--repeats", "1"]
+    assert main(["bench", "serving", *size, "--output_dir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    ids, requests, both = (report["sides"][name]["cpu_seconds"] for name in ("ids", "requests", "all"))
+    assert min(ids, requests) > 0 and report["cpu_milliseconds"] == pytest.approx(both / 3 * 1000)
+    assert report["five_percent_from"] == pytest.approx(both / 3 * 20) and "share" not in report
+    assert 4 * (3 + 2) <= report["tokens"] <= 4 * 8 * 11
+    assert "A request has 4 texts" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", "serving", "--url", "http://localhost:1", "--output_dir", str(tmp_path)])
+    assert "give --model too" in capsys.readouterr().err
+
+
 def test_generate_measures_a_plain_loop_beside_ours(tmp_path, capsys):
     size = ["--num_prompts", "3", "--num_generations", "2", "--prompt_length", "9", "--completion_length", "4"]
     report = run(tmp_path, "generate", *size, "--batch_size", "4")

@@ -44,14 +44,19 @@ class Server:
 
 @contextmanager
 def serving(answer: Callable[[int, str, dict], tuple], described: dict[str, Any] | None = None) -> Iterator[Server]:
-    """A server on a free port of this machine; `described` is what it returns for GET requests, by path."""
+    """A server on a free port of this machine; `described` is what it returns for GET requests, by path, or the
+    status of a failure."""
     server = Server(answer)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             known = {"/health": b"", "/v1/models": b'{"data": [{"id": "served"}]}'}
             known |= {path: json.dumps(content).encode() for path, content in (described or {}).items()}
-            self._send(200 if self.path in known else 404, known.get(self.path, b""), {})
+            status = (described or {}).get(self.path)
+            if isinstance(status, int):
+                self._send(status, b"<html>no", {})
+            else:
+                self._send(200 if self.path in known else 404, known.get(self.path, b""), {})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

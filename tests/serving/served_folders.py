@@ -20,6 +20,7 @@ SHAPE |= dict(num_key_value_heads=1, head_dim=64)
 TOKEN_KINDS = {
     "outcome": dict(num_labels=1, label_meaning="log-odds that the answer is right", loss_type="bce"),
     "process": dict(num_labels=2, outputs_per_category=2, loss_type="ce", step_separator="\n"),
+    "segment": dict(num_labels=2, categories=["truth", "style"], label_meaning="higher is better", loss_type="mse"),
 }
 
 

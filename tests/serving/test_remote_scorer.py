@@ -4,6 +4,10 @@ import json
 import logging
 import math
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from trl_ext.models.ensemble.ensemble_files import EnsembleFile, write_ensemble
 from trl_ext.models.sidecar import read_sidecar
 from trl_ext.pipelines.reward_functions import check_rewards, load_reward, reward_identity, reward_name
 from trl_ext.serving import pooling
-from trl_ext.serving.server_pool import ServerError
+from trl_ext.serving.server_pool import ServerError, ServerPool
 
 
 PROMPTS = ["2 + 2 =", "Name a colour.", "2 + 2 =", "", "Say nothing."]
@@ -200,6 +204,8 @@ def test_bad_servers_and_arguments_each_get_one_sentence(folders, models, monkey
     known = {"full": models["full"]}
     bad = [
         (serving(lambda *_: (200, {}, {}), {"/v1/models": "<html>"}), "so it is no vLLM server. Correct the URL"),
+        (serving(lambda *_: (200, {}, {}), {"/v1/models": 401}), "refuses the key .HTTP 401.. Set .*VLLM_API_KEY"),
+        (pooling_server({"base": models["other"]}), "base at .* gives other scores than the saved model"),  # no LoRA
         (
             pooling_server(known, change=lambda *_: (502, b"<html>Bad Gateway</html>", {})),
             "failed 2 times, last with HTTP 502: <html>Bad Gateway",
@@ -210,6 +216,10 @@ def test_bad_servers_and_arguments_each_get_one_sentence(folders, models, monkey
     for place, words in bad:
         with place as server, pytest.raises(ServerError, match=words):
             RewardScorer(server.url, full)
+    monkeypatch.setattr(pooling, "TIMEOUT", 0.1)
+    proxy = serving(lambda *_: (200, {}, {}), {"/v1/models": 502})  # of a server that is not there yet
+    with proxy as server, pytest.raises(ServerError, match="No server answers at .*HTTP Error 502.*serve-info"):
+        RewardScorer(server.url, full)
 
 
 def test_rows_that_the_server_cannot_take_are_named(folders, models, caplog):
@@ -228,6 +238,14 @@ def test_rows_that_the_server_cannot_take_are_named(folders, models, caplog):
         scorer = RewardScorer(server.url, plain, model="full")
         assert len(scorer(["a"], ["b"])) == 1
     assert "no probes in a reward_model.json" in caplog.text
+    with pooling_server({"full": models["full"]}, max_model_len=40) as server, caplog.at_level(logging.WARNING):
+        long = folders["full"].parent / "long"
+        shutil.copytree(folders["full"], long)
+        sidecar = read_sidecar(long)
+        sidecar.max_length = 64
+        sidecar.save(long)
+        RewardScorer(server.url, long, model="full")
+    assert f"{server.url} takes texts of up to 40 tokens" in caplog.text and "--max-model-len 64" in caplog.text
 
 
 def test_a_server_that_dies_and_comes_back_loses_nothing(folders, models, monkeypatch):
@@ -258,3 +276,27 @@ def test_requests_go_to_several_servers_which_are_all_checked(folders, models):
         assert len(one.requests) - seen[0] == len(two.requests) - seen[1] == 5
         with pooling_server(wrong) as three, pytest.raises(ServerError, match=f"full at {three.url} gives other"):
             RewardScorer(f"{one.url},{three.url}", folders["full"])
+
+
+def test_a_late_failure_of_one_call_does_not_end_the_next():
+    """A request that is under way when its call fails may fail later, when the server is back."""
+    late, answers = threading.Event(), {"first": (400, b"no", {}), "good": (200, {}, {})}
+
+    def answer(number: int, path: str, body: dict) -> tuple:
+        if body["what"] == "late":
+            late.wait(10)
+        return answers.get(body["what"], answers["first"])
+
+    with serving(answer) as server:
+        pool = ServerPool(server.url)
+        ask = {what: partial(pool.ask, "/x", {"what": what}, lambda *found: found[0]) for what in ("first", "late")}
+        with ThreadPoolExecutor() as threads:
+            left = threads.submit(ask["late"])
+            while not server.requests:
+                time.sleep(0.001)
+            with pytest.raises(ServerError, match="HTTP 400"):
+                pool.map([ask["first"]])
+            pool.reset()
+            late.set()
+            assert left.exception() is not None
+        assert pool.map([partial(pool.ask, "/x", {"what": "good"}, lambda *found: found[0])]) == [{}]

@@ -14,6 +14,7 @@ from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import generate as bench_generate
 from trl_ext.bench import reward as bench_reward
 from trl_ext.bench import score as bench_score
+from trl_ext.bench import serving as bench_serving
 from trl_ext.bench import token as bench_token
 from trl_ext.bench.runner import run_case
 from trl_ext.cli.main import TRACEBACK
@@ -28,6 +29,7 @@ MEASURED = {
     "generate": (bench_generate, "compare our backend, with and without stored shards, with a plain generate loop"),
     "data": (bench_data, "compare the preparation of pairs in RewardTrainer and in trl.RewardTrainer"),
     "score": (bench_score, "compare RewardScorer with padded rows, for N completions of a prompt"),
+    "serving": (bench_serving, "our part of the time when a server runs the model"),
 }
 
 

@@ -66,6 +66,7 @@ class ServedModel:
         self._columns = slice(0, 1)  # which outputs of the server are this model's
         advice = Advice(
             address="Start it with the command that `trl-ext serve-info` prints, or correct the URL.",
+            key=f"Set the environment variable {KEY} to its key.",
             slow="A slow server needs fewer rows in a request (batch_size).",
             refused=f"Start the server with the command that `trl-ext serve-info {folder}` prints.",
         )

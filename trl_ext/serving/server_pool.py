@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 
@@ -40,12 +40,14 @@ class Advice:
 
     Args:
         address (`str`): when no server answers.
+        key (`str`): when a server refuses the key.
         slow (`str`): when answers come too late.
         refused (`str`): when a server refuses a request.
         again (`str`): after a failure: what is kept.
     """
 
     address: str = "Start it, or correct the URL."
+    key: str = "Set the environment variable that holds its key."
     slow: str = "Give a slow server fewer requests at a time."
     refused: str = "Its log has the reason."
     again: str = "Call again when it is back."
@@ -56,6 +58,14 @@ class _Server:
     url: str  # without /v1
     failures: int = 0  # since its last answer
     rests_until: float = 0.0
+
+
+@dataclass
+class _Run:
+    """Requests that one failure ends. A late failure of an earlier run does not end those of the next."""
+
+    stopped: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None  # the one that stopped them
 
 
 class ServerPool:
@@ -97,8 +107,7 @@ class ServerPool:
         self._threads = ThreadPoolExecutor(max_concurrency)
         self._lock = threading.Lock()
         self._turn = 0
-        self._stopped = threading.Event()
-        self._failure: Exception | None = None  # the one that stopped the pool
+        self._run = _Run()
         self._headers = {"Content-Type": "application/json"}
         if api_key_variable is not None:
             if api_key_variable not in os.environ:
@@ -114,10 +123,11 @@ class ServerPool:
         """
         What each server returns for a GET request: its URL to the JSON, `None` where there is none at this path.
 
-        Waits until at least one server answers. The others may start later, or not at all.
+        Waits until at least one server answers. The others may start later, or not at all. A proxy that answers for a
+        server that is not there (HTTP 502, 503 ...) is waited for too.
 
         Raises:
-            `error`: no server answers within the time.
+            `error`: no server answers within the time, or one refuses the key.
         """
         deadline = time.monotonic() + self._timeout
         while True:
@@ -151,8 +161,7 @@ class ServerPool:
 
     def reset(self) -> None:
         """Send requests again after a failure that stopped them."""
-        self._failure = None
-        self._stopped.clear()
+        self._run = _Run()
 
     def map(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run jobs, which call [`ask`], in parallel. The first failure cancels those that have not begun."""
@@ -177,10 +186,10 @@ class ServerPool:
         Raises:
             `error`: a server refuses the request, or all attempts fail. Every further call then fails.
         """
-        pause = 0.5
+        pause, run = 0.5, self._run
         for attempt in range(self._max_retries + 1):
-            if self._stopped.is_set():
-                raise self._failure
+            if run.stopped.is_set():
+                raise run.failure
             server, wait, gone = self._next(), None, False
             started = time.perf_counter()
             try:
@@ -190,7 +199,7 @@ class ServerPool:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {_detail(error)}"
                 if error.code not in REPEATED:
-                    raise self._stop(self._refused(server.url, path, problem, body)) from error
+                    raise self._stop(run, self._refused(server.url, path, problem, body)) from error
                 wait = error.headers.get("Retry-After")
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
                 problem, gone = f"{type(error).__name__}: {error}", not isinstance(error, TimeoutError)
@@ -200,14 +209,15 @@ class ServerPool:
             if attempt < self._max_retries and not others:
                 logger.info(f"{server.url}{path}: {problem}; attempt {attempt + 2} follows.")
                 asked = float(wait) if wait is not None and wait.replace(".", "", 1).isdigit() else 0.0
-                self._stopped.wait(min(LONGEST_PAUSE, max(asked, pause * (0.5 + random.random()))))
+                run.stopped.wait(min(LONGEST_PAUSE, max(asked, pause * (0.5 + random.random()))))
                 pause *= 2
         hint = self._advice.slow
         if gone:
             hint = "It no longer answers: it was ended, or its engine died. Start it again with the same model."
         raise self._stop(
+            run,
             f"{self} failed {self._max_retries + 1} times, last with {problem}. {hint} Its log has the reason. "
-            f"{self._advice.again}"
+            f"{self._advice.again}",
         )
 
     def _next(self) -> _Server:
@@ -231,12 +241,12 @@ class ServerPool:
             logger.warning(f"The server at {server.url} failed with {problem}; its requests go to the others.")
         return others
 
-    def _stop(self, message: str) -> Exception:
-        """End all requests with this error, unless another one did so before."""
+    def _stop(self, run: _Run, message: str) -> Exception:
+        """End all requests of a run with this error, unless another one did so before."""
         with self._lock:
-            self._failure = self._failure or self._error(message)
-        self._stopped.set()
-        return self._failure
+            run.failure = run.failure or self._error(message)
+        run.stopped.set()
+        return run.failure
 
     def _refused(self, url: str, path: str, problem: str, body: dict[str, Any]) -> str:
         fix = self._advice.refused
@@ -252,7 +262,15 @@ class ServerPool:
         try:
             with urllib.request.urlopen(request, timeout=min(10.0, max(self._timeout, 0.1))) as answer:
                 return json.load(answer)
-        except (urllib.error.HTTPError, ValueError):  # it is there, and has nothing to say here
+        except urllib.error.HTTPError as error:
+            if error.code in REPEATED:
+                raise
+            if error.code in (401, 403):
+                raise self._error(
+                    f"The server at {url} refuses the key (HTTP {error.code}). {self._advice.key}"
+                ) from None
+            return None  # it is there, and has nothing to say here
+        except ValueError:
             return None
 
     def _post(self, url: str, body: dict[str, Any]) -> Any:

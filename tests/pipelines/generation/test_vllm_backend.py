@@ -193,8 +193,15 @@ def test_what_a_server_must_be(tiny, caplog):
     two = {"/v1/models": {"data": [{"id": "a"}, {"id": "b"}]}}
     with serving(good(), two) as server, pytest.raises(GenerationError, match=f"serves a, b, and not {tiny}"):
         make(tiny, server.url)
-    with serving(good(), {"/v1/models": {}}) as server, pytest.raises(GenerationError, match="does not say which"):
-        make(tiny, server.url)
+    for nothing in ({}, "<html>"):
+        with (
+            serving(good(), {"/v1/models": nothing}) as server,
+            pytest.raises(GenerationError, match="does not say which"),
+        ):
+            make(tiny, server.url)
+    for status, words in ((502, "No server answers at .*HTTP Error 502"), (401, "refuses the key .*api_key_variable")):
+        with serving(good(), {"/v1/models": status}) as server, pytest.raises(GenerationError, match=words):
+            make(tiny, server.url, timeout=0.1)
     words = "row 1, column 'prompt': found a prompt of .* the model's 9 positions"
     with serving(good(), cards(str(tiny), max_model_len=9)) as server, pytest.raises(DataError, match=words):
         make(tiny, server.url, max_completion_length=6).generate(["A", PROMPTS[2]], 1, 0)
@@ -248,7 +255,7 @@ def test_several_servers_share_the_requests_and_one_may_die(tiny, backend, short
         assert f"No server answers at {first.url}" in caplog.text
 
 
-def test_an_adapter_that_the_server_lacks_is_loaded_into_it(tiny, tmp_path):
+def test_an_adapter_that_the_server_lacks_is_loaded_into_it(tiny, tmp_path, caplog):
     """Policies of several rounds have the same last name, so that the server knows them by their whole path."""
     rounds = [tmp_path / str(number) / "policy" for number in (1, 2)]
     for folder in rounds:
@@ -268,11 +275,20 @@ def test_an_adapter_that_the_server_lacks_is_loaded_into_it(tiny, tmp_path):
             make_generator(folder, "vllm", server_base_url=server.url).generate(["a"], 1, 0)
     loaded = [body["lora_path"] for path, body, _ in server.requests if path == "/v1/load_lora_adapter"]
     assert loaded == [str(rounds[1])]  # the first was there; the second is loaded once
-    assert [body["model"] for path, body, _ in server.requests if path == "/v1/completions"] == [
-        "policy",
-        str(rounds[1]),
-        str(rounds[1]),
-    ]
+    names = [body["model"] for path, body, _ in server.requests if path == "/v1/completions"]
+    assert [name.partition("@")[0] for name in names] == ["policy", str(rounds[1]), str(rounds[1])]
+
+    # another run wrote other weights to the same folder: the server's are not used for them
+    (rounds[1] / "adapter_model.safetensors").write_bytes(b"others")
+    with serving(answer, described) as server:
+        make_generator(rounds[1], "vllm", server_base_url=server.url).generate(["a"], 1, 0)
+    (_, loading, _), (_, asked, _) = server.requests
+    assert loading["lora_path"] == str(rounds[1]) and loading["lora_name"] == asked["model"] not in names
+
+    (rounds[1] / "adapter_config.json").write_text('{"r": 4, "base_model_name_or_path": "org/another-base"}')
+    with serving(answer, described) as server:
+        make_generator(rounds[1], "vllm", server_base_url=server.url)
+    assert f"serves base, policy, and the adapter {rounds[1]} was trained on org/another-base" in caplog.text
     refusing = lambda *_: (404, b"Not Found", {})  # noqa: E731
     with (
         serving(refusing, {"/v1/models": {"data": cards[:1]}}) as server,

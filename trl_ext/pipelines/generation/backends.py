@@ -21,6 +21,7 @@ from trl_ext.serving.server_pool import Advice, ServerPool
 
 _ADVICE = Advice(
     address="Start it, or correct server_base_url; give a slow start more time with server_timeout.",
+    key="Name the environment variable that holds its key in api_key_variable.",
     slow="For a slow server raise server_timeout or lower max_concurrency.",
     refused="Correct the argument or the prompt that it names; leave arguments that it does not know at their "
     "defaults.",

@@ -5,6 +5,7 @@ sent, even one that is off, because vLLM takes missing ones from the model's `ge
 not imported. This module knows nothing of shards or scores.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -178,30 +179,48 @@ def served_model(url: str, answer: Any, model: str) -> tuple[str, int | None]:
 
 def _with_adapter(servers: ServerPool, url: str, answer: Any, folder: Path) -> Any:
     """
-    What a server says about its models, after it has loaded an adapter that it did not have.
+    What a server says about an adapter and its base, after it has loaded an adapter that it did not have.
 
-    The adapter's name there is its whole path: folders of the policies of several rounds have the same last name. A
-    server on another machine, which was started with the adapter, knows it by that last name.
+    The adapter's name there is its whole path, because the policies of several rounds have the same last name, and a
+    hash of its content, because another run may have written other weights to that path. A server that was started
+    with the adapter knows it by the name given there, on another machine by the last part of its path.
 
     Raises:
         [`GenerationError`]: it does not have the adapter, and does not load it.
     """
-    path = str(folder.resolve())
+    path, config = str(folder.resolve()), json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = f"{path}@{_content_key(folder)}"
     cards = cards_of(answer)
-    if any(path in (card["id"], str(card.get("root") or "").rstrip("/")) for card in cards):
-        return answer
-    objection = servers.tell(url, "/v1/load_lora_adapter", {"lora_name": path, "lora_path": path})
+    here = [card for card in cards if path in (card["id"], str(card.get("root") or "").rstrip("/"))]
+    others = [card for card in cards if card not in here]
+    for card in here:
+        if card["id"] == name or not card["id"].startswith(f"{path}@"):
+            return {"data": [card, *others]}
+    base = Path(config.get("base_model_name_or_path") or "")
+    if base.name and base.name not in {Path(str(card.get("root") or card["id"])).name for card in others}:
+        logger.warning(
+            f"The server at {url} serves {names_of(others)}, and the adapter {folder} was trained on {base}. Both "
+            "bases must have the same weights."
+        )
+    objection = servers.tell(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
     if objection is None:
-        return {"data": [*cards, {"id": path, "root": path}]}
+        return {"data": [{"id": name, "root": path}, *others]}
     elsewhere = [card for card in cards if card["id"] == folder.name and not Path(str(card.get("root"))).is_dir()]
     if elsewhere:
         return {"data": elsewhere}
-    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r")
     raise GenerationError(
         f"The server at {url} serves {names_of(cards)}, and not the adapter {folder}, and does not load it "
         f"({objection}). Start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora "
-        f"--max-lora-rank {rank}`, or with `--lora-modules {folder.name}={path}`."
+        f"--max-lora-rank {config.get('r')}`, or with `--lora-modules {folder.name}={path}`."
     )
+
+
+def _content_key(adapter: Path) -> str:
+    """A hash of an adapter's weights and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted(adapter.glob("adapter_*")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def known_arguments(servers: ServerPool, schemas: Iterable[str]) -> set[str] | None:
