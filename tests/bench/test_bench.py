@@ -98,6 +98,21 @@ def test_score_measures_four_sides(tmp_path, capsys):
     assert "shared prompts" in printed and f"{report['token_cost']:.2f} times the CPU time" in printed
 
 
+def test_evaluate_measures_the_scorer_beside_the_evaluation(tmp_path, capsys):
+    size = ["--num_rows", "24", "--prompt_length", "20", "--completion_length", "6", "--resamples", "20"]
+    report = run(tmp_path, "evaluate", *size, "--memory_rows", "20", "40")
+    assert list(report["sides"]) == ["forward", "evaluate"] and report["rows"] == 24
+    assert list(report["without_model"]) == ["20", "40"]
+    assert all(side["seconds"] > 0 for side in [*report["sides"].values(), *report["without_model"].values()])
+    # the model sees each prompt once, and pads less than a second copy of the prompts would take
+    assert report["tokens_twice"] - report["tokens_once"] == 24 * 20
+    assert report["tokens_once"] <= report["model_tokens"] < report["tokens_twice"]
+    printed = capsys.readouterr().out
+    assert f"{report['cpu_overhead']:+.1%}" in printed and "40 pairs, no model" in printed
+    with pytest.raises(SystemExit):
+        main(["bench", "evaluate", *TINY, "--memory_rows", "2", "40"])
+
+
 def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):
     size = ["--num_pairs", "30", "--prompt_words", "8", "--completion_words", "6", "--repeats", "1"]
     assert main(["bench", "data", *size, "--output_dir", str(tmp_path)]) == 0

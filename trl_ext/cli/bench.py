@@ -11,6 +11,7 @@ import sys
 
 from trl_ext.bench import data as bench_data
 from trl_ext.bench import ensemble as bench_ensemble
+from trl_ext.bench import evaluate as bench_evaluate
 from trl_ext.bench import generate as bench_generate
 from trl_ext.bench import reward as bench_reward
 from trl_ext.bench import score as bench_score
@@ -28,6 +29,7 @@ MEASURED = {
     "fit": (bench_fit, "estimate whether a training config fits on a card, and what takes the memory"),
     "generate": (bench_generate, "compare our backend, with and without stored shards, with a plain generate loop"),
     "data": (bench_data, "compare the preparation of pairs in RewardTrainer and in trl.RewardTrainer"),
+    "evaluate": (bench_evaluate, "compare evaluate_reward_model with the scorer alone, in time and memory"),
     "score": (bench_score, "compare RewardScorer with padded rows, for N completions of a prompt"),
     "serving": (bench_serving, "our part of the time when a server runs the model"),
 }

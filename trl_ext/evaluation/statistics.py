@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy import stats
+
+from trl_ext.metrics.bootstrap import bootstrap_draws, bootstrap_means, group_numbers
 
 
 # 80 % power at a two-sided level of 5 %: the convention of J. Cohen, *Statistical Power Analysis*, 1988.
@@ -53,6 +56,33 @@ class PairedTest:
 
     difference: Estimate
     p_value: float
+
+
+class Lists:
+    """
+    Lists of different lengths that lie one after the other in an array.
+
+    Args:
+        sizes (`np.ndarray` of shape `(G,)`): how long each list is.
+    """
+
+    def __init__(self, sizes: np.ndarray):
+        self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
+        self._alone = bool((sizes == 1).all())
+
+    def places(self, drawn: np.ndarray) -> np.ndarray:
+        """
+        Places in the array of all members of the drawn lists, list by list.
+
+        Example:
+
+        >>> Lists(np.array([2, 1, 3])).places(np.array([2, 0])).tolist()
+        [3, 4, 5, 0, 1]
+        """
+        if self._alone:
+            return drawn
+        take = self._sizes[drawn]
+        return np.repeat(self._starts[drawn] - np.cumsum(take) + take, take) + np.arange(take.sum())
 
 
 def detectable_effect(standard_error: float, level: float = 0.95, power: float = POWER) -> float:
@@ -123,10 +153,7 @@ def mean_estimate(
             ends = stats.binomtest(round(mean * count), count).proportion_ci(level, method="wilson")
             return Estimate(mean, (float(ends.low), float(ends.high)), None, len(values), count)
         return Estimate(mean, None, None, len(values), count, f"all {len(values)} values are {mean:g}")
-    sums, sizes = np.bincount(codes, values, count), np.bincount(codes, minlength=count)
-    means = np.concatenate(
-        [sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in _draws(count, resamples, np.random.default_rng(seed))]
-    )
+    means = bootstrap_means(torch.from_numpy(values), torch.from_numpy(codes), count, resamples, seed).numpy()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     effect = detectable_effect(float(means.std(ddof=1)), level)
     return Estimate(mean, (float(low), float(high)), effect, len(values), count)
@@ -159,14 +186,13 @@ def function_estimate(
         return Estimate(math.nan, None, None, size, count, "the number is not defined for these units")
     if count < 2:
         return Estimate(value, None, None, size, count, "an interval needs at least two independent prompts")
-    order = np.argsort(codes, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(codes, minlength=count))[:-1])
-    generator = np.random.default_rng(seed)
+    order = np.argsort(codes, kind="stable")  # the units of a cluster one after the other
+    members = Lists(np.bincount(codes, minlength=count))
     found = np.array(
         [
-            function(np.concatenate([members[cluster] for cluster in drawn]))
-            for draws in _draws(count, resamples, generator)
-            for drawn in draws
+            function(order[members.places(drawn)])
+            for draws in bootstrap_draws(count, resamples, seed)
+            for drawn in draws.numpy()
         ]
     )
     found = found[np.isfinite(found)]
@@ -275,13 +301,5 @@ def _codes(clusters: Sequence[Hashable] | None, there: np.ndarray) -> tuple[np.n
         return np.arange(count), count
     if len(clusters) != len(there):
         raise ValueError(f"found {len(clusters)} clusters for {len(there)} values; needed: one for each.")
-    place: dict[Hashable, int] = {}
-    codes = [place.setdefault(name, len(place)) for name, use in zip(clusters, there, strict=True) if use]
-    return np.asarray(codes, dtype=int), len(place)
-
-
-def _draws(count: int, resamples: int, generator: np.random.Generator):
-    """Blocks `(r, count)` of clusters drawn with replacement, a few million at a time."""
-    at_once = max(1, 4_000_000 // count)
-    for done in range(0, resamples, at_once):
-        yield generator.integers(count, size=(min(at_once, resamples - done), count))
+    numbers, count = group_numbers([name for name, use in zip(clusters, there, strict=True) if use])
+    return numbers.numpy(), count

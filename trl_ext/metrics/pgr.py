@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_ext.metrics.bootstrap import bootstrap_means
+
 
 # With a gap below this many of its standard errors, PGR is undefined.
 DECIDED_AT = 2.0
@@ -126,15 +128,8 @@ def estimate_pgr(
         raise ValueError(f"clusters must have one number per row ({len(rows)}), found {tuple(ids.shape)}.")
     _, index = ids.unique(return_inverse=True)
     number = int(index.max()) + 1
-    sums = torch.zeros(number, 3, dtype=torch.double).index_add_(0, index, rows)  # (clusters, 3)
-    sizes = torch.bincount(index, minlength=number).double()  # (clusters,)
-
     means = rows.mean(0)
-    drawn = torch.empty(num_resamples, 3, dtype=torch.double)
-    generator = torch.Generator().manual_seed(seed)
-    for r in range(num_resamples):
-        chosen = torch.randint(number, (number,), generator=generator)
-        drawn[r] = sums[chosen].sum(0) / sizes[chosen].sum()
+    drawn = bootstrap_means(rows, index, number, num_resamples, seed)  # (num_resamples, 3)
     gaps = drawn[:, 2] - drawn[:, 0]
     gap_error = float(gaps.std(correction=0))
     tail = (1 - level) / 2

@@ -9,6 +9,8 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from trl_ext.metrics.bootstrap import bootstrap_means, group_numbers
+
 
 def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
     """
@@ -216,17 +218,8 @@ def bootstrap_interval(
         raise ValueError(f"found {len(groups)} groups for {len(values)} values; needed: one for each")
     if not 0 < level < 1:
         raise ValueError(f"level={level}; needed: a number between 0 and 1, e.g. 0.95")
-    data = torch.tensor(values, dtype=torch.float64)
-    names = list(range(len(data)) if groups is None else groups)
-    place = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    group = torch.tensor([place[name] for name in names])
-    sums = torch.zeros(len(place), dtype=torch.float64).index_add(0, group, data)  # (G,)
-    sizes = torch.bincount(group).double()  # (G,)
-    generator = torch.Generator().manual_seed(seed)
-    at_once, means = max(1, 4_000_000 // len(place)), []
-    for done in range(0, resamples, at_once):
-        drawn = torch.randint(len(place), (min(at_once, resamples - done), len(place)), generator=generator)
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    numbers, count = group_numbers(range(len(values)) if groups is None else groups)
+    means = bootstrap_means(torch.tensor(values, dtype=torch.float64), numbers, count, resamples, seed)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(means), ends).tolist()
+    low, high = torch.quantile(means, ends).tolist()
     return low, high

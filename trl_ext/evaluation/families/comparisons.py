@@ -22,8 +22,9 @@ from trl_ext.evaluation.families.benchmarks import (
 from trl_ext.evaluation.families.calibration import Calibrations
 from trl_ext.evaluation.families.places import Places
 from trl_ext.evaluation.items import Item, text_of
-from trl_ext.evaluation.measures import Measure, Units, calibration_error, correlation, reliability, sigmoid
-from trl_ext.metrics.ranking import kendall_tau, ndcg, pair_accuracy, top1_agreement
+from trl_ext.evaluation.measures import Measure, Units, calibration_error, reliability, sigmoid
+from trl_ext.evaluation.statistics import Lists
+from trl_ext.metrics.ranking import kendall_tau, ndcg, top1_agreement
 
 
 # Two candidates count as equally long up to this ratio of their numbers of characters: our choice.
@@ -60,9 +61,10 @@ class Comparisons:
             longer = np.log1p(lengths[better]) - np.log1p(lengths[worse])
             self._pairs += [(d, x, number) for d, x in zip(differences.tolist(), longer.tolist(), strict=True)]
             matched = np.abs(longer) <= math.log(MATCHED)
+            right = float((differences > 0).mean())
             values = self._styles(item, scores_, ratings) | {
-                "accuracy": float((differences > 0).mean()) if self.ranked else self._won(item, scores_, ratings),
-                "pair_accuracy": float((differences > 0).mean()),
+                "accuracy": right if self.ranked else self._won(item, scores_, ratings),
+                "pair_accuracy": right,
                 "length_accuracy": float((longer > 0).mean()),
                 "matched_length_accuracy": float((differences[matched] > 0).mean()) if matched.any() else math.nan,
                 "tied_scores": float((differences == 0).mean()),
@@ -107,29 +109,27 @@ class Comparisons:
         if not self._pairs:
             return
         differences, longer, unit = (np.asarray(column) for column in zip(*self._pairs, strict=True))
-        sizes = np.bincount(unit, minlength=len(units))
-        starts = np.cumsum(sizes) - sizes
+        pairs = Lists(np.bincount(unit, minlength=len(units)))
 
-        def pairs_of(drawn: np.ndarray) -> np.ndarray:
-            take = sizes[drawn]
-            first = np.repeat(starts[drawn] - np.r_[0, take.cumsum()[:-1]], take)
-            return first + np.arange(take.sum())
+        def of_pairs(function, *columns):
+            """A number of the drawn units' pairs, computed from these columns of all pairs."""
 
-        def of_pairs(function):
             def read(drawn: np.ndarray) -> float:
-                rows = pairs_of(drawn)
-                return function(differences[rows], longer[rows])
+                places = pairs.places(drawn)
+                return function(*(column[places] for column in columns))
 
             return read
 
         yield units.drift(units.array("accuracy"))
         if self.ranked:
             yield units.computed("position_correlation", self._places.correlation)
-        yield units.computed("length_correlation", of_pairs(_symmetric_correlation))
-        yield units.computed("length_controlled_accuracy", of_pairs(length_controlled_accuracy))
+        yield units.computed("length_correlation", of_pairs(_symmetric_correlation, differences, longer))
+        controlled = of_pairs(length_controlled_accuracy, differences, longer)
+        yield units.computed("length_controlled_accuracy", controlled)
         if not self.ranked:
-            yield units.computed("ece", of_pairs(lambda d, _: calibration_error(sigmoid(np.abs(d)), d > 0)))
-            yield units.computed("brier", of_pairs(lambda d, _: float(np.mean((1 - sigmoid(d)) ** 2))))
+            confidence, right = sigmoid(np.abs(differences)), (differences > 0).astype(float)
+            yield units.computed("ece", of_pairs(calibration_error, confidence, right))
+            yield units.computed("brier", of_pairs(np.mean, (1 - sigmoid(differences)) ** 2))
             yield from self._calibrations().measures()
             yield from self._benchmark_measures()
 
@@ -204,11 +204,12 @@ def length_controlled_accuracy(differences: np.ndarray, longer: np.ndarray) -> f
 
 
 def _symmetric_correlation(differences: np.ndarray, longer: np.ndarray) -> float:
-    """Correlation of score and log length within pairs; of either order, so the mean of both is 0."""
-    return correlation(np.r_[differences, -differences], np.r_[longer, -longer])
+    """Correlation of score and log length within pairs; each pair counts in both orders, so both means are 0."""
+    spread = math.sqrt(float(differences @ differences) * float(longer @ longer))
+    return float(differences @ longer) / spread if len(differences) > 1 and spread else math.nan
 
 
 def _rank_metrics(scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
     group = (torch.tensor(scores)[None], torch.tensor(ratings)[None], torch.ones(1, len(scores), dtype=torch.bool))
-    functions = {"kendall_tau": kendall_tau, "ndcg": ndcg, "top1": top1_agreement, "pair_accuracy": pair_accuracy}
+    functions = {"kendall_tau": kendall_tau, "ndcg": ndcg, "top1": top1_agreement}
     return {name: function(*group).item() for name, function in functions.items()}

@@ -12,6 +12,7 @@ import numpy as np
 
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.measures import Measure, Units, auc, calibration_error, part, reliability
+from trl_ext.evaluation.statistics import Lists
 from trl_ext.metrics.token import harmonic_mean
 
 
@@ -26,7 +27,7 @@ class Steps:
     def __init__(self):
         self.units = Units()
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []
-        self._known: dict[bool, tuple[np.ndarray, ...]] = {}
+        self._known: dict[tuple[bool, int], tuple[np.ndarray, np.ndarray, Lists]] = {}
 
     def add(self, item: Item, scores: list[float]) -> float:
         """Take one scored row; returns how sure the model is on the wrong side, negative, of its worst step."""
@@ -84,17 +85,16 @@ class Steps:
                 Only steps up to the first wrong one. What follows an error is labelled by convention, and its place
                 alone gives it away.
         """
-        probabilities, labels, starts, sizes = self._flat(until_first)
-        take = sizes[units]
-        rows = np.repeat(starts[units] - np.r_[0, take.cumsum()[:-1]], take) + np.arange(take.sum())
-        return probabilities[rows], labels[rows]
+        probabilities, labels, steps = self._flat(until_first)
+        places = steps.places(units)
+        return probabilities[places], labels[places]
 
-    def _flat(self, until_first: bool) -> tuple[np.ndarray, ...]:
-        """Probabilities and labels of all steps that count, one after the other; start and number of each unit's."""
-        known = self._known.get(until_first)
-        if known is not None and len(known[2]) == len(self._steps):
+    def _flat(self, until_first: bool) -> tuple[np.ndarray, np.ndarray, Lists]:
+        """Probabilities and labels of all steps that count, one after the other, and how many each unit has."""
+        known = self._known.get((until_first, len(self._steps)))
+        if known is not None:
             return known
-        probabilities, labels = [], []
+        probabilities, labels = [np.empty(0)], [np.empty(0)]
         for chances, given in self._steps:
             use = np.isfinite(given) & np.isfinite(chances)
             wrong = np.flatnonzero(given < 0.5)
@@ -102,10 +102,9 @@ class Steps:
                 use[wrong[0] + 1 :] = False
             probabilities.append(chances[use])
             labels.append(given[use])
-        sizes = np.array([len(given) for given in labels], dtype=int)
-        empty = [np.empty(0)]
-        flat = (np.concatenate(probabilities or empty), np.concatenate(labels or empty), sizes.cumsum() - sizes, sizes)
-        self._known[until_first] = flat
+        sizes = np.array([len(given) for given in labels[1:]], dtype=int)
+        flat = (np.concatenate(probabilities), np.concatenate(labels), Lists(sizes))
+        self._known[until_first, len(self._steps)] = flat
         return flat
 
     def first_below(self, threshold: float) -> np.ndarray:
