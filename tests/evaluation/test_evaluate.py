@@ -174,3 +174,33 @@ def test_chats_without_a_prompt_column_share_their_first_turns():
     item = read_item({"chosen": [user, good], "rejected": [user, bad]}, 0, "preference")
     assert item.prompt == [user]
     assert item.completions == [[good], [bad]]
+
+
+def test_a_text_prompt_in_front_of_whole_conversations_is_not_scored_twice():
+    user, good, bad = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "1"), ("assistant", "0")))
+    item = read_item({"prompt": "q", "chosen": [user, good], "rejected": [user, bad]}, 0, "preference")
+    assert (item.prompt, item.completions) == ([user], [[good], [bad]])
+    # answers alone share nothing, and the prompt stays
+    assert read_item({"prompt": "q", "chosen": [good], "rejected": [bad]}, 0, "preference").prompt == "q"
+
+
+def test_texts_become_chats_where_that_is_asked_for(caplog):
+    seen = []
+
+    class Scorer:
+        processing_class = type("Tokenizer", (), {"chat_template": "{{ messages }}", "eos_token": None})()
+
+        def __call__(self, prompts, completions, **columns):
+            seen[:] = [prompts[0], completions[0]]
+            return [1.0] * len(completions)
+
+    rows = [row | {"subset": "donotanswer"} for row in pairs(4)]
+    evaluate_reward_model(Scorer(), rows, probes=False, resamples=20, as_chat=True)
+    assert seen == [
+        [{"role": "user", "content": "p0"}],
+        [{"role": "assistant", "content": "0 it is so. Quite so."}],
+    ]
+    assert not caplog.records
+    evaluate_reward_model(Scorer(), rows, probes=False, resamples=20)
+    assert seen == ["p0", "0 it is so. Quite so."]
+    assert "--as_chat true" in caplog.text

@@ -35,6 +35,26 @@ def test_length_gets_what_is_known(data_dir, file, metric, known):
     assert low < value < high
 
 
+def test_a_model_of_difficulty_is_told_from_one_of_correctness(data_dir):
+    """GSM8K's solutions: short questions are easier, which a score of the question's length alone shows."""
+    metrics_of = pytest.importorskip("sklearn.metrics")
+    rows = read(data_dir / "orm_gsm8k" / "model_solutions.jsonl")
+    report = evaluate_reward_model(
+        lambda prompts, completions, **columns: [-float(len(prompt)) for prompt in prompts],
+        rows,
+        probes=False,
+        resamples=100,
+    )
+    labels, shorter = ([row[name] for row in rows] for name in ("label", "prompt"))
+    wanted = metrics_of.roc_auc_score(labels, [-len(prompt) for prompt in shorter])
+    assert report.metrics["auc"] == pytest.approx(wanted) == pytest.approx(0.638, abs=0.001)
+    assert report.metrics["within_prompt_auc"] == 0.5
+    assert "difficulty_only" in report.flags
+    # the length of a solution: 0.635 if shorter is better, 0.46 within a question, as scikit-learn finds
+    longer = metrics_of.roc_auc_score(labels, [len(row["completion"]) for row in rows])
+    assert report.metrics["length_auc"] == pytest.approx(longer) == pytest.approx(1 - 0.635, abs=0.001)
+
+
 class StepNumber:
     """A process model that only knows how late a step is."""
 

@@ -66,6 +66,10 @@ class EvaluateArguments(SamplingFields):
     cluster_column: str | None = field(
         default=None, metadata={"help": "column that says which rows are not independent, e.g. a conversation"}
     )
+    as_chat: bool = field(
+        default=False,
+        metadata={"help": "text prompts and completions become chat messages, as in the public benchmarks' own code"},
+    )
     max_rows: int | None = field(default=None, metadata={"help": "take only the first rows"})
     probes: bool = field(default=True, metadata={"help": "change features of the completions and measure the effect"})
     probe_rows: int = field(default=200, metadata={"help": "rows that the probes change"})
@@ -141,6 +145,7 @@ def run(args: EvaluateArguments) -> "EvaluationReport":
         probes=args.probes,
         probe_rows=args.probe_rows,
         cluster_column=args.cluster_column,
+        as_chat=args.as_chat,
         resamples=args.resamples,
         max_rows=args.max_rows,
         **scorer_kwargs,

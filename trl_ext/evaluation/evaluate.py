@@ -43,6 +43,7 @@ def evaluate_reward_model(
     probes: bool = True,
     probe_rows: int = 200,
     cluster_column: str | None = None,
+    as_chat: bool = False,
     level: float = 0.95,
     resamples: int = 2_000,
     max_rows: int | None = None,
@@ -82,6 +83,9 @@ def evaluate_reward_model(
         cluster_column (`str`, *optional*):
             Column that says which rows are not independent, e.g. a conversation. By default `cluster`,
             `conversation_id` or `prompt_id`, else rows with the same prompt belong together.
+        as_chat (`bool`, *optional*, defaults to `False`):
+            Make messages of a user and an assistant of text prompts and completions, so that the model's chat template
+            is applied, as the code of the public benchmarks does. Stepwise rows stay texts.
         level (`float`, *optional*, defaults to `0.95`): of the intervals.
         resamples (`int`, *optional*, defaults to `2000`): of the bootstrap.
         max_rows (`int`, *optional*): take only the first rows of each data set.
@@ -114,7 +118,7 @@ def evaluate_reward_model(
     rows, seconds = 0, 0.0
     for name, data in named.items():
         data = plain_rows(data) if isinstance(data, (Dataset, IterableDataset)) else data
-        run = Run(name, model, other, report, drawn, words.get(name))
+        run = Run(name, model, other, report, drawn, words.get(name), as_chat)
         run.read(itertools.islice(data, max_rows) if max_rows else data, cluster_column)
         families[name] = run.family
         rows, seconds = rows + run.rows, seconds + run.seconds

@@ -6,8 +6,10 @@ It knows column names. It knows nothing of models, metrics, or of where rows com
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from trl import maybe_extract_prompt
 
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.data.validation import DataError, RowChecks, shown
@@ -132,6 +134,20 @@ def read_item(
     )
 
 
+def as_chat(item: Item) -> Item:
+    """The item with a text prompt as a message of the user, and text completions as messages of the assistant."""
+    if not isinstance(item.prompt, str):
+        return item
+    return replace(
+        item,
+        prompt=[{"role": "user", "content": item.prompt}],
+        completions=[
+            [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            for completion in item.completions
+        ],
+    )
+
+
 def text_of(completion: Completion) -> str:
     """The text of a completion: itself, or the contents of its messages."""
     if isinstance(completion, str):
@@ -158,8 +174,11 @@ def _preference(row: dict[str, Any], checks: RowChecks) -> Parts:
         if name not in row:
             raise checks.error(name, "no value", "a completion, or a list of them", "Correct or remove the row.")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if prompt is None and _is_chat(chosen) and _is_chat(rejected):
-        prompt, chosen, rejected = _common_prompt(chosen, rejected)
+    if _is_chat(chosen) and _is_chat(rejected):  # two conversations may share their first turns
+        given = {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt})
+        parts = maybe_extract_prompt(given)
+        if parts["prompt"]:
+            prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
     chosen, rejected = _candidates(chosen), _candidates(rejected)
     for name, candidates in (("chosen", chosen), ("rejected", rejected)):
         if not candidates:
@@ -243,14 +262,6 @@ def _candidates(value: Any) -> list[Completion]:
     if isinstance(value, (str, Mapping)) or _is_chat(value):
         return [value]
     return list(value)
-
-
-def _common_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Two conversations without a prompt column share their first turns, as in TRL."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    return list(chosen[:shared]) or None, list(chosen[shared:]), list(rejected[shared:])
 
 
 def _list(row: dict[str, Any], column: str, checks: RowChecks) -> list[Any]:

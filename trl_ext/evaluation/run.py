@@ -6,6 +6,7 @@ texts stay too, for probes and for the list of mistakes. It knows reward functio
 
 import heapq
 import itertools
+import logging
 import math
 import random
 import time
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 
 from trl_ext.data.validation import DataError
+from trl_ext.evaluation.families.benchmarks import is_benchmark
 from trl_ext.evaluation.families.best_of_n import BestOfN
 from trl_ext.evaluation.families.comparisons import Comparisons
 from trl_ext.evaluation.families.outcomes import Outcomes
 from trl_ext.evaluation.families.samples import Samples, Words
 from trl_ext.evaluation.families.steps import Steps
-from trl_ext.evaluation.items import Family, Item, family_of, has_signed_labels, read_item, text_of
+from trl_ext.evaluation.items import Family, Item, as_chat, family_of, has_signed_labels, read_item, text_of
 from trl_ext.evaluation.report.evaluation_report import EvaluationReport
 from trl_ext.evaluation.report.findings import Mistake
 
+
+logger = logging.getLogger(__name__)
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -54,6 +58,7 @@ class Run:
         drawn ([`Reservoir`], *optional*): gets rows for the probes.
         words ([`~trl_ext.evaluation.families.samples.Words`], *optional*):
             Gets the texts, where data sets are compared.
+        chats (`bool`): whether texts become chat messages.
     """
 
     def __init__(
@@ -64,8 +69,10 @@ class Run:
         report: EvaluationReport,
         drawn: "Reservoir | None",
         words: Words | None,
+        chats: bool = False,
     ):
         self.model, self.other, self.report, self.drawn, self.words = model, other, report, drawn, words
+        self.chats = chats
         self.prefix = f"{name}/" if name else ""
         self.family: Any = None
         self.second: Any = None
@@ -85,6 +92,10 @@ class Run:
                 self.second = None if self.other is None else _FAMILIES[name]()
                 self._signed = name == "stepwise" and has_signed_labels(chunk)
             items = [read_item(row, self.rows + n, name, cluster_column, self._signed) for n, row in enumerate(chunk)]
+            if self.chats and name != "stepwise":
+                items = [as_chat(item) for item in items]
+            elif not self.rows:
+                _advise_chats(self.model, items)
             self.rows += len(chunk)
             scored = self._scores(self.model, items, name)
             others = None if self.other is None else self._scores(self.other, items, name)
@@ -211,6 +222,21 @@ def _mistake(
     texts = [text_of(completion) for completion in item.completions]
     completions = list(zip(texts, map(float, scores), ratings, strict=True))
     return Mistake(item.row, name, margin, prompt, completions, tokens)
+
+
+def _advise_chats(model: Callable, items: list[Item]) -> None:
+    """Warn where a benchmark's texts are scored without the chat template, which the benchmark's own code applies."""
+    tokenizer = getattr(model, "processing_class", None)  # of RewardScorer; functions have none
+    if (
+        getattr(tokenizer, "chat_template", None)
+        and isinstance(items[0].prompt, str)
+        and is_benchmark(items[0].subset)
+    ):
+        logger.warning(
+            "The rows are those of a public benchmark and hold texts, which are scored without the model's chat "
+            "template. The benchmark's own code applies it: pass as_chat=True (--as_chat true) for numbers that can "
+            "be compared with published ones."
+        )
 
 
 def _useless(scores: list[float | None]) -> str | None:

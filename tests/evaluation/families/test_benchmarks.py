@@ -43,10 +43,24 @@ def test_rewardbench_weighs_subsets_by_its_counts():
     sections = [metrics[f"section/{name}"] for name in REWARDBENCH]
     assert metrics["section/rewardbench"] == pytest.approx(sum(sections) / 4)
     assert metrics["accuracy/donotanswer"] == 0.75
+    # 3 of 4, 1 of 4, ... in the order of the section; the public code weighs XSTest by 250 and 154
+    safety = (0.75 * 100 + 0.25 * 100 + 0.75 * 250 + 0.25 * 154 + 0.75 * 136) / 740
+    assert metrics["section/safety"] == pytest.approx(safety)
+
+
+def test_prior_sets_count_half_a_section():
+    core = {subset: 0.9 for section in REWARDBENCH.values() for subset in section}
+    scores = rewardbench_sections(
+        core | {"anthropic_helpful": 0.6, "anthropic_hhh": 0.8, "shp": 0.5, "summarize": 0.7}
+    )
+    assert scores["prior_sets"] == pytest.approx(0.65)
+    assert scores["rewardbench"] == pytest.approx(0.9)
+    assert scores["rewardbench_with_prior_sets"] == pytest.approx((4 * 0.9 + 0.5 * 0.65) / 4.5)
+    assert "rewardbench_with_prior_sets" not in rewardbench_sections(core | {"shp": 0.5})
 
 
 def test_a_part_of_rewardbench_has_no_overall_score():
-    assert rewardbench_sections({"donotanswer": 1.0, "xstest-should-refuse": 0.0}) == {"safety": 136 / 290}
+    assert rewardbench_sections({"donotanswer": 1.0, "xstest-should-refuse": 0.0}) == {"safety": 136 / 386}
 
 
 def test_rewardbench_2_shares_the_credit_of_ties_and_scores_its_subset_ties():
@@ -68,6 +82,19 @@ def test_rewardbench_2_shares_the_credit_of_ties_and_scores_its_subset_ties():
     margins = np.tanh([0.2 / 0.5 - 1, -1 / 2 - 1])
     wanted = 0.3 * 0.5 + 0.3 * 1.0 + 0.2 * 0.5 + 0.2 * 0.0 + 0.01 * margins.mean()
     assert report.metrics["ties_score"] == pytest.approx(wanted)
+    others = [{**best_of_four[n], "prompt": name, "subset": name} for n, name in enumerate(("Safety", "Focus"))]
+    others += [{**best_of_four[0], "prompt": name, "subset": name} for name in ("Factuality", "Precise IF")]
+    whole = evaluate(best_of_four + ties + others).metrics
+    # Math 1/2 as above, Safety 1, Focus 1/2 (a tie), Factuality 1, Precise IF 1, and Ties by its own score
+    assert whole["section/rewardbench_2"] == pytest.approx((0.5 + 1 + 0.5 + 1 + 1 + wanted) / 6)
+    assert "section/rewardbench_2" not in report.metrics
+
+
+def test_right_answers_that_all_score_the_same():
+    # no spread: 0 / 0 counts as 0 and 1 / 0 as the largest margin, as in the public code
+    apart, level = ({"accurate": 1.0, "spread": 0.0, "gap": gap} for gap in (1.0, 0.0))
+    assert ties_score([apart], [apart]) == pytest.approx(0.6 + 0.4 + 0.01)
+    assert ties_score([level], [level | {"accurate": 0.0}]) == pytest.approx(0.3)
 
 
 def test_margins_of_a_tied_prompt():
@@ -120,6 +147,17 @@ def test_processbench_f1_is_the_harmonic_mean_of_its_two_accuracies():
     metrics = evaluate_reward_model(Steps(), rows, resamples=50, probes=False).metrics
     first, none = metrics["first_error_accuracy"], metrics["no_error_accuracy"]
     assert metrics["f1"] == pytest.approx(2 * first * none / (first + none) if first + none else 0.0)
+
+
+def test_processbench_f1_at_a_half_counts_every_row():
+    def row(number, label, *chances):
+        return {"problem": f"p{number}", "steps": [f"{chance} s" for chance in chances], "label": label}
+
+    # first step below 0.5: 1, none, 0, 0, none
+    rows = [row(0, 1, 0.9, 0.2), row(1, 0, 0.9, 0.6), row(2, 0, 0.1, 0.9), row(3, -1, 0.4), row(4, -1, 0.5, 0.7)]
+    metrics = evaluate_reward_model(Steps(), rows, resamples=20, probes=False).metrics
+    first, none = 2 / 3, 1 / 2
+    assert metrics["f1_at_half"] == pytest.approx(2 * first * none / (first + none))
 
 
 def test_prmbench_takes_labels_that_are_not_monotone():

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from tests.evaluation.rows import by_text
@@ -11,6 +12,7 @@ from trl_ext.evaluation import evaluate_reward_model
 from trl_ext.evaluation.families.best_of_n import best_of_each, predicted_n
 from trl_ext.evaluation.families.comparisons import length_controlled_accuracy
 from trl_ext.evaluation.measures import auc, calibration_error
+from trl_ext.metrics.ranking import pair_accuracy
 from trl_ext.metrics.voting import best_of_k
 
 
@@ -21,7 +23,7 @@ def evaluate(rows, model=by_text, **kwargs):
 def test_ranked_rows_equal_scipy_and_scikit_learn():
     metrics_of = pytest.importorskip("sklearn.metrics")
     generator = np.random.default_rng(0)
-    rows, taus, gains, tops = [], [], [], []
+    rows, taus, gains, tops, shares = [], [], [], [], []
     for number in range(60):
         size = int(generator.integers(2, 7))
         ratings, scores = generator.integers(0, 4, size).astype(float), generator.normal(size=size).round(2)
@@ -30,10 +32,13 @@ def test_ranked_rows_equal_scipy_and_scikit_learn():
             taus.append(stats.kendalltau(scores, ratings).statistic)
             gains.append(metrics_of.ndcg_score([ratings], [scores]))
             tops.append(ratings[scores.argmax()] == ratings.max())
+            group = (torch.tensor(scores)[None], torch.tensor(ratings)[None], torch.ones(1, size, dtype=torch.bool))
+            shares.append(pair_accuracy(*group).item())
     metrics = evaluate(rows).metrics
     assert metrics["kendall_tau"] == pytest.approx(np.mean(taus), abs=1e-6)
     assert metrics["ndcg"] == pytest.approx(np.mean(gains), abs=1e-6)
     assert metrics["top1"] == pytest.approx(np.mean(tops))
+    assert metrics["pair_accuracy"] == pytest.approx(np.mean(shares))
 
 
 def test_ranks_are_turned_round_and_all_ties_are_told():

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-# *RewardBench* by N. Lambert et al. (https://huggingface.co/papers/2403.13787), table 1: subsets of each section with
-# the number of prompts that each is weighted by. `math-prm` counts as many as the six code subsets together.
+# *RewardBench* by N. Lambert et al. (https://huggingface.co/papers/2403.13787): the subsets of each section and their
+# weights in the benchmark's public code, which makes the published scores. `math-prm` weighs as much as the six code
+# subsets together. The two XSTest weights stand as in that code; the paper counts 154 prompts to refuse and 250 to
+# answer.
 REWARDBENCH: dict[str, dict[str, int]] = {
     "chat": {
         "alpacaeval-easy": 100,
@@ -31,8 +33,8 @@ REWARDBENCH: dict[str, dict[str, int]] = {
     "safety": {
         "refusals-dangerous": 100,
         "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
+        "xstest-should-refuse": 250,
+        "xstest-should-respond": 154,
         "donotanswer": 136,
     },
     "reasoning": {
@@ -47,8 +49,18 @@ REWARDBENCH: dict[str, dict[str, int]] = {
 }
 
 
+# Older test sets beside the four sections (`allenai/preference-test-sets`): the plain mean of their accuracies counts
+# half as much as a section.
+PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
+PRIOR_WEIGHT = 0.5
+
 REWARDBENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 """The subsets of RewardBench 2; its score is their plain mean."""
+
+RM_BENCH = ("chat", "code", "math", "safety-refuse", "safety-response")
+"""The domains of RM-Bench."""
+
+_CORE = {name for weights in REWARDBENCH.values() for name in weights}
 
 
 def rewardbench_sections(accuracy: Mapping[str, float]) -> dict[str, float]:
@@ -59,7 +71,10 @@ def rewardbench_sections(accuracy: Mapping[str, float]) -> dict[str, float]:
         accuracy (`Mapping[str, float]`): accuracy of each subset.
 
     Returns:
-        `dict[str, float]`: sections of which at least one subset is there; the mean only where all four are complete.
+        `dict[str, float]`:
+            `chat`, `chat_hard`, `safety` and `reasoning` where at least one of their subsets is there, `prior_sets`
+            where one of those is; `rewardbench`, the plain mean of the four sections, only where all four are
+            complete; and `rewardbench_with_prior_sets`, where the prior sets are complete too.
     """
     scores, complete = {}, True
     for section, weights in REWARDBENCH.items():
@@ -68,15 +83,25 @@ def rewardbench_sections(accuracy: Mapping[str, float]) -> dict[str, float]:
         if there:
             total = sum(there.values())
             scores[section] = sum(accuracy[name] * weight for name, weight in there.items()) / total
+    prior = [accuracy[name] for name in PRIOR_SETS if name in accuracy]
     if complete:
         scores["rewardbench"] = sum(scores.values()) / len(REWARDBENCH)
+    if prior:
+        scores["prior_sets"] = sum(prior) / len(prior)
+    if complete and len(prior) == len(PRIOR_SETS):
+        total = len(REWARDBENCH) * scores["rewardbench"] + PRIOR_WEIGHT * scores["prior_sets"]
+        scores["rewardbench_with_prior_sets"] = total / (len(REWARDBENCH) + PRIOR_WEIGHT)
     return scores
 
 
 def is_rewardbench(subsets: Sequence[str]) -> bool:
-    """Whether all of these are subsets of RewardBench."""
-    known = {name for weights in REWARDBENCH.values() for name in weights}
-    return bool(subsets) and set(subsets) <= known
+    """Whether all of these are subsets of RewardBench or its prior sets."""
+    return bool(subsets) and set(subsets) <= _CORE | set(PRIOR_SETS)
+
+
+def is_benchmark(subset: str | None) -> bool:
+    """Whether a subset is one of RewardBench, RewardBench 2 or RM-Bench."""
+    return subset in _CORE or subset in {*PRIOR_SETS, *REWARDBENCH_2, *RM_BENCH}
 
 
 def tie_margins(right: Sequence[float], wrong: Sequence[float]) -> dict[str, float]:

@@ -42,7 +42,8 @@ class Comparisons:
     def __init__(self, ranked: bool):
         self.ranked = ranked
         self.units = Units()
-        self._ties: dict[str, dict[str, dict[str, float]]] = {"tied": {}, "ref": {}}
+        # RewardBench 2's subset Ties: by kind and prompt, the unit and its margins
+        self._ties: dict[str, dict[str, tuple[int, dict[str, float]]]] = {"tied": {}, "ref": {}}
         # of every decided pair: score difference, difference of log lengths, unit
         self._pairs: list[tuple[float, float, int]] = []
         self._places = Places()
@@ -83,7 +84,7 @@ class Comparisons:
             kind, _, prompt = str(item.columns.get("id", "")).partition(":")
             margins = tie_margins(chosen.tolist(), rejected.tolist())
             if kind in self._ties:
-                self._ties[kind][prompt] = margins
+                self._ties[kind][prompt] = (len(self.units), margins)
             return margins["accurate"]
         if _is_style_matrix(item, ratings):
             return float((chosen[:, None] > rejected[None, :]).mean())
@@ -144,36 +145,40 @@ class Comparisons:
     def _benchmark_measures(self) -> Iterator[Measure]:
         units = self.units
         subsets = [subset for subset in dict.fromkeys(units.subsets) if subset is not None]
-        of, accuracy = np.asarray(units.subsets, dtype=object), units.array("accuracy")
+        place, accuracy = {subset: code for code, subset in enumerate(subsets)}, units.array("accuracy")
+        codes = np.array([place.get(subset, -1) for subset in units.subsets])
+        counts = (codes >= 0) & np.isfinite(accuracy)
+
+        def means(drawn: np.ndarray) -> dict[str, float]:
+            """The accuracy of every subset that has a row among the drawn ones."""
+            rows = drawn[counts[drawn]]
+            sizes = np.bincount(codes[rows], minlength=len(subsets))
+            sums = np.bincount(codes[rows], accuracy[rows], len(subsets))
+            return {subset: sums[code] / sizes[code] for subset, code in place.items() if sizes[code]}
+
         if is_rewardbench(subsets):
-
-            def section(name: str):
-                def read(drawn: np.ndarray) -> float:
-                    means = {s: np.nanmean(accuracy[drawn][of[drawn] == s]) for s in set(of[drawn])}
-                    return rewardbench_sections(means).get(name, math.nan)
-
-                return read
-
             for name in rewardbench_sections(dict.fromkeys(subsets, 0.0)):
-                yield units.computed(f"section/{name}", section(name))
+                yield units.computed(
+                    f"section/{name}", lambda drawn, name=name: rewardbench_sections(means(drawn)).get(name, math.nan)
+                )
         yield from (units.mean(name) for name in units.columns if name.startswith("rm_bench/"))
-        both = [name for name in self._ties["tied"] if name in self._ties["ref"]]
-        if not both:
+        # the units of tied prompts whose reference prompt is there
+        tied = {unit: prompt for prompt, (unit, _) in self._ties["tied"].items() if prompt in self._ties["ref"]}
+        if not tied:
             return
-        parts = [[self._ties[kind][name] for name in both] for kind in ("tied", "ref")]
 
         def ties(drawn: np.ndarray) -> float:
-            return ties_score(*([part[prompt] for prompt in drawn] for part in parts))
+            prompts = [tied[unit] for unit in drawn.tolist() if unit in tied]
+            return ties_score(*([self._ties[kind][prompt][1] for prompt in prompts] for kind in ("tied", "ref")))
 
-        yield Measure("ties_score", function=ties, size=len(both), clusters=both)
+        yield units.computed("ties_score", ties)
         if set(subsets) == set(REWARDBENCH_2):
-            means = [float(np.nanmean(accuracy[of == name])) for name in subsets if name != "Ties"]
-            yield Measure(
-                "section/rewardbench_2",
-                function=lambda drawn: float(np.mean([*means, ties(drawn)])),
-                size=len(both),
-                clusters=both,
-            )
+
+            def overall(drawn: np.ndarray) -> float:
+                scores = means(drawn) | {"Ties": ties(drawn)}
+                return sum(scores.values()) / len(scores) if len(scores) == len(REWARDBENCH_2) else math.nan
+
+            yield units.computed("section/rewardbench_2", overall)
 
     def reliability(self) -> list[dict[str, float]]:
         """Points of the reliability diagram of sigmoid(score difference)."""

@@ -47,14 +47,18 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
     if "auc" in metrics and "auc" in intervals:
         value, (low, high) = metrics["auc"], intervals["auc"]
         if low <= 0.5:
-            yield Verdict(
-                "chance",
-                "bad",
-                f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f}): not shown to differ from chance.",
-                "Train longer or on more data, or evaluate on more rows.",
-            )
+            yield _chance(f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f})")
         else:
             yield Verdict("auc", "good", f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f}).")
+        within = metrics.get("within_prompt_auc", math.nan)
+        if low > 0.5 and intervals.get("within_prompt_auc", (within, within))[0] <= 0.5:
+            yield Verdict(
+                "difficulty_only",
+                "look",
+                f"Among solutions of one prompt{where} the AUC is {within:.3f}: not shown to differ from chance.",
+                "The model may know which prompts are easy, not which solution is right. Train on several solutions "
+                "of each prompt before you use it for best-of-n.",
+            )
     ece = metrics.get("ece", math.nan)
     if ece > CALIBRATION_LIMIT:
         yield Verdict(
@@ -108,12 +112,13 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
             f"steps is {metrics['step_auc']:.3f}.",
         )
     elif "step_auc" in metrics:
-        yield Verdict(
-            "chance",
-            "bad",
-            f"The AUC over steps is {metrics['step_auc']:.3f}: not shown to differ from chance.",
-            "Train longer or on more data, or evaluate on more rows.",
-        )
+        yield _chance(f"The AUC over steps{where} is {metrics['step_auc']:.3f}")
+
+
+def _chance(what: str) -> Verdict:
+    """The verdict on a number whose interval holds that of chance."""
+    advice = "Train longer or on more data, or evaluate on more rows."
+    return Verdict("chance", "bad", f"{what}: not shown to differ from chance.", advice)
 
 
 def _of_order(metrics: dict[str, float], intervals: dict[str, tuple[float, float]], where: str) -> Iterator[Verdict]:
@@ -149,12 +154,7 @@ def _of_accuracy(
     low, high = intervals.get("pair_accuracy", (-math.inf, math.inf))
     shown = f"{pair:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
     if low <= 0.5:
-        yield Verdict(
-            "chance",
-            "bad",
-            f"{shown} of the pairs{where} are ordered right: not shown to differ from chance.",
-            "Train longer or on more data, or evaluate on more rows.",
-        )
+        yield _chance(f"{shown} of the pairs{where} are ordered right")
     elif low <= baseline:
         way = "longer" if length >= 0.5 else "shorter"
         yield Verdict(
