@@ -7,6 +7,8 @@ import pytest
 import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 
 from tests.program import TORCHRUN, run_program
 from tests.tiny import pair_rows, save_tiny_model
@@ -105,6 +107,31 @@ def test_a_card_written_anew_keeps_its_evaluation(base, tmp_path):
     trainer.create_model_card(model_name="mine")
     card = Path(tmp_path, "README.md").read_text()
     assert card.count("Results of") == 1
+
+
+def test_the_evaluation_is_pushed_with_the_model(base, tmp_path, monkeypatch):
+    """The Hub's two calls are replaced; what they get is what would leave the machine."""
+    pushed = {}
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
+        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        pushed[repo_id] = {
+            name: Path(folder_path, name).read_bytes()
+            for name in filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        }
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer = trainer_for(base, config(tmp_path, hub_model_id="me/reward"), pair_rows(8))
+    trainer.save_model()
+    report = evaluate_reward_model(str(tmp_path), pair_rows(8, seed=1), probes=False, resamples=20, device="cpu")
+    report.update_model_card(tmp_path)
+    trainer.push_to_hub()
+    card = pushed["me/reward"]["README.md"].decode()
+    assert card.count("## Evaluation") == 1
+    assert f"| pair_accuracy | {report.metrics['pair_accuracy']:.3g} |" in card
+    assert 'RewardScorer("me/reward")' in card  # written anew for the repository, around the section
+    assert {"reward_model.json", "model.safetensors"} <= pushed["me/reward"].keys()
 
 
 NAME = "eval_probe_pair_accuracy"

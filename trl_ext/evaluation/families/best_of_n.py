@@ -11,7 +11,7 @@ prompts and stands beside the best n of the curve of the other half. It knows nu
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -30,7 +30,7 @@ class BestOfN:
     def __init__(self):
         self.units = Units()
         self._places = Places()
-        self._samples: list[tuple[np.ndarray, np.ndarray]] = []
+        self._ordered: list[np.ndarray] = []  # gold rewards of each prompt, the lowest score first
         self._curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # gold, oracle, proxy for n = 1, 2, 3 ...
 
     def add(self, item: Item, scores: list[float]) -> float:
@@ -38,14 +38,14 @@ class BestOfN:
         scores_, gold = np.asarray(scores, dtype=float), np.asarray(item.ratings, dtype=float)
         self.units.add(item.row, item.cluster, item.subset)
         self._places.add(scores_, gold)
-        self._samples.append((scores_, gold))
+        self._ordered.append(gold[np.argsort(scores_, kind="stable")])
         self._curves.append((best_of_each(gold, scores_), best_of_each(gold, gold), best_of_each(scores_, scores_)))
         return float(gold[int(scores_.argmax())] - gold.max())
 
     @property
     def most(self) -> int:
         """Samples of the prompt with the fewest: the largest n of the curve."""
-        return min((len(scores) for scores, _ in self._samples), default=0)
+        return min(map(len, self._ordered), default=0)
 
     def measures(self) -> Iterator[Measure]:
         """Every number of these rows, with what its interval is drawn from."""
@@ -74,7 +74,7 @@ class BestOfN:
         )
         yield Measure(
             "predicted_n",
-            function=lambda drawn: predicted_n([self._samples[calibration[unit]] for unit in drawn], limit=self.most),
+            function=lambda drawn: predicted_n([self._ordered[calibration[unit]] for unit in drawn], limit=self.most),
             size=len(calibration),
             clusters=[clusters[unit] for unit in calibration],
         )
@@ -124,26 +124,25 @@ def _rank_weights(size: int) -> np.ndarray:
     return np.where(possible, np.exp(log), 0.0)
 
 
-def predicted_n(samples: list[tuple[np.ndarray, np.ndarray]], limit: int) -> float:
+def predicted_n(ordered: Sequence[np.ndarray], limit: int) -> float:
     """
     The n at which the expected gold reward of best-of-n is highest, by the root of its derivative (see above).
 
     Args:
-        samples (`list[tuple[np.ndarray, np.ndarray]]`): for each prompt the scores and gold rewards of its samples.
+        ordered (`Sequence[np.ndarray]`): for each prompt the gold rewards of its samples, the lowest score first.
         limit (`int`): the largest n to consider; where the gold reward still rises there, it is the result.
 
     Returns:
         `float`: from 1 to `limit`, NaN without samples.
     """
-    if not samples:
+    if not len(ordered):
         return math.nan
-    weights, logs = [], []
-    for scores, gold in samples:
-        ordered = gold[np.argsort(scores, kind="stable")]
-        weights.append(ordered / len(samples))
-        logs.append(np.log(np.arange(1, len(gold) + 1) / len(gold)))
-    weight, log = np.concatenate(weights), np.concatenate(logs)
-    before = np.concatenate([np.r_[-math.inf, own[:-1]] for own in logs])
+    weights, ends, starts_at = [], [], []
+    for size in sorted({len(gold) for gold in ordered}):  # prompts with equally many samples share their quantiles
+        weights.append(np.sum([gold for gold in ordered if len(gold) == size], axis=0) / len(ordered))
+        ends.append(np.log(np.arange(1, size + 1) / size))
+        starts_at.append(np.r_[-math.inf, ends[-1][:-1]])
+    weight, log, before = (np.concatenate(parts) for parts in (weights, ends, starts_at))
     starts = ~np.isfinite(before)  # the quantile 0, whose powers are 0
 
     def value(n: float) -> float:
