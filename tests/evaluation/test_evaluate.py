@@ -81,6 +81,17 @@ def test_a_subset_of_one_row_has_no_interval_and_says_why():
     report = evaluate_reward_model(by_text, rows, probes=False, resamples=50)
     assert "accuracy/alone" not in report.intervals
     assert "at least two" in report.reasons["accuracy/alone"]
+    # every other number has an interval, or says why it has none
+    assert set(report.metrics) == set(report.intervals) | {name for name, why in report.reasons.items() if why}
+
+
+def test_a_model_that_ties_all_candidates_is_told():
+    report = evaluate_reward_model(lambda prompts, completions, **columns: [1.0] * len(completions), pairs(10))
+    assert report.metrics["accuracy"] == report.metrics["margin"] == 0.0
+    assert report.metrics["tied_scores"] == 1.0
+    assert {"chance", "tied_scores"} <= set(report.flags)
+    assert report.reasons["margin"] == "all 10 values are 0"
+    assert all(probe.reason for probe in report.probes)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,9 @@ def test_what_is_no_reward_model_is_refused():
         evaluate_reward_model(by_text, pairs(), max_length=3)
     with pytest.raises(ValueError, match="returned 1 scores for"):
         evaluate_reward_model(lambda prompts, completions, **columns: [1.0], pairs())
+    for returned in (None, 1.0, "1.0"):
+        with pytest.raises(ValueError, match="needed: a list with one score"):
+            evaluate_reward_model(lambda prompts, completions, returned=returned, **columns: returned, pairs())
     steps = [{"prompt": "a", "completions": ["x", "y"], "labels": [True, False]}]
     with pytest.raises(ValueError, match="no `score_steps`"):
         evaluate_reward_model(by_text, steps)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.data.validation import DataError
+from trl_ext.data.validation import DataError, shown
 from trl_ext.evaluation.families.benchmarks import is_benchmark
 from trl_ext.evaluation.families.best_of_n import BestOfN
 from trl_ext.evaluation.families.comparisons import Comparisons
@@ -173,7 +173,13 @@ def call(
     names = dict.fromkeys(name for row in columns for name in row)
     given = {name: [row.get(name) for row in columns] for name in names}
     whole = None if all(prompt is None for prompt in prompts) else prompts
-    scores = list(model(prompts=whole, completions=completions, **given))
+    returned = model(prompts=whole, completions=completions, **given)
+    if returned is None or isinstance(returned, (str, Mapping)) or not hasattr(returned, "__iter__"):
+        raise ValueError(
+            f"The reward function returned {shown(returned)}; needed: a list with one score for each completion, None "
+            "where it has none."
+        )
+    scores = list(returned)
     if len(scores) != len(completions):
         raise ValueError(
             f"The reward function returned {len(scores)} scores for {len(completions)} completions; needed: one each."
