@@ -92,7 +92,7 @@ PRIVATE_NAMES = (
         _GRPO,
         "_calculate_rewards",
         "method",
-        _PPO,
+        _DENSE,
         "its result holds the reward of each function and completion, of all processes, before TRL normalises it",
         ("inputs", "prompts", "completions", "completion_ids_list"),
     ),

@@ -15,7 +15,7 @@ from trl.scripts.utils import DatasetConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from trl_ext.cli import main as cli
-from trl_ext.cli._train import _load
+from trl_ext.cli._train import load_data
 from trl_ext.data.sources import file_format, load_source, select_split
 from trl_ext.trainers.common.command_line import DataArguments
 
@@ -166,7 +166,7 @@ def test_missing_split_says_which_there_are(tmp_path):
 def load(share, name, datasets=(), streaming=False, **splits):
     script = DataArguments(dataset_name=name, dataset_streaming=streaming, **splits)
     mixture = DatasetMixtureConfig(datasets=list(datasets), test_split_size=share)
-    return _load(script, mixture, evaluate=True, seed=3)
+    return load_data(script, mixture, evaluate=True, seed=3)
 
 
 @pytest.mark.parametrize("share", [0.25, 3.0])

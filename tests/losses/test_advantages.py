@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from trl_ext.losses.advantages import (
+    clipped_value_loss,
     gae,
     group_normalize,
+    last_tokens,
+    mean_to_go,
     min_form,
     normalize_steps,
     returns_to_go,
     shape_rewards,
+    shrunken_steps,
     td_errors,
+    telescoped,
     whiten,
 )
 
@@ -104,6 +109,66 @@ def test_shaping_keeps_the_best_policy_of_an_exact_chain():
     shaped = shape_rewards(rewards, potentials, mask)
     change = returns_to_go(shaped, mask)[:, 0] - returns_to_go(rewards, mask)[:, 0]
     torch.testing.assert_close(change, torch.full((8,), -tree[()]), atol=1e-5, rtol=0)
+
+
+def test_telescoped_rewards_keep_the_expected_gradient_of_every_policy():
+    """The exact policy gradient over all 2^3 sequences of a table of logits; plain dense rewards change it."""
+    generator = torch.Generator().manual_seed(1)
+    states = [s for n in range(3) for s in itertools.product((0, 1), repeat=n)]
+    sequences = list(itertools.product((0, 1), repeat=3))
+    outcome = torch.randn(8, generator=generator)
+    dense = {s: torch.randn(2, generator=generator) for s in states}
+    rewards = torch.stack([torch.stack([dense[s[:t]][s[t]] for t in range(3)]) for s in sequences])
+    mask = torch.ones(8, 3, dtype=torch.bool)
+
+    def gradient(per_token):
+        logits = {s: torch.tensor([0.3, -0.2 * len(s)], requires_grad=True) for s in states}
+        chosen = [[logits[s[:t]].log_softmax(0)[s[t]] for t in range(3)] for s in sequences]
+        chosen = torch.stack([torch.stack(row) for row in chosen])  # (8, 3)
+        (chosen.detach().sum(1).exp()[:, None] * chosen * returns_to_go(per_token, mask)).sum().backward()
+        return torch.stack([logits[s].grad for s in states])
+
+    plain = outcome[:, None] * last_tokens(mask)
+    torch.testing.assert_close(gradient(telescoped(outcome, rewards, mask)), gradient(plain), atol=1e-5, rtol=1e-4)
+    assert (gradient(plain + rewards) - gradient(plain)).abs().max() > 0.05
+
+
+def test_rare_steps_are_trusted_less():
+    """Four completions of one prompt: three take step 1 at the start, one takes step 2."""
+    ids = torch.tensor([[1, 5], [1, 5], [1, 6], [2, 7]])
+    given = torch.tensor([[True, True]] * 4)
+    returns = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+    found = shrunken_steps(returns, ids, given, torch.ones(4, 2).bool(), 4)
+    mean, of_1 = 3 / 4, 2 / 3
+    between = 3 * (of_1 - mean) ** 2 + (1 - mean) ** 2
+    gate = between / (between + 2 / 3)
+    wanted = [gate * 3 / 4 * (of_1 - mean)] * 3 + [gate * 1 / 2 * (1 - mean)]
+    assert found[:, 0].tolist() == pytest.approx(wanted)
+    # behind step 1, two completions agree on step 5 and one takes 6; nobody else was behind step 2
+    assert found[:, 1].tolist() == pytest.approx([2 / 3 * (1 - of_1)] * 2 + [1 / 2 * (0 - of_1), 0])
+    alone = shrunken_steps(returns, ids, given, torch.ones(4, 2).bool(), 1)
+    assert not alone.any()
+
+
+def test_means_to_go_do_not_grow_with_the_number_of_steps():
+    rewards = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 0.5, 9.0]])
+    given = torch.tensor([[True, True, True, True], [True, False, True, True]])
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    found = mean_to_go(rewards, given & mask, mask)
+    assert found[0].tolist() == [0.5] * 4
+    assert found[1].tolist() == [0.5, 0.5, 0.5, 0.0]
+
+
+def test_clipped_value_loss_is_the_larger_error_and_stops_the_gradient_beyond_the_range():
+    values = torch.tensor([1.0, 0.1, -1.0], requires_grad=True)
+    losses = clipped_value_loss(values, torch.zeros(3), torch.tensor([1.0, 1.0, 1.0]), 0.2)
+    assert losses.tolist() == pytest.approx([0.8**2 / 2, 0.9**2 / 2, 2.0**2 / 2])
+    losses.sum().backward()
+    assert values.grad.tolist() == pytest.approx([0.0, -0.9, -2.0])
+    plain = clipped_value_loss(values.detach(), torch.zeros(3), torch.ones(3), None)
+    assert plain.tolist() == pytest.approx([0.0, 0.9**2 / 2, 2.0])
+    with pytest.raises(ValueError, match="cliprange"):
+        clipped_value_loss(values, values, values, 0.0)
 
 
 def test_min_form_adds_up_to_the_worst_step():

@@ -30,6 +30,10 @@ TRAINED = {
     "prm": "trainers/token/prm_config.py:PRMConfig",
     "segment": "trainers/token/segment_config.py:SegmentRewardConfig",
 }
+POLICIES = {
+    "dense-grpo": ("trainers/policy/config.py:DenseGRPOConfig", "trainers/common/command_line.py:PolicyArguments"),
+    "ppo": ("trainers/policy/ppo_config.py:PPOConfig", "trainers/common/command_line.py:PPOArguments"),
+}
 TASKS = {"preference": "reward", "outcome": "orm", "steps": "prm", "process": "prm"}
 ASKED_FIRST = {
     "model_name_or_path": "folder or Hub id of the model to train",
@@ -162,6 +166,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
     trained = GENERATION if chosen.task == "generation" else TRAINED[TASKS.get(chosen.task, "reward")]
     return {
         **{name: (place, DATA) for name, place in TRAINED.items()},
+        **POLICIES,
         "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig", DATA),
         "score": ("cli/score_arguments.py:ScoreArguments",),
         "evaluate": ("cli/evaluate.py:EvaluateArguments",),
@@ -180,7 +185,7 @@ def short_help(command: str, description: str, argv: Iterable[str] = ()) -> str 
     for place in places:
         for name, option in options_of(place).items():
             ours.setdefault(name, option)  # the first dataclass owns a name, as in the parser
-    trains = command in TRAINED or command in ("ensemble", "weak-to-strong")
+    trains = command in TRAINED or command in POLICIES or command in ("ensemble", "weak-to-strong")
     epilog = None
     if trains:
         epilog = f"'trl-ext {command} --help-all' lists every option, those of TRL and transformers too."
@@ -203,7 +208,8 @@ def short_help(command: str, description: str, argv: Iterable[str] = ()) -> str 
     if trains:
         group = shown.add_argument_group("options of TRL and transformers that most runs use")
         for name, text in USED_MOST.items():
-            if name not in ours and not (command == "weak-to-strong" and name == "test_split_size"):
+            absent = "test_split_size" if command == "weak-to-strong" else "max_length" if command in POLICIES else ""
+            if name not in ours and name != absent:
                 group.add_argument(f"--{name}", help=text, metavar="")
     return shown.format_help()
 

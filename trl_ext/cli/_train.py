@@ -53,7 +53,7 @@ def train(
         show_logs(training_args.get_process_log_level())
     check_resume(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     evaluate = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = _load(script_args, dataset_args, evaluate, training_args.seed)
+    train_dataset, eval_dataset = load_data(script_args, dataset_args, evaluate, training_args.seed)
     trainer = build_trainer(trainer_class, training_args, model_args, train_dataset, eval_dataset)
     show_important_metrics(trainer)
     trainer.dataset_name = script_args.dataset_name
@@ -66,7 +66,7 @@ def train(
     trainer.end()
 
 
-def _load(
+def load_data(
     script_args: "DataArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool, seed: int
 ) -> tuple[Any, Any]:
     """Return the split to train on and the split to evaluate on, or `None` for the latter."""

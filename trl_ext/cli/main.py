@@ -26,6 +26,8 @@ COMMANDS = {
     "prm": "Train a process reward model: is this step right?",
     "segment": "Train rewards for segments of a text, in one or more categories.",
     "ensemble": "Train an ensemble of reward models on one base in one run.",
+    "dense-grpo": "Train a policy with rewards of steps, segments or tokens (GRPO).",
+    "ppo": "Train a policy with PPO and a critic, all models on one base.",
     "score": "Score the rows of a JSONL file with a reward model.",
     "evaluate": "Find out whether a reward model is any good, and where it is biased.",
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",

@@ -72,7 +72,7 @@ def test_without_dense_rewards_it_is_trls(policy_path, tmp_path):
         torch.testing.assert_close(our_weights[name], weight, atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize("advantage", ["process", "return", "min_form"])
+@pytest.mark.parametrize("advantage", ["process", "return", "min_form", "shaped", "shrunken"])
 def test_two_steps_move_the_policy_and_log_what_was_rewarded(policy_path, tmp_path, advantage):
     trainer = DenseGRPOTrainer(
         str(policy_path), letters, halves, args=config(tmp_path, advantage=advantage), train_dataset=PROMPTS
@@ -263,5 +263,11 @@ def test_settings_that_contradict_each_other(tmp_path):
         DenseGRPOTrainer("nowhere", None, halves, args=config(tmp_path, dense_reward_weights=[1.0, 2.0]))
     with pytest.raises(TypeError, match="DenseGRPOConfig"):
         DenseGRPOTrainer("nowhere", None, halves, args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True))
-    with pytest.raises(ValueError, match="gamma=2"):
-        config(tmp_path, gamma=2)
+    for wrong in (
+        {"gamma": 2},
+        {"advantage": "gae"},
+        {"length_control": True, "advantage": "shaped"},
+        {"shrinkage": -1},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            config(tmp_path, **wrong)

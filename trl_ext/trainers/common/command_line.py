@@ -167,6 +167,32 @@ class DataArguments(ScriptArguments):
         return dataset if self.dataset_format is None else convert(dataset, self.dataset_format)
 
 
+@dataclass
+class PolicyArguments(DataArguments):
+    """Arguments of a command that trains a policy: where its rewards come from."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "reward functions (package.function, file.py:function, a name of trl.rewards) and models"},
+    )
+    dense_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "rewards of parts of a completion: process, segment and outcome models, or functions"},
+    )
+    share_base: bool = field(
+        default=True, metadata={"help": "put reward adapters that were trained on the policy's base onto that base"}
+    )
+
+
+@dataclass
+class PPOArguments(PolicyArguments):
+    """Arguments of `trl-ext ppo`: those of a policy, and what the critic starts from."""
+
+    value_model: str | None = field(
+        default=None, metadata={"help": "reward model or saved critic that the critic starts from"}
+    )
+
+
 def types_of(config_class: type[RewardConfig]) -> tuple[type, ...]:
     """The dataclasses of a command that trains, in the order in which the parser reads them."""
     return DataArguments, config_class, ModelConfig, DatasetMixtureConfig
@@ -178,8 +204,9 @@ def build_trainer(
     model_args: ModelConfig,
     train_dataset: Any,
     eval_dataset: Any = None,
+    **more: Any,
 ) -> Trainer:
-    """Make the trainer, with the model, quantization and adapter that its arguments name."""
+    """Make the trainer, with the model, quantization and adapter that its arguments name; `more` goes to it as is."""
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -195,6 +222,7 @@ def build_trainer(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
+            **more,
         )
     except ValueError as error:  # transformers and PEFT raise it too; here it is always about the user's arguments
         raise ValueError(str(error)) from error

@@ -1,12 +1,9 @@
 """Arguments of [`DenseGRPOTrainer`]: those of `trl.GRPOConfig`, and how dense rewards become advantages."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 from trl import GRPOConfig
-
-
-Credit = Literal["outcome", "process", "return", "min_form"]
 
 
 @dataclass
@@ -25,6 +22,12 @@ class DenseGRPOConfig(GRPOConfig):
               the tokens of all completions of a prompt.
             - `"min_form"`: as `"return"`, after reweighting the rewards so that they add up to about the worst step's
               reward (*PURE*, https://huggingface.co/papers/2504.15275).
+            - `"shaped"`: the scalar reward, with the dense rewards as potential-based shaping (Ng et al., ICML 1999):
+              they are given where they are, and taken back at the last token. The best policy under the scalar reward
+              stays the best.
+            - `"shrunken"`: a step gets the mean return of the completions that took it, less that of all completions
+              with the same beginning, shrunken where few agree (after *ECPO*,
+              https://huggingface.co/papers/2606.05885).
             - `"outcome"`: TRL's advantage only. Dense reward functions raise an error.
         dense_reward_weights (`list[float]`, *optional*):
             A weight for each dense reward function. Defaults to 1 for each.
@@ -37,6 +40,11 @@ class DenseGRPOConfig(GRPOConfig):
             Discount per token in [0, 1], used by `"return"` and `"min_form"`.
         min_form_temperature (`float`, *optional*, defaults to `0.1`):
             Temperature of `"min_form"`, above 0. The default is the paper's.
+        shrinkage (`float`, *optional*, defaults to `1.0`):
+            `"shrunken"` trusts a step that n completions took by n / (n + shrinkage). At least 0; the default is ours.
+        length_control (`bool`, *optional*, defaults to `False`):
+            For `"process"` and `"return"`: take the mean of the rewards at a token and after it instead of their sum,
+            so that a completion does not gain by having more steps.
         low_reward (`float`, *optional*, defaults to `0.5`):
             A dense reward below it counts as low in metrics. The default suits probabilities.
         verifier (`str`, *optional*):
@@ -44,11 +52,8 @@ class DenseGRPOConfig(GRPOConfig):
             Give it the weight 0 in `reward_weights` if it is not to be trained on.
     """
 
-    credits: ClassVar[tuple[str, ...]] = get_args(Credit)
-
-    advantage: Credit = field(
-        default="process",
-        metadata={"help": "how dense rewards become advantages: outcome, process, return or min_form"},
+    advantage: Literal["outcome", "process", "return", "min_form", "shaped", "shrunken"] = field(
+        default="process", metadata={"help": "how dense rewards become advantages"}
     )
     dense_reward_weights: list[float] | None = field(
         default=None, metadata={"help": "a weight for each dense reward function"}
@@ -57,6 +62,10 @@ class DenseGRPOConfig(GRPOConfig):
     dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})
     gamma: float = field(default=1.0, metadata={"help": "discount per token, for return and min_form"})
     min_form_temperature: float = field(default=0.1, metadata={"help": "temperature of min_form"})
+    shrinkage: float = field(default=1.0, metadata={"help": "how much shrunken distrusts rare steps"})
+    length_control: bool = field(
+        default=False, metadata={"help": "means of rewards instead of sums, for process and return"}
+    )
     low_reward: float = field(default=0.5, metadata={"help": "a dense reward below it counts as low in metrics"})
     verifier: str | None = field(
         default=None, metadata={"help": "reward function that tells the truth; a warning says when only rewards rise"}
@@ -64,9 +73,17 @@ class DenseGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.advantage not in self.credits:
+        known = get_args(get_type_hints(type(self))["advantage"])
+        if self.advantage not in known:
             critic = " A critic ('gae') needs PPOConfig and PPOTrainer." if self.advantage == "gae" else ""
-            raise ValueError(f"advantage={self.advantage!r}; needed: one of {self.credits}.{critic}")
+            raise ValueError(f"advantage={self.advantage!r}; needed: one of {known}.{critic}")
+        if self.length_control and (self.advantage not in ("process", "return") or self.gamma != 1):
+            raise ValueError(
+                f"length_control=True with advantage={self.advantage!r} and gamma={self.gamma}; needed: 'process' or "
+                "'return', and gamma=1."
+            )
+        if self.shrinkage < 0:
+            raise ValueError(f"shrinkage={self.shrinkage}; needed: a number of at least 0.")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma}; needed: a number from 0 to 1.")
         if self.min_form_temperature <= 0:

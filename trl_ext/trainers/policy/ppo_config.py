@@ -1,12 +1,9 @@
 """Arguments of [`PPOTrainer`]: those of [`DenseGRPOConfig`], and the critic's."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Literal
 
 from trl_ext.trainers.policy.config import DenseGRPOConfig
-
-
-PPOCredit = Literal["gae", "outcome", "process", "return", "min_form"]
 
 
 @dataclass
@@ -44,11 +41,8 @@ class PPOConfig(DenseGRPOConfig):
             Coefficient of the KL divergence. The default is that of `kl_coef` in TRL's PPO.
     """
 
-    credits: ClassVar[tuple[str, ...]] = get_args(PPOCredit)
-
-    advantage: PPOCredit = field(
-        default="gae",
-        metadata={"help": "gae uses the critic; outcome, process, return and min_form switch it off"},
+    advantage: Literal["gae", "outcome", "process", "return", "min_form", "shaped", "shrunken"] = field(
+        default="gae", metadata={"help": "gae uses the critic, all others switch it off"}
     )
     beta: float = field(default=0.05, metadata={"help": "coefficient of the KL divergence to the reference"})
     gae_lambda: float = field(default=0.95, metadata={"help": "lambda of GAE; 0 is A2C, 1 is Monte Carlo"})

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from trl_ext.losses.advantages import clipped_value_loss, gae, returns_to_go, whiten
+from trl_ext.losses.advantages import clipped_value_loss, gae, last_tokens, returns_to_go, whiten
 from trl_ext.metrics.policy import explained_variance
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.trainers.common.health import NotFiniteError
@@ -28,8 +28,8 @@ class PPOTrainer(DenseGRPOTrainer):
     PPO with a critic. Rewards may belong to whole completions, or to steps, segments and tokens.
 
     A policy with an adapter (LoRA, QLoRA) lends its frozen base: the reference is the base with its adapters off, the
-    critic is another adapter with an fp32 head, and a `RewardEnsemble(..., base_model=policy)` puts reward models
-    beside them. A policy that trains all its weights gets a separate model as critic.
+    critic is another adapter with an fp32 head, and `SharedBaseScorer` puts reward models beside
+    them. A policy that trains all its weights gets a separate model as critic.
 
     The critic is saved in the folder `critic/value` beside the policy. It is a token-level reward model:
     `RewardScorer("outputs/ppo/critic/value").score_tokens` gives at each token the value of the state after it.
@@ -95,7 +95,6 @@ class PPOTrainer(DenseGRPOTrainer):
                 "it by `optim`, `learning_rate` and `value_learning_rate` in PPOConfig."
             )
         self._critic: Critic | None = None
-        self._scalar_rewards: tuple[torch.Tensor, torch.Tensor] | None = None
         self._batch: dict[str, Any] | None = None
         super().__init__(model, reward_funcs, dense_reward_funcs, args, **kwargs)
         if not with_critic:
@@ -126,19 +125,6 @@ class PPOTrainer(DenseGRPOTrainer):
         return None if self._critic is None else self._critic.model
 
     # ---------------------------------------------------------------------------------------------- rewards to credit
-    def _calculate_rewards(
-        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
-        scalar = rewards if self._dense is None else rewards[:, :-1]  # the last one is the sum of the dense rewards
-        weights = self.reward_weights.to(rewards.device)[: scalar.shape[1]]
-        start = self.accelerator.process_index * len(prompts)
-        mine = scalar[start : start + len(prompts)]
-        self._scalar_rewards = (mine * weights).nansum(1), mine.isfinite().any(1)
-        if mine.isinf().any():
-            raise NotFiniteError("A reward function returned an infinite reward. Needed: finite numbers, or None.")
-        return rewards
-
     def _credit(
         self, output: dict[str, Any], rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -147,9 +133,8 @@ class PPOTrainer(DenseGRPOTrainer):
         args, mode = self.args, "train" if self.model.training else "eval"
         scalar, scored = self._scalar_rewards
         known = mask & (scored | given.any(1)).unsqueeze(1)  # a completion without any reward teaches nothing
-        last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # the last token that the policy wrote
         rewards = args.dense_weight * rewards.masked_fill(~given, 0.0)
-        rewards = rewards + args.outcome_weight * scalar.unsqueeze(1) * last
+        rewards = rewards + args.outcome_weight * scalar.unsqueeze(1) * last_tokens(mask)
         if args.kl_in == "reward" and self.beta != 0:
             rewards = rewards - self.beta * self._kl_to_reference(output, mask, mode)
         if args.whiten_rewards:

@@ -14,9 +14,19 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from trl_ext.losses.advantages import min_form, normalize_steps, returns_to_go, whiten
+from trl_ext.losses.advantages import (
+    last_tokens,
+    mean_to_go,
+    min_form,
+    normalize_steps,
+    returns_to_go,
+    shrunken_steps,
+    telescoped,
+    whiten,
+)
 from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.inputs import text_tokenizer
+from trl_ext.trainers.common.health import NotFiniteError
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
 from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, step_metrics, write_samples
@@ -96,6 +106,7 @@ class DenseGRPOTrainer(GRPOTrainer):
         if len(weights) != len(dense):
             raise ValueError(f"{len(weights)} dense_reward_weights for {len(dense)} functions; needed: one for each.")
         self._sample: dict[str, Any] | None = None
+        self._scalar_rewards: tuple[torch.Tensor, torch.Tensor] | None = None  # and where there is one
         self._dense: DenseRewards | None = None
         if dense:
             self._dense = DenseRewards(dense, weights)
@@ -107,6 +118,9 @@ class DenseGRPOTrainer(GRPOTrainer):
             scalar = [*scalar, self._dense]
         super().__init__(model=model, reward_funcs=scalar, args=args, **kwargs)
         keep_4bit_exact_on_cpu(self.model)
+        for function in [*_listed(reward_funcs), *dense]:
+            # only reward functions that wait for the policy's base have the method (SharedBaseScorer)
+            getattr(function, "use_base", lambda policy: None)(self.model)
         if args.verifier is not None and args.verifier not in self.reward_func_names:
             raise ValueError(
                 f"verifier={args.verifier!r} is none of the reward functions {self.reward_func_names}. Pass it in "
@@ -148,6 +162,19 @@ class DenseGRPOTrainer(GRPOTrainer):
             write_samples(folder, self.state.global_step, tokenizer, self._sample, self.num_generations)
         self._sample = None
 
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
+        scalar = rewards if self._dense is None else rewards[:, :-1]  # the last one is the sum of the dense rewards
+        weights = self.reward_weights.to(rewards.device)[: scalar.shape[1]]
+        start = self.accelerator.process_index * len(prompts)
+        mine = scalar[start : start + len(prompts)]
+        self._scalar_rewards = (mine * weights).nansum(1), mine.isfinite().any(1)
+        if mine.isinf().any():
+            raise NotFiniteError("A reward function returned an infinite reward. Needed: finite numbers, or None.")
+        return rewards
+
     def _credit(
         self, output: dict[str, Any], rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -164,20 +191,41 @@ class DenseGRPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         function = partial(self._dense_advantages, group_size=group_size)
-        dense = self._across_processes(function, rewards, given, mask)
+        scalar = self._scalar_rewards[0].unsqueeze(1).expand(mask.shape)
+        dense = self._across_processes(function, rewards, given, mask, scalar, output["completion_ids"])
         self._log_dense(mode, given, mask, dense)
+        if self.args.advantage in ("shaped", "shrunken"):  # the scalar rewards are in it
+            return dense
         outcome = output["advantages"].unsqueeze(1) * mask
         return self.args.outcome_weight * outcome + self.args.dense_weight * dense
 
     def _dense_advantages(
-        self, rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor, group_size: int
+        self,
+        rewards: torch.Tensor,
+        given: torch.Tensor,
+        mask: torch.Tensor,
+        scalar: torch.Tensor,
+        ids: torch.Tensor,
+        group_size: int,
     ) -> torch.Tensor:
-        """Advantages `(N, T)` of whole groups; [`DenseGRPOConfig`] explains each kind."""
-        if self.args.advantage == "process":
-            return returns_to_go(normalize_steps(rewards, given, group_size), mask)
-        if self.args.advantage == "min_form":
-            rewards = min_form(rewards, given, self.args.min_form_temperature)
-        return whiten(returns_to_go(rewards.masked_fill(~given, 0.0), mask, self.args.gamma), mask, group_size)
+        """Advantages `(N, T)` of whole groups; see [`DenseGRPOConfig`]. Each row of `scalar` repeats one number."""
+        args = self.args
+        if args.advantage == "process":
+            rewards = normalize_steps(rewards, given, group_size)
+            return mean_to_go(rewards, given, mask) if args.length_control else returns_to_go(rewards, mask)
+        rewards = rewards.masked_fill(~given, 0.0)
+        if args.advantage == "shaped":
+            outcome = args.outcome_weight * scalar[:, 0]
+            rewards = telescoped(outcome, args.dense_weight * rewards, mask, args.gamma)
+        elif args.advantage == "shrunken":
+            total = args.dense_weight * rewards + args.outcome_weight * scalar * last_tokens(mask)
+            returns = returns_to_go(total, mask, args.gamma)
+            steps = shrunken_steps(returns, ids, given, mask, group_size, args.shrinkage)
+            return whiten(steps, mask, group_size, shift_mean=False)
+        elif args.advantage == "min_form":
+            rewards = min_form(rewards, given, args.min_form_temperature)
+        returns = mean_to_go(rewards, given, mask) if args.length_control else returns_to_go(rewards, mask, args.gamma)
+        return whiten(returns, mask, group_size)
 
     def _across_processes(self, function: Callable, *parts: torch.Tensor) -> torch.Tensor:
         """Gather tensors `(N, T)` from all processes, apply `function`, and return this process's rows."""
