@@ -233,7 +233,7 @@ def test_a_killed_process_is_completed(model, tmp_path):
     command += ["--input", str(source), "--output", str(target)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (target.exists() and target.stat().st_size > 50_000):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)

@@ -35,14 +35,17 @@ def has_empty_answer(row: dict) -> bool:
     return not (row["chosen"][-1]["content"] and row["rejected"][-1]["content"])
 
 
-def test_hh_chat_pairs(data_dir):
-    path = data_dir / "pairs_hh_harmless" / "split_test.jsonl"
-    rows, tokenizer = read(path), tiny_tokenizer("qwen")
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_hh_chat_pairs(every, data_dir, tmp_path):
+    rows, tokenizer = read(data_dir / "pairs_hh_harmless" / "split_test.jsonl"), tiny_tokenizer("qwen")
     empty = [number for number, row in enumerate(rows) if has_empty_answer(row)]
     assert len(rows) == 2312 and len(empty) == 4
-    with pytest.raises(DataError, match=f"row {empty[0]}, column 'chosen': found an empty assistant message"):
-        prepare(Dataset.from_list(rows), tokenizer, max_length=None)
+    with pytest.raises(DataError, match="row 0, column 'chosen': found an empty assistant message"):
+        prepare(Dataset.from_list(rows[empty[0] :][: None if every == 1 else 50]), tokenizer, max_length=None)
 
+    rows = [row for number, row in enumerate(rows) if number % every == 0 or not row["clean"] or number in empty]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     usable = [row for row in rows if not has_empty_answer(row)]
     assert sum(not row["clean"] for row in usable) == 9  # irregular but usable: roles do not alternate, extra messages
     prepared, report = prepare(Dataset.from_list(usable), tokenizer, max_length=512)
