@@ -40,7 +40,10 @@ API = {
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
-    "policies": ("Policies", "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig"),
+    "policies": (
+        "Policies",
+        "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig RankedDPOTrainer RankedDPOConfig",
+    ),
     "weak_to_strong": (
         "Weak to strong",
         "weak_to_strong WeakToStrongArguments WeakToStrongTrainer WeakToStrongConfig performance_gap_recovered",
@@ -48,7 +51,7 @@ API = {
 }
 # Modules with functions that users call by their path.
 API_MODULES = {
-    "losses": ("Losses", "losses.ranking losses.token losses.distillation losses.advantages"),
+    "losses": ("Losses", "losses.ranking losses.lambda_loss losses.token losses.distillation losses.advantages"),
     "data": ("Segmenters", "data.segmentation"),
     "views": ("Views of a scored text", "scoring.view"),
     "voting": ("Votes and estimators", "metrics.voting metrics.pgr"),

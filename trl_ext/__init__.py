@@ -42,6 +42,8 @@ _HOME = {
     "DenseGRPOTrainer": "trl_ext.trainers.policy.trainer",
     "PPOConfig": "trl_ext.trainers.policy.ppo_config",
     "PPOTrainer": "trl_ext.trainers.policy.ppo_trainer",
+    "RankedDPOConfig": "trl_ext.trainers.policy.ranked_dpo_config",
+    "RankedDPOTrainer": "trl_ext.trainers.policy.ranked_dpo_trainer",
     "EvaluationCallback": "trl_ext.evaluation.callback",
     "EvaluationReport": "trl_ext.evaluation",
     "evaluate_reward_model": "trl_ext.evaluation",
@@ -60,6 +62,8 @@ __all__ = [
     "ORMTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "RankedDPOConfig",
+    "RankedDPOTrainer",
     "PRMConfig",
     "PRMEnsembleConfig",
     "PRMEnsembleTrainer",
@@ -124,6 +128,8 @@ if TYPE_CHECKING:
     from trl_ext.trainers.policy.config import DenseGRPOConfig
     from trl_ext.trainers.policy.ppo_config import PPOConfig
     from trl_ext.trainers.policy.ppo_trainer import PPOTrainer
+    from trl_ext.trainers.policy.ranked_dpo_config import RankedDPOConfig
+    from trl_ext.trainers.policy.ranked_dpo_trainer import RankedDPOTrainer
     from trl_ext.trainers.policy.trainer import DenseGRPOTrainer
 
 

@@ -46,6 +46,8 @@ _STUDENT = "trl_ext.trainers.weak_to_strong.trainer"
 _GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
 _DENSE = "trl_ext.trainers.policy.trainer"
 _PPO = "trl_ext.trainers.policy.ppo_trainer"
+_DPO = "trl.trainer.dpo_trainer:DPOTrainer"
+_RANKED = "trl_ext.trainers.policy.ranked_dpo_trainer"
 
 PRIVATE_NAMES = (
     UpstreamName(
@@ -133,6 +135,43 @@ PRIVATE_NAMES = (
     UpstreamName(_GRPO, "_metrics", "instance", _DENSE, "mode to name to values, which TRL averages when it logs"),
     UpstreamName(_GRPO, "_tag_names", "class", _DENSE, "tags of the model card"),
     UpstreamName(_GRPO, "_name", "class", _DENSE, "the trainer's name in the model card"),
+    UpstreamName(
+        _DPO,
+        "_prepare_dataset",
+        "method",
+        _RANKED,
+        "turns rows into groups; TRL calls it before Trainer.__init__ and again in evaluate(), so ours is idempotent",
+        ("dataset", "processing_class", "args", "dataset_name"),
+    ),
+    UpstreamName(
+        _DPO,
+        "_set_signature_columns_if_needed",
+        "method",
+        _RANKED,
+        "keeps the columns of a group when remove_unused_columns drops the others",
+    ),
+    UpstreamName(_DPO, "_signature_columns", "instance", _RANKED, "the columns that Trainer keeps"),
+    UpstreamName(
+        _DPO,
+        "_precompute_ref_logps",
+        "method",
+        _RANKED,
+        "keeps the reference's log-probabilities in the data set; flat rows are decided before it",
+        ("dataset", "name", "batch_size"),
+    ),
+    UpstreamName(
+        _DPO,
+        "_compute_loss",
+        "method",
+        _RANKED,
+        "the loss on pairs, which a ranking loss replaces",
+        ("model", "inputs", "return_outputs"),
+    ),
+    UpstreamName(_DPO, "_metrics", "instance", _RANKED, "mode to name to values, which TRL averages when it logs"),
+    UpstreamName(_DPO, "_total_train_tokens", "instance", _RANKED, "tokens seen, which TRL logs as num_tokens"),
+    UpstreamName(_DPO, "_tp_size", "instance", _RANKED, "tensor-parallel ranks that were given the same batch"),
+    UpstreamName(_DPO, "_tag_names", "class", _RANKED, "tags of the model card"),
+    UpstreamName(_DPO, "_name", "class", _RANKED, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_name", "class", _STUDENT, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_metrics", "instance", _STUDENT, "mode to name to values, which TRL averages when it logs"),
     UpstreamName(_SFT, "_total_train_tokens", "instance", _STUDENT, "tokens seen, which TRL logs as num_tokens"),

@@ -182,6 +182,10 @@ def test_every_field_of_a_config_is_documented():
             section("trainers/dense_grpo_trainer.md", "Fields of DenseGRPOConfig"),
         ),
         "PPOConfig": (trl_ext.DenseGRPOConfig, section("trainers/ppo_trainer.md", "Fields of PPOConfig")),
+        "RankedDPOConfig": (
+            trl.DPOConfig,
+            section("trainers/ranked_dpo_trainer.md", "Fields of RankedDPOConfig"),
+        ),
         "RejectionSamplingConfig": (
             trl.SFTConfig,
             section("trainers/rejection_sampling_trainer.md", "Fields of RejectionSamplingConfig"),

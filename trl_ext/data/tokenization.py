@@ -159,7 +159,7 @@ def positions_that_fit(
             f"max_length={max_length} leaves no room for the completion beside {opening + closing} special tokens; "
             "give a larger max_length"
         )
-    start = max(opening, _prompt_length(tokenizer, row, ids, tokenization))
+    start = max(opening, *prompt_length(tokenizer, row, [ids], tokenization))
     stop = len(ids) - closing
     kept = range(stop - room, stop) if stop - start <= room else range(start, start + room)
     return [*range(opening), *kept, *range(stop, len(ids))]
@@ -290,19 +290,27 @@ def closing_tokens(tokenizer: Tokenizer, tokenization: TokenizationSettings) -> 
     return count
 
 
-def _prompt_length(tokenizer: Tokenizer, row: TextRow, ids: list[int], tokenization: TokenizationSettings) -> int:
-    """Number of leading tokens of `ids` that the prompt alone gives too (not one that crosses the boundary)."""
+def prompt_length(
+    tokenizer: Tokenizer, row: TextRow, sequences: Sequence[Sequence[int]], tokenization: TokenizationSettings
+) -> list[int]:
+    """Number of leading tokens of each of `sequences` that the prompt alone gives too.
+
+    A token that crosses the boundary of prompt and completion does not count.
+
+    Args:
+        row (`TextRow`): the prompt, and one of the completions, which says whether the row is a chat.
+        sequences (sequence of sequences of `int`): token ids of the prompt with each of its completions.
+    """
     if not row.prompt:
-        return 0
+        return [0] * len(sequences)
     if row.chat:
         options = {**template_options(row.tools, row.chat_template_kwargs), "add_generation_prompt": True}
         prompt = conversation(tokenizer, row.prompt, [], options)
         alone = encode_chats(tokenizer, [prompt], options)[0]["input_ids"]
     else:
         alone = tokenizer(text=[row.prompt], add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
-    length = 0
-    for token, other in zip(alone[0], ids, strict=False):
-        if token != other:
-            break
-        length += 1
-    return length
+    return [
+        next((place for place, (one, other) in enumerate(zip(alone[0], ids, strict=False)) if one != other), shorter)
+        for ids in sequences
+        for shorter in [min(len(alone[0]), len(ids))]
+    ]

@@ -15,6 +15,7 @@ A mask is bool. `True` means a real candidate, and in token losses a position wi
 type. The losses compute and return fp32 (fp64 if the scores are fp64).
 """
 
+from trl_ext.losses.lambda_loss import lambda_loss
 from trl_ext.losses.properties import RankingLossProperties, TokenLossProperties
 from trl_ext.losses.ranking import (
     bradley_terry,
@@ -38,6 +39,7 @@ __all__ = [
     "ce",
     "center_rewards",
     "hinge",
+    "lambda_loss",
     "listnet",
     "mse",
     "pairwise",

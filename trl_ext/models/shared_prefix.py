@@ -180,7 +180,9 @@ def flat_scores(model: nn.Module, layout: PrefixLayout, call: Callable | None = 
     return logits[(rows[:, None] + last).flatten()]
 
 
-def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> SharedPrefixSupport:
+def supports_shared_prefix(
+    model: nn.Module, max_length: int | None = None, head: nn.Module | None = None
+) -> SharedPrefixSupport:
     """
     Whether the model gives the same hidden states from flat rows as from padded rows.
 
@@ -191,6 +193,8 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
     Args:
         model (`nn.Module`): sequence-classification model, possibly wrapped by PEFT. Its mode is restored.
         max_length (`int`, *optional*): longest sequence that the model will see, in tokens.
+        head (`nn.Module`, *optional*): the module that reads the final hidden states. Needed for a model without a
+            classification head, such as the `lm_head` of a language model.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
@@ -198,12 +202,14 @@ def supports_shared_prefix(model: nn.Module, max_length: int | None = None) -> S
     refused = refused_by_config(config, used)
     if refused is not None:
         return SharedPrefixSupport(False, refused)
-    if "score" not in dict(base.named_children()):
+    if head is None and "score" not in dict(base.named_children()):
         return SharedPrefixSupport(False, f"{type(base).__name__} is no decoder with a `score` head")
     if not base._supports_attention_backend:
         return SharedPrefixSupport(False, f"{type(base).__name__} does not take registered attention functions")
     try:
-        difference, scale = _measure_difference(model, _check_groups(config, max_length))
+        difference, scale = _measure_difference(
+            model, _check_groups(config, max_length), head or last_head_module(base)
+        )
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         return SharedPrefixSupport(False, f"the model cannot run a flat row: {type(error).__name__}: {error}")
     finally:
@@ -239,7 +245,9 @@ def is_granted(wish: bool | str, support: SharedPrefixSupport) -> bool:
     return support.supported
 
 
-def use_shared_prefix(model: nn.Module, wish: bool | str, max_length: int | None = None) -> bool:
+def use_shared_prefix(
+    model: nn.Module, wish: bool | str, max_length: int | None = None, head: nn.Module | None = None
+) -> bool:
     """
     Decide from the `shared_prefix` argument of a trainer or scorer whether flat rows will be used.
 
@@ -248,7 +256,7 @@ def use_shared_prefix(model: nn.Module, wish: bool | str, max_length: int | None
     """
     if not is_wanted(wish):
         return False
-    support = supports_shared_prefix(model, max_length)
+    support = supports_shared_prefix(model, max_length, head)
     granted = is_granted(wish, support)
     logger.info(f"Shared prefixes are {'on' if granted else 'off'}: {support.reason}.")
     return granted
@@ -269,12 +277,14 @@ def _check_groups(config, max_length: int | None) -> list[tuple[list[int], list[
 
 
 @torch.no_grad()
-def _measure_difference(model: nn.Module, groups: list[tuple[list[int], list[list[int]]]]) -> tuple[float, float]:
+def _measure_difference(
+    model: nn.Module, groups: list[tuple[list[int], list[list[int]]]], head: nn.Module
+) -> tuple[float, float]:
     """The largest difference of the head's input between flat and padded rows, and the largest hidden state."""
     device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     hidden: list[torch.Tensor] = []
-    handle = last_head_module(unwrap(model)).register_forward_hook(lambda m, args, output: hidden.append(args[0]))
+    handle = head.register_forward_hook(lambda m, args, output: hidden.append(args[0]))
     plain = current_attention(model)
     model.eval()
     try:
