@@ -41,6 +41,17 @@ def sft_trainer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def dpo_trainer(tmp_path_factory):
+    """TRL's DPOTrainer on a tiny model: instance attributes are looked up on it."""
+    import trl
+
+    folder = tmp_path_factory.mktemp("upstream_dpo")
+    model = save_tiny_model(folder / "model", "llama")
+    args = trl.DPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none")
+    return trl.DPOTrainer(model=str(model), args=args, train_dataset=Dataset.from_list(pair_rows(4)))
+
+
+@pytest.fixture(scope="module")
 def grpo_trainer(tmp_path_factory):
     """TRL's GRPOTrainer on a tiny model: instance attributes are looked up on it, and what its scoring returns."""
     import trl
@@ -88,7 +99,7 @@ def test_the_list_is_not_empty():
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=identify)
-def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer, grpo_trainer):
+def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer, grpo_trainer, dpo_trainer):
     owner = owner_of(entry)
     if entry.kind == "method":
         parameters = list(inspect.signature(inspect.getattr_static(owner, entry.name)).parameters)
@@ -99,7 +110,7 @@ def test_private_name_is_as_we_rely_on_it(entry, trl_trainer, sft_trainer, grpo_
         assert entry.kind == "instance"
         instances = [
             item
-            for item in (trl_trainer, sft_trainer, grpo_trainer, trl_trainer.model.config)
+            for item in (trl_trainer, sft_trainer, grpo_trainer, dpo_trainer, trl_trainer.model.config)
             if isinstance(item, owner)
         ]
         assert instances and all(entry.name in vars(instance) for instance in instances)
