@@ -143,6 +143,7 @@ def test_dpo_example_trains_on_pairs(monkeypatch, capsys):
     assert any("pairs, mean margin" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_rejection_sampling_study(monkeypatch, capsys, data_dir):
     monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
     picks = run(EXAMPLES / "study_rejection_sampling.py", monkeypatch, capsys, "picks")
@@ -157,18 +158,20 @@ def test_rejection_sampling_study(monkeypatch, capsys, data_dir):
 @pytest.mark.parametrize(
     ("script", "arguments", "titles", "methods"),
     [
-        (
+        pytest.param(
             "study_rankings.py",
             ["--data", "topical_chat"],
             ["topical_chat"],
             ["longer wins", "n-grams", "plackett_luce", "pairwise", "bradley_terry, all pairs"],
+            marks=pytest.mark.slow,
         ),
         ("study_token_rewards.py", ["orm"], ["orm_gsm8k"], ["length", "n-grams", "ORM"]),
-        (
+        pytest.param(
             "study_token_rewards.py",
             ["prm"],
             ["AUC, steps up to the first mistake", "AUC, all steps: do not report"],
             ["step number", "length", "n-grams", "PRM, masked after the first mistake"],
+            marks=pytest.mark.slow,
         ),
         (
             "study_token_rewards.py",
@@ -189,6 +192,7 @@ def test_studies_print_each_method_beside_the_baselines(
         assert names and all(0 <= float(cell) <= 1 for _, *cells in rows for cell in cells)
 
 
+@pytest.mark.slow
 def test_ensemble_study_prints_members_reducers_and_aspects(data_dir, monkeypatch, capsys):
     monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
     lines = run(EXAMPLES / "study_ensemble.py", monkeypatch, capsys, "--data", "topical_chat", "--members", "2")
@@ -230,6 +234,7 @@ def test_overoptimisation_example_runs(monkeypatch, capsys):
     assert {"oracle", "mean", "min (WCO)", "mean - 0.5 var (UWO)"} <= set(table)
 
 
+@pytest.mark.slow
 def test_weak_to_strong_example_reports_four_experiments(monkeypatch, capsys):
     found = tables(["", *run(EXAMPLES / "weak_to_strong.py", monkeypatch, capsys)])
     assert len(found) == 4
@@ -237,6 +242,7 @@ def test_weak_to_strong_example_reports_four_experiments(monkeypatch, capsys):
         assert all(0 <= float(cell.split()[0]) <= 1 for cell in row[2:5]) and row[-1] == "1"
 
 
+@pytest.mark.slow
 def test_selection_study_keeps_and_trains(monkeypatch, capsys):
     (table,) = tables(["", *run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "selection")])
     assert [row[0] for row in table] == ["kept", "25%", "50%", "70%", "100%"]

@@ -51,6 +51,7 @@ def test_picks_by_hand():
     assert picks["best_of_n_over_random"]["mean"] == pytest.approx(0.0)
 
 
+@pytest.mark.slow  # `.ci/run` runs the whole demo
 def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, capsys):
     assert demo.main(["--smoke", "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

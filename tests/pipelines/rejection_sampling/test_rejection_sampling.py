@@ -483,6 +483,7 @@ def program(tmp_path, tiny, kills, seed=0, timeout=280):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_five_kills_and_two_processes(tiny, tmp_path):
     seen = program(tmp_path, tiny, 5)
     assert seen["kills"] == 5 and seen["finished"] >= 1
