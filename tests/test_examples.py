@@ -65,6 +65,13 @@ def test_rankings_example_learns_and_reloads(monkeypatch, capsys):
     assert [float(score) for score, _ in ranked] == sorted((float(score) for score, _ in ranked), reverse=True)
 
 
+def test_ranked_dpo_example_learns(monkeypatch, capsys):
+    lines = run(EXAMPLES / "ranked_dpo.py", monkeypatch, capsys)
+    assert losses(lines)[-1] < losses(lines)[0]
+    (shares,) = [line.split()[5:] for line in lines if line.startswith("pairs in the right order:")]
+    assert float(shares[-1]) > max(0.7, float(shares[0]))
+
+
 def test_outcome_example_picks_the_right_sample(monkeypatch, capsys):
     lines = run(EXAMPLES / "orm_gsm8k.py", monkeypatch, capsys)
     assert losses(lines)[-1] < losses(lines)[0]

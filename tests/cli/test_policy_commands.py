@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import pair_rows, save_tiny_model
+from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from tests.trainers.helpers import config, lora, trainer_for
 from trl_ext import RewardScorer
 from trl_ext.cli.main import main
@@ -16,7 +16,9 @@ from trl_ext.scoring import SharedBaseScorer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for kind in ("dense_grpo", "ppo") for path in (ROOT / "configs" / kind).glob("*.yaml"))
+FILES = sorted(
+    path for kind in ("dense_grpo", "ppo", "ranked_dpo") for path in (ROOT / "configs" / kind).glob("*.yaml")
+)
 
 
 def test_there_are_recipes():
@@ -83,6 +85,25 @@ def test_ppo_puts_reward_and_critic_on_the_policy_s_base(base, tmp_path, capsys)
         scorer(["one"], ["two"])
     scorer.use_base(RewardScorer(reward).model)
     assert scorer(["one"], ["two"]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_ranked_dpo_saves_a_policy(base, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked_rows(4, k=3)))
+    out = tmp_path / "out"
+    recipe = [
+        "ranked-dpo",
+        "--config",
+        str(ROOT / "configs/ranked_dpo/lora_0.6b.yaml"),
+        "--use_cpu",
+        "--bf16",
+        "false",
+    ]
+    recipe += ["--model_name_or_path", str(base), "--dataset_name", str(tmp_path), "--output_dir", str(out)]
+    assert main([*recipe, "--dtype", "float32", "--max_steps", "1", "--eval_steps", "1"]) == 0
+    assert "Saved the model to" in capsys.readouterr().out and (out / "adapter_config.json").is_file()
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_rewards/accuracies" in entry for entry in history)
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):

@@ -33,6 +33,7 @@ TRAINED = {
 POLICIES = {
     "dense-grpo": ("trainers/policy/config.py:DenseGRPOConfig", "trainers/common/command_line.py:PolicyArguments"),
     "ppo": ("trainers/policy/ppo_config.py:PPOConfig", "trainers/common/command_line.py:PPOArguments"),
+    "ranked-dpo": ("trainers/policy/ranked_dpo_config.py:RankedDPOConfig", DATA),
 }
 TASKS = {"preference": "reward", "outcome": "orm", "steps": "prm", "process": "prm"}
 ASKED_FIRST = {

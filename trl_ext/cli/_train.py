@@ -60,7 +60,7 @@ def train(
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()  # all metrics
-    trainer.accelerator.print(f"Saved the reward model to {training_args.output_dir}.")
+    trainer.accelerator.print(f"Saved the model to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -28,6 +28,7 @@ COMMANDS = {
     "ensemble": "Train an ensemble of reward models on one base in one run.",
     "dense-grpo": "Train a policy with rewards of steps, segments or tokens (GRPO).",
     "ppo": "Train a policy with PPO and a critic, all models on one base.",
+    "ranked-dpo": "Train a policy on rankings or pairs (DPO), without a reward model.",
     "score": "Score the rows of a JSONL file with a reward model.",
     "evaluate": "Find out whether a reward model is any good, and where it is biased.",
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",
