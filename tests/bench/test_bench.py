@@ -71,6 +71,21 @@ def test_reward_takes_the_lengths_of_a_data_set(rows, baseline, tmp_path):
         main(["bench", "reward", *TINY, "--shapes", "--batch_size", "9", "--dataset_name", str(file)])
 
 
+def test_dpo_measures_both_sides_of_each_shape(tmp_path, capsys):
+    report = run(
+        tmp_path, "dpo", "--batch_size", "2", "--steps", "1", "--repeats", "1", "--shapes", "24,8,2", "12,5,4"
+    )
+    pairs, rankings = report["cases"]
+    assert pairs["baseline"] == "trl.DPOTrainer" and rankings["baseline"].startswith("padded rows")
+    # with an EOS for each completion, and the prompt's last token before each further one
+    assert pairs["token_bound"] == pytest.approx(2 * 33 / (24 + 2 * 9 + 1))
+    assert rankings["token_bound"] == pytest.approx(4 * 18 / (12 + 4 * 6 + 3))
+    printed = capsys.readouterr().out
+    for case in report["cases"]:
+        assert case["sides"]["trl_ext"]["flat_batches"] == 1.0 and case["loss_max_difference"] < 1e-5
+        assert case["losses_compared"] == 2 and case["name"] in printed
+
+
 def test_token_measures_flat_beside_padded_rows(tmp_path, capsys):
     report = run(tmp_path, "token", "--steps", "2", "--repeats", "1", "--shapes", "24,8,4", "9,5,2")
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ import os
 import sys
 
 from trl_ext.bench import data as bench_data
+from trl_ext.bench import dpo as bench_dpo
 from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import evaluate as bench_evaluate
 from trl_ext.bench import generate as bench_generate
@@ -24,6 +25,7 @@ from trl_ext.fit import command as bench_fit
 
 MEASURED = {
     "reward": (bench_reward, "compare RewardTrainer with trl.RewardTrainer, on given shapes and on your data"),
+    "dpo": (bench_dpo, "compare RankedDPOTrainer with trl.DPOTrainer on pairs, and with padded rows on rankings"),
     "token": (bench_token, "compare ORMTrainer on flat rows and on padded rows, with K answers to a question"),
     "ensemble": (bench_ensemble, "compare M members in one pass with single members, in training and scoring"),
     "fit": (bench_fit, "estimate whether a training config fits on a card, and what takes the memory"),
