@@ -171,6 +171,13 @@ PRIVATE_NAMES = (
     UpstreamName(_DPO, "_total_train_tokens", "instance", _RANKED, "tokens seen, which TRL logs as num_tokens"),
     UpstreamName(_DPO, "_tp_size", "instance", _RANKED, "tensor-parallel ranks that were given the same batch"),
     UpstreamName(_DPO, "_tag_names", "class", _RANKED, "tags of the model card"),
+    UpstreamName(
+        "trl.trainer.dpo_config:DPOConfig",
+        "_VALID_DICT_FIELDS",
+        "class",
+        "trl_ext.trainers.policy.ranked_dpo_config",
+        "fields that a command line gives as a JSON string and that become a dict",
+    ),
     UpstreamName(_DPO, "_name", "class", _RANKED, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_name", "class", _STUDENT, "the trainer's name in the model card"),
     UpstreamName(_SFT, "_metrics", "instance", _STUDENT, "mode to name to values, which TRL averages when it logs"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from trl_ext.losses import bradley_terry, pairwise, ranking_losses
 
 
-NAMES = ("bradley_terry", "pairwise", "plackett_luce", "listnet", "pointwise")
+NAMES = ("bradley_terry", "pairwise", "plackett_luce", "listnet", "pointwise", "lambda_loss")
 LOSSES = {name: ranking_losses.get(name) for name in NAMES}
 LISTS = {name: loss for name, loss in LOSSES.items() if name != "bradley_terry"}  # take K > 2
 MARGINS = {"bradley_terry": bradley_terry, "pairwise": pairwise}

@@ -34,6 +34,7 @@ RANKING = {
     "pairwise": (RANKED, {"loss_kwargs": {"margin_from_ratings": True}}),
     "plackett_luce": (RANKED, {}),
     "listnet": (RANKED, {"loss_kwargs": {"temperature": 0.5}}),
+    "lambda_loss": (RANKED, {}),
     "pointwise": (RANKED, {"center_rewards_coefficient": 0.1}),
 }
 TOKENS = {

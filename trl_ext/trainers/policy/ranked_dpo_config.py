@@ -49,6 +49,8 @@ class RankedDPOConfig(DPOConfig):
             Smallest share of the rows that must fit `max_length`. Fewer rows raise an error.
     """
 
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["loss_kwargs"]
+
     loss_type: str = field(
         default="plackett_luce",
         metadata={"help": "plackett_luce, bradley_terry, pairwise, listnet, lambda_loss, pointwise or a plugin"},
