@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -13,6 +14,7 @@ from tests.models.helpers import int8, make_trainer, max_change, nf4, scores_of,
 from tests.tiny import pair_rows
 from trl_ext import RewardEnsembleConfig, RewardEnsembleTrainer
 from trl_ext.models import BaseMismatchError, HeadError, load_reward_model
+from trl_ext.models.bases import describe_base
 
 
 LORA = LoraConfig(target_modules=["q_proj"])
@@ -136,3 +138,14 @@ def test_a_value_head_is_named(sft, tmp_path, caplog):
         load_reward_model(folder)
     make_trainer(str(folder), tmp_path / "out")
     assert "the value head beside the adapter is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_a_base_from_the_cache_of_the_hub_is_recorded_by_its_id(base, tmp_path, monkeypatch, in_cache):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path if in_cache else tmp_path / "elsewhere"))
+    model = in_memory(base)
+    folder = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    model.config._name_or_path = str(folder)
+    found = describe_base(model)
+    assert (found.id, found.revision) == (("somebody/tiny", "0123abcd") if in_cache else (str(folder), None))

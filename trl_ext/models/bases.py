@@ -11,7 +11,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -49,14 +49,26 @@ def describe_base(model: nn.Module) -> BaseModel:
         quantization = quantization.to_dict()
     floating = (p.dtype for p in base.get_submodule(base.base_model_prefix).parameters() if p.is_floating_point())
     source = base.config._name_or_path
+    # only a config from the Hub has the field
+    revision = getattr(base.config, "_commit_hash", None)
+    if source and Path(source).is_dir():
+        source, revision = _in_hub_cache(source) or (str(Path(source).resolve()), revision)
     return BaseModel(
-        id=str(Path(source).resolve()) if source and Path(source).is_dir() else source,
-        # only a config from the Hub has the field
-        revision=getattr(base.config, "_commit_hash", None),
+        id=source,
+        revision=revision,
         dtype=str(next(floating)).removeprefix("torch."),
         quantization=None if quantization is None else _plain(quantization),
         vocab_size=vocab_size(base),
     )
+
+
+def _in_hub_cache(folder: str) -> tuple[str, str] | None:
+    """Repository and commit of a folder in the Hub's cache: others can load these, and not a path of this machine."""
+    path, cache = Path(folder).absolute(), Path(constants.HF_HUB_CACHE).absolute()
+    if path.parent.name != "snapshots" or path.parent.parent.parent != cache:
+        return None
+    kind, *names = path.parent.parent.name.split("--")
+    return ("/".join(names), path.name) if kind == "models" else None
 
 
 def same_source(one: str | Path, other: str) -> bool:

@@ -110,6 +110,9 @@ def test_it_runs_and_reports(task, loss, models, tmp_path):
     text = (tmp_path / "run" / "report.md").read_text()
     assert f"{report.weak:.3f}" in text and (report.pgr is not None or "undefined" in text)
     assert (tmp_path / "run" / "report.png").stat().st_size > 1000
+    cards = [(tmp_path / "run" / name / "README.md").read_text() for name in started]
+    assert all(f"/{name}" in card for name, card in zip(started, cards, strict=True))
+    assert not any(".partial" in card for card in cards)
 
 
 def test_runs_are_kept_while_nothing_changes(models, tmp_path):

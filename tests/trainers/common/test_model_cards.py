@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from trl_ext import (
     RewardScorer,
     WeakToStrongConfig,
 )
-from trl_ext.trainers.common.model_card import put_evaluation
+from trl_ext.trainers.common.model_card import name_in_card, put_evaluation
 from trl_ext.trainers.weak_to_strong.trainer import WeakToStrongTrainer
 
 
@@ -132,3 +133,17 @@ def test_checkpoints_have_cards_and_the_section_of_an_evaluation_stays(base, tmp
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.count("## Evaluation") == 1 and "accuracy 0.8" in card and "accuracy 0.7" not in card
     assert "license: mit" in card and "- maths" in card and "on `somebody/others`" in card
+
+    assert str(base) in card  # its examples run here
+    trainer.hub_model_id = "somebody/model"
+    trainer.create_model_card(dataset_name=str(tmp_path / "rows.jsonl"))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card and str(base) not in card
+    assert f'from_pretrained("path/to/{base.name}", num_labels=1' in card and "`path/to/rows.jsonl` was a" in card
+
+
+def test_a_card_names_the_folder_that_a_stage_gets_when_it_is_done():
+    trainer = SimpleNamespace()
+    assert name_in_card(trainer, Path("run/weak-0.partial/checkpoint-2")) == "run/weak-0/checkpoint-2"
+    assert name_in_card(trainer, Path("/run/weak.partial.x")) == "/run/weak.partial.x"
+    assert name_in_card(SimpleNamespace(hub_model_id="a/b"), Path("run/weak-0.partial")) == "a/b"

@@ -15,6 +15,7 @@ from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.rejection_sampling.generate_and_score import length_of
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, group_numbers
 from trl_ext.pipelines.reward_functions import weighted_total
+from trl_ext.trainers.common.model_card import name_in_card
 from trl_ext.trainers.common.policy_card import policy_card, rounds_section
 
 
@@ -219,4 +220,4 @@ def rounds_card(trainer: Any, weights: dict[str, float], base: str, folder: Path
     }
     adapter = (folder / "adapter_config.json").is_file()
     what = "A language model that learned from its own best completions."
-    return policy_card(trainer, facts, rounds_section(history), str(folder), base, adapter, what)
+    return policy_card(trainer, facts, rounds_section(history), name_in_card(trainer, folder), base, adapter, what)

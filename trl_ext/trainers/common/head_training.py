@@ -52,7 +52,7 @@ from trl_ext.trainers.common.loading import (
     rows_of_evaluation,
     with_lengths,
 )
-from trl_ext.trainers.common.model_card import reward_card, write_card
+from trl_ext.trainers.common.model_card import name_in_card, reward_card, write_card
 from trl_ext.trainers.common.setup import TrainableModel, set_up_model
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
@@ -214,10 +214,5 @@ class HeadTraining:
     def _write_cards(self, folder: Path, **metadata: Any) -> None:
         """Write the model card of what is saved in a folder, on the process that saves."""
         if self.args.should_save:
-            card = reward_card(self, get_sidecar(self.model), self._facts(), self._name_in_card(folder), **metadata)
+            card = reward_card(self, get_sidecar(self.model), self._facts(), name_in_card(self, folder), **metadata)
             write_card(folder, card)
-
-    def _name_in_card(self, folder: Path) -> str:
-        """What the examples of a card load: the repository that is pushed to, or the folder."""
-        # set where `push_to_hub` is called or asked for
-        return getattr(self, "hub_model_id", None) or str(folder)

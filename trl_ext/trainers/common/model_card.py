@@ -5,7 +5,7 @@ It knows facts of a run, sidecars, metrics and Markdown. Trainers decide when a 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,16 @@ RANDOM = {
 }
 # Metrics that are a baseline for another one.
 BASELINES = ("length_accuracy", "step_index_auc")
+
+
+def name_in_card(trainer: Any, folder: str | Path) -> str:
+    """What the examples of a card load: the repository that is pushed to, or the folder under its final name.
+
+    A stage writes into `<name>.partial`, which is renamed to `<name>` when the stage is done.
+    """
+    # set where `push_to_hub` is called or asked for
+    pushed = getattr(trainer, "hub_model_id", None)
+    return pushed or str(Path(*(part.removesuffix(".partial") for part in Path(folder).parts)))
 
 
 def write_card(folder: str | Path, text: str) -> None:
@@ -105,6 +115,7 @@ def reward_card(
             "## Score with plain transformers",
             _plain(sidecar, name),
         ],
+        local_folders(trainer, sidecar.base.id, trainer.dataset_name),
     )
 
 
@@ -132,15 +143,30 @@ def ensemble_card(
             "## Score with plain transformers",
             "Each member is an ordinary adapter: its card says how.",
         ],
+        local_folders(trainer, sidecar.base.id, trainer.dataset_name),
     )
 
 
 # ---------------------------------------------------------------------------------------------------- sections
-def card_text(name: str, head: str, sections: list[str]) -> str:
-    """A card from its YAML and its sections, with the versions at its end."""
+def card_text(name: str, head: str, sections: list[str], hidden: Iterable[str] = ()) -> str:
+    """A card from its YAML and its sections, with the versions at its end; `hidden` folders get a placeholder."""
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     body = "\n\n".join([f"# {Path(name).name}", *sections, "## Versions", versions])
+    for folder in hidden:
+        placeholder = f"path/to/{Path(folder).name}"
+        body = body.replace(folder, placeholder)
+        body += f"\n\n`{placeholder}` was a folder of the machine that trained the model."
     return f"---\n{head}\n---\n\n{body}\n"
+
+
+def local_folders(trainer: Any, *names: str | None) -> list[str]:
+    """Which of some models and data sets are local paths that a card on the Hub must not show; none for a local card.
+
+    A card that stays on this machine keeps the paths, so that its examples run.
+    """
+    pushed = getattr(trainer, "hub_model_id", None)
+    found = [name for name in names if name and Path(name).is_absolute()] if pushed else []
+    return sorted(set(found), key=len, reverse=True)  # a folder before the folder that holds it
 
 
 def metadata_of(

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl_ext.trainers.common.model_card import (
     card_text,
+    local_folders,
     metadata_of,
     python_block,
     trained_by,
@@ -52,7 +53,8 @@ inputs = tokenizer("2 + 2 =", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
     head = metadata_of(trainer, base, is_adapter, dataset_name, name, {"pipeline_tag": "text-generation", **metadata})
     sentence = f"{what} {trained_by(trainer, base, dataset_name)}"
-    return card_text(name, head, [sentence, *training_section(facts), *metrics, "## Use", python_block(code)])
+    sections = [sentence, *training_section(facts), *metrics, "## Use", python_block(code)]
+    return card_text(name, head, sections, local_folders(trainer, base, facts.get("teacher"), dataset_name))
 
 
 def rounds_section(history: Sequence[dict[str, Any]]) -> list[str]:

@@ -36,7 +36,7 @@ from trl_ext.models.ensemble.stacked_model import MEMBER, StackedRewardModel
 from trl_ext.models.loading import how_to_merge, is_language_adapter
 from trl_ext.models.sidecar import get_sidecar
 from trl_ext.trainers.common.checkpoint import EnsembleWriter
-from trl_ext.trainers.common.model_card import ensemble_card, reward_card, write_card
+from trl_ext.trainers.common.model_card import ensemble_card, name_in_card, reward_card, write_card
 from trl_ext.trainers.common.setup import TrainableModel, is_template_file, set_up_model, uses_fsdp
 from trl_ext.trainers.ensemble.config import EnsembleFields
 from trl_ext.trainers.ensemble.data import COLUMN_PREFIX, RowWeights, member_dataloader
@@ -160,7 +160,7 @@ class MemberTraining:
         """A card for the ensemble, and one for each member."""
         if not self.args.should_save:
             return
-        facts, name, members = self._facts(), self._name_in_card(folder), self.args.num_members
+        facts, name, members = self._facts(), name_in_card(self, folder), self.args.num_members
         sidecar = get_sidecar(self.model)
         write_card(folder, ensemble_card(self, sidecar, facts, name, members, **metadata))
         for member in map(MEMBER.format, range(members)):

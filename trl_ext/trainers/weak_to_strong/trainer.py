@@ -21,7 +21,7 @@ from trl_ext.losses.distillation import distillation, entropy_sum, scheduled_wei
 from trl_ext.models.inputs import text_tokenizer, use_known_pad_token
 from trl_ext.models.sidecar import vocab_size
 from trl_ext.trainers.common.loading import StreamResumeCallback
-from trl_ext.trainers.common.model_card import metrics_section, run_length, write_card
+from trl_ext.trainers.common.model_card import metrics_section, name_in_card, run_length, write_card
 from trl_ext.trainers.common.policy_card import policy_card
 from trl_ext.trainers.common.summary import base_name, log_start, run_facts
 from trl_ext.trainers.weak_to_strong.config import WeakToStrongConfig
@@ -179,7 +179,7 @@ class WeakToStrongTrainer(trl.SFTTrainer):
     def _write_card(self, folder: Path, **metadata: Any) -> None:
         if not self.args.should_save:
             return
-        name = getattr(self, "hub_model_id", None) or str(folder)  # set where something is pushed
+        name = name_in_card(self, folder)
         adapter, facts = isinstance(self.model, PeftModel), self._facts() | run_length(self)
         base, metrics = base_name(self.model), metrics_section(self, None, None)
         what = "A language model that learned from a weaker one."
