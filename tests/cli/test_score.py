@@ -334,3 +334,32 @@ def test_parts_are_merged_in_order_and_checked(model, rows, tmp_path, small_chun
             assert one.keys() == other.keys()
     assert run(model, source, merged) == 0  # and it is an output of the command
     assert "10 rows already had scores" in capsys.readouterr().err
+
+
+def test_a_public_data_set_is_scored_as_released(model, tmp_path, capsys):
+    released = [
+        {"prompt": "2 + 2?", "chosen": ["4"], "rejected": ["5", "6"], "subset": "Math"},
+        {"prompt": "3 + 3?", "chosen": ["6"], "rejected": ["7"], "subset": "Math"},
+    ]
+    source, target = write(tmp_path / "released.jsonl", released), tmp_path / "scored.jsonl"
+    assert run(model, source, target, "--dataset_format", "rewardbench2") == 0
+    rows = read(target)
+    assert [len(row["scores"]) for row in rows] == [3, 2] and rows[0]["ratings"] == [1.0, 0.0, 0.0]
+    prompts, answers = [rows[0]["prompt"]] * 3, rows[0]["completions"]
+    assert rows[0]["scores"] == pytest.approx(RewardScorer(str(model))(prompts, answers), abs=1e-5)
+
+    parts = [str(tmp_path / f"part-{number}.jsonl") for number in (1, 2)]
+    for number, part in enumerate(parts, start=1):
+        assert run(model, source, part, "--dataset_format", "rewardbench2", "--shard", f"{number}/2") == 0
+    merged = tmp_path / "merged.jsonl"
+    assert run(model, source, merged, "--dataset_format", "rewardbench2", "--shards_from", *parts) == 0
+    assert [len(row["scores"]) for row in read(merged)] == [3, 2]
+
+    with source.open("a") as file:
+        file.write(json.dumps({"prompt": "4 + 4?"}) + "\n")
+    assert run(model, source, target, "--dataset_format", "rewardbench2") == 1
+    assert "released.jsonl, line 3: found a row that the format 'rewardbench2'" in capsys.readouterr().err
+    assert run(model, source, target) == 1  # another format: the rows of the output are not those of the input
+    with pytest.raises(SystemExit):
+        run(model, source, target, "--dataset_format", "rewardbnch")
+    assert "Did you mean 'rewardbench'" in capsys.readouterr().err

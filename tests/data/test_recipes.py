@@ -234,3 +234,10 @@ def test_what_no_recipe_reads_is_refused():
     rows = [RELEASED["helpsteer3"][0][0], {**RELEASED["helpsteer3"][0][0], "context": None}]
     with pytest.raises(DataError, match="row 1: found a row that the format 'helpsteer3' cannot read"):
         convert(Dataset.from_list(rows), "helpsteer3")
+
+
+def test_neighbours_are_joined_across_the_end_of_a_batch(monkeypatch):
+    monkeypatch.setattr("trl_ext.data.recipes._BATCH_ROWS", 3)
+    rows = [{"prompt": f"{n // 2}?", "response": f"{n}", "helpfulness": n % 5} for n in range(8)]
+    converted = convert(Dataset.from_list(rows), "helpsteer2")
+    assert [len(row["completions"]) for row in converted] == [2, 2, 2, 2]

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from trl_ext.cli._options import command_parser, parse
 from trl_ext.cli.score_arguments import ScoreArguments
 from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
+from trl_ext.data.validation import DataError
 from trl_ext.pipelines.stages.parts import Part
 from trl_ext.pipelines.stages.row_file import RowFile, line_of
 from trl_ext.pipelines.stages.row_parts import merge_rows
@@ -68,8 +69,8 @@ def run(args: ScoreArguments) -> int:
         raise ScoreError(f"--output {args.output} is a folder; needed: a file, e.g. one in that folder.")
     with ExitStack() as stack:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
-        rows = read_rows(source, args.input)
-        total = None if args.input == "-" else count_rows(args.input)
+        rows = converted(read_rows(source, args.input), args)
+        total = None if args.input == "-" else count_rows(args)
         output = output_file(args) if to_file else None
         if args.shards_from:
             merge_rows(output, list(map(Path, args.shards_from)), rows, args.input, total)
@@ -119,6 +120,21 @@ def read_rows(source: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
+def converted(rows: Iterator[tuple[int, Row]], args: ScoreArguments) -> Iterator[tuple[int, Row]]:
+    """The rows with our columns, if they are those of a public data set; each keeps the number of its line."""
+    if args.dataset_format is None:
+        yield from rows
+        return
+    from trl_ext.data.recipes import read_released
+
+    try:
+        yield from read_released(rows, args.dataset_format)
+    except DataError as error:
+        raise ScoreError(
+            f"{args.input}, line {error.row}: found {error.found}; needed {error.needed}. {error.fix}"
+        ) from error
+
+
 def chunks(rows: Iterator[tuple[int, Row]], size: int) -> Iterator[list[tuple[int, Row]]]:
     """Yield lists of up to `size` rows. An invalid line raises its error after the rows before it are yielded."""
     chunk: list[tuple[int, Row]] = []
@@ -136,10 +152,14 @@ def chunks(rows: Iterator[tuple[int, Row]], size: int) -> Iterator[list[tuple[in
         yield chunk
 
 
-def count_rows(path: str) -> int:
-    """Number of lines that are not blank."""
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
+def count_rows(args: ScoreArguments) -> int | None:
+    """Number of rows of the input. Rows of a public data set are counted only if they are divided into parts."""
+    with open(args.input, "rb") as file:
+        if args.dataset_format is None:
+            return sum(1 for line in file if line.strip())
+        if args.shard is None and not args.shards_from:
+            return None  # a released row may give several rows or none, so that counting takes time
+        return sum(1 for _ in converted(read_rows(file, args.input), args))
 
 
 def output_file(args: ScoreArguments) -> RowFile:
@@ -161,6 +181,8 @@ def output_file(args: ScoreArguments) -> RowFile:
     }
     if args.shard is not None:
         manifest["shard"] = str(Part.parse(args.shard))
+    if args.dataset_format is not None:
+        manifest["dataset_format"] = args.dataset_format
     return RowFile(Path(args.output), manifest, SCORE_COLUMNS, places={"model": "model_sha256"})
 
 

@@ -63,6 +63,13 @@ class ScoreArguments:
         default=False,
         metadata={"help": "for an ensemble, also write each member's score and their standard deviation"},
     )
+    dataset_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "the rows are a public data set as released, e.g. rewardbench or hh_rlhf: convert them. The "
+            "output then has the converted rows"
+        },
+    )
     prompt_column: str = field(default="prompt", metadata={"help": "text or messages; may be missing from a row"})
     completion_column: str = field(
         default="completion", metadata={"help": "text or messages, or a list of several texts or of several dialogues"}
@@ -82,6 +89,10 @@ class ScoreArguments:
     )
 
     def __post_init__(self):
+        if self.dataset_format is not None:
+            from trl_ext.data.recipes import find_recipe
+
+            find_recipe(self.dataset_format)
         if self.batch_size != "auto":
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")

@@ -26,13 +26,16 @@ def plain_rows(dataset: Rows) -> Rows:
 
     A transform (`with_transform`, `set_transform`) is applied to all rows once, and `datasets` caches the result; the
     columns are those that it returns. A format that only changes types (torch, numpy) is taken off, and columns that
-    it hides are removed. Rows that are plain already come back as they are, so that you may call it again.
+    it hides are removed. Rows that are plain already come back as they are, so that you may call it again. So does
+    anything that is no data set, such as a list of rows.
 
     Raises:
         `DataError`: the transform fails, or returns values that no column can hold.
     """
-    if not isinstance(dataset, Dataset):
+    if isinstance(dataset, IterableDataset):
         return dataset.with_format(None)
+    if not isinstance(dataset, Dataset):
+        return dataset
     shown, hides = dataset.format["columns"], not dataset.format["output_all_columns"]
     if dataset.format["type"] != "custom" or not len(dataset):
         if hides and len(shown) < len(dataset.column_names):

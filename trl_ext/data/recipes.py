@@ -277,6 +277,8 @@ def convert(dataset: Rows, name: str) -> Rows:
     """
     The rows of a public data set with our columns, and no others.
 
+    A stream is read in batches of 1,000 rows, and `helpsteer2` does not join rows of two batches.
+
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows as they are released.
         name (`str`): a key of `RECIPES`.
@@ -307,6 +309,8 @@ def convert(dataset: Rows, name: str) -> Rows:
     options = {"batched": True, "batch_size": _BATCH_ROWS, "with_indices": True, "remove_columns": list(columns)}
     if isinstance(dataset, IterableDataset):
         return dataset.map(_read_batch, fn_kwargs=arguments, features=Features(recipe.columns), **options)
+    if recipe.neighbours is not None:
+        options["batch_size"] = len(dataset)  # neighbours would be parted where one batch ends
     description = f"Reading rows as {name}"
     converted = dataset.map(
         _read_batch, fn_kwargs=arguments, features=Features(recipe.columns), desc=description, **options
@@ -316,27 +320,52 @@ def convert(dataset: Rows, name: str) -> Rows:
 
 
 def _read_batch(batch: dict[str, list[Any]], indices: list[int], name: str) -> dict[str, list[Any]]:
-    recipe = RECIPES[name]
     given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    numbered: list[tuple[int, Any]] = list(zip(indices, given, strict=True))
-    if recipe.neighbours is not None:
-        groups = [list(group) for _, group in groupby(numbered, key=lambda item: item[1][recipe.neighbours])]
-        numbered = [(group[0][0], [row for _, row in group]) for group in groups]
-    new: dict[str, list[Any]] = {column: [] for column in recipe.columns}
-    for index, item in numbered:
+    new: dict[str, list[Any]] = {column: [] for column in RECIPES[name].columns}
+    for _, row in read_released(zip(indices, given, strict=True), name):
+        for column, values in new.items():
+            values.append(row[column])
+    return new
+
+
+def read_released(rows: Iterable[tuple[int, Row]], name: str) -> Iterator[tuple[int, Row]]:
+    """
+    The rows of ours that numbered rows of a public data set give, one after the other.
+
+    Args:
+        rows (iterable of `tuple[int, dict]`): number and content of each released row.
+        name (`str`): a key of `RECIPES`.
+
+    Yields:
+        `tuple[int, dict]`: a row of ours and the number of the row that it comes from (the first one, for a recipe
+        that joins neighbours).
+
+    Raises:
+        [`DataError`]: a row lacks a column that the recipe reads, or it cannot be read.
+    """
+    recipe = find_recipe(name)
+    for index, item in _neighbours(rows, recipe):
         try:
-            rows = list(recipe.read(item))
+            found = list(recipe.read(item))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"a row that the format {name!r} cannot read ({type(error).__name__}: {error})",
-                "rows as the data set is released",
+                f"rows as the data set is released, with the columns {list(recipe.needs)}",
                 "Remove the row, or convert the data set yourself.",
                 row=index,
             ) from error
-        for row in rows:
-            for column, values in new.items():
-                values.append(row[column])
-    return new
+        for row in found:
+            yield index, row
+
+
+def _neighbours(rows: Iterable[tuple[int, Row]], recipe: Recipe) -> Iterator[tuple[int, Any]]:
+    """What a recipe reads at a time: a row, or neighbouring rows with one value in a column. Numbered by the first."""
+    if recipe.neighbours is None:
+        yield from rows
+        return
+    for _, group in groupby(rows, key=lambda item: item[1].get(recipe.neighbours)):
+        together = list(group)
+        yield together[0][0], [row for _, row in together]
 
 
 # ------------------------------------------------------------------------------------------------------------ messages

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -117,7 +116,7 @@ def evaluate_reward_model(
     families: dict[str, Any] = {}
     rows, seconds = 0, 0.0
     for name, data in named.items():
-        data = plain_rows(data) if isinstance(data, (Dataset, IterableDataset)) else data
+        data = plain_rows(data)
         run = Run(name, model, other, report, drawn, words.get(name), as_chat)
         run.read(itertools.islice(data, max_rows) if max_rows else data, cluster_column)
         families[name] = run.family

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.records import Sample, prompt_id
-from trl_ext.pipelines.rejection_sampling.prompts import write_prompts
+from trl_ext.pipelines.rejection_sampling.prompts import prompts_digest, write_prompts
 from trl_ext.pipelines.stages.store import (
     DamagedError,
     ShardStore,
@@ -164,6 +165,14 @@ def test_prompts_are_read_back_in_shards(tmp_path):
 
 
 def test_columns_count_for_scores_and_not_for_completions(tmp_path):
+    rows = Dataset.from_list([{"prompt": "p", "answer": 1, "digits": [1, 2]}])
+    forms = (
+        rows,
+        rows.with_format("torch"),
+        rows.with_format("numpy"),
+        rows.to_iterable_dataset().with_format("torch"),
+    )
+    assert len({write_prompts(form, tmp_path, 1) for form in forms}) == len(set(map(prompts_digest, forms))) == 1
     one = write_prompts([{"prompt": "p", "answer": 1}], tmp_path, 1)
     other = write_prompts([{"prompt": "p", "answer": 2}], tmp_path, 1)
     assert one.ids_key == other.ids_key and one.content_key != other.content_key

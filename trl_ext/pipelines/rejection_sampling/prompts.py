@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_ext.data.mapping import plain_rows
 from trl_ext.data.schema import template_arguments
 from trl_ext.data.validation import DataError, RowChecks
 from trl_ext.pipelines.generation.records import prompt_id, prompt_of
@@ -81,7 +82,7 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     first: dict[str, int] = {}  # place in the records of the first row with a prompt
     repeated, again, differing, not_kept = 0, 0, set(), set()
     records: list[dict[str, Any]] = []
-    for row, item in enumerate(dataset):
+    for row, item in enumerate(plain_rows(dataset)):
         prompt = prompt_of(item, row)
         columns = {name: value for name, value in item.items() if name not in NOT_PASSED}
         if isinstance(columns.get("tools"), str):  # JSON, as in TRL's trainers; the id does not depend on it
@@ -139,7 +140,7 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
 def prompts_digest(dataset: Iterable[dict[str, Any]]) -> str:
     """A hash of the prompts and of the columns that reward functions get."""
     digest = hashlib.sha256()
-    for row in dataset:
+    for row in plain_rows(dataset):
         seen = {name: value for name, value in row.items() if name == "prompt" or name not in NOT_PASSED}
         digest.update(json.dumps(seen, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from trl_ext.data.mapping import plain_rows
 from trl_ext.models.adapters import check_policy_adapter
 from trl_ext.models.fingerprint import model_identity
 from trl_ext.models.inputs import text_tokenizer
@@ -441,4 +442,4 @@ class RejectionSamplingTrainer:
 
 def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
     """The columns that reward functions get, read from the first row."""
-    return set(next(iter(dataset), {})) - NOT_PASSED
+    return set(next(iter(plain_rows(dataset)), {})) - NOT_PASSED
