@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from trl_ext.data.token_ids import token_ids
+
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | None
@@ -190,6 +192,22 @@ def render(tokenizer: Tokenizer, chats: list[list[Message]], options: dict[str, 
     return tokenizer.apply_chat_template(chats, tokenize=False, **options)
 
 
+def chat_ids(
+    tokenizer: Tokenizer, chats: list[list[Message]], options: dict[str, Any]
+) -> tuple[list[list[int]], list[str]]:
+    """The token ids of chats, and their texts. `options` are those of the chat template."""
+    if _is_text_template(tokenizer, options):
+        texts = render(tokenizer, chats, options)
+        return token_ids(tokenizer, texts, add_special_tokens=False), texts
+    encoded, texts = encode_chats(tokenizer, chats, options)
+    return encoded["input_ids"], texts
+
+
+def _is_text_template(tokenizer: Tokenizer, options: dict[str, Any]) -> bool:
+    """Whether the ids of a chat are those of its rendered text."""
+    return _ENCODING_OPTIONS.isdisjoint(options) and bool(getattr(tokenizer, "chat_template", None))
+
+
 def encode_chats(
     tokenizer: Tokenizer, chats: list[list[Message]], options: dict[str, Any], **kwargs: Any
 ) -> tuple[Any, list[str]]:
@@ -200,7 +218,7 @@ def encode_chats(
         kwargs: for the tokenizer.
     """
     texts = render(tokenizer, chats, options)
-    if _ENCODING_OPTIONS.isdisjoint(options) and getattr(tokenizer, "chat_template", None):
+    if _is_text_template(tokenizer, options):
         return tokenizer(text=texts, add_special_tokens=False, **kwargs), texts
     # A tokenizer without a Jinja template (mistral-common) does not encode control tokens that stand in a text.
     arguments = {"tokenizer_kwargs": kwargs} if kwargs else {}

@@ -3,7 +3,8 @@
 `formats` and `spans` share it. Knows `datasets` and the counts that travel with each row. Does not know what a row is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -157,11 +158,11 @@ def map_rows(
         return dataset.filter(_counter(report, min_survival)).remove_columns(COUNTS)
     rows = dataset
     dataset = dataset.map(
-        prepare_rows,
+        _prepare_batch,
         with_indices=True,
         batched=True,
         batch_size=_BATCH_ROWS,
-        fn_kwargs=arguments,
+        fn_kwargs={"prepare_rows": prepare_rows, "arguments": arguments},
         features=Features({**dataset.features, **features, COUNTS: List(Value("int32"))}),
         num_proc=num_proc,
         desc=f"Tokenizing {report.name} dataset",
@@ -184,6 +185,17 @@ def map_rows(
     if len(kept) < len(dataset):
         dataset = dataset.select(kept)
     return dataset.remove_columns(COUNTS)
+
+
+def _prepare_batch(
+    batch: MutableMapping[str, list[Any]],
+    indices: list[int],
+    prepare_rows: Callable[..., dict[str, list[Any]]],
+    arguments: dict[str, Any],
+) -> dict[str, list[Any]]:
+    """The new columns of a batch."""
+    # `datasets` writes a column again, from Python values, if it was read in the mapping that it gave us
+    return prepare_rows(copy(batch), indices, **arguments)
 
 
 def _prepare_one(

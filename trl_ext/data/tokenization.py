@@ -14,13 +14,14 @@ from trl_ext.data.chat_templates import (
     Prompt,
     Tokenizer,
     as_messages,
+    chat_ids,
     content_text,
     conversation,
-    encode_chats,
     is_chat,
     template_options,
     unseen_text,
 )
+from trl_ext.data.token_ids import token_ids
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,11 @@ def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: To
     for numbers, options in by_options(rows):
         if options is None:
             texts = [plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers]
-            ids = tokenizer(text=texts, add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
+            ids = token_ids(tokenizer, texts, tokenization.adds_special_tokens)
             unseen = [None] * len(numbers)
         else:
             chats = [conversation(tokenizer, rows[n].prompt, rows[n].completion, options) for n in numbers]
-            encoding, texts = encode_chats(tokenizer, chats, options)
-            ids = encoding["input_ids"]
+            ids, texts = chat_ids(tokenizer, chats, options)
             unseen = [unseen_text(text, rows[n].completion) for text, n in zip(texts, numbers, strict=True)]
         for number, row_ids, text in zip(numbers, ids, unseen, strict=True):
             encoded[number] = Encoded(row_ids, truncated=False, unseen=text)
@@ -240,7 +240,9 @@ def by_options(rows: Sequence[TextRow]) -> list[tuple[list[int], dict[str, Any] 
     groups: dict[str | None, tuple[list[int], dict[str, Any] | None]] = {}
     for number, row in enumerate(rows):
         options = key = None
-        if row.chat:
+        if row.chat and row.tools is None and not row.chat_template_kwargs:
+            options, key = {"tools": None}, ""
+        elif row.chat:
             options = template_options(row.tools, row.chat_template_kwargs)
             key = json.dumps(options, default=repr)  # tools may be functions
         groups.setdefault(key, ([], options))[0].append(number)
@@ -306,7 +308,7 @@ def prompt_length(
     if row.chat:
         options = {**template_options(row.tools, row.chat_template_kwargs), "add_generation_prompt": True}
         prompt = conversation(tokenizer, row.prompt, [], options)
-        alone = encode_chats(tokenizer, [prompt], options)[0]["input_ids"]
+        alone, _ = chat_ids(tokenizer, [prompt], options)
     else:
         alone = tokenizer(text=[row.prompt], add_special_tokens=tokenization.adds_special_tokens)["input_ids"]
     return [
