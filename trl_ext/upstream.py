@@ -198,6 +198,13 @@ PRIVATE_NAMES = (
         "the columns that Trainer keeps; None until the method above sets it",
     ),
     UpstreamName(
+        "transformers:PreTrainedTokenizerFast",
+        "_encode_plus",
+        "class",
+        "trl_ext.data.token_ids",
+        "the Rust backend is asked directly if no subclass overrides it; only the module that defines it is read",
+    ),
+    UpstreamName(
         _TRAINER,
         "_prepare_inputs",
         "method",
