@@ -41,6 +41,8 @@ ASKED_FIRST = {
     "dataset_name": "file, folder or Hub id of the rows",
     "output_dir": "folder for checkpoints and the trained model",
 }
+# one of these is needed too, which a dataclass cannot say
+NEEDED_TOO = {"evaluate": ("model", "reward_funcs")}
 # options of TRL, PEFT and transformers that most runs set; `--help-all` has their own help and defaults
 USED_MOST = {
     "dataset_train_split": "split to train on (default: train)",
@@ -199,13 +201,10 @@ def short_help(command: str, description: str, argv: Iterable[str] = ()) -> str 
         for name, text in ASKED_FIRST.items():
             if not (command == "weak-to-strong" and name == "model_name_or_path"):
                 first.add_argument(f"--{name}", help=text, metavar=name.split("_")[0].upper())
-    for option in ours.values():
-        if option.default is MISSING:
-            _show(first, option)
     group = shown.add_argument_group("options of this command")
     for option in ours.values():
-        if option.default is not MISSING:
-            _show(group, option)
+        needed = option.default is MISSING or option.name in NEEDED_TOO.get(command, ())
+        _show(first if needed else group, option)
     if trains:
         group = shown.add_argument_group("options of TRL and transformers that most runs use")
         for name, text in USED_MOST.items():
@@ -222,7 +221,9 @@ def _show(group: Any, option: Option) -> None:
 
 
 def options_of(place: str) -> dict[str, Option]:
-    """The fields of a dataclass and of its bases in this package, read from source: name to [`Option`]."""
+    """
+    The fields of a dataclass, then those of its bases in this package, read from source: name to [`Option`].
+    """
     file, name = place.split(":")
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -233,15 +234,13 @@ def options_of(place: str) -> dict[str, Option]:
         for alias in node.names
     }
     found: dict[str, Option] = {}
-    for base in reversed(classes[name].bases):
-        where = ast.unparse(base)
-        if where in classes:
-            found |= options_of(f"{file}:{where}")
-        elif where in imported:
-            found |= options_of(imported[where])
     for node in classes[name].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and isinstance(node.target, ast.Name):
             found[node.target.id] = _option(node.target.id, node.annotation, node.value)
+    for base in classes[name].bases:
+        where = ast.unparse(base)
+        place = f"{file}:{where}" if where in classes else imported.get(where)
+        found = found | {k: v for k, v in options_of(place).items() if k not in found} if place else found
     return found
 
 

@@ -29,7 +29,8 @@ class EvaluateArguments(SamplingFields):
     )
     output_dir: str = field(metadata={"help": "folder for evaluation.json, .md, .html and the pictures"})
     model: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of a reward model (full or adapter), or of an ensemble"}
+        default=None,
+        metadata={"help": "folder or Hub id of the reward model (full or adapter), or of an ensemble"},
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -53,7 +54,7 @@ class EvaluateArguments(SamplingFields):
     policy: str | None = field(
         default=None,
         metadata={
-            "help": "in place of --samples: folder or Hub id of the policy, which is sampled for the same question"
+            "help": "in place of --samples: folder or Hub id of the policy; it is sampled with the options at the end"
         },
     )
     policy_prompts: int = field(default=64, metadata={"help": "prompts of the data set that the policy answers"})
@@ -62,7 +63,9 @@ class EvaluateArguments(SamplingFields):
         default="transformers", metadata={"help": "where the policy runs: in this process, or on a server"}
     )
     server_base_url: str = field(default="http://localhost:8000", metadata={"help": "the server of the policy"})
-    generation_batch_size: int = field(default=32, metadata={"help": "samples in a batch, in this process"})
+    generation_batch_size: int = field(
+        default=32, metadata={"help": "samples of the policy in a batch, in this process"}
+    )
     cluster_column: str | None = field(
         default=None, metadata={"help": "column that says which rows are not independent, e.g. a conversation"}
     )
@@ -71,10 +74,17 @@ class EvaluateArguments(SamplingFields):
         metadata={"help": "text prompts and completions become chat messages, as in the public benchmarks' own code"},
     )
     max_rows: int | None = field(default=None, metadata={"help": "take only the first rows"})
-    probes: bool = field(default=True, metadata={"help": "change features of the completions and measure the effect"})
-    probe_rows: int = field(default=200, metadata={"help": "rows that the probes change"})
-    resamples: int = field(default=2_000, metadata={"help": "of the bootstrap"})
-    seed: int = field(default=0, metadata={"help": "of the bootstrap and of the choice of rows"})
+    probes: bool = field(
+        default=True,
+        metadata={"help": "run the bias probes: change one feature of a completion and see what the score does"},
+    )
+    probe_rows: int = field(
+        default=200, metadata={"help": "rows whose completions the bias probes change, drawn at random"}
+    )
+    resamples: int = field(default=2_000, metadata={"help": "bootstrap resamples for the intervals"})
+    seed: int = field(
+        default=0, metadata={"help": "seed of the bootstrap, of the rows for the probes, and of the policy's samples"}
+    )
     batch_size: str = field(default="auto", metadata={"help": "rows of a batch, or auto: by tokens"})
     max_length: int | None = field(default=None, metadata={"help": "cut rows to so many tokens"})
     device: str | None = field(default=None, metadata={"help": "e.g. cpu or cuda:1"})
