@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from trl_ext.data.mapping import plain_rows
 from trl_ext.evaluation.families.samples import Samples, Words
 from trl_ext.evaluation.items import Item
-from trl_ext.evaluation.measures import Measure
+from trl_ext.evaluation.measures import Measure, fewer
 from trl_ext.evaluation.probes import PROBES, ProbeResult, eos_probe, run_probes
 from trl_ext.evaluation.report.evaluation_report import EvaluationReport
 from trl_ext.evaluation.report.verdicts import judge_report
@@ -76,7 +76,7 @@ def evaluate_reward_model(
             Folder for `evaluation.json`, `.md`, `.html` and pictures.
         compare (as `model_or_function`, *optional*):
             A second model, scored on the same rows; differences are tested pair by pair.
-        seed (`int`, *optional*, defaults to `0`): of the bootstrap and of the choice of rows for probes.
+        seed (`int`, *optional*, defaults to `0`): seed of the bootstrap and of the rows that the probes get.
         probes (`bool`, *optional*, defaults to `True`): whether to run the bias probes.
         probe_rows (`int`, *optional*, defaults to `200`): rows that the probes change, drawn at random.
         cluster_column (`str`, *optional*):
@@ -85,10 +85,12 @@ def evaluate_reward_model(
         as_chat (`bool`, *optional*, defaults to `False`):
             Make messages of a user and an assistant of text prompts and completions, so that the model's chat template
             is applied, as the code of the public benchmarks does. Stepwise rows stay texts.
-        level (`float`, *optional*, defaults to `0.95`): of the intervals.
-        resamples (`int`, *optional*, defaults to `2000`): of the bootstrap.
+        level (`float`, *optional*, defaults to `0.95`): confidence level of the intervals.
+        resamples (`int`, *optional*, defaults to `2000`):
+            Bootstrap resamples for the interval of a mean. Numbers that are no means, such as an AUC, get a quarter of
+            them, but at least 200.
         max_rows (`int`, *optional*): take only the first rows of each data set.
-        **scorer_kwargs: for [`RewardScorer`], where a path or a model is given.
+        **scorer_kwargs: arguments of [`RewardScorer`], where a path or a model is given.
 
     Returns:
         [`EvaluationReport`]: also written to `output_dir`.
@@ -210,7 +212,7 @@ def _compare(report: EvaluationReport, run: Run, level: float, resamples: int, s
                 size,
                 measure.clusters,
                 level,
-                max(200, resamples // 4),
+                fewer(resamples),
                 seed,
             )
             p_value = math.nan  # an interval without a test

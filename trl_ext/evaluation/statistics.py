@@ -123,9 +123,9 @@ def mean_estimate(
     Args:
         values (`Sequence[float]` of length `N`): one number a unit; NaN where a unit has none.
         clusters (`Sequence[Hashable]` of length `N`, *optional*): drawn together; each alone by default.
-        level (`float`, *optional*, defaults to `0.95`): in (0, 1).
+        level (`float`, *optional*, defaults to `0.95`): confidence level, in (0, 1).
         resamples (`int`, *optional*, defaults to `2000`): how often clusters are drawn with replacement.
-        seed (`int`, *optional*, defaults to `0`): of the draws.
+        seed (`int`, *optional*, defaults to `0`): seed of the draws.
         proportion (`bool`, *optional*, defaults to `True`):
             Whether the values are shares in [0, 1]. Only those get the Wilson interval; ten differences that are all 0
             do not.
@@ -243,7 +243,7 @@ def sign_flip_p_value(sums: np.ndarray, seed: int = 0, draws: int = 9_999) -> fl
 
     Args:
         sums (`np.ndarray` of shape `(G,)`): one number for each cluster.
-        seed (`int`, *optional*, defaults to `0`): of the random flips.
+        seed (`int`, *optional*, defaults to `0`): seed of the random flips.
         draws (`int`, *optional*, defaults to `9999`): how many random flips.
     """
     sums = np.asarray(sums, dtype=float)

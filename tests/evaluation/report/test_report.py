@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import wandb
 
 from tests.evaluation.rows import by_length, by_text, pairs
 from trl_ext.evaluation import evaluate_reward_model
@@ -75,3 +76,19 @@ def test_tokens_of_a_mistake_are_coloured():
     page = to_html(report)
     assert 'background: hsl(120 45% 50% / .35)" title="1">bad</span>' in page
     assert 'background: hsl(0 45% 50% / .35)" title="0">&lt;b&gt;</span>' in page
+
+
+def test_numbers_and_tables_go_to_the_run_that_is_open(monkeypatch):
+    logged = {}
+    run = type("Run", (), {"log": lambda self, values: logged.update(values)})()
+    report = evaluate_reward_model(by_length, pairs(), resamples=20)
+    monkeypatch.setattr(wandb, "run", None)
+    report.log_to_wandb()
+    assert not logged
+    monkeypatch.setattr(wandb, "run", run)
+    report.log_to_wandb()
+    assert logged["evaluation/accuracy"] == report.metrics["accuracy"]
+    tables = {name.removeprefix("evaluation/"): logged[name] for name in logged if hasattr(logged[name], "columns")}
+    assert [row[0] for row in tables["metrics"].data] == list(report.metrics)
+    assert [row[0] for row in tables["probes"].data] == [probe.name for probe in report.probes]
+    assert [row[:2] for row in tables["mistakes"].data] == [[m.row, m.margin] for m in report.mistakes]
