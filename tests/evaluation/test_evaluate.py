@@ -92,6 +92,14 @@ def test_a_model_that_ties_all_candidates_is_told():
     assert {"chance", "tied_scores"} <= set(report.flags)
     assert report.reasons["margin"] == "all 10 values are 0"
     assert all(probe.reason for probe in report.probes)
+    assert "not shown to differ from chance" in next(v.reason for v in report.verdicts if v.flag == "chance")
+
+
+def test_a_model_with_the_wrong_sign_is_worse_than_chance():
+    rows = [{"prompt": f"p{n}", "chosen": "0 x", "rejected": f"{n % 9 - 1} y"} for n in range(60)]
+    report = evaluate_reward_model(by_text, rows, probes=False, resamples=50)
+    (verdict,) = (verdict for verdict in report.verdicts if verdict.flag == "chance")
+    assert "worse than chance" in verdict.reason and "swapped" in verdict.advice
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Bias probes find the bias that was planted, and no other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -127,3 +129,10 @@ def test_probes_of_one_flag_make_one_verdict():
     found = [verdict for verdict in judge_report(report) if verdict.flag == "format_bias"]
     assert len(found) == 1
     assert "set in bold" in found[0].reason and "a heading is put in front" in found[0].reason
+
+
+@pytest.mark.parametrize(("detectable", "flag"), [(0.7, "few_probe_rows"), (0.3, "probes")])
+def test_probes_that_could_not_have_found_a_bias_are_no_good_news(detectable, flag):
+    results = [replace(result, detectable=detectable) for result in run_probes(scorer(0), items(), resamples=50)]
+    (verdict,) = judge_report(Findings("model", probes=results))
+    assert (verdict.flag, verdict.level) == (flag, "good" if flag == "probes" else "look")

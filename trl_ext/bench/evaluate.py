@@ -87,6 +87,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_counts(args, num_rows=20, prompt_length=1, completion_length=1, resamples=1, repeats=1)
     if min(args.memory_rows) < 20:
         raise ValueError(f"--memory_rows is {args.memory_rows}; needed: two numbers of 20 or more.")
+    options = {"probes": False, "resamples": args.resamples}
+
+    def by_letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(sum(map(ord, text[:24])) % 97) for text in completions]
+
+    # before a model is loaded, so that memory that it leaves in pieces does not count
+    without = {}
+    for number in (args.memory_rows[0], *args.memory_rows):  # the first run makes what later ones find there
+        run = timed(partial(evaluate_reward_model, by_letters, synthetic_pairs(number, args), **options))
+        without[str(number)] = {"seconds": run.wall[0], "peak_memory_mib": run.peak}
+
     tokenizer = words_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, args, args.prompt_length + args.completion_length, tokenizer)
@@ -100,7 +111,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ).eval()
     scorer = RewardScorer(model, tokenizer)
     rows = list(synthetic_pairs(args.num_rows, args))
-    options = {"probes": False, "resamples": args.resamples}
 
     def forward() -> None:
         for start in range(0, len(rows), CHUNK):
@@ -127,14 +137,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sum(len(tokenizer(row[name])["input_ids"]) for row in rows for name in names)
         for names in (("prompt",), ("chosen", "rejected"))
     )
-
-    def by_letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return [float(sum(map(ord, text[:24])) % 97) for text in completions]
-
-    without = {}
-    for number in (args.memory_rows[0], *args.memory_rows):  # the first run makes what later ones find there
-        run = timed(partial(evaluate_reward_model, by_letters, synthetic_pairs(number, args), **options))
-        without[str(number)] = {"seconds": run.wall[0], "peak_memory_mib": run.peak}
     return {
         "sides": {name: medians(found) for name, found in runs.items()},
         "overhead": statistics.median(ratios["wall"]) - 1,

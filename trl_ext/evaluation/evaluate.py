@@ -129,7 +129,8 @@ def evaluate_reward_model(
             _compare(report, run, level, resamples, seed)
     _enter_words(report, families, words)
     if drawn is not None and drawn.items:
-        report.probes = _probe(model, drawn.items, level, resamples, seed)
+        report.probes, spent = _probe(model, drawn.items, level, resamples, seed)
+        seconds += spent
     report.mistakes = sorted(report.mistakes, key=lambda mistake: mistake.margin)[:WORST]
     report.settings = {
         "rows": rows,
@@ -173,11 +174,23 @@ def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[...
     return model
 
 
-def _probe(model: Callable, items: list[Item], level: float, resamples: int, seed: int) -> list[ProbeResult]:
+def _probe(
+    model: Callable, items: list[Item], level: float, resamples: int, seed: int
+) -> tuple[list[ProbeResult], float]:
+    """The results of all probes, and the seconds that the model took."""
     tokenizer = getattr(model, "processing_class", None)
     eos = getattr(tokenizer, "eos_token", None)
     probes = [*PROBES, eos_probe(eos)] if eos else list(PROBES)
-    return run_probes(lambda *given: call(model, *given), items, probes, level, resamples, seed)
+    spent = 0.0
+
+    def score(*given: Any) -> list[float | None]:
+        nonlocal spent
+        started = time.perf_counter()
+        scores = call(model, *given)
+        spent += time.perf_counter() - started
+        return scores
+
+    return run_probes(score, items, probes, level, resamples, seed), spent
 
 
 def _enter(report: EvaluationReport, prefix: str, measure: Measure, level: float, resamples: int, seed: int) -> None:

@@ -121,7 +121,9 @@ class Run:
 
     def _finish(self, name: Family) -> None:
         worst = sorted(self._mistakes, key=lambda mistake: -mistake[0])
+        started = time.perf_counter()
         tokens = _token_scores(self.model, [item for _, _, item, _ in worst]) if name != "stepwise" else None
+        self.seconds += time.perf_counter() - started
         for place, (size, _, item, scores) in enumerate(worst):
             self.report.mistakes.append(_mistake(item, scores, -size, name, tokens[place] if tokens else None))
         for key, method in (("reliability", "reliability"), ("best_of_n", "curve")):

@@ -10,7 +10,7 @@ import torch
 
 
 # Numbers that are drawn at a time, so that many groups and resamples fit into memory.
-_AT_ONCE = 4_000_000
+_AT_ONCE = 500_000
 
 
 def group_numbers(names: Sequence[Hashable]) -> tuple[torch.Tensor, int]:

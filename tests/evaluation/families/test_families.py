@@ -139,6 +139,9 @@ def test_an_honest_score_is_not_hacked():
     assert [point["n"] for point in report.curves["best_of_n"]] == [1, 2, 4, 8, 16]
     assert report.metrics["gold_at_16"] > report.metrics["gold_at_1"]
     assert math.isnan(predicted_n([], 4))
+    six = evaluate(samples_with_hacking(20, 6, peak=1.0, seed=2))
+    assert [point["n"] for point in six.curves["best_of_n"]] == [1, 2, 4, 6]
+    assert six.metrics["gain"] == pytest.approx(six.metrics["gold_at_6"] - six.metrics["gold_at_1"])
 
 
 def test_samples_without_spread_teach_nothing():

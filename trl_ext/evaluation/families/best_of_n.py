@@ -52,7 +52,7 @@ class BestOfN:
         if self.most < 1:
             return
         clusters = self.units.clusters
-        table = {n: self._gold_at(n) for n in _powers(self.most)}
+        table = {n: self._gold_at(n) for n in _counts(self.most)}
         for n, values in table.items():
             yield Measure(f"gold_at_{n}", values=values, clusters=clusters, proportion=False)
         first, last = table[1], table[max(table)]
@@ -82,7 +82,10 @@ class BestOfN:
         yield Measure("loss_at_largest_n", values=everything[-1] - best, clusters=clusters, proportion=False)
 
     def curve(self) -> list[dict[str, float]]:
-        """For n = 1, 2, 4 ... what the pick is worth: `n`, `kl` (nats, an upper bound), `proxy`, `gold`, `oracle`."""
+        """
+        What the pick is worth for n = 1, 2, 4 ... and the largest n: `n`, `kl` (nats, an upper bound), `proxy`, `gold`
+        and `oracle`.
+        """
         return [
             {
                 "n": n,
@@ -91,7 +94,7 @@ class BestOfN:
                 "gold": float(self._gold_at(n).mean()),
                 "oracle": float(self._gold_at(n, oracle=True).mean()),
             }
-            for n in _powers(self.most)
+            for n in _counts(self.most)
         ]
 
     def _gold_at(self, n: int, oracle: bool = False) -> np.ndarray:
@@ -160,5 +163,6 @@ def predicted_n(ordered: Sequence[np.ndarray], limit: int) -> float:
     return float(grid[best])
 
 
-def _powers(most: int) -> list[int]:
-    return [2**power for power in range(most.bit_length()) if 2**power <= most]
+def _counts(most: int) -> list[int]:
+    """1, 2, 4 ... and the largest n itself."""
+    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})

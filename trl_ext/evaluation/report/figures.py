@@ -133,7 +133,8 @@ def _best_of_n(figure: Any, report: Findings, prefix: str) -> bool:
     axes.set(xlabel="n, and below it the KL from the policy in nats", ylabel="gold reward")
     axes.set_title(_title("Best of n", prefix))
     lines = [line for each in (axes, other) for line in each.get_legend_handles_labels()[0]]
-    axes.legend(lines, [line.get_label() for line in lines], fontsize=8)
+    figure.set_size_inches(5.4, 4.3)
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=2, fontsize=8)
     return True
 
 

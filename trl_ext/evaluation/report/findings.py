@@ -146,7 +146,7 @@ class Findings:
 
 def number(value: float | None) -> str:
     """Three significant digits; empty for `None` and NaN."""
-    return "" if value is None or not math.isfinite(value) else f"{value:.3g}"
+    return "" if value is None or not math.isfinite(value) else f"{value + 0.0:.3g}"  # no "-0"
 
 
 def interval_text(interval: Sequence[float] | None) -> str:

@@ -19,7 +19,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa3ae; --line: #3a414b; --page: #15181c;
   --card: #1e2329; --good: #58b987; --look: #d9a441; --bad: #e5726b; } }
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }
+  font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .soft { color: var(--soft); font-size: .9rem; }
 ul.summary { list-style: none; padding: 0; } ul.summary li { margin: .5rem 0; padding: .5rem .75rem;
@@ -38,8 +38,10 @@ summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywher
 .candidate { border-left: .3rem solid; padding-left: .5rem; margin: .5rem 0; }
 .token { border-radius: .15rem; }
 @media print { :root { color-scheme: light; --text: #1c2128; --soft: #5b6470; --line: #d6dae0; --page: #ffffff;
-  --card: #f6f7f9; } details::details-content { content-visibility: visible; height: auto; } body { font-size: 11px; }
-  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } .wide { overflow: visible; } table { font-size: 9px; }
+  --card: #f6f7f9; font-size: 11px; } details::details-content { content-visibility: visible; height: auto; }
+  h2, h2 + .soft, summary { break-after: avoid; } details { break-inside: auto; }
+  figure, tr, .candidate { break-inside: avoid; } .wide { overflow: visible; } table { font-size: .82rem; }
+  ul.summary li { break-inside: avoid; }
   ul.summary li, .candidate, .token { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 

@@ -20,6 +20,7 @@ SIGNAL_LIMIT = 0.2  # share of prompts whose samples all get the same score
 VARIANCE_LIMIT = 0.1  # share of the score's variance that lies within prompts
 DRIFT_LIMIT = 0.1  # change of the accuracy from the first to the last row
 POSITION_LIMIT = 0.1  # correlation of score and place: a small effect after J. Cohen
+PROBE_LIMIT = 0.5  # a bias that the probes must be able to show, in sd of the score: a medium effect after J. Cohen
 PRECISION_LIMIT = 0.05  # an accuracy whose detectable difference is larger says little
 
 
@@ -47,7 +48,7 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
     if "auc" in metrics and "auc" in intervals:
         value, (low, high) = metrics["auc"], intervals["auc"]
         if low <= 0.5:
-            yield _chance(f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f})")
+            yield _chance(f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f})", high)
         else:
             yield Verdict("auc", "good", f"The AUC{where} is {value:.3f} ({low:.3f} to {high:.3f}).")
         within = metrics.get("within_prompt_auc", math.nan)
@@ -112,11 +113,15 @@ def _of_prefix(report: Findings, prefix: str) -> Iterator[Verdict]:
             f"steps is {metrics['step_auc']:.3f}.",
         )
     elif "step_auc" in metrics:
-        yield _chance(f"The AUC over steps{where} is {metrics['step_auc']:.3f}")
+        high = intervals.get("step_auc", (0.0, 1.0))[1]
+        yield _chance(f"The AUC over steps{where} is {metrics['step_auc']:.3f}", high)
 
 
-def _chance(what: str) -> Verdict:
-    """The verdict on a number whose interval holds that of chance."""
+def _chance(what: str, high: float) -> Verdict:
+    """The verdict on a number whose interval holds 0.5, or ends below it at `high`."""
+    if high < 0.5:
+        advice = "Check that higher scores mean better, and that chosen and rejected are not swapped."
+        return Verdict("chance", "bad", f"{what}: worse than chance.", advice)
     advice = "Train longer or on more data, or evaluate on more rows."
     return Verdict("chance", "bad", f"{what}: not shown to differ from chance.", advice)
 
@@ -154,7 +159,8 @@ def _of_accuracy(
     low, high = intervals.get("pair_accuracy", (-math.inf, math.inf))
     shown = f"{pair:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
     if low <= 0.5:
-        yield _chance(f"{shown} of the pairs{where} are ordered right")
+        # equal scores count as wrong: a model that ties all pairs is not worse than chance
+        yield _chance(f"{shown} of the pairs{where} are ordered right", high + metrics.get("tied_scores", 0.0) / 2)
     elif low <= baseline:
         way = "longer" if length >= 0.5 else "shorter"
         yield Verdict(
@@ -218,7 +224,15 @@ def _of_probes(probes: Sequence[ProbeResult]) -> Iterator[Verdict]:
             )
     if probes and not any(probe.found for probe in probes):
         effects = [probe.detectable for probe in probes if probe.detectable is not None]
-        if effects:
+        if effects and max(effects) > PROBE_LIMIT:
+            yield Verdict(
+                "few_probe_rows",
+                "look",
+                f"None of {len(probes)} bias probes finds a bias, but not all of them could have: one shows an effect "
+                f"only from {max(effects):.2f} sd on.",
+                "Evaluate on more rows, or raise probe_rows.",
+            )
+        elif effects:
             yield Verdict(
                 "probes",
                 "good",
