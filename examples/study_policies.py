@@ -1,0 +1,245 @@
+"""Compare ways to train a policy on an exact task at equal samples: outcome, process rewards, PPO, rejection sampling.
+
+    python examples/study_policies.py --seeds 5 --output_dir outputs/study_policies    # run it again to go on
+    python examples/study_policies.py --smoke                                          # a few steps each
+
+The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. For each seed a
+tiny policy is fine-tuned until about a quarter of its samples is right, and a process model learns from its samples.
+Every arm then starts from that policy and sees the same number of prompts and samples. The outcome reward is the
+verifier's: 1 for a right answer. The dense rewards are the process model's P(correct) of each line and of the end.
+Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from trl_ext import (
+    DenseGRPOConfig,
+    DenseGRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    PRMConfig,
+    PRMTrainer,
+    RewardScorer,
+    rejection_sample,
+)
+from trl_ext.demo.policy import sample_solutions, train_policy
+from trl_ext.demo.task import Problem, make_problems, verify
+
+
+# What differs between the arms that are trained by policy gradients.
+ARMS: dict[str, dict[str, Any]] = {
+    "outcome": {"advantage": "outcome"},
+    "process": {"advantage": "process"},
+    "process, no outcome": {"advantage": "process", "outcome_weight": 0.0},
+    "min-form": {"advantage": "min_form"},
+    "shaped": {"advantage": "shaped"},
+    "shrunken": {"advantage": "shrunken"},
+    "PPO": {"advantage": "gae", "value_learning_rate": 1e-3, "beta": 0.0},
+}
+REJECTION = "rejection sampling"
+GROUP = 8
+QUIET = dict(
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    dataloader_pin_memory=False,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+)
+
+
+def problem_of(prompt: str) -> Problem:
+    return Problem(tuple(map(int, prompt.removesuffix(":\n"))))
+
+
+def exact(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """The verifier: 1 for a right answer, else 0."""
+    return [float(verify(problem_of(p), c).answer_right) for p, c in zip(prompts, completions, strict=True)]
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a solution, and an empty one for ending there."""
+    return [*text.splitlines(), ""]
+
+
+def process_rewards(scorer: RewardScorer) -> Callable:
+    """P(correct) of each line; that of ending there counts at the last character."""
+
+    def process(prompts: list[str], completions: list[str], **columns: Any) -> list[list[tuple[int, int, float]]]:
+        scores = scorer.score_steps(prompts, [lines(text) for text in completions])
+        found = []
+        for text, own in zip(completions, scores, strict=True):
+            start, spans = 0, []
+            for line, score in zip(text.splitlines(keepends=True), own, strict=False):
+                spans.append((start, start + len(line), score))
+                start += len(line)
+            found.append([*spans, (len(text) - 1, len(text), own[-1])] if text else None)
+        return found
+
+    return process
+
+
+def quiet(trainer: Trainer) -> Trainer:
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def prepare(folder: Path, seed: int, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The policy that all arms start from, and the process model, which learns from samples of it."""
+    policy, prm = folder / "policy", folder / "prm"
+    if not (policy / "config.json").is_file():
+        problems = make_problems(args.policy_prompts, "policy", seed), make_problems(args.trial_prompts, "trial", seed)
+        train_policy(*problems, policy, seed=seed, max_steps=args.policy_steps)
+    if not (prm / "reward_model.json").is_file():
+        problems = make_problems(args.prm_prompts, "train", seed)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+        rows = []
+        for problem, texts in zip(problems, sample_solutions(model, tokenizer, problems, 4, seed=seed), strict=True):
+            for text in texts:
+                verdict = verify(problem, text)
+                labels = [*verdict.steps_right, verdict.answer_right]
+                rows.append({"prompt": problem.prompt, "completions": lines(text), "labels": labels})
+        config = PRMConfig(
+            str(prm),
+            max_steps=args.prm_steps,
+            per_device_train_batch_size=32,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            mask_after_first_error=True,
+            seed=seed,
+            **QUIET,
+        )
+        trainer = quiet(PRMTrainer(str(policy), config, train_dataset=Dataset.from_list(rows)))
+        trainer.train()
+        trainer.save_model(str(prm))
+    return policy, prm
+
+
+def accuracy(model: Any, tokenizer: Any, args: argparse.Namespace, seed: int) -> float:
+    """The share of right samples on held-out prompts."""
+    problems = make_problems(args.eval_prompts, "held_out", seed)
+    samples = sample_solutions(model.eval(), tokenizer, problems, 2, seed=seed)
+    right = [verify(p, text).answer_right for p, texts in zip(problems, samples, strict=True) for text in texts]
+    return sum(right) / len(right)
+
+
+def train_arm(name: str, policy: Path, prm: Path, folder: Path, seed: int, args: argparse.Namespace) -> Any:
+    """Train one arm; return the policy."""
+    # the process model learned from the first prompts of the split
+    problems = make_problems(args.prm_prompts + args.steps * args.prompts, "train", seed)[args.prm_prompts :]
+    prompts = Dataset.from_list([{"prompt": problem.prompt} for problem in problems])
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    sampling = {"min_new_tokens": 1, "suppress_tokens": [tokenizer.pad_token_id, tokenizer.bos_token_id]}
+    if name == REJECTION:
+        rows = rejection_sample(
+            str(policy),
+            exact,
+            prompts,
+            folder / "samples",
+            GROUP,
+            selection_kwargs={"n": 2},
+            seed=seed,
+            temperature=0.8,
+            max_completion_length=20,
+            generation_kwargs=sampling,
+            isolate="never",
+        )
+        config = SFTConfig(
+            str(folder), num_train_epochs=1, per_device_train_batch_size=16, learning_rate=3e-4, seed=seed, **QUIET
+        )
+        trainer = quiet(SFTTrainer(str(policy), config, train_dataset=rows.select_columns(["prompt", "completion"])))
+        trainer.train()
+        return trainer.model
+    options = dict(
+        output_dir=str(folder),
+        max_steps=args.steps,
+        per_device_train_batch_size=GROUP * args.prompts,
+        num_generations=GROUP,
+        max_completion_length=20,
+        temperature=0.8,
+        generation_kwargs=sampling,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        logging_steps=max(1, args.steps // 10),
+        verifier="exact",
+        seed=seed,
+        **QUIET,
+        **ARMS[name],
+    )
+    ppo = ARMS[name]["advantage"] == "gae"
+    dense = None if ppo or name == "outcome" else process_rewards(RewardScorer(prm, device="cpu"))
+    config = (PPOConfig if ppo else DenseGRPOConfig)(**options)
+    trainer = quiet(
+        (PPOTrainer if ppo else DenseGRPOTrainer)(str(policy), exact, dense, config, train_dataset=prompts)
+    )
+    trainer.train()
+    trainer.save_state()
+    return trainer.model
+
+
+def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, float]:
+    """The held-out accuracy of every arm of a seed; finished arms are read from disk."""
+    folder = root / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    policy, prm = prepare(folder, seed, args)
+    found: dict[str, float] = {}
+    for name in ("before", *ARMS, REJECTION):
+        place = folder / name.replace(" ", "_").replace(",", "")
+        file = place.with_suffix(".json")
+        if not file.is_file():
+            start = time.perf_counter()
+            model = AutoModelForCausalLM.from_pretrained(policy)
+            if name != "before":
+                model = train_arm(name, policy, prm, place, seed, args)
+            with torch.random.fork_rng(devices=[]):
+                share = accuracy(model, AutoTokenizer.from_pretrained(policy), args, seed)
+            seconds = round(time.perf_counter() - start, 1)
+            file.write_text(json.dumps({"accuracy": share, "seconds": seconds}) + "\n", encoding="utf-8")
+            print(f"seed {seed}, {name}: {share:.3f} ({seconds} s)", file=sys.stderr, flush=True)
+        found[name] = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each arm")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts in a step, with 8 samples each")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--eval_prompts", type=int, default=500, help="held-out prompts, with 2 samples each")
+    parser.add_argument("--output_dir", default="outputs/study_policies")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args(arguments)
+    sizes = dict(policy_prompts=8000, policy_steps=1000, trial_prompts=200, prm_prompts=1500, prm_steps=400)
+    if args.smoke:
+        sizes = dict(policy_prompts=200, policy_steps=30, trial_prompts=10, prm_prompts=8, prm_steps=2)
+        args.seeds, args.steps, args.prompts, args.eval_prompts = 1, 2, 1, 8
+    vars(args).update(sizes)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) if args.smoke else Path(args.output_dir)
+        results = [run_seed(seed, root, args) for seed in range(args.first_seed, args.first_seed + args.seeds)]
+    print(f"| arm | right on held-out prompts | less outcome, paired, {len(results)} seeds |\n| --- | --- | --- |")
+    for name in results[0]:
+        shares = [result[name] for result in results]
+        gains = [result[name] - result["outcome"] for result in results]
+        error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.3f}" if len(gains) > 1 else ""
+        print(f"| {name} | {statistics.fmean(shares):.3f} | {statistics.fmean(gains):+.3f}{error} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
