@@ -256,3 +256,25 @@ def test_selection_study_keeps_and_trains(monkeypatch, capsys):
     assert all(0 <= float(cell) <= 1 for row in table[1:] for cell in row[1:])
     with pytest.raises(SystemExit, match="has no runs"):
         run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "cascade", "--output_dir", "nowhere")
+
+
+@pytest.mark.slow
+def test_ppo_example_shares_a_base_and_reads_its_critic(monkeypatch, capsys):
+    lines = run(EXAMPLES / "ppo_shared_base.py", monkeypatch, capsys)
+    assert len([line for line in lines if re.match(r"reward=-?\d", line)]) == 3
+    (line,) = [line for line in lines if line.startswith("values:")]
+    assert len(line.split()) >= 2
+
+
+@pytest.mark.slow
+def test_dense_grpo_example_reports_steps_and_credit(monkeypatch, capsys):
+    lines = run(EXAMPLES / "dense_grpo_steps.py", monkeypatch, capsys)
+    assert len([line for line in lines if re.match(r"verifier=\d", line)]) == 2
+    assert any(line.startswith("report:") and line.endswith("policy.html") for line in lines)
+
+
+@pytest.mark.slow
+def test_study_of_policies_compares_every_arm(monkeypatch, capsys):
+    lines = run(EXAMPLES / "study_policies.py", monkeypatch, capsys)
+    rows = [line for line in lines if re.match(r"\| [\w, -]+ \| \d", line)]
+    assert len(rows) == 9

@@ -282,6 +282,8 @@ class CountTokens:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(rows)
+        if isinstance(batch, list):  # rows of a trainer that makes its batches later, such as GRPO
+            return batch
         flat = batch.get("prefix_layout")
         self.tokens += batch["input_ids"].numel() if flat is None else flat.num_tokens
         self.flat += flat is not None

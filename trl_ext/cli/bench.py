@@ -14,6 +14,7 @@ from trl_ext.bench import dpo as bench_dpo
 from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import evaluate as bench_evaluate
 from trl_ext.bench import generate as bench_generate
+from trl_ext.bench import policy as bench_policy
 from trl_ext.bench import reward as bench_reward
 from trl_ext.bench import score as bench_score
 from trl_ext.bench import serving as bench_serving
@@ -32,6 +33,10 @@ MEASURED = {
     "generate": (bench_generate, "compare our backend, with and without stored shards, with a plain generate loop"),
     "data": (bench_data, "compare the preparation of pairs in RewardTrainer and in trl.RewardTrainer"),
     "evaluate": (bench_evaluate, "compare evaluate_reward_model with the scorer alone, in time and memory"),
+    "policy": (
+        bench_policy,
+        "compare DenseGRPOTrainer and PPOTrainer with trl.GRPOTrainer, and PPO's memory with SFT's",
+    ),
     "score": (bench_score, "compare RewardScorer with padded rows, for N completions of a prompt"),
     "serving": (bench_serving, "our part of the time when a server runs the model"),
 }
