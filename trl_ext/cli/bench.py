@@ -14,7 +14,6 @@ from trl_ext.bench import dpo as bench_dpo
 from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import evaluate as bench_evaluate
 from trl_ext.bench import generate as bench_generate
-from trl_ext.bench import policy as bench_policy
 from trl_ext.bench import reward as bench_reward
 from trl_ext.bench import score as bench_score
 from trl_ext.bench import serving as bench_serving
@@ -22,6 +21,7 @@ from trl_ext.bench import token as bench_token
 from trl_ext.bench.runner import run_case
 from trl_ext.cli.main import TRACEBACK
 from trl_ext.fit import command as bench_fit
+from trl_ext.fit import policy as bench_policy
 
 
 MEASURED = {
