@@ -335,6 +335,12 @@ def test_parts_are_merged_in_order_and_checked(model, rows, tmp_path, small_chun
     assert run(model, source, merged) == 0  # and it is an output of the command
     assert "10 rows already had scores" in capsys.readouterr().err
 
+    few = write(tmp_path / "few.jsonl", rows[:1])  # more parts than rows
+    outputs = [str(tmp_path / f"few-{number}.jsonl") for number in (1, 2)]
+    assert [run(model, few, outputs[n], "--shard", f"{n + 1}/2") for n in (0, 1)] == [0, 0]
+    assert run(model, few, tmp_path / "one.jsonl", "--shards_from", *outputs) == 0
+    assert len(read(tmp_path / "one.jsonl")) == 1
+
 
 def test_a_public_data_set_is_scored_as_released(model, tmp_path, capsys):
     released = [

@@ -12,17 +12,22 @@ def make_parser(prog: str | None = "trl-ext serve-info") -> argparse.ArgumentPar
     """The parser: which models, where files go, on which port."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Print the command by which stock vLLM serves reward models with the scores that they have here, "
-        "and write what it needs beside them: a template for its /score route, and for token-level adapters a base "
-        "with their heads. Adapters of one base, and the members of an ensemble, share a server. Nothing is started.",
+        description="Print the command that starts a vLLM server for reward models, with the scores that they have "
+        "here. Run it in an environment with vLLM; nothing is started. Adapters of one base and the members of an "
+        "ensemble share a server; other models get one each. The command also writes what the server reads: a "
+        "template for its /score route, and for token-level adapters a copy of their base with their heads.",
+        epilog="Then score through it: trl-ext score --model http://localhost:8000#FOLDER --input rows.jsonl --output "
+        "scored.jsonl. Before the first row it is checked that the server gives the scores of the saved model.",
     )
     parser.add_argument(
         "models", nargs="+", metavar="FOLDER", help="folder or Hub id of a reward model (full or adapter) or ensemble"
     )
     parser.add_argument(
-        "--output_dir", default="served", help="folder for what is written for the servers (default: served)"
+        "--output_dir", default="served", help="folder for the files that servers read (default: served)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="of the first server (default: 8000)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port of the first server (default: 8000); others get the next"
+    )
     return parser
 
 
