@@ -109,7 +109,11 @@ class RealServer(contextlib.AbstractContextManager):
         return found
 
     def __enter__(self) -> "RealServer":
-        return self.start().wait()
+        try:
+            return self.start().wait()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *problem) -> None:
         if self._process is not None:

@@ -318,7 +318,9 @@ def test_rounds_with_lora_and_an_engine_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(Rounds, "keep", lambda *_: None)  # the policies of all rounds stay, to be compared
     base = save_base(tmp_path / "base")
     rows = Dataset.from_list([{"prompt": prompt} for prompt in dict.fromkeys(PROMPTS)])
-    server = RealServer([str(base), "--enable-lora", "--max-lora-rank", "8"], tmp_path, RUNTIME_LORA)
+    server = RealServer(
+        [str(base), "--dtype", "float32", "--enable-lora", "--max-lora-rank", "8"], tmp_path, RUNTIME_LORA
+    )
     with server:
         args = RejectionSamplingConfig(
             output_dir=str(tmp_path / "rounds"),

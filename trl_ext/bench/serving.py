@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sidecar = read_sidecar(folder)
         if sidecar is None or sidecar.kind != "scalar" or sidecar.probes is None:
             raise ValueError(f"--model {folder}; needed: a scalar reward model with probes in its reward_model.json.")
-        with stub_server(folder, 1 << 20, sidecar.probes["scores"]) as url:
+        with stub_server(folder, 1 << 20, sidecar.probes) as url:
             scorer = RewardScorer(url, folder, batch_size=args.rows)
             rows = list(zip(prompts, completions, strict=True))
 
@@ -128,7 +128,7 @@ def _random_words(folder: str, prompts: list[str], seed: int) -> str:
         is_adapter=False,
         head_modules=["score"],
         token_policy=TokenizationSettings.for_training(tokenizer).to_dict(),
-        probes={"input_ids": probes, "scores": [0.0] * len(probes)},
+        probes={"input_ids": probes, "scores": list(map(float, range(len(probes))))},
     ).save(folder)
     return folder
 

@@ -1,7 +1,6 @@
 """A server that answers vLLM's `/classify` at once, so that what a client takes beside it is the client's time.
 
-It runs in a process of its own and knows no model: it returns the saved scores of the probes to the first request, and
-zeros to the others.
+It runs in a process of its own and knows no model: the probes get their saved scores, once, and all later texts zeros.
 """
 
 import json
@@ -13,18 +12,18 @@ from multiprocessing.connection import Connection
 
 
 @contextmanager
-def stub_server(name: str, max_model_len: int, probe_scores: list[float]) -> Iterator[str]:
+def stub_server(name: str, max_model_len: int, probes: dict[str, list]) -> Iterator[str]:
     """
     Run the server in a process of its own; it is ended at the end. Gives its URL.
 
     Args:
         name (`str`): name of the model that it claims to serve.
         max_model_len (`int`): longest text in tokens that it claims to take.
-        probe_scores (`list[float]`): its answer to the first request.
+        probes (`dict`): those of the model, `{"input_ids": [[int]], "scores": [float]}`.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, name, max_model_len, probe_scores), daemon=True)
+    process = context.Process(target=_serve, args=(there, name, max_model_len, probes), daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{here.recv()}"
@@ -33,8 +32,8 @@ def stub_server(name: str, max_model_len: int, probe_scores: list[float]) -> Ite
         process.join()
 
 
-def _serve(port: Connection, name: str, max_model_len: int, probe_scores: list[float]) -> None:
-    answers = [probe_scores]  # of the requests to come
+def _serve(port: Connection, name: str, max_model_len: int, probes: dict[str, list]) -> None:
+    to_come = dict(zip(map(tuple, probes["input_ids"]), probes["scores"], strict=True))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -42,8 +41,10 @@ def _serve(port: Connection, name: str, max_model_len: int, probe_scores: list[f
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            rows = body.count(b"[") - 1  # lists of token ids; parsing them would take longer than the answer
-            scores = answers.pop() if answers else [0.0] * rows
+            if to_come:
+                scores = [to_come.pop(tuple(ids), 0.0) for ids in json.loads(body)["input"]]
+            else:
+                scores = [0.0] * (body.count(b"[") - 1)  # parsing the token ids would take longer than the answer
             self._send({"data": [{"index": place, "probs": [score]} for place, score in enumerate(scores)]})
 
         def _send(self, content: dict) -> None:
