@@ -20,7 +20,7 @@ from tests.contracts.test_docs import ALL_PAGES, ROOT
 from tests.tiny import pair_rows, save_tiny_model, tiny_tokenizer
 
 
-FENCE = re.compile(r"^(?P<mark><!-- .*? -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?P<mark><!-- [^\n]*? -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 MODEL = re.compile(r"\b(?:Qwen|HuggingFaceTB)/[\w.-]+")
 OUTPUT = re.compile(r"outputs/\w+")
 MADE = re.compile(r'output_dir(?:="| )(outputs/\w+)')
