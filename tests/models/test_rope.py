@@ -6,7 +6,8 @@ import torch
 from tests.models.helpers import tiny_base, train
 from tests.tiny import tiny_config
 from trl_ext import RewardScorer
-from trl_ext.models.rope import length_class
+from trl_ext.models.rope import length_class, original_context
+from trl_ext.trainers.common.head_training import warn_of_rope
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10_000.0}
@@ -26,8 +27,17 @@ def test_classes_of_lengths():
     family, kwargs = KINDS["dynamic"]
     dynamic = length_class(tiny_config(family, 99, **kwargs))
     assert [dynamic(n) for n in (1, 32, 33, 500)] == [0, 0, 33, 500]
+    assert original_context(tiny_config(family, 99, **kwargs)) == 32
     for other in ("llama", "gpt2", "bert", "gemma3_text"):
         assert length_class(tiny_config(other, 99))(10_000) == 0
+        assert original_context(tiny_config(other, 99)) is None
+
+
+@pytest.mark.parametrize(("max_length", "warned"), [(33, True), (None, True), (32, False)])
+def test_training_says_that_a_loss_may_depend_on_longer_rows(caplog, max_length, warned):
+    family, kwargs = KINDS["dynamic"]
+    warn_of_rope(tiny_config(family, 99, **kwargs), max_length)
+    assert ("max_length=32 or per_device_train_batch_size=1" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 
-def length_class(config: PretrainedConfig) -> Callable[[int], int]:
-    """
-    Return a function from the length of a row to its class. Rows of one class may run in one batch.
+def original_context(config: PretrainedConfig) -> int | None:
+    """The longest row, in tokens, that never changes the output for other rows; `None` if no row does."""
+    return min([number for numbers in _contexts(config) for number in numbers], default=None)
 
-    For most models all rows have class 0. With dynamic or longrope RoPE, rows up to the original context have class 0.
-    Longer rows share one other class with longrope, and have one class per length with dynamic RoPE.
-    """
+
+def _contexts(config: PretrainedConfig) -> tuple[list[int], list[int]]:
+    """The original contexts of the model's dynamic and of its longrope rotary positions."""
     text = config.get_text_config()
     settings = getattr(text, "rope_parameters", None) or {}  # models without rotary positions have none
     # families with several kinds of layers have one set of settings for each
@@ -31,6 +31,17 @@ def length_class(config: PretrainedConfig) -> Callable[[int], int]:
         for kind in kinds
         if kind.get("rope_type") == "longrope"
     ]
+    return dynamic, longrope
+
+
+def length_class(config: PretrainedConfig) -> Callable[[int], int]:
+    """
+    Return a function from the length of a row to its class. Rows of one class may run in one batch.
+
+    For most models all rows have class 0. With dynamic or longrope RoPE, rows up to the original context have class 0.
+    Longer rows share one other class with longrope, and have one class per length with dynamic RoPE.
+    """
+    dynamic, longrope = _contexts(config)
     # a dynamic module does not reset for a row of exactly the original length; `reset_rope` does
     if dynamic:
         return lambda length: 0 if length <= min(dynamic + longrope) else length

@@ -4,11 +4,14 @@ import logging
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from tests.tiny import pair_rows, ranked_rows
 from tests.trainers.helpers import config, history, trainer_for, without_time
 from tests.trainers.table import ENSEMBLES, TABLE, rows_of, tiny_trainer
+from trl_ext.trainers.ranking.recording import GroupRecorder, ScoredBatch
 
 
 def members(kind):
@@ -121,3 +124,14 @@ def test_a_resumed_stream_is_exact_in_its_first_pass_and_warns_after_it(base, tm
         assert "over a stream" not in caplog.text
         run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert "saved in pass 2 over a stream" in caplog.text and "From step 5 on" in caplog.text
+
+
+def test_metrics_of_training_count_rows_of_several_readers_with_one_number():
+    """Several workers of a stream number their rows from 0 each. Training counts them all; nothing is a repeat."""
+    recorder = GroupRecorder(Accelerator(cpu=True), evaluation=False)
+    ratings, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    for scores in ([[1.0, 0.0]], [[0.0, 1.0]]):
+        loss, row, lengths = torch.zeros(1), torch.tensor([7]), torch.tensor([[3, 4]])
+        recorder.add(ScoredBatch(torch.tensor(scores), ratings, mask, lengths, loss, row))
+    recorder.flush()
+    assert recorder.summary()["accuracy"] == 0.5

@@ -35,11 +35,12 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from trl_ext.logs import follow_transformers
 from trl_ext.models.heads import check_head_trains, unwrap
+from trl_ext.models.rope import original_context
 from trl_ext.models.shared_prefix import SharedPrefixSupport, current_attention, select_attention
 from trl_ext.models.sidecar import get_sidecar
 from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
@@ -75,6 +76,17 @@ def hidden(args: TrainingArguments, names: Sequence[str]) -> Iterator[None]:
             setattr(args, name, value)
 
 
+def warn_of_rope(config: PretrainedConfig, max_length: int | None) -> None:
+    """Warn if rows may be so long that the loss of a row depends on the longest row of its batch, as in TRL."""
+    context = original_context(config)
+    if context is not None and (max_length is None or max_length > context):
+        logger.warning(
+            f"The rotary positions of this model (dynamic or longrope) depend on the longest row of a batch if that "
+            f"row has more than {context} tokens, so that the losses of its other rows depend on it. Scoring does not "
+            f"have this effect. max_length={context} or per_device_train_batch_size=1 avoids it."
+        )
+
+
 class HeadTraining:
     """The first base class of every trainer of a reward head: `class X(HeadTraining, Trainer)`. See the module."""
 
@@ -99,6 +111,7 @@ class HeadTraining:
         self._head = head
         self._attention = current_attention(self.model)
         self._monitor = HealthMonitor()
+        warn_of_rope(unwrap(self.model).config, self.args.max_length)
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(recording)
         self.add_callback(PushCallback())
