@@ -75,8 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         - `overhead`, `cpu_overhead`: the median over turns of the evaluation's time over the scorer's, less 1.
         - `model_tokens`: tokens that the model processed in the evaluation, padding included; `tokens_once`: tokens of
           the pairs with each prompt counted once; `tokens_twice`: with the prompt counted for each completion.
-        - `without_model`: for each of `memory_rows`, seconds and peak memory in MiB of an evaluation whose reward
-          function costs next to nothing.
+        - `without_model`: for each of `memory_rows`, seconds, CPU seconds and peak memory in MiB of an evaluation
+          whose reward function costs next to nothing.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     without = {}
     for number in (args.memory_rows[0], *args.memory_rows):  # the first run makes what later ones find there
         run = timed(partial(evaluate_reward_model, by_letters, synthetic_pairs(number, args), **options))
-        without[str(number)] = {"seconds": run.wall[0], "peak_memory_mib": run.peak}
+        without[str(number)] = {"seconds": run.wall[0], "cpu_seconds": run.cpu[0], "peak_memory_mib": run.peak}
 
     tokenizer = words_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
@@ -153,12 +153,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
     rows = [["", "s", "CPU s", "peak MiB"]]
-    for name, side in report["sides"].items():
-        rows.append(
-            [SIDES[name], f"{side['seconds']:.2f}", f"{side['cpu_seconds']:.2f}", mib(side["peak_memory_mib"])]
-        )
-    for number, side in report["without_model"].items():
-        rows.append([f"{int(number):,} pairs, no model", f"{side['seconds']:.2f}", "", mib(side["peak_memory_mib"])])
+    sides = {SIDES[name]: side for name, side in report["sides"].items()}
+    sides |= {f"{int(number):,} pairs, no model": side for number, side in report["without_model"].items()}
+    for name, side in sides.items():
+        rows.append([name, f"{side['seconds']:.2f}", f"{side['cpu_seconds']:.2f}", mib(side["peak_memory_mib"])])
     return (
         f"{formatted(rows)}\nOver the scorer alone, {report['rows']:,} pairs take {report['overhead']:+.1%} of its "
         f"time and {report['cpu_overhead']:+.1%} of its CPU time (medians over turns).\nThe model processes "
