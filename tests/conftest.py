@@ -41,3 +41,21 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder (set TRL_EXT_DATA to point at it)")
     return folder
+
+
+SLOW = PROJECT / "tests" / "slow.txt"
+
+
+def slow_tests() -> list[str]:
+    """The lines of slow.txt: tests, and cases of a test, that the default run leaves out because of their time."""
+    lines = (line.partition("#")[0].strip() for line in SLOW.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = set(slow_tests())
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        if name in slow or name.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)

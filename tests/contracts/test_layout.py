@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import slow_tests
+
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_COUNTERPART = {
@@ -37,3 +39,9 @@ def test_test_files_are_found_by_pytest(path):
     """A file with tests whose name does not begin with `test_` would never run."""
     has_tests = any(line.startswith(("def test_", "class Test")) for line in path.read_text().splitlines())
     assert has_tests == path.name.startswith("test_")
+
+
+def test_every_slow_test_that_is_listed_exists():
+    for line in slow_tests():
+        file, _, name = line.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), line
