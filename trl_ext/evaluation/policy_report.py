@@ -20,7 +20,7 @@ from trl_ext.scoring.view import colour, shares
 _CSS = """
 .text { margin: .2rem 0 1.4rem; }
 .piece.rewarded { border-bottom: 2px solid #3b7dd8; }
-img { max-width: 100%; background: #ffffff; border-radius: .3rem; margin: .3rem 0; }
+img { width: 49%; min-width: 22rem; background: #ffffff; border-radius: .3rem; margin: .2rem 0; }
 .note { color: var(--faint); font-size: .85rem; line-height: 1.5; }
 """
 # Title, and the metrics of one picture with their names in its legend.
@@ -117,7 +117,9 @@ def _credit(sample: dict[str, Any], largest: float) -> str:
         notes += [] if reward is None else [f"reward {reward:.3g}"]
         notes += [] if value is None else [f"value before it {value:.3g}"]
         kind = "piece" if reward is None else "piece rewarded"
-        text = html.escape(piece) or "&#8203;"  # a token without text, such as EOS, still shows as a sliver
+        # a token without text, such as EOS, shows as a sliver, and one of white space with a reward as a sign
+        text = html.escape(piece) or "&#8203;"
+        text = f"↵{text}" if reward is not None and not piece.strip() else text
         spans.append(
             f'<span class="{kind}" style="background: rgb{colour(place)}" title="{", ".join(notes)}">{text}</span>'
         )
@@ -153,6 +155,7 @@ def _pictures(history: Sequence[dict[str, Any]]) -> dict[str, bytes]:
             for (label, rewards), ink in zip(steps.items(), (GREY, BLUE), strict=False):
                 axes.plot(range(1, len(rewards) + 1), rewards, marker="o", color=ink, label=label)
             axes.set(xlabel="position of the step", ylabel="mean reward", title="Reward by step")
+            axes.set_xticks(range(1, max(map(len, steps.values())) + 1))
             axes.legend()
             pictures["policy_steps"] = as_file(figure, "png")
     return pictures
