@@ -60,6 +60,8 @@ def _rank(name: str) -> int:
     plain = name.removeprefix("eval_")
     if plain in ORDER:
         return ORDER.index(plain)
+    if plain.startswith(("min_", "mean_", "max_")):  # `min_reward` of a reward model is not a policy's `reward`
+        return len(ORDER)
     # one of several evaluation sets, or of several categories: `eval_maths_loss`, `factuality_auc`
     ends = [place for place, known in enumerate(ORDER) if plain.endswith(f"_{known}") and "member" not in plain]
     return min(ends, default=len(ORDER))
