@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from trl_ext.cli import _options, dense_grpo, ensemble, orm, ppo, prm, ranked_dpo, reward, segment, weak_to_strong
+from trl_ext.cli import dense_grpo, ensemble, orm, ppo, prm, ranked_dpo, reward, segment, weak_to_strong
 from trl_ext.cli import main as cli
 from trl_ext.cli.best_of_n import make_parser as best_of_n
+from trl_ext.cli.common import options
 from trl_ext.cli.rejection_sample import make_parser as rejection_sample
 from trl_ext.cli.score import make_parser as score
 
@@ -40,7 +41,7 @@ TRAINS = ("reward", "orm", "prm", "segment", "ensemble", "weak-to-strong", *POLI
 def test_help_of_a_command_imports_neither_torch_nor_trl():
     code = (
         "import sys; from trl_ext.cli.main import COMMANDS, main\n"
-        "from trl_ext.cli._options import places_of\n"
+        "from trl_ext.cli.common.options import places_of\n"
         "for command in COMMANDS:\n"
         "    if places_of(command): assert main([command, '--help']) == 0\n"
         "assert not {'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)"
@@ -54,13 +55,13 @@ def test_the_short_help_is_what_the_real_parser_has(arguments):
     command, parser = arguments[0], PARSERS[arguments]()
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a --x and --no_x pair
     ours = {}
-    for place in _options.places_of(command, arguments[1:]):
-        ours |= _options.options_of(place)
+    for place in options.places_of(command, arguments[1:]):
+        ours |= options.options_of(place)
     defined = {
         name
         for kind in parser.dataclass_types
         for name in kind.__dataclass_fields__
-        if _options.owner_of(kind, name) == "trl_ext" and kind.__dataclass_fields__[name].init
+        if options.owner_of(kind, name) == "trl_ext" and kind.__dataclass_fields__[name].init
     }
     assert set(ours) == defined
     shared = [name for name in ours if sum(name in kind.__dataclass_fields__ for kind in parser.dataclass_types) > 1]
@@ -71,15 +72,15 @@ def test_the_short_help_is_what_the_real_parser_has(arguments):
             continue
         action = actions[name]
         assert option.help == action.help, name
-        assert (option.default is _options.MISSING) == action.required, name
+        assert (option.default is options.MISSING) == action.required, name
         if not action.required:
             assert option.default == action.default, name
         assert option.choices == (None if action.choices is None else tuple(action.choices)), name
-    text = _options.short_help(command, "What it does.", arguments[1:])
+    text = options.short_help(command, "What it does.", arguments[1:])
     assert text.startswith(f"usage: trl-ext {command} ") and "--config FILE" in text
     if command in TRAINS:
         assert "--help-all" in text and len(text.splitlines()) < 220
-        inherited = {*_options.USED_MOST, *_options.ASKED_FIRST}
+        inherited = {*options.USED_MOST, *options.ASKED_FIRST}
         if command == "weak-to-strong":
             inherited -= {"test_split_size"}  # it splits by prompts itself
         if command in POLICIES:
@@ -89,7 +90,7 @@ def test_the_short_help_is_what_the_real_parser_has(arguments):
 
 @pytest.mark.parametrize("arguments", PARSERS, ids=" ".join)
 def test_no_help_says_a_default_twice(arguments):
-    for text in (_options.short_help(arguments[0], "", arguments[1:]), PARSERS[arguments]().format_help()):
+    for text in (options.short_help(arguments[0], "", arguments[1:]), PARSERS[arguments]().format_help()):
         flat = " ".join(text.split())
         assert "(default: None)" not in flat and "default: no limit) (default" not in flat
         entries = flat.split(" --")
@@ -148,7 +149,7 @@ def test_a_name_that_two_dataclasses_share_sets_the_first():
 
 
 def test_a_formatter_shows_a_default_once():
-    parser = argparse.ArgumentParser(formatter_class=_options.HelpFormatter, prog="x")
+    parser = argparse.ArgumentParser(formatter_class=options.HelpFormatter, prog="x")
     parser.add_argument("--a", default=3, help="a number")
     parser.add_argument("--b", default=None, help="no number (default: no limit)")
     parser.add_argument("--c", default=True, help="defaults to what fits")

@@ -15,7 +15,7 @@ from trl.scripts.utils import DatasetConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from trl_ext.cli import main as cli
-from trl_ext.cli._train import load_data
+from trl_ext.cli.common.train import load_data
 from trl_ext.data.sources import file_format, load_source, select_split
 from trl_ext.trainers.common.command_line import DataArguments
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests.tiny import save_tiny_model
-from trl_ext.cli._generation import SERVER
 from trl_ext.cli.best_of_n import BestOfNArguments
+from trl_ext.cli.common.generation import SERVER
 from trl_ext.cli.main import main
 from trl_ext.cli.rejection_sample import RejectionSampleArguments, make_parser
 from trl_ext.pipelines.generation.backends import make_generator

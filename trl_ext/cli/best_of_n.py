@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trl_ext.cli._generation import (
+from trl_ext.cli.common.generation import (
     SERVER,
     GenerationArguments,
     described,
@@ -20,7 +20,7 @@ from trl_ext.cli._generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from trl_ext.cli._options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse
 from trl_ext.pipelines.stages.row_file import RowFile
 
 

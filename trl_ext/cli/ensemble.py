@@ -1,7 +1,7 @@
 """`trl-ext ensemble`: train an ensemble of reward models on one base in one run, with TRL's flags and ours.
 
 `--kind` chooses the kind of the members. Rows and other flags are those of `trl-ext reward`, `orm`, `prm` or
-`segment`. On several GPUs use `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. `_train.py` holds the
+`segment`. On several GPUs use `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. `common/train.py` holds the
 steps.
 """
 
@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import trl_ext
-from trl_ext.cli._train import train_main, train_parser
+from trl_ext.cli.common.train import train_main, train_parser
 
 
 if TYPE_CHECKING:

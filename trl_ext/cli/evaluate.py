@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trl_ext.cli._generation import json_object, sampling_kwargs
-from trl_ext.cli._options import command_parser, parse
+from trl_ext.cli.common.generation import json_object, sampling_kwargs
+from trl_ext.cli.common.options import command_parser, parse
 from trl_ext.pipelines.generation.sampling import SamplingFields
 
 

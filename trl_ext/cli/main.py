@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Callable
 
 import trl_ext
-from trl_ext.cli._logs import quiet_noise
-from trl_ext.cli._options import places_of, short_help
+from trl_ext.cli.common.logs import quiet_noise
+from trl_ext.cli.common.options import places_of, short_help
 from trl_ext.logs import show_logs
 
 

@@ -1,13 +1,13 @@
 """`trl-ext ppo`: train a policy with PPO and a critic.
 
 A row has a `prompt` and the columns that the reward functions need. On several GPUs use
-`accelerate launch -m trl_ext.cli.ppo --config CONFIG.yaml`. `_policy.py` holds the steps.
+`accelerate launch -m trl_ext.cli.ppo --config CONFIG.yaml`. `common/policy.py` holds the steps.
 """
 
 import sys
 from typing import TYPE_CHECKING
 
-from trl_ext.cli._policy import policy_parser, train_policy
+from trl_ext.cli.common.policy import policy_parser, train_policy
 
 
 if TYPE_CHECKING:

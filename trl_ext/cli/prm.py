@@ -1,13 +1,13 @@
 """`trl-ext prm`: train a process reward model, with TRL's flags and ours.
 
 A row has `prompt`, `completions` (the steps) and `labels`. On several GPUs use
-`accelerate launch -m trl_ext.cli.prm --config CONFIG.yaml`. `_train.py` holds the steps.
+`accelerate launch -m trl_ext.cli.prm --config CONFIG.yaml`. `common/train.py` holds the steps.
 """
 
 import sys
 from typing import TYPE_CHECKING
 
-from trl_ext.cli._train import train_main, train_parser
+from trl_ext.cli.common.train import train_main, train_parser
 
 
 if TYPE_CHECKING:

@@ -1,12 +1,12 @@
 """`trl-ext ranked-dpo`: train a policy on rankings or pairs with a ranking loss (DPO), without a reward model.
 
-On several GPUs use `accelerate launch -m trl_ext.cli.ranked_dpo --config CONFIG.yaml`. `_train.py` holds the steps.
+On several GPUs use `accelerate launch -m trl_ext.cli.ranked_dpo --config CONFIG.yaml`. `common/train.py` holds the steps.
 """
 
 import sys
 from typing import TYPE_CHECKING
 
-from trl_ext.cli._train import train_main, train_parser
+from trl_ext.cli.common.train import train_main, train_parser
 
 
 if TYPE_CHECKING:

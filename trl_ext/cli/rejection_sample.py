@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from trl_ext.cli._generation import (
+from trl_ext.cli.common.generation import (
     GenerationArguments,
     described,
     json_object,
@@ -17,7 +17,7 @@ from trl_ext.cli._generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from trl_ext.cli._options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse
 from trl_ext.pipelines.stages.parts import Part
 
 

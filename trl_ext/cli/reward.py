@@ -1,12 +1,12 @@
 """`trl-ext reward`: train a reward model from pairs or K-way rankings, with TRL's flags and ours.
 
-On several GPUs use `accelerate launch -m trl_ext.cli.reward --config CONFIG.yaml`. `_train.py` holds the steps.
+On several GPUs use `accelerate launch -m trl_ext.cli.reward --config CONFIG.yaml`. `common/train.py` holds the steps.
 """
 
 import sys
 from typing import TYPE_CHECKING
 
-from trl_ext.cli._train import train_main, train_parser
+from trl_ext.cli.common.train import train_main, train_parser
 
 
 if TYPE_CHECKING:

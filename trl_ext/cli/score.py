@@ -24,9 +24,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from trl_ext.cli._options import command_parser, parse
-from trl_ext.cli.score_arguments import ScoreArguments
-from trl_ext.cli.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
+from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.cli.common.score_arguments import ScoreArguments
+from trl_ext.cli.common.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.stages.parts import Part
 from trl_ext.pipelines.stages.row_file import RowFile, line_of

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli._options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse
 
 
 if TYPE_CHECKING:

@@ -171,7 +171,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
         **{name: (place, DATA) for name, place in TRAINED.items()},
         **POLICIES,
         "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig", DATA),
-        "score": ("cli/score_arguments.py:ScoreArguments",),
+        "score": ("cli/common/score_arguments.py:ScoreArguments",),
         "evaluate": ("cli/evaluate.py:EvaluateArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from trl_ext.cli._generation import json_object
+from trl_ext.cli.common.generation import json_object
 from trl_ext.pipelines.stages.parts import Part
 
 

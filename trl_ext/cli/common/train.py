@@ -7,7 +7,7 @@ trains.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli._options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse
 
 
 if TYPE_CHECKING:

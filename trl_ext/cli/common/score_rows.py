@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli.score_arguments import ScoreArguments
+from trl_ext.cli.common.score_arguments import ScoreArguments
 from trl_ext.data.validation import DataError
 
 

@@ -6,8 +6,8 @@ It maps arguments to a trainer. It does not know how a trainer trains.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.cli._options import command_parser, parse
-from trl_ext.cli._train import load_data
+from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.cli.common.train import load_data
 
 
 if TYPE_CHECKING:

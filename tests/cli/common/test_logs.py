@@ -7,7 +7,7 @@ import pytest
 from transformers.utils import logging as upstream
 
 from trl_ext import logs
-from trl_ext.cli import _logs
+from trl_ext.cli.common import logs as command_logs
 
 
 HEAD = "LlamaForSequenceClassification LOAD REPORT from: x\nKey          | Status  |  | \n"
@@ -24,22 +24,22 @@ REPORTS = {
 def test_a_load_report_is_hidden_only_where_it_is_about_heads(name):
     text, shown = REPORTS[name]
     logger = logging.getLogger("transformers.modeling_utils")
-    _logs.quiet_noise()
+    command_logs.quiet_noise()
     try:
         record = logger.makeRecord(logger.name, logging.WARNING, "f", 1, text, (), None)
         assert bool(logger.filter(record)) == shown
     finally:
-        for name in _logs.HARMLESS:
+        for name in command_logs.HARMLESS:
             logging.getLogger(name).filters.clear()
 
 
 def test_warnings_about_calls_that_are_not_the_users_are_hidden():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        _logs.quiet_noise()
+        command_logs.quiet_noise()
         warnings.warn("`gradient_checkpointing` is deprecated, use another", FutureWarning, stacklevel=1)
         warnings.warn("`something_of_yours` is deprecated", FutureWarning, stacklevel=1)
-    for name in _logs.HARMLESS:
+    for name in command_logs.HARMLESS:
         logging.getLogger(name).filters.clear()
     assert [str(one.message) for one in found] == ["`something_of_yours` is deprecated"]
 
@@ -102,12 +102,12 @@ def test_where_a_program_shows_log_lines_itself_nothing_is_set_and_nothing_is_sh
 
 def test_the_ignored_columns_of_prepared_rows_are_not_shown():
     logger = logging.getLogger("transformers.trainer")
-    _logs.quiet_noise()
+    command_logs.quiet_noise()
     text = "The following columns in the Training set don't have a corresponding argument in `X.forward` and have "
     text += "been ignored: chosen, rejected."
     try:
         assert not logger.filter(logger.makeRecord(logger.name, logging.INFO, "f", 1, text, (), None))
         assert logger.filter(logger.makeRecord(logger.name, logging.INFO, "f", 1, "Num examples = 4", (), None))
     finally:
-        for name in _logs.HARMLESS:
+        for name in command_logs.HARMLESS:
             logging.getLogger(name).filters.clear()

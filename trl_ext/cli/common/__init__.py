@@ -1,0 +1,1 @@
+"""What the commands share: options, logs, and the steps of commands that train, sample or score."""
