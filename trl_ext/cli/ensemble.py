@@ -1,8 +1,8 @@
 """`trl-ext ensemble`: train an ensemble of reward models on one base in one run, with TRL's flags and ours.
 
 `--kind` chooses the kind of the members. Rows and other flags are those of `trl-ext reward`, `orm`, `prm` or
-`segment`. On several GPUs use `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`. `common/train.py` holds the
-steps.
+`segment`. On several GPUs use `accelerate launch -m trl_ext.cli.ensemble --config CONFIG.yaml`.
+`common/train.py` holds the steps.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """`trl-ext ranked-dpo`: train a policy on rankings or pairs with a ranking loss (DPO), without a reward model.
 
-On several GPUs use `accelerate launch -m trl_ext.cli.ranked_dpo --config CONFIG.yaml`. `common/train.py` holds the steps.
+On several GPUs use `accelerate launch -m trl_ext.cli.ranked_dpo --config CONFIG.yaml`.
+`common/train.py` holds the steps.
 """
 
 import sys
