@@ -34,7 +34,7 @@ def lambda_loss(
 
     Args:
         scores, ratings, mask:
-            As in [`bradley_terry`](ranking). The gain grows exponentially with a rating: bring ratings to a small
+            As in [`bradley_terry`]. The gain grows exponentially with a rating: bring ratings to a small
             range such as 0 to 4, or use a linear gain.
         margin, target (*optional*):
             Not supported.
