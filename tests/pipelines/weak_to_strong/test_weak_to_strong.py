@@ -562,6 +562,7 @@ def test_all_wandb_runs_share_a_project_and_a_group(models, tmp_path, monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.setup()  # as after an earlier run of this process: W&B reads the variables no more
     opened, init = [], wandb.init
 
     def recorded(*args, **kwargs):

@@ -264,17 +264,23 @@ def _one_group(folder: Path, report_to: str) -> Iterator[None]:
     """
     All W&B runs of the experiment, including that of the report, share a project and a group: the user's
     (`WANDB_PROJECT`, `WANDB_RUN_GROUP`), or the project of transformers and a group named after the output folder.
-    Runs in separate processes inherit these variables.
+    Runs in separate processes inherit these variables. In this process W&B reads them only once, so its settings are
+    changed too, in case that it was used before.
     """
     if report_to != "wandb":
         yield
         return
+    import wandb
+
     names = {"WANDB_PROJECT": "huggingface", "WANDB_RUN_GROUP": folder.name}
     added = {name: value for name, value in names.items() if name not in os.environ}
     os.environ.update(added)
+    settings = wandb.setup().settings
+    before, settings.run_group = settings.run_group, os.environ["WANDB_RUN_GROUP"]
     try:
         yield
     finally:
+        settings.run_group = before if before != added.get("WANDB_RUN_GROUP") else None
         for name in added:
             os.environ.pop(name, None)
 
