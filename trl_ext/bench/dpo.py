@@ -6,28 +6,24 @@ batches, and each step runs the policy and the reference. The case knows trainer
 """
 
 import argparse
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.bench.padded import padded_beside_ours
 from trl_ext.bench.runner import (
     Run,
     add_memory_arguments,
     add_model_arguments,
     add_run_arguments,
-    apart,
     check_counts,
     circumstances,
     formatted,
-    in_turns,
-    medians,
     mib,
     place,
     plot_speedups,
     quantization_of,
-    ratios_of_turns,
     shape_of,
     timed_training,
     training_arguments,
@@ -98,29 +94,11 @@ def _measure_case(shape: tuple[int, int, int], model: str, args: argparse.Namesp
     size = args.batch_size or max(1, PADDED_TOKENS // (k * (p + c)))
     rows = _rows(size * (args.warmup + args.steps), p, c, k, args.seed)
     train = {side: partial(_train, rows, k == 2, side, size, model, args) for side in ("padded", "trl_ext")}
-    losses = {side: run(logging_steps=1).losses for side, run in train.items()}
-    runs = in_turns(train, args.repeats)
-    tokens = size * k * (p + c + 1)  # with EOS
-    sides = {
-        side: medians(found, tokens, "_per_step")
-        | {"model_tokens": found[0].model_tokens, "flat_batches": found[0].flat_batches}
-        for side, found in runs.items()
-    }
-    bound = sides["padded"]["model_tokens"] / sides["trl_ext"]["model_tokens"]
-    turns = ratios_of_turns(runs["padded"], runs["trl_ext"])
-    cpu_speedup = statistics.median(turns["cpu"])
     return {
         "name": f"({p}, {c}, {k})",
         "baseline": "trl.DPOTrainer" if k == 2 else "padded rows (RankedDPOTrainer, shared_prefix=False)",
         "groups_per_batch": size,
-        "sides": sides,
-        "speedup": statistics.median(turns["wall"]),
-        "cpu_speedup": cpu_speedup,
-        "speedup_of_turns": turns,
-        "token_bound": bound,
-        "fraction_of_bound": cpu_speedup / bound,
-        "loss_max_difference": apart(losses["padded"], losses["trl_ext"]),
-        "losses_compared": len(losses["padded"]),
+        **padded_beside_ours(train, args.repeats, size * k * (p + c + 1)),  # with EOS
     }
 
 

@@ -6,29 +6,25 @@ on the same batches. The case knows trainers. It does not know how either of the
 """
 
 import argparse
-import statistics
 import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.bench.padded import padded_beside_ours
 from trl_ext.bench.runner import (
     Run,
     add_memory_arguments,
     add_model_arguments,
     add_run_arguments,
-    apart,
     check_counts,
     circumstances,
     formatted,
-    in_turns,
-    medians,
     mib,
     place,
     plot_speedups,
     quantization_of,
-    ratios_of_turns,
     shape_of,
     timed_training,
     training_arguments,
@@ -157,37 +153,19 @@ def _real_rows(args: argparse.Namespace, number: int) -> tuple["Dataset", Any]:
 
 def _measure_case(case: Case, model: str, args: argparse.Namespace) -> dict[str, Any]:
     train = {side: partial(_train, case, side, model, args) for side in ("padded", "trl_ext")}
-    losses = {side: run(logging_steps=1).losses for side, run in train.items()}
-    runs = in_turns(train, args.repeats)
     tokens = sum(len(ids) for group in case.rows["candidate_ids"] for ids in group) / (args.warmup + args.steps)
-    sides = {side: _summary(found, tokens) for side, found in runs.items()}
-    bound = sides["padded"]["model_tokens"] / sides["trl_ext"]["model_tokens"]
-    turns = ratios_of_turns(runs["padded"], runs["trl_ext"])
-    cpu_speedup = statistics.median(turns["cpu"])
     report = {
         "name": case.name,
         "baseline": "trl.RewardTrainer"
         if case.pairs
         else "padded rows (trl_ext.RewardTrainer, shared_prefix=False, plackett_luce)",
         "groups_per_batch": case.batch_size,
-        "sides": sides,
-        "speedup": statistics.median(turns["wall"]),
-        "cpu_speedup": cpu_speedup,
-        "speedup_of_turns": turns,
-        "token_bound": bound,
         "formula": case.formula,
-        "fraction_of_bound": cpu_speedup / bound,
-        "loss_max_difference": apart(losses["padded"], losses["trl_ext"]),
-        "losses_compared": len(losses["padded"]),
+        **padded_beside_ours(train, args.repeats, tokens),
     }
     if args.profile:
         report["profile"] = {side: run(profiled=True).operators for side, run in train.items()}
     return report
-
-
-def _summary(runs: list[Run], tokens: float) -> dict[str, float | None]:
-    layout = {"model_tokens": runs[0].model_tokens, "flat_batches": runs[0].flat_batches}
-    return medians(runs, tokens, "_per_step") | layout
 
 
 def _train(case: Case, side: str, model: str, args: argparse.Namespace, profiled: bool = False, **more: Any) -> Run:
