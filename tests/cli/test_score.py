@@ -369,3 +369,20 @@ def test_a_public_data_set_is_scored_as_released(model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(model, source, target, "--dataset_format", "rewardbnch")
     assert "Did you mean 'rewardbench'" in capsys.readouterr().err
+
+
+def test_standard_deviations_are_written_and_fitted_once(tmp_path, capsys):
+    model = save_reward_model(tmp_path / "fit")
+    train = write(tmp_path / "train.jsonl", pair_rows(12, seed=1))
+    source = write(tmp_path / "rows.jsonl", [*pair_rows(2), *ranked_rows(1, k=3)])
+    assert run(model, source, tmp_path / "out.jsonl", "--uncertainty") == 1
+    assert "fit_uncertainty" in capsys.readouterr().err
+    assert run(model, source, tmp_path / "out.jsonl", "--fit_uncertainty", str(train)) == 0
+    pair, _, ranking = read(tmp_path / "out.jsonl")
+    scores, deviations = RewardScorer(model).score_with_uncertainty([ranking["prompt"]] * 3, ranking["completions"])
+    assert ranking["scores"] == pytest.approx(scores, abs=1e-5)
+    assert ranking["scores_std"] == pytest.approx(deviations, rel=1e-4) and pair["chosen_score_std"] > 0
+    (tmp_path / "out.jsonl").unlink()
+    stored = (model / "uncertainty" / "last_layer.safetensors").stat().st_mtime_ns
+    assert run(model, source, tmp_path / "out.jsonl", "--fit_uncertainty", str(train)) == 0
+    assert (model / "uncertainty" / "last_layer.safetensors").stat().st_mtime_ns == stored

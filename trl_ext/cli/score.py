@@ -12,7 +12,7 @@ A row may have a `prompt`. Its other columns decide which scores it gets:
   `step_scores`, and `score` holds their aggregate.
 
 The output keeps all columns. With `--member_scores` an ensemble also writes `<column>_members` and
-`<column>_disagreement`.
+`<column>_disagreement`; with `--uncertainty` a single model also writes `<column>_std`.
 """
 
 import json
@@ -71,6 +71,7 @@ def run(args: ScoreArguments) -> int:
         source = sys.stdin.buffer if args.input == "-" else stack.enter_context(open(args.input, "rb"))
         rows = converted(read_rows(source, args.input), args)
         total = None if args.input == "-" else count_rows(args)
+        scorer = make_scorer(args) if args.fit_uncertainty and not args.shards_from else None
         output = output_file(args) if to_file else None
         if args.shards_from:
             merge_rows(output, list(map(Path, args.shards_from)), rows, args.input, total)
@@ -81,7 +82,7 @@ def run(args: ScoreArguments) -> int:
             rows, total = islice(rows, own.start, own.stop), len(own)
         done = 0 if output is None else output.resume(rows, args.input)
         scored = truncated = cut_off = 0
-        scorer = None
+        kind = None if scorer is None else model_kind(args.model)
         with tqdm(total=total, initial=done, unit=" rows", desc="Scoring", file=sys.stderr) as bar:
             for chunk in chunks(rows, CHUNK_ROWS):
                 if scorer is None:  # load the model only if rows are left to score
@@ -165,6 +166,7 @@ def count_rows(args: ScoreArguments) -> int | None:
 def output_file(args: ScoreArguments) -> RowFile:
     """The output file; its settings are everything except the rows that the scores depend on."""
     from trl_ext.models.fingerprint import fingerprint
+    from trl_ext.scoring.last_layer import read_posterior
     from trl_ext.scoring.remote import local_files
 
     manifest = {
@@ -179,6 +181,9 @@ def output_file(args: ScoreArguments) -> RowFile:
         "completion_column": args.completion_column,
         "steps_column": args.steps_column,
     }
+    if args.uncertainty:
+        posterior = read_posterior(local_files(args.model))
+        manifest["uncertainty"] = None if posterior is None else posterior.digest()
     if args.shard is not None:
         manifest["shard"] = str(Part.parse(args.shard))
     if args.dataset_format is not None:
@@ -204,6 +209,11 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
                 scorer.set_reducer(args.reduce, weights, **args.reduce_kwargs or {})
             except TypeError as error:
                 raise ScoreError(f"--reduce {args.reduce} does not accept these --reduce_kwargs: {error}.") from error
+        if args.uncertainty:
+            raise ScoreError(
+                f"{args.model} is an ensemble, which has no posterior of its last layer. --member_scores writes how "
+                "much its members disagree."
+            )
         return scorer
     for flag in ("member_scores", "reduce"):
         if getattr(args, flag):
@@ -211,6 +221,10 @@ def make_scorer(args: ScoreArguments) -> "RewardScorer | RewardEnsemble":
                 f"{args.model} has no reward_ensemble.json, so it is a single model. Leave out --{flag}, or give the "
                 "folder of an ensemble."
             )
+    if args.fit_uncertainty:
+        print(f"Uncertainty: {json.dumps(scorer.fit_uncertainty(args.fit_uncertainty))}", file=sys.stderr)
+    elif args.uncertainty:
+        _ = scorer.posterior  # an error now if there is none
     return scorer
 
 

@@ -9,8 +9,8 @@ This module knows modules and token ids. It knows nothing of text, losses, check
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -278,6 +278,42 @@ def last_head_module(base: PreTrainedModel) -> nn.Module:
         if name in children:
             return children[name]
     return base.get_submodule(head_modules(base)[-1])
+
+
+def output_layer(model: nn.Module) -> nn.Linear:
+    """
+    The linear layer that computes the scores: the last one of the head, in PEFT's trained copy where there is one.
+
+    Raises [`HeadError`] if the last layer of the head is not linear.
+    """
+    module = last_head_module(unwrap(model))
+    if isinstance(module, ModulesToSaveWrapper):
+        module = (
+            module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
+        )
+    layers = [part for part in module.modules() if not any(True for _ in part.children())]
+    linear = [part for part in layers if isinstance(part, nn.Linear)]
+    if not linear or any(True for part in layers[layers.index(linear[-1]) + 1 :] for _ in part.parameters()):
+        raise HeadError(
+            f"The head of {type(unwrap(model)).__name__} does not end in a linear layer, so it has no features."
+        )
+    return linear[-1]
+
+
+@contextmanager
+def features_as_output(model: nn.Module) -> Iterator[None]:
+    """
+    Within the block, the model outputs the head's features in place of scores: fp32 `(..., H)`, the input of the
+    [`output_layer`].
+
+    A score is the product of the features with the layer's weight (plus its bias). Whatever runs the model and picks
+    the last token (in padded or flat rows) then gives features without knowing it.
+    """
+    handle = output_layer(model).register_forward_hook(lambda module, args, output: args[0].float())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

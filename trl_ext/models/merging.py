@@ -22,7 +22,7 @@ from trl_ext.models.bases import describe_base
 from trl_ext.models.building import as_dtype, is_quantized
 from trl_ext.models.heads import head_parameters, make_head_exact
 from trl_ext.models.loading import load_reward_model, local_folder, save_sidecar
-from trl_ext.models.sidecar import Sidecar, get_sidecar, make_probes, probe_scores
+from trl_ext.models.sidecar import POSTERIOR_FILE, Sidecar, get_sidecar, make_probes, probe_scores
 
 
 REPORT_NAME = "merge_report.json"
@@ -154,6 +154,9 @@ def _save_and_compare(
         describe_base(merged), id=sidecar.base.id, revision=sidecar.base.revision, quantization=None
     )
     save_sidecar(merged, dataclasses.replace(sidecar, base=described, is_adapter=False, probes=None), folder)
+    if Path(source, POSTERIOR_FILE).is_file():  # the head is the same, so the posterior is too
+        Path(folder, POSTERIOR_FILE).parent.mkdir()
+        shutil.copy(Path(source, POSTERIOR_FILE), Path(folder, POSTERIOR_FILE))
     del merged
     gc.collect()
 

@@ -21,6 +21,9 @@ from trl_ext.models.heads import token_logits_at_last, unwrap
 logger = logging.getLogger(__name__)
 
 SIDECAR_NAME = "reward_model.json"
+# The posterior of the last layer, where one was fitted. A folder of its own: servers read every *.safetensors file
+# beside a model as weights.
+POSTERIOR_FILE = "uncertainty/last_layer.safetensors"
 SCHEMA_VERSION = 1
 KINDS = ("scalar", "outcome", "process", "segment")
 _ATTRIBUTE = "_trl_ext_sidecar"

@@ -229,9 +229,21 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
         tokenizer = tokenizer_identity(spec.processing_class)
         what = spec.model.folder if isinstance(spec.model, RemoteModel) else spec.model
         model = {"model": model_identity(what), "tokenizer": tokenizer, "normalizer": spec.normalizer}
-        return {"name": name, **model, **choices}
+        return {"name": name, **model, **choices, **_scale_identity(spec)}
     function = load_reward(spec)
     return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_key(function)}
+
+
+def _scale_identity(scorer: RewardScorer) -> dict[str, Any]:
+    """What else a scorer does to its scores: calibrate them, compare with a reference, subtract deviations."""
+    found: dict[str, Any] = {}
+    if scorer.calibrated:
+        found["calibration"] = scorer.calibration
+    if scorer.reference is not None:
+        found["reference"] = scorer.reference
+    if scorer.std_coefficient:
+        found |= {"std_coefficient": scorer.std_coefficient, "posterior": scorer.posterior.digest()}
+    return found
 
 
 def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sample]) -> list[float | None]:

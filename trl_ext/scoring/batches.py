@@ -15,7 +15,13 @@ from torch import nn
 from trl_ext.data.collators import FLAT_BELOW, padded
 from trl_ext.data.prefix_layout import build_layout
 from trl_ext.data.tokenization import Prompt
-from trl_ext.models.heads import HeadError, candidate_scores, run_with_head_output, unwrap
+from trl_ext.models.heads import (
+    HeadError,
+    features_as_output,
+    run_with_head_output,
+    token_logits_at_last,
+    unwrap,
+)
 from trl_ext.models.rope import length_class, reset_rope
 from trl_ext.models.shared_prefix import current_attention, flat_scores, select_attention, use_shared_prefix
 from trl_ext.scoring.packing import SharedRows, num_tokens, pack, padded_tokens, share_prompts
@@ -90,11 +96,29 @@ class BatchRunner:
         The scalar score of each list of token ids; `None` for an empty list. Call it inside `mode`. A stacked model
         gives a list with the score of each member.
         """
+        return self._last_outputs(prompts, ids, lambda logits, rows: _by_row(logits[:, 0], rows))
+
+    def features(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[torch.Tensor | None]:
+        """
+        What the head's output layer gets for each list of token ids, (H,) in fp32 on the CPU; `None` for an empty
+        list. Call it inside `mode`.
+        """
+        with features_as_output(self._model):
+            return self._last_outputs(prompts, ids, lambda outputs, rows: list(outputs.cpu()))
+
+    def _last_outputs(
+        self,
+        prompts: Sequence[Prompt] | None,
+        ids: Sequence[list[int]],
+        by_row: Callable[[torch.Tensor, int], list[Any]],
+    ) -> list[Any]:
+        """Run the rows, flat where that saves tokens; `by_row` divides a batch's outputs at the last token by row."""
         groups = share_prompts(prompts, ids)
         one_class = len({self._class_of(len(row)) for row in ids if row}) <= 1
         if groups and one_class and self._pays_flat(groups, ids):
-            return self._run(groups, len(ids), self._flat_batch, flat=True)
-        return self._run(_single(groups, ids), len(ids), lambda batch: self._padded_batch(_ids(batch)), flat=False)
+            return self._run(groups, len(ids), lambda batch: by_row(*self._flat_batch(batch)), flat=True)
+        single = _single(groups, ids)
+        return self._run(single, len(ids), lambda batch: by_row(*self._padded_batch(_ids(batch))), flat=False)
 
     def token_outputs(self, prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[torch.Tensor | None]:
         """
@@ -145,13 +169,14 @@ class BatchRunner:
         """The largest number of tokens and of rows in a batch."""
         return (self._limit, None) if self._by_tokens else (None, self._limit)
 
-    def _flat_batch(self, batch: list[SharedRows]) -> list[Any]:
+    def _flat_batch(self, batch: list[SharedRows]) -> tuple[torch.Tensor, int]:
+        """The outputs at the last token of each row, (N, C), and the number of rows."""
         device = next(self._model.parameters()).device
         layout = build_layout([(group.prefix, group.own) for group in batch]).to(device)
-        return _by_row(flat_scores(self._model, layout, call=self._plain_call())[:, 0], len(layout.last))
+        return flat_scores(self._model, layout, call=self._plain_call()), len(layout.last)
 
-    def _padded_batch(self, ids: list[Sequence[int]]) -> list[Any]:
-        return _by_row(candidate_scores(self._model, *self._pad(ids), call=self._plain_call()), len(ids))
+    def _padded_batch(self, ids: list[Sequence[int]]) -> tuple[torch.Tensor, int]:
+        return token_logits_at_last(self._model, *self._pad(ids), call=self._plain_call()), len(ids)
 
     def _token_batch(self, ids: list[Sequence[int]]) -> list[torch.Tensor]:
         _, raw = run_with_head_output(self._model, *self._pad(ids), call=self._plain_call())

@@ -144,6 +144,33 @@ class RawScorer:
 
         return self._map(prompts, completions, columns, self.encoder, self.runner.scores, check)
 
+    def features(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
+    ) -> list[torch.Tensor | None]:
+        """
+        The head's features of each row, (H,) in fp32: a score is their product with the weight of the output layer.
+        `None` for a row without tokens. Arguments and errors as in `scores`.
+
+        Raises:
+            `ValueError`: the model is on a server, or its score is not the output at one token.
+        """
+        if isinstance(self.runner, RemoteModel):
+            raise ValueError(
+                f"{self.name} is on a server, which gives no features. Load the model here, by its folder."
+            )
+        if not self._gives_scalars:
+            raise ValueError(
+                f"The score of {self.name} ({self.kind}) is put together from several outputs, so it has no features. "
+                "Needed: a scalar model, or an outcome model without `aggregation`."
+            )
+
+        def check(row: int, encoded: Any, features: torch.Tensor | None) -> torch.Tensor | None:
+            if features is not None and not features.isfinite().all():
+                raise _not_finite(row, "a feature that is not finite")
+            return features
+
+        return self._map(prompts, completions, columns, self.encoder, self.runner.features, check)
+
     def read(
         self, prompts: Sequence[Prompt] | None, cuts: list[Cut], columns: dict[str, Any], view: Callable
     ) -> list[Any]:

@@ -26,12 +26,13 @@ from trl_ext.scoring.remote import RemoteModel, is_served, read_address
 from trl_ext.scoring.scales import Scales
 from trl_ext.scoring.shaping import relative_to_reference
 from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse, total
+from trl_ext.scoring.uncertainty import Uncertainty
 
 
 logger = logging.getLogger(__name__)
 
 
-class RewardScorer(Scales):
+class RewardScorer(Scales, Uncertainty):
     """
     Scores completions with a reward model. It is a TRL reward function: `reward_funcs=[scorer]`.
 
@@ -102,6 +103,9 @@ class RewardScorer(Scales):
         reference (`str` or `float`, *optional*):
             Give `sigmoid(score - reference score)` in place of the score: a column that holds a reference completion
             (or several) of each row, or one fixed score. See https://huggingface.co/papers/2502.18770.
+        std_coefficient (`float`, *optional*, defaults to `0.0`):
+            Give scores minus this many of their standard deviations (see `score_with_uncertainty`), at least 0: a
+            lower confidence bound from one model, as `mean_minus_std` is from an ensemble.
         base_model (`str` or `Path`, *optional*):
             Where the base of an adapter is now, if it moved. It must hold the same weights; the probes check this.
         model (`str`, *optional*):
@@ -150,6 +154,7 @@ class RewardScorer(Scales):
         model: str | None = None,
         calibrated: bool = False,
         reference: str | float | None = None,
+        std_coefficient: float = 0.0,
     ):
         self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
         check_limits(batch_size, max_length)  # before a model is loaded
@@ -177,9 +182,13 @@ class RewardScorer(Scales):
         )
         self.normalizer = None if self.raw.sidecar is None else self.raw.sidecar.normalizer
         self.calibration = None if self.raw.sidecar is None else self.raw.sidecar.calibration
-        self.calibrated, self.reference = calibrated, reference
+        self.calibrated, self.reference, self.std_coefficient = calibrated, reference, std_coefficient
         if calibrated:
             check_usable(self.calibration, self.normalizer, self.__name__)
+        if not std_coefficient >= 0:
+            raise ValueError(f"std_coefficient={std_coefficient}; needed: 0 or more.")
+        if std_coefficient and self.folder is not None:
+            _ = self.posterior  # an error now, not at the first batch
 
     @property
     def kind(self) -> str:
@@ -219,6 +228,10 @@ class RewardScorer(Scales):
             [`DataError`]: a row cannot be read or tokenized, or its score is not finite. It names the row index.
             `ValueError`: `prompts`, `completions` and columns have different lengths.
         """
+        if self.std_coefficient:
+            scores, spread = self.score_with_uncertainty(prompts, completions, **columns)
+            pairs = zip(scores, spread, strict=True)
+            return [None if score is None else score - self.std_coefficient * std for score, std in pairs]
         scores = self._scaled(prompts, completions, columns)
         if self.reference is None:
             return scores

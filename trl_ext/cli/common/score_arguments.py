@@ -63,6 +63,17 @@ class ScoreArguments:
         default=False,
         metadata={"help": "for an ensemble, also write each member's score and their standard deviation"},
     )
+    uncertainty: bool = field(
+        default=False,
+        metadata={"help": "also write the standard deviation of each score, from the model's stored uncertainty"},
+    )
+    fit_uncertainty: str | None = field(
+        default=None,
+        metadata={
+            "help": "first fit that uncertainty on the rows of training (file, folder or Hub id; split train), and "
+            "store it with the model"
+        },
+    )
     dataset_format: str | None = field(
         default=None,
         metadata={
@@ -97,6 +108,7 @@ class ScoreArguments:
             if not str(self.batch_size).isdecimal() or int(self.batch_size) < 1:
                 raise ValueError(f"--batch_size is {self.batch_size!r}; needed: auto, or a number of rows >= 1.")
             self.batch_size = int(self.batch_size)
+        self.uncertainty = self.uncertainty or self.fit_uncertainty is not None
         Part.parse(self.shard)
         if self.shard is not None and self.shards_from:
             raise ValueError(f"--shard {self.shard} makes one part, and --shards_from needs all. Leave out --shard.")

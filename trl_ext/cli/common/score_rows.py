@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 PLAIN_COLUMNS = ("score", "scores", "chosen_score", "rejected_score")
-SCORE_COLUMNS = tuple(f"{name}{what}" for name in PLAIN_COLUMNS for what in ("", "_members", "_disagreement"))
+SCORE_COLUMNS = tuple(f"{name}{what}" for name in PLAIN_COLUMNS for what in ("", "_std", "_members", "_disagreement"))
 SCORE_COLUMNS += ("step_scores",)
 
 Row = dict[str, Any]
@@ -88,6 +88,9 @@ def _score_completions(
     if args.member_scores:
         members = _call(scorer.score_members, owners, candidates, args)
         values = {"": scorer.combine(members), "_members": members, "_disagreement": scorer.disagreement(members)}
+    elif args.uncertainty:
+        scores, deviations = _call(scorer.score_with_uncertainty, owners, candidates, args)
+        values = {"": scores, "_std": deviations}
     else:
         values = {"": _call(scorer, owners, candidates, args)}
     for what, scores in values.items():

@@ -1,0 +1,278 @@
+"""How sure a single reward model is of its scores: what `RewardScorer` inherits to fit, store and use a posterior.
+
+It reads rows, gets their features from the scorer, and hands them to `last_layer`, which knows the mathematics.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+
+from trl_ext.data.schema import check_row, find_schema, template_arguments
+from trl_ext.data.sources import load_source
+from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.data.validation import DataError, RowChecks
+from trl_ext.losses import bradley_terry, plackett_luce
+from trl_ext.models.fingerprint import path_identity
+from trl_ext.models.heads import output_layer
+from trl_ext.scoring.calibration import calibrated_scores
+from trl_ext.scoring.last_layer import (
+    Information,
+    LastLayerPosterior,
+    PosteriorError,
+    loss_curvature,
+    read_posterior,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# Rows whose features are in memory at a time.
+CHUNK_ROWS = 256
+
+
+class Candidates(NamedTuple):
+    """What is compared in a row: completions of one prompt, and what the chat template needs."""
+
+    prompt: Prompt | None
+    completions: list[Completion]
+    tools: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Uncertainty:
+    """What `RewardScorer` inherits. It has `raw`, `kind`, `model`, `folder`, `normalizer` and `calibration`."""
+
+    _posterior: LastLayerPosterior | None = None
+
+    def fit_uncertainty(
+        self, dataset: Dataset | Iterable[dict[str, Any]] | str | Path, prior_precision: float | None = None
+    ) -> dict[str, Any]:
+        """
+        Fit a Gaussian posterior of the last layer on the rows of training, and store it with the model.
+
+        It is the Laplace approximation with the curvature of Bradley-Terry (pairs, with their margin or preference
+        probability), Plackett-Luce (rankings) or the logistic loss (outcomes), see `trl_ext.scoring.last_layer`. The
+        weights do not change. If the scorer was made from a local folder, `uncertainty/last_layer.safetensors` is
+        written there, and every scorer that is made from the folder later can use it.
+
+        Args:
+            dataset (`Dataset`, iterable of rows, or `str`):
+                The rows that the model was trained on: preference or ranked rows for a scalar model, outcome rows for
+                an outcome model. Or the name of a data set (file, folder or Hub id), whose split `train` is read
+                unless the stored posterior was fitted on it already.
+            prior_precision (`float`, *optional*):
+                Precision of the Gaussian prior of each weight, above 0. By default the one with the largest marginal
+                likelihood.
+
+        Returns:
+            `dict`: `prior_precision`, `chosen_by` (`"marginal_likelihood"` or `"given"`) and `rows`.
+
+        Raises:
+            [`DataError`]: a row cannot be read or scored.
+            `ValueError`: the model is on a server, its score is put together from several outputs, it was not trained
+                with a likelihood (an outcome model with a loss other than `bce`), or the rows say nothing.
+        """
+        self._check_kind()
+        data = None
+        if isinstance(dataset, (str, Path)):
+            data = path_identity(dataset)
+            posterior = self._read_posterior() if self._posterior is None else self._posterior
+            if posterior is not None and posterior.data == data and _same_prior(posterior, prior_precision):
+                posterior.check_weight(self.last_weight(), self.__name__)
+                self._posterior = posterior
+                logger.info(f"{self.__name__}: its stored uncertainty was fitted on {dataset} already.")
+                return self._about()
+            dataset = load_source(str(dataset))["train"]
+        weight = self.last_weight()
+        information = Information(len(weight))
+        for groups, loss in _batches(dataset, self.kind):
+            features, mask = self.group_features(groups)  # (B, K, H), (B, K)
+            information.add(features, loss_curvature(features @ weight, mask, partial(loss, mask=mask)), mask)
+        self._posterior = information.posterior(weight, self.kind, prior_precision, data)
+        if self.folder is None:
+            logger.info(f"{self.__name__}: the uncertainty is not saved, because the model has no local folder.")
+        else:
+            self._posterior.save(self.folder)
+        return self._about()
+
+    def score_with_uncertainty(
+        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any
+    ) -> tuple[list[float | None], list[float | None]]:
+        """
+        Each score with its standard deviation, from one forward pass. Arguments as in a call.
+
+        Comparisons only identify differences of scores. For a scalar model the standard deviation is therefore that
+        of the difference to the mean score of the completions that the uncertainty was fitted on. For an outcome model
+        it is that of the log-odds. It is on the scale of the scores (normalised, and calibrated by a temperature).
+
+        Returns:
+            `(scores, standard deviations)`: two lists in the order of the rows, `None` for a row without tokens.
+
+        Raises:
+            [`~trl_ext.scoring.last_layer.PosteriorError`]: no uncertainty was fitted, or it belongs to another model.
+        """
+        posterior = self.posterior
+        if self.reference is not None:
+            raise ValueError("`reference` turns scores into probabilities, which have no standard deviation here.")
+        found = self.raw.features(prompts, completions, columns)
+        there = [features for features in found if features is not None]
+        raw: list[float | None] = [None] * len(found)
+        spread = raw.copy()
+        if there:
+            features = self._with_bias(torch.stack(there))
+            rows = [row for row, features in enumerate(found) if features is not None]
+            values = zip(rows, (features @ posterior.weight).tolist(), posterior.std(features).tolist(), strict=True)
+            for row, score, std in values:
+                raw[row], spread[row] = score, std * self._unit()
+        scores = self._normalized(raw)
+        return calibrated_scores(scores, self.calibration) if self.calibrated else scores, spread
+
+    @property
+    def posterior(self) -> LastLayerPosterior:
+        """The fitted or stored posterior. Raises [`PosteriorError`] if there is none for this model."""
+        if self._posterior is None:
+            found = self._read_posterior()
+            if found is None:
+                raise PosteriorError(
+                    f"{self.__name__} has no uncertainty. Fit it on the rows of training: "
+                    "`scorer.fit_uncertainty(dataset)`, or `trl-ext score --fit_uncertainty DATA`."
+                )
+            found.check_weight(self.last_weight(), self.__name__)
+            self._posterior = found
+        return self._posterior
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether a posterior was fitted or is stored with the model."""
+        return self._posterior is not None or self._read_posterior() is not None
+
+    def group_features(self, groups: Sequence[Candidates]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The head's features of the candidates of some rows: fp32 (B, K, H), and a mask (B, K).
+
+        A last feature of 1 stands for the bias of the head, if it has one. Raises [`DataError`] for a candidate
+        without a token.
+        """
+        owners = [group for group in groups for _ in group.completions]
+        found = self.raw.features(
+            [group.prompt for group in owners],
+            [completion for group in groups for completion in group.completions],
+            {
+                "tools": [group.tools for group in owners],
+                "chat_template_kwargs": [group.chat_template_kwargs for group in owners],
+            },
+        )
+        sizes = torch.tensor([len(group.completions) for group in groups])
+        mask = torch.arange(int(sizes.max())) < sizes[:, None]  # (B, K)
+        missing = next((number for number, features in enumerate(found) if features is None), None)
+        if missing is not None:
+            row = int(torch.searchsorted(sizes.cumsum(0), missing, right=True))
+            raise DataError("a completion without any token", "at least one token", "Remove the row.", row=row)
+        features = self._with_bias(torch.stack(found))
+        padded = features.new_zeros(*mask.shape, features.shape[-1])
+        padded[mask] = features
+        return padded, mask
+
+    def last_weight(self) -> torch.Tensor:
+        """The weight of the head's output layer, (H,) in fp32 on the CPU, with the bias last if there is one."""
+        layer = output_layer(self.model)
+        parts = [layer.weight[0]] if layer.bias is None else [layer.weight[0], layer.bias]
+        return torch.cat([part.detach().float().cpu().flatten() for part in parts])
+
+    def _with_bias(self, features: torch.Tensor) -> torch.Tensor:
+        if output_layer(self.model).bias is None:
+            return features
+        return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
+
+    def _read_posterior(self) -> LastLayerPosterior | None:
+        return None if self.folder is None else read_posterior(self.folder)
+
+    def _about(self) -> dict[str, Any]:
+        return {name: getattr(self._posterior, name) for name in ("prior_precision", "chosen_by", "rows")}
+
+    def _check_kind(self) -> None:
+        loss = "bce" if self.raw.sidecar is None else self.raw.sidecar.loss_type
+        if self.kind == "outcome" and loss not in (None, "bce"):
+            raise ValueError(
+                f"{self.__name__} was trained with the loss {loss!r}, which is no likelihood of right and wrong. "
+                "Needed: an outcome model trained with loss_type='bce'."
+            )
+
+    def _unit(self) -> float:
+        """What one unit of the raw score is on the scale of the scores."""
+        unit = 1.0 if self.normalizer is None else 1 / self.normalizer["std"]
+        if not self.calibrated:
+            return unit
+        if self.calibration["method"] != "temperature":
+            raise ValueError(
+                f"{self.__name__} gives scores through an isotonic map, which has no standard deviation. Fit a "
+                "temperature, or leave `calibrated` out."
+            )
+        return unit / self.calibration["temperature"]
+
+
+def _same_prior(posterior: LastLayerPosterior, given: float | None) -> bool:
+    if given is None:
+        return posterior.chosen_by == "marginal_likelihood"
+    return posterior.chosen_by == "given" and posterior.prior_precision == given
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+def _batches(dataset: Iterable[dict[str, Any]], kind: str) -> Iterator[tuple[list[Candidates], Callable]]:
+    """Chunks of rows: their candidates, and a loss that takes scores (B, K) and a mask, and returns (B,)."""
+    rows, start = iter(dataset), 0
+    read = _outcomes if kind == "outcome" else _Comparisons()
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield read(chunk, start)
+        start += len(chunk)
+
+
+class _Comparisons:
+    """Reads preference and ranked rows; the first row decides what the columns mean."""
+
+    schema = None
+
+    def __call__(self, rows: list[dict[str, Any]], start: int) -> tuple[list[Candidates], Callable]:
+        if self.schema is None:
+            self.schema = find_schema(list(rows[0]), rows[0], "uncertainty", loss_needs_ratings=False)
+        if self.schema.tokenized:
+            raise DataError(
+                "token ids in place of texts", "rows of text or messages", "Give the rows before they were prepared."
+            )
+        groups = [
+            check_row(row, self.schema, RowChecks(start + number, "uncertainty")) for number, row in enumerate(rows)
+        ]
+        width = max(len(group.ratings) for group in groups)
+        ratings = torch.tensor([group.ratings + [0.0] * (width - len(group.ratings)) for group in groups])
+        options = {}
+        if self.schema.pair:
+            named = {"margin": self.schema.margin, "target": self.schema.target}
+            options = {
+                name: torch.tensor([getattr(group, name) for group in groups]) for name, used in named.items() if used
+            }
+        loss = bradley_terry if self.schema.pair else plackett_luce
+        candidates = [
+            Candidates(group.prompt, group.completions, group.tools, group.chat_template_kwargs) for group in groups
+        ]
+        return candidates, lambda scores, mask: loss(scores, ratings, mask, **options)
+
+
+def _outcomes(rows: list[dict[str, Any]], start: int) -> tuple[list[Candidates], Callable]:
+    """Reads outcome rows. The score of a completion is read at its last token, so a row counts once."""
+    groups = []
+    for number, row in enumerate(rows):
+        checks = RowChecks(start + number, "uncertainty")
+        for column in ("completion", "label"):
+            if column not in row:
+                raise checks.error(column, "no such column", "rows with prompt, completion and label", "Rename it.")
+        checks.number(row["label"], "label", minimum=0, maximum=1)
+        _, prompt = checks.one_kind(checks.prompt(row.get("prompt")), [row["completion"]], ["completion"])
+        groups.append(Candidates(prompt, [row["completion"]], *template_arguments(row, checks)))
+    # the curvature of the logistic loss is the same for both labels
+    return groups, lambda scores, mask: torch.nn.functional.softplus(scores[:, 0])
