@@ -75,6 +75,18 @@ def test_counts_that_divide_nothing_lose_nothing(tiny, batch):
     assert all(item.token_ids and item.latency > 0 for row in found for item in row)
 
 
+def test_each_prompt_may_have_its_own_number_of_completions(tiny):
+    generator = in_process(tiny, max_completion_length=3)
+    assert [len(row) for row in generator.generate(PROMPTS, [2, 1, 4], seed=0)] == [2, 1, 4]
+    assert texts(generator, n=[2, 2, 2]) == texts(generator, n=2)
+    with pytest.raises(ValueError, match="2 numbers for 3 prompts"):
+        generator.generate(PROMPTS, [1, 2], seed=0)
+    with serving(lambda number, path, body: good(f" {body['seed']}")(number, path, body)) as server:
+        found = openai(server.url).generate(PROMPTS, [2, 1, 4], seed=0)
+    assert [len(row) for row in found] == [2, 1, 4]
+    assert len({item.text for row in found for item in row}) == 7  # each request has a separate seed
+
+
 def test_greedy_is_plain_generate_whatever_the_batch(tiny):
     """Left padding, sorting and cutting change nothing."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)

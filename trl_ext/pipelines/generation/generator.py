@@ -30,7 +30,7 @@ class Generator(Protocol):
     def generate(
         self,
         prompts: Sequence[str | Chat],
-        num_generations: int,
+        num_generations: int | Sequence[int],
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
@@ -39,12 +39,12 @@ class Generator(Protocol):
 
         Args:
             prompts (sequence of `str` or lists of messages): none of them empty.
-            num_generations (`int`): completions of each.
+            num_generations (`int` or sequence of `int`): completions of each, or one number for each prompt.
             seed (`int`): the same call with the same seed gives the same completions, if the backend supports it.
             columns (sequence of `dict`, *optional*): each prompt's `tools` and `chat_template_kwargs`.
 
         Returns:
-            `list[list[Completion]]`: `num_generations` for each prompt, in the order of the prompts.
+            `list[list[Completion]]`: those of each prompt, in the order of the prompts.
 
         Raises:
             [`GenerationError`]: the backend fails. [`DataError`]: a prompt cannot be used; names its index.
@@ -166,6 +166,15 @@ def cut_at_stop(text: str, stop: Sequence[str] | None) -> str:
     """The part of a text before the first stop text."""
     places = [place for item in stop or () if (place := text.find(item)) >= 0]
     return text[: min(places)] if places else text
+
+
+def number_for_each(prompts: Sequence[Any], num_generations: int | Sequence[int]) -> list[int]:
+    """How many completions each prompt gets, from one number for all or one for each."""
+    if isinstance(num_generations, int):
+        return [num_generations] * len(prompts)
+    if len(num_generations) != len(prompts):
+        raise ValueError(f"num_generations has {len(num_generations)} numbers for {len(prompts)} prompts.")
+    return list(num_generations)
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:

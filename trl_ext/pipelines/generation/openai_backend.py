@@ -7,11 +7,12 @@ or scores.
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from trl_ext.data.chat_templates import template_options
 from trl_ext.data.validation import DataError
-from trl_ext.pipelines.generation.generator import Columns, cut_at_stop, sample_seed
+from trl_ext.pipelines.generation.generator import Columns, cut_at_stop, number_for_each, sample_seed
 from trl_ext.pipelines.generation.records import Completion, ends_with_begun_answer, prompt_id
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 from trl_ext.pipelines.generation.vllm_backend import (
@@ -68,22 +69,24 @@ class OpenAIGenerator:
     def generate(
         self,
         prompts: Sequence[str | Chat],
-        num_generations: int,
+        num_generations: int | Sequence[int],
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]. After a final failure every call fails."""
         jobs = []
-        for row, prompt in enumerate(list(prompts)):
+        prompts = list(prompts)
+        numbers = number_for_each(prompts, num_generations)
+        for row, prompt in enumerate(prompts):
             given = columns[row] if columns is not None else {}
             path, body = self._request(row, prompt, given)
             name = prompt_id(prompt, given)
-            for index in range(num_generations):
+            for index in range(numbers[row]):
                 request_seed = sample_seed(seed, name, index)
                 full = body | {"seed": request_seed} | (self._sampling.generation_kwargs or {})
                 jobs.append(partial(self._servers.ask, path, full, partial(self._read, request_seed)))
-        found = self._servers.map(jobs)
-        return [found[first : first + num_generations] for first in range(0, len(found), num_generations)]
+        found = iter(self._servers.map(jobs))
+        return [list(islice(found, number)) for number in numbers]
 
     def _request(self, row: int, prompt: str | Chat, columns: Columns) -> tuple[str, dict[str, Any]]:
         sampling = self._sampling

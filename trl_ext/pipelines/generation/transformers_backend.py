@@ -26,7 +26,7 @@ from trl_ext.models.building import as_dtype, attention_at_hand
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import vocab_size
-from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder
+from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder, number_for_each
 from trl_ext.pipelines.generation.records import Completion
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 from trl_ext.pipelines.user_functions import did_you_mean
@@ -108,7 +108,7 @@ class TransformersGenerator:
     def generate(
         self,
         prompts: Sequence[str | Chat],
-        num_generations: int,
+        num_generations: int | Sequence[int],
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
@@ -121,7 +121,8 @@ class TransformersGenerator:
         order = sorted(
             range(len(prompts)), key=lambda row: (-len(encoded[row]), row)
         )  # the longest first, so that a batch that is too large fails at once
-        rows = [row for row in order for _ in range(num_generations)]
+        numbers = number_for_each(prompts, num_generations)
+        rows = [row for row in order for _ in range(numbers[row])]
         found: list[list[Completion]] = [[] for _ in prompts]
         with self._ready(), torch.random.fork_rng():
             torch.manual_seed(seed)

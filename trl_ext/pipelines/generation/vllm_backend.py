@@ -15,7 +15,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.pipelines.generation.generator import Columns, GenerationError, PromptEncoder, sample_seed
+from trl_ext.pipelines.generation.generator import (
+    Columns,
+    GenerationError,
+    PromptEncoder,
+    number_for_each,
+    sample_seed,
+)
 from trl_ext.pipelines.generation.records import Completion, prompt_id
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 from trl_ext.pipelines.user_functions import did_you_mean
@@ -70,7 +76,7 @@ class VLLMGenerator:
     def generate(
         self,
         prompts: Sequence[str | Chat],
-        num_generations: int,
+        num_generations: int | Sequence[int],
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
@@ -80,10 +86,10 @@ class VLLMGenerator:
         longest = (self._sampling.generation_kwargs or {}).get("max_tokens", self._sampling.max_completion_length)
         self._encoder.check_lengths(encoded, longest, self._limit)
         jobs = []
-        for row, ids in enumerate(encoded):
+        for row, (ids, number) in enumerate(zip(encoded, number_for_each(prompts, num_generations), strict=True)):
             request_seed = sample_seed(seed, prompt_id(prompts[row], None if columns is None else columns[row]), 0)
-            body = self._body(ids, num_generations, request_seed)
-            read = partial(self._read, prompts[row], ids, num_generations, longest, request_seed)
+            body = self._body(ids, number, request_seed)
+            read = partial(self._read, prompts[row], ids, number, longest, request_seed)
             jobs.append(partial(self._servers.ask, "/v1/completions", body, read))
         return self._servers.map(jobs)
 
