@@ -40,6 +40,7 @@ API = {
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
+    "labels": ("Choosing what to label", "choose"),
     "policies": (
         "Policies",
         "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig RankedDPOTrainer RankedDPOConfig",

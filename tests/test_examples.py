@@ -1,5 +1,6 @@
 """The examples run offline with --smoke, and the swap example is a TRL script with one line changed."""
 
+import json
 import re
 import runpy
 import sys
@@ -278,3 +279,25 @@ def test_study_of_policies_compares_every_arm(monkeypatch, capsys):
     lines = run(EXAMPLES / "study_policies.py", monkeypatch, capsys)
     rows = [line for line in lines if re.match(r"\| [\w, -]+ \| \d", line)]
     assert len(rows) == 9
+
+
+def test_active_choice_example_labels_in_rounds(monkeypatch, capsys):
+    lines = [line for line in run(EXAMPLES / "active_choice.py", monkeypatch, capsys) if line.startswith("round ")]
+    assert [re.search(r": (\w+), (\d+) labelled, (\d+) left", line).groups() for line in lines] == [
+        ("random", "8", "92"),
+        ("fisher", "16", "84"),
+        ("fisher", "24", "76"),
+    ]
+
+
+@pytest.mark.slow
+def test_study_of_choice_compares_strategies(monkeypatch, capsys, tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--json", str(tmp_path / "choice.json")]
+    (table,) = tables(["", *run(EXAMPLES / "study_choice.py", monkeypatch, capsys, *arguments)])
+    assert [row[0] for row in table[2:]][:2] == ["random", "entropy"] and len(table) == 9
+    assert all(0.5 < float(cell) <= 1 for row in table[2:] for cell in row[1:7])
+    result = json.loads((tmp_path / "choice.json").read_text())
+    assert len(result["columns"]) == len(result["rows"][0])
+    runs = (tmp_path / "runs.jsonl").read_text()
+    run(EXAMPLES / "study_choice.py", monkeypatch, capsys, *arguments)  # nothing is left to do
+    assert (tmp_path / "runs.jsonl").read_text() == runs

@@ -36,6 +36,7 @@ _HOME = {
     "RewardScorer": "trl_ext.scoring",
     "rejection_sample": "trl_ext.pipelines.rejection_sampling.sampler",
     "best_of_n": "trl_ext.pipelines.best_of_n",
+    "choose": "trl_ext.pipelines.choice.choose",
     "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling.config",
     "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
     "DenseGRPOConfig": "trl_ext.trainers.policy.config",
@@ -85,6 +86,7 @@ __all__ = [
     "WeakToStrongTrainer",
     "__version__",
     "best_of_n",
+    "choose",
     "evaluate_reward_model",
     "load_reward_model",
     "merge_reward_model",
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from trl_ext.metrics.pgr import performance_gap_recovered
     from trl_ext.models import load_reward_model, merge_reward_model
     from trl_ext.pipelines.best_of_n import best_of_n
+    from trl_ext.pipelines.choice.choose import choose
     from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
     from trl_ext.pipelines.rejection_sampling.sampler import rejection_sample
     from trl_ext.pipelines.rejection_sampling.trainer import RejectionSamplingTrainer

@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "Find out whether a reward model is any good, and where it is biased.",
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",
     "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
+    "choose": "Choose which rows of a pool to annotate next.",
     "weak-to-strong": "Train a strong model on a weak one's labels; report the gap recovered.",
     "merge": "Merge an adapter into the base it was trained on.",
     "serve-info": "Print the command by which vLLM serves reward models; starts nothing.",

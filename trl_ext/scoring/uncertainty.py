@@ -45,6 +45,35 @@ class Candidates(NamedTuple):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+def by_candidate(groups: Sequence[Candidates], score: Callable[[list, list, dict], list[Any]]) -> list[Any]:
+    """
+    What `score` gives for each completion of some rows, in one call with prompts, completions and columns.
+
+    Raises:
+        [`DataError`]: a completion cannot be scored or has no token. It names the row among `groups`.
+    """
+    owners = [number for number, group in enumerate(groups) for _ in group.completions]
+    named = ("prompt", "tools", "chat_template_kwargs")
+    prompts, tools, template = ([getattr(groups[owner], name) for owner in owners] for name in named)
+    completions = [completion for group in groups for completion in group.completions]
+    try:
+        found = score(prompts, completions, {"tools": tools, "chat_template_kwargs": template})
+    except DataError as error:  # it counts completions
+        row = None if error.row is None else owners[error.row]
+        raise DataError(error.found, error.needed, error.fix, row, error.column, error.dataset) from error
+    missing = next((number for number, value in enumerate(found) if value is None), None)
+    if missing is not None:
+        row = owners[missing]
+        raise DataError("a completion without any token", "at least one token", "Remove the row.", row, "completions")
+    return found
+
+
+def candidate_mask(groups: Sequence[Candidates]) -> torch.Tensor:
+    """A mask (B, K), True for a real candidate."""
+    sizes = torch.tensor([len(group.completions) for group in groups])
+    return torch.arange(int(sizes.max())) < sizes[:, None]
+
+
 class Uncertainty:
     """What `RewardScorer` inherits. It has `raw`, `kind`, `model`, `folder`, `normalizer` and `calibration`."""
 
@@ -92,7 +121,11 @@ class Uncertainty:
         weight = self.last_weight()
         information = Information(len(weight))
         for groups, loss in _batches(dataset, self.kind):
-            features, mask = self.group_features(groups)  # (B, K, H), (B, K)
+            try:
+                features, mask = self.group_features(groups)  # (B, K, H), (B, K)
+            except DataError as error:
+                row = None if error.row is None else information.rows + error.row
+                raise DataError(error.found, error.needed, error.fix, row, error.column, "uncertainty") from error
             information.add(features, loss_curvature(features @ weight, mask, partial(loss, mask=mask)), mask)
         self._posterior = information.posterior(weight, self.kind, prior_precision, data)
         if self.folder is None:
@@ -159,21 +192,8 @@ class Uncertainty:
         A last feature of 1 stands for the bias of the head, if it has one. Raises [`DataError`] for a candidate
         without a token.
         """
-        owners = [group for group in groups for _ in group.completions]
-        found = self.raw.features(
-            [group.prompt for group in owners],
-            [completion for group in groups for completion in group.completions],
-            {
-                "tools": [group.tools for group in owners],
-                "chat_template_kwargs": [group.chat_template_kwargs for group in owners],
-            },
-        )
-        sizes = torch.tensor([len(group.completions) for group in groups])
-        mask = torch.arange(int(sizes.max())) < sizes[:, None]  # (B, K)
-        missing = next((number for number, features in enumerate(found) if features is None), None)
-        if missing is not None:
-            row = int(torch.searchsorted(sizes.cumsum(0), missing, right=True))
-            raise DataError("a completion without any token", "at least one token", "Remove the row.", row=row)
+        found = by_candidate(groups, lambda prompts, texts, columns: self.raw.features(prompts, texts, columns))
+        mask = candidate_mask(groups)
         features = self._with_bias(torch.stack(found))
         padded = features.new_zeros(*mask.shape, features.shape[-1])
         padded[mask] = features

@@ -175,6 +175,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
         "evaluate": ("cli/evaluate.py:EvaluateArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),
+        "choose": ("cli/choose.py:ChooseArguments",),
         "weak-to-strong": (WEAK_TO_STRONG, trained, DATA, "cli/weak_to_strong.py:WeakModelArguments"),
     }.get(command, ())
 

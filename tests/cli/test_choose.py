@@ -1,0 +1,66 @@
+"""`trl-ext choose`: the chosen rows in a file, a report, and arguments that cannot work."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.scoring.conftest import save_reward_model
+from tests.tiny import pair_rows
+from trl_ext.cli import main as cli
+from trl_ext.cli.choose import make_parser
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    for name, rows in (("pool", pair_rows(20)), ("labelled", pair_rows(10, seed=3))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_reward_model(folder)
+    return folder
+
+
+def run(folder, output, *more):
+    return cli.main(["choose", "--dataset_name", str(folder / "pool.jsonl"), "--output", str(output), *more])
+
+
+def test_rows_are_written_in_order_with_a_report(folder, tmp_path, capsys):
+    flags = ("--n", "4", "--model", str(folder / "reward"), "--fit_uncertainty", str(folder / "labelled.jsonl"))
+    assert run(folder, tmp_path / "new" / "chosen.jsonl", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "chosen.jsonl").read_text().splitlines()]
+    pool = pair_rows(20)
+    assert [row["choice_order"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["prompt"] == pool[row["choice_row"]]["prompt"] for row in rows)
+    assert report["labelled"] == 10 and report["strategy"] == "fisher" and report["chosen"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--n", "2"], "needs --model"),
+        (["--n", "2", "--strategy", "random", "--batch_size", "0"], "batch_size"),
+    ],
+)
+def test_wrong_arguments(folder, tmp_path, capsys, flags, complaint):
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "out.jsonl", *flags)
+    assert complaint in capsys.readouterr().err
+
+
+def test_more_rows_than_the_pool_and_an_existing_output(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out.jsonl", "--n", "21", "--strategy", "random") == 1
+    assert "20 rows" in capsys.readouterr().err
+    assert run(folder, tmp_path / "out.jsonl", "--n", "3", "--strategy", "random") == 0
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "out.jsonl", "--n", "3", "--strategy", "random")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "choose").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_parsed_and_say_their_command(path):
+    (args,) = make_parser().parse_args_and_config(["--config", str(path)])
+    assert f"trl-ext choose --config configs/choose/{path.name}" in path.read_text()
+    assert args.n == 500 and args.diversity == "determinant"
