@@ -37,6 +37,7 @@ _HOME = {
     "rejection_sample": "trl_ext.pipelines.rejection_sampling.sampler",
     "best_of_n": "trl_ext.pipelines.best_of_n",
     "choose": "trl_ext.pipelines.choice.choose",
+    "self_instruct": "trl_ext.pipelines.feedback.self_instruct",
     "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling.config",
     "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
     "DenseGRPOConfig": "trl_ext.trainers.policy.config",
@@ -92,6 +93,7 @@ __all__ = [
     "merge_reward_model",
     "performance_gap_recovered",
     "rejection_sample",
+    "self_instruct",
     "weak_to_strong",
 ]
 
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from trl_ext.models import load_reward_model, merge_reward_model
     from trl_ext.pipelines.best_of_n import best_of_n
     from trl_ext.pipelines.choice.choose import choose
+    from trl_ext.pipelines.feedback.self_instruct import self_instruct
     from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
     from trl_ext.pipelines.rejection_sampling.sampler import rejection_sample
     from trl_ext.pipelines.rejection_sampling.trainer import RejectionSamplingTrainer

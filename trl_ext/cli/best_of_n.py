@@ -16,12 +16,11 @@ from trl_ext.cli.common.generation import (
     GenerationArguments,
     described,
     model_init_kwargs,
-    read_rows,
     sampling_kwargs,
     server_kwargs,
 )
 from trl_ext.cli.common.options import command_parser, parse
-from trl_ext.pipelines.stages.row_file import RowFile
+from trl_ext.pipelines.stages.row_file import RowFile, read_rows
 
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ COMMANDS = {
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",
     "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
     "choose": "Choose which rows of a pool to annotate next.",
+    "self-instruct": "Let a model make up tasks from a few seeds, as rows to train on.",
     "weak-to-strong": "Train a strong model on a weak one's labels; report the gap recovered.",
     "merge": "Merge an adapter into the base it was trained on.",
     "serve-info": "Print the command by which vLLM serves reward models; starts nothing.",

@@ -6,10 +6,10 @@ of sampling. It does not know what a pipeline does with the arguments.
 
 import json
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from trl_ext.pipelines.generation.sampling import Sampling, SamplingFields
+from trl_ext.pipelines.stages.row_file import read_rows
 
 
 # Arguments for requests to a server
@@ -22,23 +22,12 @@ def described(text: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class GenerationArguments(SamplingFields):
-    """Arguments of a command that generates completions and scores them. Here `few_shot` is the path of a file."""
+class WriterArguments(SamplingFields):
+    """Arguments of a command that generates texts. Here `few_shot` is the path of a file."""
 
     model_name_or_path: str = field(
         metadata=described("folder or Hub id of the policy; for the backend openai, the model's name on the server")
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata=described(
-            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), or functions: "
-            "package.module.function or file.py:function"
-        ),
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata=described("one weight for each reward function (default: 1)")
-    )
-
     few_shot: str | None = field(
         default=None,
         metadata=described("JSONL file of examples (prompt, completion) that the model sees before each prompt"),
@@ -77,6 +66,22 @@ class GenerationArguments(SamplingFields):
             setattr(self, name, json_object(name, getattr(self, name)))
 
 
+@dataclass(kw_only=True)
+class GenerationArguments(WriterArguments):
+    """Arguments of a command that generates completions and scores them."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata=described(
+            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), or functions: "
+            "package.module.function or file.py:function"
+        ),
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata=described("one weight for each reward function (default: 1)")
+    )
+
+
 def json_object(name: str, value: dict | str | None) -> dict | None:
     """Parse an argument that is JSON on the command line. Raises `ValueError` if it is not a JSON object."""
     if isinstance(value, str):
@@ -91,28 +96,7 @@ def json_object(name: str, value: dict | str | None) -> dict | None:
     return value
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    rows = []
-    # split at line feeds only: str.splitlines would also split at other characters, which may be part of a text
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is not valid JSON ({error}). Correct or remove the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number} holds a {type(row).__name__}; needed: a JSON object with columns."
-            )
-        rows.append(row)
-    return rows
-
-
-def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
+def sampling_kwargs(args: WriterArguments) -> dict[str, Any]:
     """The fields of [`Sampling`]; `few_shot` holds the examples read from its file."""
     sampling = {item.name: getattr(args, item.name) for item in fields(Sampling)}
     if args.few_shot is not None:
@@ -120,12 +104,12 @@ def sampling_kwargs(args: GenerationArguments) -> dict[str, Any]:
     return sampling
 
 
-def server_kwargs(args: GenerationArguments) -> dict[str, Any] | None:
+def server_kwargs(args: WriterArguments) -> dict[str, Any] | None:
     """The server's arguments, or `None` when the policy generates in this process."""
     return None if args.backend == "transformers" else {name: getattr(args, name) for name in SERVER}
 
 
-def model_init_kwargs(args: GenerationArguments) -> dict[str, Any]:
+def model_init_kwargs(args: WriterArguments) -> dict[str, Any]:
     """The command's arguments for `from_pretrained`."""
     kwargs: dict[str, Any] = {
         "revision": args.model_revision,

@@ -174,6 +174,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
         "score": ("cli/common/score_arguments.py:ScoreArguments",),
         "evaluate": ("cli/evaluate.py:EvaluateArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
+        "self-instruct": ("cli/self_instruct.py:SelfInstructArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),
         "choose": ("cli/choose.py:ChooseArguments",),
         "weak-to-strong": (WEAK_TO_STRONG, trained, DATA, "cli/weak_to_strong.py:WeakModelArguments"),

@@ -117,6 +117,27 @@ class RowFile:
             os.fsync(file.fileno())
 
 
+def read_rows(path: str) -> list[Row]:
+    """The rows of a JSONL file. Raises `ValueError` for a line that is no JSON object; it names the line."""
+    rows = []
+    # split at line feeds only: str.splitlines would also split at other characters, which may be part of a text
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is not valid JSON ({error}). Correct or remove the line."
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number} holds a {type(row).__name__}; needed: a JSON object with columns."
+            )
+        rows.append(row)
+    return rows
+
+
 def line_of(row: Row) -> bytes:
     """A row as a line of JSON."""
     # half a surrogate pair is valid in a JSON escape and not in UTF-8, so it is written as an escape
