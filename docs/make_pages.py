@@ -41,6 +41,7 @@ API = {
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
     "labels": ("Choosing what to label", "choose"),
+    "feedback": ("Tasks and labels by models", "self_instruct"),
     "policies": (
         "Policies",
         "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig RankedDPOTrainer RankedDPOConfig",

@@ -14,7 +14,9 @@ from tests.pipelines.feedback.scripted_writer import answer
 from tests.pipelines.http_server import serving
 from tests.tiny import save_tiny_model
 from trl_ext import self_instruct
+from trl_ext.cli.common.options import parse
 from trl_ext.cli.main import main
+from trl_ext.cli.self_instruct import make_parser
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.feedback.instruct_pool import (
     Filters,
@@ -380,3 +382,22 @@ def test_the_command_with_a_model_in_this_process(tiny, tmp_path, capsys):
     assert manifest["sampling"]["temperature"] == 0.7 and manifest["sampling"]["top_p"] == 0.5
     assert main([*arguments, "--num_seed_demonstrations", "99"]) == 1
     assert "32 seed tasks, and each prompt shows 101" in capsys.readouterr().err
+
+
+def test_the_configs_are_parsed():
+    paths = sorted((SEEDS.parents[3] / "configs" / "self_instruct").glob("*.yaml"))
+    assert len(paths) == 2
+    for path in paths:
+        (args,) = parse(make_parser(), ["--config", str(path)])
+        assert f"--config configs/self_instruct/{path.name}" in path.read_text() and args.num_tasks >= 1000
+        assert SEEDS.samefile(SEEDS.parents[3] / args.seed_tasks)
+
+
+def test_the_example_says_what_was_dropped(monkeypatch, capsys):
+    import runpy
+    import sys
+
+    path = SEEDS.parents[3] / "examples" / "self_instruct.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--smoke"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert " instructions, 0 kept, dropped: {" in capsys.readouterr().out
