@@ -189,7 +189,7 @@ def test_every_dependency_is_declared():
     extras = project["optional-dependencies"]
     declared = names(project["dependencies"]) | names(extras["plots"]) | names(extras["segment"])
     declared |= {"yaml"} if "pyyaml" in declared else set()
-    declared |= names(extras["math"])
+    declared |= names(extras["math"]) | names(extras["self-instruct"])
     declared |= {"sklearn"} if "scikit_learn" in names(extras["fusion"]) else set()
     used = {module.split(".")[0] for path in FILES for _, module, _ in imports_of(path)}
     used -= {*sys.stdlib_module_names, "trl_ext"}
