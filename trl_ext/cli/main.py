@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 
 import trl_ext
+from trl_ext.cli.common.early import UsageError, check_names
 from trl_ext.cli.common.logs import quiet_noise
 from trl_ext.cli.common.options import places_of, short_help
 from trl_ext.logs import show_logs
@@ -104,7 +105,16 @@ def main(argv: list[str] | None = None) -> int:
         if text is not None:
             print(text, end="")
             return 0
-    return guarded(f"trl-ext {command}", importlib.import_module(module_of(command)).main, rest)
+    return guarded(f"trl-ext {command}", lambda argv: _run(command, argv), rest)
+
+
+def _run(command: str, argv: list[str]) -> int | None:
+    try:
+        check_names(command, argv)
+    except UsageError as error:
+        print(f"trl-ext {command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return importlib.import_module(module_of(command)).main(argv)
 
 
 def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:

@@ -59,12 +59,19 @@ def check_adapter_config(config: PeftConfig, *, initialised: bool = False) -> No
         )
 
 
-def check_policy_adapter(config: PeftConfig | None) -> None:
+def check_policy_adapter(config: PeftConfig | None, *, initialised: bool = True, reference: bool = False) -> None:
     """
-    Raise `ValueError` for the adapter of a language model that loads as another one than was trained.
+    Raise `ValueError` for the adapter of a language model that would not be what was trained, or trained against.
 
     The initialisations of PEFT that take the base apart by a method with random numbers or with data (`pissa_niter_n`,
     LoftQ, CorDA, LoRA-GA) do it again, otherwise, when the adapter is loaded. `"pissa"` and `"olora"` repeat exactly.
+
+    Args:
+        config (`PeftConfig`, *optional*): the adapter's config.
+        initialised (`bool`, *optional*, defaults to `True`):
+            Whether the adapter is in memory or on disk already. A new one cannot get the data that EVA needs.
+        reference (`bool`, *optional*, defaults to `False`):
+            Whether training compares with the base, with adapters off. Then the adapter must leave the base as it is.
     """
     init = getattr(config, "init_lora_weights", True)  # None and other tuners have no such field
     if init not in (*PLAIN_INITS, "eva", "pissa", "olora"):
@@ -73,6 +80,18 @@ def check_policy_adapter(config: PeftConfig | None) -> None:
             "loaded: the policy would not be the one that was trained. Save the adapter with "
             "`save_pretrained(path, path_initial_model_for_weight_conversion=...)`, or merge it and use the full "
             "model; for a new adapter use init_lora_weights=True."
+        )
+    if init == "eva" and not initialised:
+        raise ValueError(
+            "init_lora_weights='eva' needs data that the trainer does not pass on. Use init_lora_weights=True, or "
+            "call `get_peft_model` and `initialize_lora_eva_weights` and pass the PeftModel."
+        )
+    changes = changes_to_base(config) if reference and config is not None else []
+    if changes:
+        raise ValueError(
+            f"{' and '.join(changes)} changes the weights of the base, and the reference is the base with its "
+            "adapters off: it would not be the model that training starts from. Use the default, or train without a "
+            "reference (GRPO and PPO: beta=0; DPO: pass `ref_model`)."
         )
 
 

@@ -163,7 +163,10 @@ def check_probes(
 
 
 # ---------------------------------------------------------------------------------------------------- memory and disk
-def check_base_is_saved(model: nn.Module) -> None:
+_SAVED_ALONE = "An adapter is saved without its base, so that it could not be loaded again as it was trained."
+
+
+def check_base_is_saved(model: nn.Module, why: str = _SAVED_ALONE) -> None:
     """
     Raise [`BaseMismatchError`] unless the base of a model in memory can be loaded again from the model's path.
 
@@ -173,12 +176,13 @@ def check_base_is_saved(model: nn.Module) -> None:
 
     Args:
         model (`nn.Module`): a model that has an adapter or will get one.
+        why (`str`, *optional*): the sentence of the message that says why the base is loaded again.
     """
     base = unwrap(model)
     source = base.config._name_or_path
     cure = (
-        "An adapter is saved without its base, so that the reward model could not be loaded again. Save the model "
-        "without the adapter and with its tokenizer (`model.save_pretrained(folder)`), and train on that folder."
+        f"{why} Save the model without an adapter and with its tokenizer (`model.save_pretrained(folder)`), and train "
+        "on that folder."
     )
     if not source:
         raise BaseMismatchError(f"The model in memory was not loaded from a folder or Hub repository. {cure}")

@@ -20,8 +20,16 @@ from transformers import PreTrainedModel
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.pipelines.answers import check_math_verify
 from trl_ext.pipelines.generation.records import Sample
+from trl_ext.pipelines.names import (
+    MODEL_FILES,
+    NEED_MATH_VERIFY,
+    TRL_REWARDS,
+    check_model_name,
+    is_function_name,
+    no_model,
+)
 from trl_ext.pipelines.stages.values import callable_key
-from trl_ext.pipelines.user_functions import did_you_mean, load_function, names_function, names_of_functions
+from trl_ext.pipelines.user_functions import did_you_mean, load_function
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
@@ -29,13 +37,8 @@ from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 
 RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
 
-TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
-
 # Arguments that every reward function gets; columns of these names are not passed on.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-
-_MODEL_FILES = ("config.json", "adapter_config.json", "reward_model.json", "reward_ensemble.json")
 
 
 class RewardError(RuntimeError):
@@ -50,11 +53,6 @@ def as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]
 def is_by_name(spec: RewardFunc) -> bool:
     """Whether another process can load the same reward function from this value."""
     return isinstance(spec, (str, Path))
-
-
-def is_function_name(spec: RewardFunc) -> bool:
-    """Whether a reward function is the name of a function, and not that of a model."""
-    return isinstance(spec, str) and (spec in TRL_REWARDS or names_function(spec))
 
 
 def reward_name(spec: RewardFunc) -> str:
@@ -190,20 +188,11 @@ def _check_call(function: Callable[..., Any], name: str, given: set[str]) -> Non
 
 def _folder(spec: str | Path) -> str:
     """The local folder of a reward model; raises an error if it holds none."""
-    if str(spec).endswith(".py"):
-        raise ValueError(
-            f"reward_funcs names the file {spec}; needed: one of its functions, as file.py:function."
-            f"{names_of_functions(spec)}"
-        )
-    hint = did_you_mean(str(spec), TRL_REWARDS, cutoff=0.8) if isinstance(spec, str) else ""
-    if hint and not Path(spec).exists():
-        raise ValueError(f"There is no reward function or model {str(spec)!r}.{hint}")
+    if not is_served(spec):
+        check_model_name(spec)
     folder = local_files(spec)
-    if not any(Path(folder, name).is_file() for name in _MODEL_FILES):
-        raise FileNotFoundError(
-            f"{spec} holds no model (none of {', '.join(_MODEL_FILES)}). Give the folder of a reward model, or a "
-            "function as package.module.function or file.py:function."
-        )
+    if not any(Path(folder, name).is_file() for name in MODEL_FILES):
+        raise FileNotFoundError(no_model(spec))
     return folder if not is_served(spec) and Path(spec).is_dir() else str(spec)
 
 

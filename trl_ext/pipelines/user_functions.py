@@ -22,7 +22,7 @@ _DOTTED = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)[.:](?P<name>[^\W\
 
 def names_function(spec: str) -> bool:
     """Whether a string names a function. The path of an existing file or folder does not, and neither does a `.py`."""
-    return _parts(spec) is not None
+    return function_parts(spec) is not None
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     Raises:
         ValueError: the module or file cannot be imported, or has no such function; it names the nearest.
     """
-    module, name = _parts(spec)
+    module, name = function_parts(spec)
     try:
         loaded = _from_file(Path(module)) if module.endswith(".py") else _from_path(module)
     except Exception as error:  # importing runs the user's code
@@ -73,7 +73,7 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _parts(spec: str) -> tuple[str, str] | None:
+def function_parts(spec: str) -> tuple[str, str] | None:
     """(module or file, name of the function), or `None` if a string does not name a function."""
     if (found := _IN_FILE.fullmatch(spec)) is not None:
         return found["module"], found["name"]

@@ -45,7 +45,10 @@ from trl_ext.models.shared_prefix import SharedPrefixSupport, current_attention,
 from trl_ext.models.sidecar import get_sidecar
 from trl_ext.trainers.common.checkpoint import PushCallback, SidecarWriter, picklable_loss
 from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
-from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
+from trl_ext.trainers.common.inherited_arguments import (
+    warn_of_arguments_without_effect,
+    without_effect_on_heads,
+)
 from trl_ext.trainers.common.loading import (
     BY_LENGTH,
     StreamResumeCallback,
@@ -107,7 +110,7 @@ class HeadTraining:
     def _watch(self, head: tuple[str, ...], recording: TrainerCallback) -> None:
         """Register the health, metric and W&B callbacks; the last step of a trainer's `__init__`."""
         follow_transformers(self.args.get_process_log_level())
-        warn_of_arguments_without_effect(self.args)
+        warn_of_arguments_without_effect(self.args, without_effect_on_heads(self.args))
         self._head = head
         self._attention = current_attention(self.model)
         self._monitor = HealthMonitor()

@@ -64,3 +64,25 @@ def rounds_section(history: Sequence[dict[str, Any]]) -> list[str]:
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
     lines += [" | ".join(f"{entry[name]:.4g}" if name in entry else "" for name in names) for entry in history]
     return ["## Metrics", "Round 0 is the policy before training.", "\n".join(f"| {line} |" for line in lines)]
+
+
+def sampling_section(trainer: Any) -> list[str]:
+    """Heading and table of the completions that were sampled in training: the first and the last logged figures."""
+    entries = [entry for entry in trainer.state.log_history if "reward" in entry]
+    if not entries:
+        return ["## Metrics", "Nothing was logged yet."]
+    first, last = entries[0], entries[-1]
+    names = [
+        name
+        for name in last
+        if name in ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
+        or name.startswith("rewards/")
+        and name.endswith("/mean")
+    ]
+    lines = [f"| {name} | {first.get(name, float('nan')):.4g} | {last[name]:.4g} |" for name in names]
+    head = f"| metric | step {first.get('step')} | step {last.get('step')} |"
+    return [
+        "## Metrics",
+        "Of the completions that were sampled in training.",
+        "\n".join([head, "| --- | --- | --- |", *lines]),
+    ]

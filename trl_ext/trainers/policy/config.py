@@ -5,6 +5,21 @@ from typing import Literal, get_args, get_type_hints
 
 from trl import GRPOConfig
 
+from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
+
+
+WITHOUT_EFFECT = {
+    **WITHOUT_METRICS_FUNCTION,
+    "label_names": "rewards come from functions",
+    "label_smoothing_factor": "there are no labels to smooth",
+    "average_tokens_across_devices": "the loss averages over the completions of all processes as `loss_type` says",
+    "train_sampling_strategy": "GRPO draws the prompts itself; see `shuffle_dataset`",
+    "prediction_loss_only": "an evaluation returns losses and rewards only",
+    "eval_accumulation_steps": "an evaluation returns losses and rewards only",
+    "logging_nan_inf_filter": "training stops at a loss that is NaN or infinite",
+}
+"""Arguments of `trl.GRPOConfig` without an effect on [`DenseGRPOTrainer`] and [`PPOTrainer`], and the reason."""
+
 
 @dataclass
 class DenseGRPOConfig(GRPOConfig):
@@ -88,3 +103,22 @@ class DenseGRPOConfig(GRPOConfig):
             raise ValueError(f"gamma={self.gamma}; needed: a number from 0 to 1.")
         if self.min_form_temperature <= 0:
             raise ValueError(f"min_form_temperature={self.min_form_temperature}; needed: a number above 0.")
+
+    def without_effect(self, dense: bool) -> dict[str, str]:
+        """
+        The arguments that change nothing, and the reason, for a trainer with or without dense reward functions.
+        """
+        found = dict(WITHOUT_EFFECT)
+        if not dense:
+            names = ("outcome_weight", "dense_weight", "gamma", "low_reward", "length_control")
+            found |= dict.fromkeys(names, "there are no dense reward functions")
+        elif self.advantage == "process":
+            found["gamma"] = "advantage='process' adds rewards up without a discount"
+        if not dense or self.advantage != "min_form":
+            found["min_form_temperature"] = "it belongs to advantage='min_form' with dense reward functions"
+        if not dense or self.advantage != "shrunken":
+            found["shrinkage"] = "it belongs to advantage='shrunken' with dense reward functions"
+        if dense and self.advantage in ("shaped", "shrunken"):
+            names = ("scale_rewards", "multi_objective_aggregation")
+            found |= dict.fromkeys(names, f"advantage={self.advantage!r} reads the weighted sum of the rewards")
+        return found

@@ -3,7 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trl_ext.trainers.policy.config import DenseGRPOConfig
+from trl_ext.trainers.policy.config import WITHOUT_EFFECT, DenseGRPOConfig
+
+
+_OF_THE_CRITIC = (
+    "gae_lambda",
+    "value_learning_rate",
+    "vf_coef",
+    "cliprange_value",
+    "kl_in",
+    "kl_estimator",
+    "whiten_advantages",
+    "whiten_rewards",
+)
 
 
 @dataclass
@@ -78,3 +90,19 @@ class PPOConfig(DenseGRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}; needed: one of {known}.")
         if self.advantage == "gae" and self.fp16:
             raise ValueError("fp16=True scales the losses, which the critic does not support. Use bf16=True.")
+
+    def without_effect(self, dense: bool) -> dict[str, str]:
+        if self.advantage != "gae":
+            reason = f"it belongs to the critic, and advantage={self.advantage!r} has none"
+            return super().without_effect(dense) | dict.fromkeys(_OF_THE_CRITIC, reason)
+        found = WITHOUT_EFFECT | {
+            "scale_rewards": "the critic's advantages are normalised by `whiten_advantages`",
+            "multi_objective_aggregation": "the critic learns the weighted sum of the rewards",
+            "min_form_temperature": "it belongs to advantage='min_form'",
+            "shrinkage": "it belongs to advantage='shrunken'",
+        }
+        if not dense:
+            found |= dict.fromkeys(("dense_weight", "low_reward"), "there are no dense reward functions")
+        if self.kl_in == "loss" or self.beta == 0:
+            found["kl_estimator"] = "there is no KL divergence in the reward"
+        return found

@@ -67,6 +67,7 @@ class PPOTrainer(DenseGRPOTrainer):
 
     _tag_names = ["trl", "trl_ext", "ppo"]
     _name = "PPO"
+    _what = "A language model that was trained with PPO."
 
     def __init__(
         self,
@@ -118,6 +119,21 @@ class PPOTrainer(DenseGRPOTrainer):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         self.add_callback(_CriticGradients(self._critic))
+
+    def _loss_in_words(self) -> str:
+        if self._critic is None:
+            return super()._loss_in_words()
+        args = self.args
+        kl = f", KL coefficient {self.beta:g} in the {args.kl_in}" if self.beta else ""
+        return f"PPO ({args.loss_type}), GAE with gamma {args.gamma:g} and lambda {args.gae_lambda:g}{kl}"
+
+    def _facts(self) -> dict[str, str]:
+        facts = super()._facts()
+        if self._critic is None:
+            return facts
+        kind = "a separate model" if self._critic.adapter is None else "an adapter on the policy's base"
+        size = sum(parameter.numel() for parameter in self._critic.parameters)
+        return facts | {"critic": f"{kind}, {size:,} trained parameters"}
 
     @property
     def value_model(self) -> nn.Module | None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from trl import DPOConfig
 
+from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
 from trl_ext.trainers.ranking.objective import check_loss_type, parse_loss_kwargs
 
 
@@ -17,9 +18,19 @@ UNUSED = {
     "discopop_tau": "it belongs to the loss 'discopop'",
     "truncation_mode": "rows above `max_length` are dropped and counted, not cut",
     "padding_free": "flat rows have no padding; see `shared_prefix`",
+    "label_smoothing_factor": "use a column `preference_probability`, which says how certain each pair is",
     "label_smoothing": "use a column `preference_probability`, which says how certain each pair is",
 }
 """Arguments of `trl.DPOConfig` without a meaning for rankings, and why or what to use. Other values are refused."""
+
+WITHOUT_EFFECT = {
+    **WITHOUT_METRICS_FUNCTION,
+    "label_names": "labels come from the columns of the rows",
+    "average_tokens_across_devices": "the loss is the mean over rows",
+    "logging_nan_inf_filter": "training stops at a loss that is NaN or infinite",
+    "eval_accumulation_steps": "an evaluation returns losses and metrics only",
+}
+"""Arguments of `trl.DPOConfig` that change nothing, and the reason. Other values are warned about."""
 
 
 @dataclass
@@ -28,8 +39,8 @@ class RankedDPOConfig(DPOConfig):
     Configuration of [`RankedDPOTrainer`]. The arguments of `trl.DPOConfig` keep their meaning and their defaults.
 
     `loss_weights`, `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef`, `use_weighting`, `discopop_tau`,
-    `truncation_mode`, `padding_free` and `label_smoothing` are defined for pairs only; another value than the default
-    raises an error.
+    `truncation_mode`, `padding_free`, `label_smoothing` and `label_smoothing_factor` have no meaning for rankings;
+    another value than the default raises an error.
 
     Args:
         loss_type (`str`, *optional*, defaults to `"plackett_luce"`):

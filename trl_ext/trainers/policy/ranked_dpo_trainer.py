@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
@@ -26,7 +27,9 @@ from trl_ext.models.inputs import InputLimits, freeze_date, text_tokenizer
 from trl_ext.models.shared_prefix import ATTENTION_NAME, current_attention, select_attention, use_shared_prefix
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.loading import BY_LENGTH, with_lengths
-from trl_ext.trainers.policy.ranked_dpo_config import RankedDPOConfig
+from trl_ext.trainers.common.policy_training import PolicyTraining
+from trl_ext.trainers.common.summary import base_name, run_facts
+from trl_ext.trainers.policy.ranked_dpo_config import WITHOUT_EFFECT, RankedDPOConfig
 from trl_ext.trainers.policy.ranked_dpo_data import (
     COLUMNS,
     IGNORED,
@@ -39,7 +42,7 @@ from trl_ext.trainers.ranking.objective import RankingObjective
 from trl_ext.trainers.ranking.recording import signed_ratings
 
 
-class RankedDPOTrainer(DPOTrainer):
+class RankedDPOTrainer(PolicyTraining, DPOTrainer):
     r"""
     DPO on rankings: a ranking loss of the implicit rewards of K completions of a prompt.
 
@@ -52,17 +55,20 @@ class RankedDPOTrainer(DPOTrainer):
     `"listnet"` and `"lambda_loss"` it is listwise preference optimization (https://huggingface.co/papers/2402.01878).
 
     Args:
-        model, ref_model, args, processing_class, compute_metrics, callbacks, optimizers, quantization_config,
-        peft_config: as in `trl.DPOTrainer`; `args` is a [`RankedDPOConfig`].
+        model, ref_model, args, processing_class, callbacks, optimizers, quantization_config,
+        peft_config: as in `trl.DPOTrainer`; `args` is a [`RankedDPOConfig`]. `model` may also be the folder of an
+            adapter, e.g. of SFT, which is trained further.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
             Ranked rows (`prompt`, `completions`, and `ratings` or `ranks`) or preference rows (`prompt`, `chosen`,
             `rejected`, and optionally `margin` or `preference_probability`), as text or chats. The number of
             completions may differ from row to row, and ratings may be tied.
-        **kwargs: as in `trl.DPOTrainer`. `data_collator` raises an error.
+        **kwargs: as in `trl.DPOTrainer`. `data_collator` and `compute_metrics` raise an error.
 
     Raises:
         TypeError: if `args` is not a [`RankedDPOConfig`].
-        ValueError: for arguments that contradict each other, and for rows with images.
+        ValueError: for arguments that contradict each other, for rows with images, and for an adapter that could not
+            be loaded again as it was trained.
+        [`BaseMismatchError`]: if a policy in memory differs from the files that its adapter or reference needs.
         [`DataError`]: if a row is malformed. The message names the row, the column and the fix.
         [`NotFiniteError`]: in training, if an implicit reward or a loss is NaN or infinite.
 
@@ -81,6 +87,7 @@ class RankedDPOTrainer(DPOTrainer):
 
     _tag_names = ["trl", "trl_ext", "ranked-dpo"]
     _name = "Ranked DPO"
+    _what = "A language model that was trained on rankings of completions."
 
     def __init__(self, model: Any, ref_model: PreTrainedModel | None = None, args: Any = None, **kwargs: Any):
         args = RankedDPOConfig("ranked-dpo") if args is None else args
@@ -90,8 +97,14 @@ class RankedDPOTrainer(DPOTrainer):
             )
         if kwargs.get("data_collator") is not None:
             raise ValueError("`data_collator` is given, but groups need the trainer's own collator. Leave it out.")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("`compute_metrics` needs logits, which RankedDPOTrainer does not make. Leave it out.")
+        model, args = self._accept(
+            model, args, kwargs, reference=ref_model is None, copied=not args.precompute_ref_log_probs
+        )
         self._objective = RankingObjective(args.loss_type, args.loss_kwargs)
         self._limits = _limits_of(model, args)
+        self._given_reference = ref_model is not None
         self._reports: list[DataReport] = []
         self._most = 0  # candidates of the largest group
         self._collator = RankedDPOCollator(pad_token_id=0, pad_to_multiple_of=args.pad_to_multiple_of)
@@ -100,6 +113,9 @@ class RankedDPOTrainer(DPOTrainer):
         if rows is not None and {"image", "images"} & set(rows.column_names or next(iter(rows))):
             raise ValueError("The rows have images, and RankedDPOTrainer reads only text. Remove the image columns.")
         super().__init__(model, ref_model, args, data_collator=self._collator, **kwargs)
+        self._finish_set_up(WITHOUT_EFFECT)
+        pad = text_tokenizer(self.processing_class).pad_token_id
+        self.model.config.get_text_config().pad_token_id = self.model.generation_config.pad_token_id = pad
         keep_4bit_exact_on_cpu(self.model)
 
     # -------------------------------------------------------------------------------------------------------- data
@@ -113,8 +129,12 @@ class RankedDPOTrainer(DPOTrainer):
         if "completion_start" in (dataset.column_names or next(iter(dataset))):
             return dataset
         tokenizer = text_tokenizer(processing_class)
-        self._collator.pad_token_id = tokenizer.pad_token_id
         freeze_date(tokenizer)
+        if args.pad_token is not None:
+            if args.pad_token not in tokenizer.get_vocab():
+                raise ValueError(f"pad_token={args.pad_token!r} is not in the vocabulary of the tokenizer.")
+            tokenizer.pad_token = args.pad_token
+        self._collator.pad_token_id = tokenizer.pad_token_id
         tokenization = TokenizationSettings.for_training(tokenizer)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():
@@ -225,7 +245,7 @@ class RankedDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if return_outputs:
-            raise ValueError("`compute_metrics` needs logits, which RankedDPOTrainer does not make. Leave it out.")
+            raise ValueError("RankedDPOTrainer makes no logits. Call `evaluate`, or set prediction_loss_only=True.")
         mask = inputs["group_mask"]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         outputs, flat_logps = self._log_probabilities(model, inputs, **router)
@@ -248,6 +268,17 @@ class RankedDPOTrainer(DPOTrainer):
         with torch.no_grad():
             self._record(mode, rewards, logps, inputs, tokens)
         return loss
+
+    # --------------------------------------------------------------------------------------------- telling and saving
+    def _facts(self) -> dict[str, str]:
+        self._decide_flat_rows(self.model)
+        adapters = "the base with its adapters off" if isinstance(self.model, PeftModel) else "a copy of the policy"
+        reference = adapters if self.ref_model is None or not self._given_reference else base_name(self.ref_model)
+        loss = f"{self._objective.name} of the implicit rewards, beta {self.beta:g}"
+        if self.args.sft_coefficient:
+            loss += f" + {self.args.sft_coefficient:g} x cross-entropy to the best completion"
+        flat = "on" if self._collator.shared_prefix else "off"
+        return run_facts(self, loss, reports=self._reports, reference=reference, shared_prefix=flat)
 
     # ----------------------------------------------------------------------------------------------------- metrics
     def _add(self, mode: str, **values: torch.Tensor) -> None:

@@ -27,12 +27,15 @@ from trl_ext.losses.advantages import (
 from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.trainers.common.health import NotFiniteError
+from trl_ext.trainers.common.policy_card import sampling_section
+from trl_ext.trainers.common.policy_training import PolicyTraining
+from trl_ext.trainers.common.summary import run_facts
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
 from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, step_metrics, write_samples
 
 
-class DenseGRPOTrainer(GRPOTrainer):
+class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
     """
     GRPO with rewards for parts of a completion.
 
@@ -54,7 +57,10 @@ class DenseGRPOTrainer(GRPOTrainer):
     Raises:
         TypeError: if `args` is not a [`DenseGRPOConfig`], or a dense reward function is a scalar reward model.
         ValueError: if there is no reward function, if `advantage="outcome"` is combined with dense reward functions,
-            or if the number of weights differs from the number of functions.
+            if the number of weights differs from the number of functions, or for an adapter that could not be loaded
+            again as it was trained.
+        [`BaseMismatchError`]: if a policy in memory differs from the files that its adapter or reference needs.
+        [`NotFiniteError`]: in training, if a reward is infinite, or a loss is NaN or infinite.
         [`DenseRewardError`]: in training, if a dense reward function returns spans outside a completion, rewards that
             are not finite, or the wrong number of lists.
 
@@ -75,6 +81,7 @@ class DenseGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "trl_ext", "dense-grpo"]
     _name = "Dense GRPO"
+    _what = "A language model that was trained with rewards for parts of its completions."
 
     def __init__(
         self,
@@ -116,7 +123,9 @@ class DenseGRPOTrainer(GRPOTrainer):
             if classes is not None:
                 kwargs["reward_processing_classes"] = [*_listed(classes), None]
             scalar = [*scalar, self._dense]
+        model, args = self._accept(model, args, kwargs, reference=args.beta != 0, copied=True)
         super().__init__(model=model, reward_funcs=scalar, args=args, **kwargs)
+        self._finish_set_up(args.without_effect(bool(dense)))
         keep_4bit_exact_on_cpu(self.model)
         for function in [*_listed(reward_funcs), *dense]:
             # only reward functions that wait for the policy's base have the method (SharedBaseScorer)
@@ -130,6 +139,32 @@ class DenseGRPOTrainer(GRPOTrainer):
         if self._dense is not None:
             self._dense.tokenizer = text_tokenizer(self.processing_class)
 
+    # --------------------------------------------------------------------------------------------- telling and saving
+    def _loss_in_words(self) -> str:
+        args = self.args
+        dense = "" if self._dense is None else f", advantage {args.advantage}"
+        return f"GRPO ({args.loss_type}){dense}{f', KL coefficient {self.beta:g}' if self.beta else ''}"
+
+    def _facts(self) -> dict[str, str]:
+        names = self.reward_func_names if self._dense is None else self.reward_func_names[:-1]
+        weights = [float(weight) for weight in self.reward_weights]
+        rewards = [f"{name} x {weight:g}" for name, weight in zip(names, weights, strict=False)]
+        if self._dense is not None:
+            dense = zip(self._dense.names, self._dense.weights, strict=True)
+            rewards += [f"{name} x {weight:g} (dense)" for name, weight in dense]
+        facts = run_facts(
+            self,
+            loss=self._loss_in_words(),
+            rewards=", ".join(rewards),
+            completions=f"{self.num_generations} of each prompt, up to {self.max_completion_length} tokens",
+        )
+        # a batch holds completions: the prompts of a step are as many divided by `num_generations`
+        return facts | {"batch": facts["batch"].replace("rows", "completions")}
+
+    def _metrics_section(self) -> list[str]:
+        return sampling_section(self) if self.eval_dataset is None else super()._metrics_section()
+
+    # ------------------------------------------------------------------------------------------------------- rewards
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"].bool()

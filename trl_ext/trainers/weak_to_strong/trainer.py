@@ -3,31 +3,26 @@
 It knows a student, a teacher and the loss of `trl_ext.losses.distillation`. TRL prepares the data and does the rest.
 """
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 import trl
-from datasets import IterableDataset
-from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
 
-from trl_ext.logs import follow_transformers
 from trl_ext.losses.distillation import distillation, entropy_sum, scheduled_weight
 from trl_ext.models.inputs import text_tokenizer, use_known_pad_token
 from trl_ext.models.sidecar import vocab_size
-from trl_ext.trainers.common.loading import StreamResumeCallback
-from trl_ext.trainers.common.model_card import metrics_section, name_in_card, run_length, write_card
-from trl_ext.trainers.common.policy_card import policy_card
-from trl_ext.trainers.common.summary import base_name, log_start, run_facts
+from trl_ext.trainers.common.policy_training import PolicyTraining
+from trl_ext.trainers.common.summary import base_name, run_facts
 from trl_ext.trainers.weak_to_strong.config import WeakToStrongConfig
 
 
 logger = logging.getLogger(__name__)
+
+WITHOUT_EFFECT = {"logging_nan_inf_filter": "training stops at a loss that is NaN or infinite"}
+"""Arguments of `trl.SFTConfig` that change nothing, and the reason."""
 
 # Tensors of a batch that a forward pass gets, for padded and for packed rows.
 FORWARD_INPUTS = (
@@ -41,7 +36,7 @@ FORWARD_INPUTS = (
 )
 
 
-class WeakToStrongTrainer(trl.SFTTrainer):
+class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
     r"""
     Supervised fine-tuning with a weak teacher: cross-entropy to the data plus lambda KL(weak || strong).
 
@@ -61,12 +56,15 @@ class WeakToStrongTrainer(trl.SFTTrainer):
     `kd_weight`.
 
     Raises:
-        ValueError: if the teacher is missing or has another vocabulary, or if the model is a mixture of experts with
-            an auxiliary loss, which this trainer does not compute.
+        ValueError: if the teacher is missing or has another vocabulary, if the model is a mixture of experts with an
+            auxiliary loss, which this trainer does not compute, or for an adapter that could not be loaded again.
+        [`BaseMismatchError`]: if a student in memory differs from the files that its adapter needs.
+        [`NotFiniteError`]: in training, if the loss is NaN or infinite.
     """
 
     _tag_names = ["trl", "sft", "weak-to-strong"]
     _name = "Weak-to-strong"
+    _what = "A language model that learned from a weaker one."
 
     def __init__(
         self,
@@ -82,13 +80,12 @@ class WeakToStrongTrainer(trl.SFTTrainer):
             raise TypeError(f"args is a {type(args).__name__}. Needed: a WeakToStrongConfig.")
         if teacher_model is None and args.kd_weight > 0:
             raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
-        follow_transformers(args.get_process_log_level())
+        model, args = self._accept(model, args, kwargs, reference=False, copied=False)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = text_tokenizer(kwargs["processing_class"])
             use_known_pad_token(kwargs["processing_class"], _vocabulary(model, args))
         super().__init__(model=model, args=args, **kwargs)
-        if isinstance(self.train_dataset, IterableDataset):
-            self.add_callback(StreamResumeCallback())
+        self._finish_set_up(WITHOUT_EFFECT)
         if self.aux_loss_enabled:
             raise ValueError(
                 "The model adds a router loss, which this trainer does not compute. Load the model with "
@@ -157,34 +154,6 @@ class WeakToStrongTrainer(trl.SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     # ------------------------------------------------------------------------------------------- telling and saving
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        log_start(self, self._facts())
-        return super().train(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model (or adapter), tokenizer and a model card."""
-        super().save_model(output_dir, _internal_call)
-        self._write_card(Path(output_dir or self.args.output_dir))
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **metadata: Any,
-    ) -> None:
-        """Write `README.md` into the output folder. The arguments are those of `trl.SFTTrainer`."""
-        self._write_card(Path(self.args.output_dir), dataset_name=dataset_name, tags=tags, **metadata)
-
-    def _write_card(self, folder: Path, **metadata: Any) -> None:
-        if not self.args.should_save:
-            return
-        name = name_in_card(self, folder)
-        adapter, facts = isinstance(self.model, PeftModel), self._facts() | run_length(self)
-        base, metrics = base_name(self.model), metrics_section(self, None, None)
-        what = "A language model that learned from a weaker one."
-        write_card(folder, policy_card(self, facts, metrics, name, base, adapter, what, **metadata))
-
     def _facts(self) -> dict[str, str]:
         loss = "cross-entropy to the data"
         if self._teacher is not None:
@@ -230,10 +199,8 @@ def _vocabulary(model: str | nn.Module, args: WeakToStrongConfig) -> int:
     """Number of token ids that a model knows which is given by its path or in memory."""
     if not isinstance(model, str):
         return vocab_size(model)
-    folder = Path(model, "adapter_config.json")
-    source = json.loads(folder.read_text(encoding="utf-8"))["base_model_name_or_path"] if folder.is_file() else model
-    kwargs = {"revision": (args.model_init_kwargs or {}).get("revision")} if source == model else {}
-    config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code, **kwargs)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     return config.get_text_config().vocab_size
 
 
