@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable
 
 import trl_ext
-from trl_ext.cli.common.early import UsageError, check_names
 from trl_ext.cli.common.logs import quiet_noise
 from trl_ext.cli.common.options import places_of, short_help
 from trl_ext.logs import show_logs
@@ -109,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int | None:
+    from trl_ext.cli.common.early import UsageError, check_names  # help needs none of it
+
     try:
         check_names(command, argv)
     except UsageError as error:

@@ -66,6 +66,9 @@ def test_the_names_of_a_config_file_are_checked_and_flags_win(here):
     with pytest.raises(ValueError, match="has no function 'shrt'"):
         check_names("rejection-sample", ["--config", "run.yaml"])
     check_names("rejection-sample", ["--config", "run.yaml", "--reward_funcs", "rewards.py:short"])
+    (here / "run.yaml").write_text("temprature: 1.0\n")
+    with pytest.raises(ValueError, match="unknown argument 'temprature'. Did you mean 'temperature'"):
+        check_names("rejection-sample", ["--config", "run.yaml"])
     assert flags(["--a", "1", "2", "--b-c=3", "--d"]) == {"a": ["1", "2"], "b_c": ["3"], "d": []}
 
 
@@ -73,7 +76,6 @@ def test_the_names_of_a_config_file_are_checked_and_flags_win(here):
     ("argv", "message"),
     [
         (["score", "--model", "./modle"], "./modle is not a folder.*Did you mean 'model'"),
-        (["score", "--input", "row.jsonl"], "Did you mean 'rows.jsonl'"),
         (["reward", "--config", "run.yaml"], "No file at 'run.yaml'"),
         (["score", "--dataset_format", "rewardbnch"], "Did you mean 'rewardbench'"),
         (["dense-grpo", "--dense_reward_funcs", "rewards.py:shrt"], "Did you mean 'short'"),

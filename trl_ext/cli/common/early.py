@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import trl_ext
+from trl_ext.cli.common.options import options_of, places_of
 from trl_ext.pipelines.answers import check_math_verify
 from trl_ext.pipelines.names import check_name
 from trl_ext.pipelines.user_functions import did_you_mean
 
 
 REWARDS = ("reward_funcs", "dense_reward_funcs")
-FILES = ("config", "input", "dataset_name", "few_shot", "samples")
 MODELS = ("model", "model_name_or_path", "value_model", "base_model", "policy", "compare")
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".yaml", ".yml")
+OURS = ("score", "evaluate", "rejection-sample", "best-of-n")
 
 
 class UsageError(ValueError):
@@ -32,18 +32,20 @@ def check_names(command: str, argv: list[str]) -> None:
     Raises:
         ValueError: there is no reward function of that name.
         [`UsageError`]: there is no such config file or data set format.
-        FileNotFoundError: a file or folder does not exist.
+        FileNotFoundError: the folder of a model does not exist.
         ImportError: a reward function or a vote needs a package that is not installed.
     """
     given = flags(argv)
-    for name in FILES:
-        for value in given.get(name, ()):
-            _check_path(name, value, is_path=value.endswith(SUFFIXES))
     if len(given.get("config", ())) == 1:
-        given = _values_of(given["config"][0]) | given
-    for name in FILES + MODELS:
-        for value in given.get(name, ()):
-            _check_path(name, value, is_path=value.endswith(SUFFIXES) if name in FILES else _is_no_hub_id(value))
+        if not Path(given["config"][0]).exists():
+            raise UsageError(f"--config: No file at {given['config'][0]!r} (seen from {Path.cwd()}).")
+        values = _values_of(given["config"][0])
+        _check_keys(command, given["config"][0], values)
+        given = values | given
+    for value in (value for name in MODELS for value in given.get(name, ())):
+        if _is_no_hub_id(value) and not Path(value).exists():
+            near = did_you_mean(value, [str(one) for one in Path(value).parent.glob("*")])
+            raise FileNotFoundError(f"{value} is not a folder (seen from {Path.cwd()}).{near}")
     for value in given.get("dataset_format", ()):
         check_format(value)
     for value in (value for name in REWARDS for value in given.get(name, ())):
@@ -65,6 +67,14 @@ def flags(argv: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def _check_keys(command: str, file: str, values: dict[str, list[str]]) -> None:
+    """Raise [`UsageError`] for an unknown key in the config file of a command whose options are all ours."""
+    if command in OURS:
+        known = {"env", *(name for place in places_of(command) for name in options_of(place))}
+        for name in values.keys() - known:
+            raise UsageError(f"{file}: unknown argument {name!r}.{did_you_mean(name, known)}")
+
+
 def _values_of(path: str) -> dict[str, list[str]]:
     """The texts of a config file by name; nothing where it cannot be read, which its parser says better."""
     import yaml
@@ -83,20 +93,7 @@ def _is_no_hub_id(name: str) -> bool:
     """Whether a name can only be that of a folder: `/models/a`, `./a`, `a/b/c`."""
     if name.startswith(("http://", "https://")):
         return False
-    return name.startswith(("/", "./", "../", "~")) or len(Path(name).parts) > 2
-
-
-def _check_path(flag: str, value: str, is_path: bool) -> None:
-    path = Path(value)
-    if not is_path or path.exists() or "://" in value or any(sign in value for sign in "*?[{"):
-        return
-    near = did_you_mean(value, [str(one) for one in path.parent.glob("*")])
-    if flag in MODELS:
-        raise FileNotFoundError(f"--{flag}: {value} is not a folder (seen from {Path.cwd()}).{near}")
-    message = f"--{flag}: No data file at {value!r} (seen from {Path.cwd()}).{near}"
-    if flag == "config":
-        raise UsageError(message.replace("data file", "file"))
-    raise FileNotFoundError(message)
+    return name.startswith(("/", "./", "../")) or len(Path(name).parts) > 2
 
 
 def check_format(name: str) -> None:
