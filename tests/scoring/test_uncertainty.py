@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from tests.scoring.conftest import save_reward_model
-from tests.tiny import pair_rows, ranked_rows
+from tests.tiny import pair_rows, ranked_rows, save_tiny_model
+from tests.trainers.table import outcome_rows, tiny_trainer
 from trl_ext import RewardScorer, merge_reward_model
 from trl_ext.data.validation import DataError
 from trl_ext.losses import bradley_terry, plackett_luce
@@ -253,3 +254,40 @@ def test_rows_that_say_nothing_are_refused(reward_path):
         scorer.fit_uncertainty(PAIRS[:2], prior_precision=0.0)
     with pytest.raises(DataError, match="row 1"):
         scorer.fit_uncertainty([PAIRS[0], {**PAIRS[1], "rejected": ""}])
+
+
+def test_an_outcome_model_has_the_precision_of_logistic_regression(tmp_path):
+    base = save_tiny_model(tmp_path / "base", "llama")
+    rows = outcome_rows(16)
+    trainer = tiny_trainer("orm", base, tmp_path / "orm", rows, max_steps=1)
+    trainer.save_model()
+    scorer = RewardScorer(tmp_path / "orm")
+    about = scorer.fit_uncertainty(rows)
+    texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    features = torch.stack(scorer.raw.features(*texts, {})).double()
+    if len(scorer.last_weight()) > features.shape[1]:  # token classifiers have a bias
+        features = torch.cat([features, torch.ones(len(features), 1).double()], dim=1)
+    chance = torch.sigmoid(features @ scorer.last_weight().double())
+    precision = (features * (chance * (1 - chance))[:, None]).T @ features
+    precision += about["prior_precision"] * torch.eye(len(precision), dtype=torch.float64)
+    wanted = (features @ torch.linalg.inv(precision) * features).sum(1).sqrt()  # of the log-odds: no reference
+    scores, stds = scorer.score_with_uncertainty(*texts)
+    assert stds == pytest.approx(wanted.tolist(), rel=1e-3) and scores == pytest.approx(scorer(*texts), abs=1e-5)
+    with pytest.raises(DataError, match="row 1.*label"):
+        scorer.fit_uncertainty([rows[0], {"prompt": "p", "completion": " c"}])
+    with pytest.raises(ValueError, match="several outputs"):
+        RewardScorer(tmp_path / "orm", aggregation="min").fit_uncertainty(rows)
+    scorer.raw.sidecar.loss_type = "mse"
+    with pytest.raises(ValueError, match="bce"):
+        scorer.fit_uncertainty(rows)
+
+
+def test_a_model_that_is_trained_further_in_memory_is_refused(tmp_path, caplog):
+    scorer = RewardScorer(save_reward_model(tmp_path))
+    scorer.raw.sidecar.loss_type = "pointwise"
+    scorer.fit_uncertainty(PAIRS[:8])
+    assert "pointwise" in caplog.text
+    with torch.no_grad():
+        output_layer(scorer.model).weight += 0.01
+    with pytest.raises(PosteriorError, match="trained further"):
+        scorer.score_with_uncertainty(["p"], [" c"])

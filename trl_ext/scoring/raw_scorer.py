@@ -152,12 +152,8 @@ class RawScorer:
         `None` for a row without tokens. Arguments and errors as in `scores`.
 
         Raises:
-            `ValueError`: the model is on a server, or its score is not the output at one token.
+            `ValueError`: the score is not the output at one token. A model on a server has no features either.
         """
-        if isinstance(self.runner, RemoteModel):
-            raise ValueError(
-                f"{self.name} is on a server, which gives no features. Load the model here, by its folder."
-            )
         if not self._gives_scalars:
             raise ValueError(
                 f"The score of {self.name} ({self.kind}) is put together from several outputs, so it has no features. "

@@ -28,10 +28,13 @@ from trl_ext.scoring.last_layer import (
     loss_curvature,
     read_posterior,
 )
+from trl_ext.scoring.remote import RemoteModel
 
 
 logger = logging.getLogger(__name__)
 
+# Losses under which score differences are log-odds; None: the model does not say.
+LIKELIHOODS = (None, "bradley_terry", "pairwise", "plackett_luce")
 # Rows whose features are in memory at a time.
 CHUNK_ROWS = 256
 
@@ -160,9 +163,10 @@ class Uncertainty:
         if there:
             features = self._with_bias(torch.stack(there))
             rows = [row for row, features in enumerate(found) if features is not None]
-            values = zip(rows, (features @ posterior.weight).tolist(), posterior.std(features).tolist(), strict=True)
+            values = zip(rows, (features @ self.last_weight()).tolist(), posterior.std(features).tolist(), strict=True)
+            unit = self._unit()
             for row, score, std in values:
-                raw[row], spread[row] = score, std * self._unit()
+                raw[row], spread[row] = score, std * unit
         scores = self._normalized(raw)
         return calibrated_scores(scores, self.calibration) if self.calibrated else scores, spread
 
@@ -176,8 +180,8 @@ class Uncertainty:
                     f"{self.__name__} has no uncertainty. Fit it on the rows of training: "
                     "`scorer.fit_uncertainty(dataset)`, or `trl-ext score --fit_uncertainty DATA`."
                 )
-            found.check_weight(self.last_weight(), self.__name__)
             self._posterior = found
+        self._posterior.check_weight(self.last_weight(), self.__name__)  # a model in memory may be trained further
         return self._posterior
 
     @property
@@ -201,6 +205,10 @@ class Uncertainty:
 
     def last_weight(self) -> torch.Tensor:
         """The weight of the head's output layer, (H,) in fp32 on the CPU, with the bias last if there is one."""
+        if isinstance(self.model, RemoteModel):
+            raise ValueError(
+                f"{self.__name__} is on a server, which gives no features. Load the model here, by its folder."
+            )
         layer = output_layer(self.model)
         parts = [layer.weight[0]] if layer.bias is None else [layer.weight[0], layer.bias]
         return torch.cat([part.detach().float().cpu().flatten() for part in parts])
@@ -217,7 +225,12 @@ class Uncertainty:
         return {name: getattr(self._posterior, name) for name in ("prior_precision", "chosen_by", "rows")}
 
     def _check_kind(self) -> None:
-        loss = "bce" if self.raw.sidecar is None else self.raw.sidecar.loss_type
+        loss = None if self.raw.sidecar is None else self.raw.sidecar.loss_type
+        if self.kind == "scalar" and loss not in LIKELIHOODS:
+            logger.warning(
+                f"{self.__name__} was trained with the loss {loss!r}, so its score differences may be no log-odds. "
+                "The standard deviations then order completions, but their size means little."
+            )
         if self.kind == "outcome" and loss not in (None, "bce"):
             raise ValueError(
                 f"{self.__name__} was trained with the loss {loss!r}, which is no likelihood of right and wrong. "

@@ -156,8 +156,10 @@ def test_a_shortlist_holds_no_more_than_its_size():
     for start in range(0, 1000, 50):
         part = values[start : start + 50]
         best.add(range(start, start + 50), part, torch.zeros(50, 1 + start // 500, 3))
-        assert len(best.rows) == 5 and len(best.vectors) == 5
-    assert best.rows.tolist() == values.argsort(descending=True)[:5].tolist()
+        assert sum(len(part[0]) for part in best._new) < 5
+    rows, found, vectors = best.best()
+    assert rows.tolist() == values.argsort(descending=True)[:5].tolist() and vectors.shape == (5, 2, 3)
+    assert found.tolist() == pytest.approx(values.sort(descending=True).values[:5].tolist())
     assert best.dropped == pytest.approx(values.sort(descending=True).values[5].item())
 
 
@@ -209,6 +211,13 @@ def test_what_a_model_cannot_do_is_refused(scorer):
         choose_rows(ensemble, POOL, 1, "fisher")
     with pytest.raises(ValueError, match="NoneType"):
         choose_rows(None, POOL, 1, "entropy")
+
+
+def test_of_equal_values_the_earlier_rows_are_chosen():
+    best = Shortlist(3)
+    for start in (0, 4, 8):
+        best.add(range(start, start + 4), torch.ones(4), None)
+    assert best.pick(3, "none") == ([0, 1, 2], [1.0, 1.0, 1.0], True)
 
 
 def test_a_score_that_is_not_finite_names_its_row(tmp_path):

@@ -184,7 +184,7 @@ def choose_rows(
         "chosen": n,
         "mean_value_of_pool": total / count,
         "mean_value_of_chosen": sum(values) / n,
-        "shortlist": len(best.rows),
+        "shortlist": min(kept, count),
         "same_as_without_shortlist": exact,
         "truncated": getattr(model, "num_truncated", 0),
         **valuer.about,

@@ -5,7 +5,6 @@ It knows row numbers, values and vectors. It does not know what a row holds, or 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,31 +16,40 @@ Diversity = Literal["determinant", "k_centre", "none"]
 DIVERSITIES = ("determinant", "k_centre", "none")
 
 
-@dataclass
 class Shortlist:
     """
-    The rows with the highest values so far, and their vectors.
+    The rows with the highest values so far, and their vectors. Memory holds at most twice as many rows.
 
     Args:
         size (`int`): how many rows are kept.
     """
 
-    size: int
-    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    values: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    vectors: torch.Tensor | None = None  # (rows, R, H)
-    dropped: float = -math.inf  # the highest value that was left out
+    def __init__(self, size: int):
+        self.size = size
+        self.dropped = -math.inf  # the highest value that was left out
+        self._kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # sorted by value
+        self._new: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
     def add(self, rows: Sequence[int], values: torch.Tensor, vectors: torch.Tensor | None) -> None:
-        """Add rows (N,) with their values (N,) and vectors (N, R, H); keep the best, the earlier row among equals."""
-        everything = torch.cat([self.values, values.double()])
-        order = everything.argsort(descending=True, stable=True)
+        """Add rows (N,) with their values (N,) and vectors (N, R, H); of equal values the earlier row counts more."""
+        values, full = values.double(), self._kept is not None and len(self._kept[0]) == self.size
+        good = values > self._kept[1][-1] if full else torch.ones(len(values), dtype=torch.bool)
+        self.dropped = max([self.dropped, *values[~good].tolist()])
+        self._new.append((torch.tensor(rows)[good], values[good], None if vectors is None else vectors[good]))
+        if sum(len(part[0]) for part in self._new) >= self.size:
+            self.best()
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Row numbers, values and vectors of the shortlist, the highest value first."""
+        parts = [*([] if self._kept is None else [self._kept]), *self._new]
+        rows, values = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        order = values.argsort(descending=True, stable=True)
         if len(order) > self.size:
-            self.dropped = max(self.dropped, float(everything[order[self.size]]))
+            self.dropped = max(self.dropped, float(values[order[self.size]]))
         order = order[: self.size]
-        self.values, self.rows = everything[order], torch.cat([self.rows, torch.tensor(rows)])[order]
-        if vectors is not None:
-            self.vectors = _stacked(self.vectors, vectors)[order]
+        vectors = None if parts[0][2] is None else _stacked([part[2] for part in parts])[order]
+        self._kept, self._new = (rows[order], values[order], vectors), []
+        return self._kept
 
     def pick(self, n: int, diversity: Diversity) -> tuple[list[int], list[float], bool]:
         """
@@ -50,18 +58,16 @@ class Shortlist:
         The gain of a row in a growing batch is at most its value alone. So the greedy design is that of the whole pool
         if each gain is at least the highest value that was left out.
         """
+        rows, values, vectors = self.best()
         if diversity == "determinant":
-            picked, values = greedy_determinant(self.vectors, n)
-            return self.rows[picked].tolist(), values, min(values) >= self.dropped
-        picked = list(range(n)) if diversity == "none" else k_centre(self.vectors[:, 0], n)
+            picked, gains = greedy_determinant(vectors, n)
+            return rows[picked].tolist(), gains, min(gains) >= self.dropped
+        picked = list(range(n)) if diversity == "none" else k_centre(vectors[:, 0], n)
         exact = diversity == "none" or self.dropped == -math.inf
-        return self.rows[picked].tolist(), self.values[picked].tolist(), exact
+        return rows[picked].tolist(), values[picked].tolist(), exact
 
 
-def _stacked(one: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """Vectors of two batches of rows, with zeros where a row has fewer vectors than another."""
-    if one is None:
-        return other
-    rank = max(one.shape[1], other.shape[1])
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(part, (0, 0, 0, rank - part.shape[1])) for part in (one, other)])
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Vectors of several batches of rows, with zeros where a row has fewer vectors than another."""
+    rank, pad = max(part.shape[1] for part in parts), torch.nn.functional.pad
+    return torch.cat([pad(part, (0, 0, 0, rank - part.shape[1])) for part in parts])
