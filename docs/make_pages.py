@@ -53,7 +53,10 @@ API = {
 }
 # Modules with functions that users call by their path.
 API_MODULES = {
-    "losses": ("Losses", "losses.ranking losses.lambda_loss losses.token losses.distillation losses.advantages"),
+    "losses": (
+        "Losses",
+        "losses.ranking losses.lambda_loss losses.penalties losses.token losses.distillation losses.advantages",
+    ),
     "data": ("Segmenters", "data.segmentation"),
     "views": ("Views of a scored text", "scoring.view"),
     "voting": ("Votes and estimators", "metrics.voting metrics.pgr"),

@@ -16,6 +16,7 @@ type. The losses compute and return fp32 (fp64 if the scores are fp64).
 """
 
 from trl_ext.losses.lambda_loss import lambda_loss
+from trl_ext.losses.penalties import batch_sum_to_zero
 from trl_ext.losses.properties import RankingLossProperties, TokenLossProperties
 from trl_ext.losses.ranking import (
     bradley_terry,
@@ -34,6 +35,7 @@ __all__ = [
     "TokenLossProperties",
     "average",
     "averaging_items",
+    "batch_sum_to_zero",
     "bce",
     "bradley_terry",
     "ce",

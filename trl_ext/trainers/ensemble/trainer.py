@@ -116,6 +116,8 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         scores = in_groups(self._candidate_scores(model, inputs), mask)  # (M * B, K)
         losses = self._objective(scores, batch)  # (M * B,)
         weights = inputs.get("member_weights")  # (M, B)
+        if self.model.training:
+            losses = self._objective.with_batch_penalty(losses, scores, mask, members, weights)
         if self.model.training and num_items_in_batch is not None:
             each = losses.view(members, -1) if weights is None else losses.view(members, -1) * weights
             # a member that counts no group in this step has the loss 0

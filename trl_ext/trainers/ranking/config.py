@@ -21,6 +21,11 @@ class RewardConfig(trl.RewardConfig):
         loss_kwargs (`dict`, *optional*):
             Keyword arguments of the loss, e.g. `{"temperature": 0.5}` for `listnet` or `{"margin_from_ratings": true}`
             for `bradley_terry` and `pairwise`.
+        batch_sum_to_zero_coefficient (`float`, *optional*):
+            Add the squared mean of all rewards of a batch, times this coefficient, to the training loss: batch-wise
+            sum-to-zero regularization (https://huggingface.co/papers/2505.07271). A batch is the
+            `per_device_train_batch_size` groups that one process runs at a time, and never a whole accumulated step.
+            An ensemble has a penalty for each member. Works with every loss; evaluation leaves it out.
         shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
             Run the candidates of a group as one flat row, which holds their common prompt once and has no padding, if
             this saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
@@ -51,6 +56,13 @@ class RewardConfig(trl.RewardConfig):
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of the loss as JSON, e.g. '{\"temperature\": 0.5}' for listnet."},
+    )
+    batch_sum_to_zero_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the squared mean of all rewards of a batch (batch-wise sum-to-zero regularization). A "
+            "batch is what one process runs at a time."
+        },
     )
     shared_prefix: Literal["auto", True, False] = field(
         default="auto",

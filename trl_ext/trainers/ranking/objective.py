@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ext.data.validation import DataError
+from trl_ext.losses.penalties import batch_sum_to_zero
 from trl_ext.losses.ranking import center_rewards, ranking_losses
 
 
@@ -43,6 +44,7 @@ class RankingObjective:
         label_smoothing (`float`, *optional*, defaults to `0.0`): probability, below 0.5, that a preference is the
             wrong way round. This is the conservative loss of *A note on DPO with noisy preferences & relationship to
             IPO* by E. Mitchell (https://ericmitchell.ai/cdpo.pdf).
+        batch_sum_to_zero_coefficient (`float`, *optional*): weight of [`~trl_ext.losses.batch_sum_to_zero`].
 
     Raises:
         ValueError: if the name is unknown, the loss does not accept an argument, or it does not return one number per
@@ -55,6 +57,7 @@ class RankingObjective:
         loss_kwargs: dict[str, Any] | None = None,
         center_rewards_coefficient: float | None = None,
         label_smoothing: float = 0.0,
+        batch_sum_to_zero_coefficient: float | None = None,
     ):
         self._loss = ranking_losses.get(loss_type)
         self._properties = ranking_losses.properties_of(loss_type)
@@ -62,6 +65,9 @@ class RankingObjective:
         self.loss_kwargs = dict(loss_kwargs or {})
         self._center = center_rewards_coefficient
         self._smoothing = label_smoothing
+        self._sum_to_zero = batch_sum_to_zero_coefficient
+        if self._sum_to_zero is not None and not self._sum_to_zero >= 0:
+            raise ValueError(f"batch_sum_to_zero_coefficient={self._sum_to_zero}; needed: a number of at least 0.")
         if label_smoothing and not 0 < label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing_factor={label_smoothing} is no share of wrong preferences. Needed: at least 0 and "
@@ -114,6 +120,32 @@ class RankingObjective:
         if self._center is not None:
             losses = losses + self._center * center_rewards(scores, batch["group_mask"])
         return losses
+
+    def with_batch_penalty(
+        self,
+        losses: torch.Tensor,
+        scores: torch.Tensor,
+        mask: torch.Tensor,
+        members: int = 1,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Add the penalty of the batch to the loss of each of its groups, for training.
+
+        A batch is what one process runs at a time. Groups have the same weight in an optimizer step, so with gradient
+        accumulation or several processes the step has the mean of the penalties, weighted by numbers of groups.
+
+        Args:
+            losses (`torch.Tensor` of shape `(M * B,)`): losses of the groups, all of the first member first.
+            scores, mask (`torch.Tensor` of shape `(M * B, K)`): the scores, and True for a real candidate.
+            members (`int`, *optional*, defaults to `1`): M; the batch of each member has its own penalty.
+            weights (`torch.Tensor` of shape `(M, B)`, *optional*): how often a member counts a group.
+        """
+        if not self._sum_to_zero:
+            return losses
+        shape = (members, -1, mask.shape[1])
+        penalty = batch_sum_to_zero(scores.view(shape), mask.view(shape), weights)  # (M,)
+        return losses + self._sum_to_zero * penalty.repeat_interleave(len(losses) // members)
 
     def check_data(self, dataset: Dataset | IterableDataset, name: str) -> None:
         """Raise [`DataError`] if the prepared data set has columns or group sizes that the loss cannot use."""

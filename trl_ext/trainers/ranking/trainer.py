@@ -177,7 +177,11 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         set_up_batching(args, train_dataset)
         wants_flat_rows(args)
         return RankingObjective(
-            args.loss_type, args.loss_kwargs, args.center_rewards_coefficient, args.label_smoothing_factor
+            args.loss_type,
+            args.loss_kwargs,
+            args.center_rewards_coefficient,
+            args.label_smoothing_factor,
+            args.batch_sum_to_zero_coefficient,
         )
 
     def _loss_in_words(self) -> str:
@@ -186,6 +190,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             self._objective.name,
             **self._objective.loss_kwargs,
             center_rewards_coefficient=args.center_rewards_coefficient,
+            batch_sum_to_zero_coefficient=args.batch_sum_to_zero_coefficient,
             label_smoothing_factor=args.label_smoothing_factor,
         )
 
@@ -258,6 +263,8 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         mask = inputs["group_mask"]
         scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
         losses = self._objective(scores, inputs)  # (B,)
+        if self.model.training:
+            losses = self._objective.with_batch_penalty(losses, scores, mask)
         if self.model.training and num_items_in_batch is not None:
             # divide by the groups of the whole accumulation window; DDP averages over processes
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
