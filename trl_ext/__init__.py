@@ -34,6 +34,8 @@ _HOME = {
     "performance_gap_recovered": "trl_ext.metrics.pgr",
     "RewardEnsemble": "trl_ext.scoring",
     "RewardScorer": "trl_ext.scoring",
+    "JudgeReward": "trl_ext.pipelines.feedback.judge_reward",
+    "label_preferences": "trl_ext.pipelines.feedback.judge_labels",
     "rejection_sample": "trl_ext.pipelines.rejection_sampling.sampler",
     "best_of_n": "trl_ext.pipelines.best_of_n",
     "choose": "trl_ext.pipelines.choice.choose",
@@ -58,6 +60,7 @@ __all__ = [
     "DenseGRPOTrainer",
     "EvaluationCallback",
     "EvaluationReport",
+    "JudgeReward",
     "ORMConfig",
     "ORMEnsembleConfig",
     "ORMEnsembleTrainer",
@@ -89,6 +92,7 @@ __all__ = [
     "best_of_n",
     "choose",
     "evaluate_reward_model",
+    "label_preferences",
     "load_reward_model",
     "merge_reward_model",
     "performance_gap_recovered",
@@ -104,6 +108,8 @@ if TYPE_CHECKING:
     from trl_ext.models import load_reward_model, merge_reward_model
     from trl_ext.pipelines.best_of_n import best_of_n
     from trl_ext.pipelines.choice.choose import choose
+    from trl_ext.pipelines.feedback.judge_labels import label_preferences
+    from trl_ext.pipelines.feedback.judge_reward import JudgeReward
     from trl_ext.pipelines.feedback.self_instruct import self_instruct
     from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
     from trl_ext.pipelines.rejection_sampling.sampler import rejection_sample

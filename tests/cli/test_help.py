@@ -11,6 +11,7 @@ from trl_ext.cli import dense_grpo, ensemble, orm, ppo, prm, ranked_dpo, reward,
 from trl_ext.cli import main as cli
 from trl_ext.cli.best_of_n import make_parser as best_of_n
 from trl_ext.cli.common import options
+from trl_ext.cli.label_preferences import make_parser as label_preferences
 from trl_ext.cli.rejection_sample import make_parser as rejection_sample
 from trl_ext.cli.score import make_parser as score
 
@@ -31,6 +32,7 @@ PARSERS = {
     ("ppo",): ppo.make_parser,
     ("ranked-dpo",): ranked_dpo.make_parser,
     ("score",): score,
+    ("label-preferences",): label_preferences,
     ("rejection-sample",): rejection_sample,
     ("best-of-n",): best_of_n,
 }

@@ -22,7 +22,8 @@ ORDER = (
     ("models",),
     ("serving",),
     ("trainers", "scoring"),
-    ("evaluation", "pipelines"),
+    ("evaluation",),
+    ("pipelines",),
     ("bench", "demo"),
     ("fit",),  # it measures with the clocks of bench
     ("cli",),

@@ -31,6 +31,7 @@ COMMANDS = {
     "ranked-dpo": "Train a policy on rankings or pairs (DPO), without a reward model.",
     "score": "Score the rows of a JSONL file with a reward model.",
     "evaluate": "Find out whether a reward model is any good, and where it is biased.",
+    "label-preferences": "Let a judge label pairs or rankings; resumable.",
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",
     "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
     "choose": "Choose which rows of a pool to annotate next.",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from trl_ext.pipelines.answers import check_math_verify
+from trl_ext.pipelines.feedback.judge_settings import read_judge_file
 from trl_ext.pipelines.user_functions import did_you_mean, function_parts, names_function, names_of_functions
 
 
@@ -19,8 +20,13 @@ MODEL_FILES = ("config.json", "adapter_config.json", "reward_model.json", "rewar
 
 
 def is_function_name(spec: object) -> bool:
-    """Whether a reward function is the name of a function, and not that of a model."""
-    return isinstance(spec, str) and (spec in TRL_REWARDS or names_function(spec))
+    """Whether a reward function is the name of a function, and not that of a model or a judge."""
+    return isinstance(spec, str) and not is_judge_file(spec) and (spec in TRL_REWARDS or names_function(spec))
+
+
+def is_judge_file(spec: object) -> bool:
+    """Whether a reward function is the path of a judge's YAML file, see [`read_judge_file`]."""
+    return isinstance(spec, (str, Path)) and Path(spec).suffix in (".yaml", ".yml")
 
 
 def check_name(spec: str) -> None:
@@ -31,12 +37,15 @@ def check_name(spec: str) -> None:
 
     Raises:
         ValueError: there is no such module, file or function; the nearest name is suggested.
-        FileNotFoundError: the folder holds no model.
+        FileNotFoundError: the folder holds no model, or there is no such file.
         ImportError: the function needs a package that is not installed.
     """
     if spec in NEED_MATH_VERIFY:
         check_math_verify(f"The reward function {spec!r}", "give another reward function")
     if spec in TRL_REWARDS or spec.startswith(("http://", "https://")):
+        return
+    if is_judge_file(spec):
+        read_judge_file(spec)
         return
     parts = function_parts(spec)
     if parts is None:

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.pipelines.answers import check_math_verify
+from trl_ext.pipelines.feedback.judge_reward import JudgeReward
+from trl_ext.pipelines.feedback.judge_settings import read_judge_file
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.names import (
     MODEL_FILES,
@@ -26,6 +28,7 @@ from trl_ext.pipelines.names import (
     TRL_REWARDS,
     check_model_name,
     is_function_name,
+    is_judge_file,
     no_model,
 )
 from trl_ext.pipelines.stages.values import callable_key
@@ -59,6 +62,8 @@ def reward_name(spec: RewardFunc) -> str:
     """The name under which scores are reported: that of the function, or of the model's folder."""
     if is_function_name(spec):
         return spec.replace(":", ".").rsplit(".", 1)[-1]
+    if is_judge_file(spec):
+        return Path(spec).stem
     if isinstance(spec, (str, Path)):
         return Path(spec).name
     if isinstance(spec, (PreTrainedModel, PeftModel)):
@@ -120,11 +125,12 @@ def load_reward(spec: RewardFunc) -> Callable[..., list[float | None]]:
     Args:
         spec (reward function): a callable, which is returned; a reward model in memory; or a string: the name of one
             of `trl.rewards` (`accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward`), a function as
-            `package.module.function` or `file.py:function`, or the folder or Hub id of a reward model.
+            `package.module.function` or `file.py:function`, the YAML file of a judge, or the folder or Hub id of a
+            reward model.
 
     Raises:
-        ValueError: the string names no function that can be imported.
-        FileNotFoundError: there is no model of that name.
+        ValueError: the string names no function that can be imported, or the file of a judge is not valid.
+        FileNotFoundError: there is no model or file of that name.
     """
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return RewardScorer(spec, name=reward_name(spec))
@@ -132,6 +138,8 @@ def load_reward(spec: RewardFunc) -> Callable[..., list[float | None]]:
         if not callable(spec):
             raise ValueError(f"A reward function is a callable, a model or a name, found a {type(spec).__name__}.")
         function = spec
+    elif is_judge_file(spec):
+        return JudgeReward.from_file(spec)
     elif not is_function_name(spec):
         return load_scorer(_folder(spec), name=reward_name(spec))
     else:
@@ -158,7 +166,9 @@ def check_rewards(specs: Sequence[RewardFunc], columns: Iterable[str] | None = N
     """
     given = None if columns is None else {*columns, *GIVEN}
     for spec in specs:
-        if isinstance(spec, (str, Path)) and not is_function_name(spec):
+        if is_judge_file(spec):
+            read_judge_file(spec)
+        elif isinstance(spec, (str, Path)) and not is_function_name(spec):
             _folder(spec)
         elif not isinstance(spec, (PreTrainedModel, PeftModel)):
             function = load_reward(spec)
@@ -209,6 +219,8 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     name = reward_name(spec)
     if isinstance(spec, str) and spec in TRL_REWARDS:
         return {"name": name, "trl": metadata.version("trl")}
+    if is_judge_file(spec) or isinstance(spec, JudgeReward):
+        return {"name": name, **load_reward(spec).identity()}
     if isinstance(spec, (str, Path)) and not is_function_name(spec):
         return {"name": name, "model": model_identity(files_of(_folder(spec)))}
     if isinstance(spec, (PreTrainedModel, PeftModel)):

@@ -73,8 +73,8 @@ class GenerationArguments(WriterArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata=described(
-            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), or functions: "
-            "package.module.function or file.py:function"
+            "folders or Hub ids of reward models, names of trl.rewards (accuracy_reward ...), judges (judge.yaml), or "
+            "functions: package.module.function or file.py:function"
         ),
     )
     reward_weights: list[float] | None = field(

@@ -173,6 +173,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
         "ensemble": (f"{ENSEMBLE}:{names[kind]}EnsembleConfig", DATA),
         "score": ("cli/common/score_arguments.py:ScoreArguments",),
         "evaluate": ("cli/evaluate.py:EvaluateArguments",),
+        "label-preferences": ("cli/label_preferences.py:LabelPreferencesArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
         "self-instruct": ("cli/self_instruct.py:SelfInstructArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),

@@ -6,12 +6,14 @@ where completions are kept.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.data.chat_templates import conversation, template_options
+from trl_ext.data.token_ids import token_ids
 from trl_ext.data.validation import DataError, unknown_token
 from trl_ext.pipelines.generation.records import Completion, FinishReason, canonical, ends_with_begun_answer
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
@@ -22,6 +24,10 @@ Columns = dict[str, Any]
 
 class GenerationError(RuntimeError):
     """A backend cannot go on; the message says what was found and what to do."""
+
+
+class LabelError(ValueError):
+    """A label is not a single token of the model's tokenizer in its place; the message names its tokens."""
 
 
 class Generator(Protocol):
@@ -50,8 +56,31 @@ class Generator(Protocol):
             [`GenerationError`]: the backend fails. [`DataError`]: a prompt cannot be used; names its index.
         """
 
+    def label_logprobs(self, prompts: Sequence[str | Chat], labels: Sequence[str]) -> list[list[float | None]]:
+        """
+        Read the probability of each label as the next token after each prompt, without sampling.
+
+        A label may have two tokens, with and without a space before it. Their probabilities are added.
+
+        Args:
+            prompts (sequence of `str` or lists of messages): none of them empty.
+            labels (sequence of `str`): `L` labels, each a single token after the prompt.
+
+        Returns:
+            `list[list[float | None]]`: for each prompt the natural log-probabilities of the `L` labels, which need not
+            add up to 1. A server only returns the likeliest tokens; see [`with_bounds`] for labels that are not
+            among them.
+
+        Raises:
+            [`LabelError`]: a label is not a single token. [`GenerationError`]: the backend fails, or returns no
+            log-probabilities. [`DataError`]: a prompt cannot be used; names its index.
+        """
+
 
 _CONTEXT = 8  # tokens of a text that can change how the next token is decoded
+_TAIL = 64  # characters at the end of a prompt that can change how a label after it is tokenized
+# Labels that many tokenizers know as single tokens; an error suggests those that this one knows.
+_USUAL_LABELS = ("A", "B", "C", "D", "E", "1", "2", "3", "4", "5", "yes", "no", "first", "second", "a", "b")
 
 
 class PromptEncoder:
@@ -66,6 +95,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sampling: Sampling):
         self.tokenizer = tokenizer
         self._sampling = sampling
+        self._label_tokens: dict[tuple[Any, ...], list[list[int]]] = {}
 
     def ids(self, prompts: Sequence[str | Chat], columns: Sequence[Columns] | None) -> list[list[int]]:
         """Return the token ids of each prompt. Raises [`DataError`] with the index of one that cannot be encoded."""
@@ -112,6 +142,9 @@ class PromptEncoder:
     def _encode(self, prompt: str | Chat, columns: Columns) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
+        return self._apply_template(prompt, columns, return_dict=False)
+
+    def _apply_template(self, prompt: Chat, columns: Columns, **arguments: Any) -> Any:
         goes_on = ends_with_begun_answer(prompt)  # the model continues it, as in TRL
         kwargs = {**(self._sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
         options = template_options(columns.get("tools"), kwargs)
@@ -121,8 +154,54 @@ class PromptEncoder:
             conversation(self.tokenizer, prompt, [], options),
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
-            return_dict=False,
+            **arguments,
             **options,
+        )
+
+    def label_tokens(self, prompt: str | Chat, labels: Sequence[str]) -> list[list[int]]:
+        """
+        The token of each label after a prompt: without a space before the label, with one, or both.
+
+        The prompt and the label are tokenized together, because the text before a label can change its token.
+
+        Returns:
+            `list[list[int]]`: one or two token ids for each label.
+
+        Raises:
+            [`LabelError`]: a label is several tokens after this prompt, or two labels are the same token.
+        """
+        context = self._sampling.context(prompt)
+        text = context if isinstance(context, str) else self._apply_template(context, {}, tokenize=False)
+        key = (*labels, text[-_TAIL:])
+        if key not in self._label_tokens:
+            self._label_tokens[key] = self._find_label_tokens(text, labels)
+        return self._label_tokens[key]
+
+    def _find_label_tokens(self, text: str, labels: Sequence[str]) -> list[list[int]]:
+        def tokens_after(label: str) -> list[list[int]]:
+            """The tokens of each spelling of a label, without those of the text before it."""
+            whole = token_ids(self.tokenizer, [text, text + label, f"{text} {label}"], add_special_tokens=False)
+            start = len(whole[0])
+            # if the label changes the tokens before it, no next token gives it
+            return [ids[start:] if ids[:start] == whole[0] else ids for ids in whole[1:]]
+
+        def single(label: str) -> list[int]:
+            found = [ids[0] for ids in tokens_after(label) if len(ids) == 1]
+            return [token for token in dict.fromkeys(found) if token != self.tokenizer.unk_token_id]
+
+        found = {label: single(label) for label in labels}
+        shared = len({token for ids in found.values() for token in ids}) < sum(map(len, found.values()))
+        wrong = next((label for label in labels if not found[label]), None)
+        if wrong is None and not shared and len(found) == len(labels):
+            return list(found.values())
+        usual = [label for label in _USUAL_LABELS if single(label)]
+        hint = f"Single tokens here are: {', '.join(usual)}." if usual else "None of the usual labels is one here."
+        if wrong is None:
+            raise LabelError(f"Two of the labels {', '.join(labels)} are the same token. Give other labels. {hint}")
+        pieces = [self.tokenizer.convert_ids_to_tokens(ids[-12:]) for ids in tokens_after(wrong)]
+        raise LabelError(
+            f"The label {wrong!r} is not a single token after {text[-30:]!r}: it is {pieces[0]}, and {pieces[1]} with "
+            f"a space before it. Give other labels, with the template that asks for them. {hint}"
         )
 
     def finished(
@@ -175,6 +254,28 @@ def number_for_each(prompts: Sequence[Any], num_generations: int | Sequence[int]
     if len(num_generations) != len(prompts):
         raise ValueError(f"num_generations has {len(num_generations)} numbers for {len(prompts)} prompts.")
     return list(num_generations)
+
+
+def log_sum(logprobs: Collection[float]) -> float:
+    """The log of a sum of probabilities that are given as logs; `-inf` for none."""
+    top = max(logprobs, default=-math.inf)
+    return top if top == -math.inf else top + math.log(sum(math.exp(value - top) for value in logprobs))
+
+
+def with_bounds(found: Sequence[Collection[float]], returned: Collection[float]) -> list[float | None]:
+    """
+    The log-probability of each label on a server that only returns those of the likeliest tokens.
+
+    A label that is not among them has at most the smallest probability that is returned. It gets that bound if another
+    label is there, so the preference is understated. If none is there, all are `None`.
+
+    Args:
+        found (sequence of collections of `float`): log-probabilities of each label's tokens.
+        returned (collection of `float`): all log-probabilities that the server returned.
+    """
+    if not any(found):
+        return [None] * len(found)
+    return [log_sum(values) if values else min(returned) for values in found]
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:

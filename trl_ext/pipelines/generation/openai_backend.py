@@ -12,10 +12,20 @@ from typing import Any
 
 from trl_ext.data.chat_templates import template_options
 from trl_ext.data.validation import DataError
-from trl_ext.pipelines.generation.generator import Columns, cut_at_stop, number_for_each, sample_seed
+from trl_ext.pipelines.generation.generator import (
+    Columns,
+    GenerationError,
+    cut_at_stop,
+    number_for_each,
+    sample_seed,
+    with_bounds,
+)
 from trl_ext.pipelines.generation.records import Completion, ends_with_begun_answer, prompt_id
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 from trl_ext.pipelines.generation.vllm_backend import (
+    NO_LOGPROBS,
+    TOP,
+    UNCHANGED,
     arguments_that_vllm_fills_in,
     check_generation_kwargs,
     known_arguments,
@@ -23,6 +33,9 @@ from trl_ext.pipelines.generation.vllm_backend import (
 )
 from trl_ext.serving.served_models import cards_of
 from trl_ext.serving.server_pool import ServerPool
+
+
+_TOP_OF_CHATS = {"logprobs": True, "top_logprobs": TOP}
 
 
 class OpenAIGenerator:
@@ -87,6 +100,36 @@ class OpenAIGenerator:
                 jobs.append(partial(self._servers.ask, path, full, partial(self._read, request_seed)))
         found = iter(self._servers.map(jobs))
         return [list(islice(found, number)) for number in numbers]
+
+    chats = True  # the server applies the chat template
+
+    def label_logprobs(self, prompts: Sequence[str | Chat], labels: Sequence[str]) -> list[list[float | None]]:
+        """
+        See [`~trl_ext.pipelines.generation.generator.Generator`].
+
+        The server's tokenizer is not known here. A label that is several tokens there is never among the likeliest
+        tokens, so it is `None`.
+        """
+        jobs = []
+        for row, prompt in enumerate(prompts):
+            path, body = self._request(row, prompt, {})
+            body |= UNCHANGED | ({"logprobs": TOP} if "prompt" in body else _TOP_OF_CHATS)
+            body |= self._sampling.generation_kwargs or {}
+            jobs.append(partial(self._servers.ask, path, body, partial(self._read_labels, labels)))
+        return self._servers.map(jobs)
+
+    def _read_labels(self, labels: Sequence[str], answer: Any, latency: float) -> list[float | None]:
+        given = answer["choices"][0].get("logprobs") or {}
+        if "content" in given:
+            places = [
+                [(one["token"], one["logprob"]) for one in item["top_logprobs"]] for item in given["content"] or ()
+            ]
+        else:
+            places = [list(item.items()) for item in given.get("top_logprobs") or ()]
+        if not places or not places[0]:
+            raise GenerationError(f"{self._servers} returned no log-probabilities. {NO_LOGPROBS}")
+        found = [[value for token, value in places[0] if token.strip() == label] for label in labels]
+        return with_bounds(found, [value for _, value in places[0]])
 
     def _request(self, row: int, prompt: str | Chat, columns: Columns) -> tuple[str, dict[str, Any]]:
         sampling = self._sampling

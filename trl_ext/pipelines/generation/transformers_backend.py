@@ -138,24 +138,65 @@ class TransformersGenerator:
                     found[row].append(Completion(text, ids, reason, None, seed, latency))
         return found
 
+    @property
+    def chats(self) -> bool:
+        """Whether prompts can be chats: the tokenizer has a chat template."""
+        given = self._sampling.chat_template or getattr(self._encoder.tokenizer, "chat_template", None)
+        return bool(given)  # tokenizers from outside transformers may not have the attribute
+
+    def prompt_lengths(self, prompts: Sequence[str | Chat]) -> list[int]:
+        """How many tokens each prompt has."""
+        return [len(ids) for ids in self._encoder.ids(prompts, None)]
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """The most tokens that a prompt may have beside the longest completion; `None` without a limit."""
+        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        return None if limit is None else limit - self._config.max_new_tokens
+
+    def label_logprobs(self, prompts: Sequence[str | Chat], labels: Sequence[str]) -> list[list[float | None]]:
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]. The values are exact, so none is `None`."""
+        prompts = list(prompts)
+        encoded = self._encoder.ids(prompts, None)
+        tokens = [self._encoder.label_tokens(prompt, labels) for prompt in prompts]
+        self._encoder.check_tokens([[token for ids in row for token in ids] for row in tokens], self._known)
+        self._encoder.check_tokens(encoded, self._known)
+        order = sorted(range(len(prompts)), key=lambda row: (-len(encoded[row]), row))
+        config = GenerationConfig(
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=self._pad,
+            output_logits=True,  # before any processor changes them
+            return_dict_in_generate=True,
+        )
+        found: list[list[float | None]] = [[] for _ in prompts]
+        with self._ready():
+            for first in range(0, len(order), self._batch_size):
+                batch = order[first : first + self._batch_size]
+                output, _ = self._call([encoded[row] for row in batch], config)
+                logprobs = output.logits[0].float().log_softmax(-1)  # (B, V)
+                for place, row in enumerate(batch):
+                    found[row] = [logprobs[place, ids].logsumexp(0).item() for ids in tokens[row]]
+        return found
+
     def _run(self, encoded: list[list[int]]) -> list[list[int]]:
+        output, width = self._call(encoded, self._config, tokenizer=self._encoder.tokenizer)
+        return [self._without_padding(row) for row in output[:, width:].tolist()]  # (B, T + new)
+
+    def _call(self, encoded: list[list[int]], config: GenerationConfig, **kwargs: Any) -> tuple[Any, int]:
+        """What `model.generate` returns for prompts that are padded on the left, and their padded length."""
         width = max(map(len, encoded))
         ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in encoded])  # (B, T)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])  # (B, T)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         try:
-            output = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                generation_config=self._config,
-                tokenizer=self._encoder.tokenizer,
-            )  # (B, T + new)
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
         except torch.OutOfMemoryError as error:
             raise GenerationError(
                 f"The GPU has not enough memory for {len(encoded)} completions at a time, with prompts of up to "
-                f"{width} tokens and {self._config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
+                f"{width} tokens and {config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
             ) from error
-        generated = output[:, width:].tolist()
-        return [self._without_padding(row) for row in generated]
+        return output, width
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         if self._pad in self._ends:

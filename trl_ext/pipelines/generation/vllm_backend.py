@@ -21,6 +21,7 @@ from trl_ext.pipelines.generation.generator import (
     PromptEncoder,
     number_for_each,
     sample_seed,
+    with_bounds,
 )
 from trl_ext.pipelines.generation.records import Completion, prompt_id
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
@@ -35,6 +36,14 @@ logger = logging.getLogger(__name__)
 # Keys of a request that the backends set, because they decide what the server returns.
 SET_HERE = ("n", "best_of", "seed", "stream", "echo", "model", "prompt", "messages", "logprobs", "top_logprobs")
 SET_HERE += ("return_token_ids", "use_beam_search")
+
+TOP = 20  # log-probabilities of a token that are requested: the most that vLLM and OpenAI return by default
+# A request for log-probabilities samples one token from the model's distribution as it is.
+UNCHANGED = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+NO_LOGPROBS = (
+    "Needed: a server with `top_logprobs`, such as vLLM. Or judge with the model in this process "
+    "(backend='transformers'), or count the labels in sampled answers (read='share')."
+)
 
 
 class VLLMGenerator:
@@ -92,6 +101,40 @@ class VLLMGenerator:
             read = partial(self._read, prompts[row], ids, number, longest, request_seed)
             jobs.append(partial(self._servers.ask, "/v1/completions", body, read))
         return self._servers.map(jobs)
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts can be chats: the tokenizer has a chat template."""
+        given = self._sampling.chat_template or getattr(self._encoder.tokenizer, "chat_template", None)
+        return bool(given)  # tokenizers from outside transformers may not have the attribute
+
+    def prompt_lengths(self, prompts: Sequence[str | Chat]) -> list[int]:
+        """How many tokens each prompt has."""
+        return [len(ids) for ids in self._encoder.ids(prompts, None)]
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """The most tokens that a prompt may have beside the longest completion; `None` without a limit."""
+        longest = (self._sampling.generation_kwargs or {}).get("max_tokens", self._sampling.max_completion_length)
+        return None if self._limit is None else self._limit - longest
+
+    def label_logprobs(self, prompts: Sequence[str | Chat], labels: Sequence[str]) -> list[list[float | None]]:
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
+        prompts, jobs = list(prompts), []
+        for prompt, ids in zip(prompts, self._encoder.ids(prompts, None), strict=True):
+            body = self._body(ids, 1, 0) | UNCHANGED | {"logprobs": TOP, "return_tokens_as_token_ids": True}
+            read = partial(self._read_labels, self._encoder.label_tokens(prompt, labels))
+            jobs.append(partial(self._servers.ask, "/v1/completions", body, read))
+        return self._servers.map(jobs)
+
+    def _read_labels(self, labels: list[list[int]], answer: Any, latency: float) -> list[float | None]:
+        given = (answer["choices"][0].get("logprobs") or {}).get("top_logprobs")
+        if not given:
+            raise GenerationError(f"{self._servers} returned no log-probabilities. {NO_LOGPROBS}")
+        logprobs = {int(name.removeprefix("token_id:")): value for name, value in given[0].items()}
+        return with_bounds(
+            [[logprobs[token] for token in ids if token in logprobs] for ids in labels], logprobs.values()
+        )
 
     def _body(self, ids: list[int], num_generations: int, seed: int) -> dict[str, Any]:
         sampling = self._sampling

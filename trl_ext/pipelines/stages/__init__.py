@@ -21,6 +21,7 @@ An argument counts unless `training_arguments.IRRELEVANT`, or the pipeline's tab
 | result | where |
 |---|---|
 | shards of records, filled by several processes | `store.ShardStore(root, manifest, sizes)` |
+| records that come one by one in any order, each with a key | `record_log.RecordLog(root, manifest)` |
 | one JSONL file, a row for each row of the input | `row_file.RowFile(path, manifest, added=columns)` |
 | a folder for each stage of a graph | `cached_stages.run_stages(stages, output_dir)` |
 | anything else | `store.check_manifest(path, manifest, where, fix)` beside it |

@@ -52,7 +52,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]], checksums: bool =
     count = 0
     with whole_file(path, _FULL) as file:
         for record in records:
-            file.write(_line(record) if checksums else _json(record) + b"\n")
+            file.write(checked_line(record) if checksums else _json(record) + b"\n")
             count += 1
     return count
 
@@ -78,13 +78,20 @@ def count_lines(path: Path) -> int:
 def _bodies(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            body = b"{" + line[_CHECKSUM:-1]
-            if not line.endswith(b"\n") or line[9:17] != b"%08x" % zlib.crc32(body):
+            body = checked_body(line)
+            if body is None:
                 raise DamagedError(f"{path}, line {number}: truncated or changed (its checksum does not match).")
             yield body
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def checked_body(line: bytes) -> bytes | None:
+    """The JSON of a line of [`checked_line`]; `None` if the line is truncated or was changed."""
+    body = b"{" + line[_CHECKSUM:-1]
+    return body if line.endswith(b"\n") and line[9:17] == b"%08x" % zlib.crc32(body) else None
+
+
+def checked_line(record: dict[str, Any]) -> bytes:
+    """A record as a line of JSON with a checksum."""
     body = _json(record)
     return b'{"crc": "%08x", %b\n' % (zlib.crc32(body), body[1:])
 
