@@ -1,4 +1,4 @@
-"""`trl-ext label-preferences`: let a judge label the completions of a data set. A rerun asks only what is not answered.
+"""`trl-ext label-preferences`: let a judge label the completions of a data set. A rerun asks only what is missing.
 
 The output folder gets `preferences.jsonl`, which `trl-ext reward` takes as it is, `report.json` and `answers`. This
 file knows arguments; [`~trl_ext.label_preferences`] explains them.

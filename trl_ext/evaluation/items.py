@@ -179,7 +179,7 @@ def _preference(row: dict[str, Any], checks: RowChecks) -> Parts:
         parts = maybe_extract_prompt(given)
         if parts["prompt"]:
             prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
-    chosen, rejected = _candidates(chosen), _candidates(rejected)
+    chosen, rejected = _candidates(chosen, "chosen", checks), _candidates(rejected, "rejected", checks)
     for name, candidates in (("chosen", chosen), ("rejected", rejected)):
         if not candidates:
             raise checks.error(name, "an empty list", "at least one completion", "Remove the row.")
@@ -257,10 +257,12 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _candidates(value: Any) -> list[Completion]:
+def _candidates(value: Any, column: str, checks: RowChecks) -> list[Completion]:
     """One completion (a text, a message, a list of messages), or a list of completions."""
     if isinstance(value, (str, Mapping)) or _is_chat(value):
         return [value]
+    if not isinstance(value, Sequence):
+        raise checks.error(column, shown(value), "a completion, or a list of them", "Correct or remove the row.")
     return list(value)
 
 

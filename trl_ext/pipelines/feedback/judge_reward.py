@@ -100,6 +100,8 @@ class JudgeReward:
             `list[float | None]`: one for each completion, in order.
         """
         prompts = [None] * len(completions) if prompts is None else list(prompts)
+        if len(prompts) != len(completions):
+            raise ValueError(f"Found {len(prompts)} prompts for {len(completions)} completions; needed: one for each.")
         groups: dict[str, list[int]] = {}
         alone = self._judge.settings.mode == "score"
         for place, prompt in enumerate(prompts):

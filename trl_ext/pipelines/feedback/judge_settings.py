@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from trl_ext.pipelines.feedback.templates import FOLDER, PromptTemplate
 from trl_ext.pipelines.generation.sampling import BACKENDS, described
 from trl_ext.pipelines.user_functions import did_you_mean
@@ -190,8 +192,8 @@ class JudgeSettings(JudgeFields):
         if self.answer_prefix is None and self.reasoning:
             self.answer_prefix = "Answer:"
         self._check_labels()
-        self.question = self._read_template()
         self._check_few_shot()
+        self.question = self._read_template()
 
     @classmethod
     def of(cls, **settings: Any) -> "JudgeSettings":
@@ -279,7 +281,10 @@ class JudgeSettings(JudgeFields):
         labels, texts = self.labels, ["text-of-one"]
         if self.shows_several:
             labels, texts = self.labels[:2], ["text-of-one", "text-of-two"]
-        shown = self.render("text-of-prompt", texts, labels, question)
+        try:
+            shown = self.render("text-of-prompt", texts, labels, question)
+        except TemplateError as error:
+            raise ValueError(f"{question.name} cannot be filled in: {error}.") from error
         for text in ("text-of-prompt", *texts):
             if text not in shown:
                 part = "the prompt" if text == "text-of-prompt" else "the text of every completion"
@@ -321,6 +326,7 @@ class JudgeSettings(JudgeFields):
                 raise ValueError(
                     f"few_shot[{number}] has the label {example['label']!r}; needed: one of {', '.join(self.labels)}."
                 )
+        self.few_shot = [{"reasoning": None, **example} for example in self.few_shot or []] or None
 
 
 def reward_settings(**settings: Any) -> JudgeSettings:

@@ -162,7 +162,8 @@ class PromptEncoder:
         """
         The token of each label after a prompt: without a space before the label, with one, or both.
 
-        The prompt and the label are tokenized together, because the text before a label can change its token.
+        The prompt and the label are tokenized together, because the text before a label can change its token. A
+        spelling counts if all labels are single tokens in it.
 
         Returns:
             `list[list[int]]`: one or two token ids for each label.
@@ -179,25 +180,26 @@ class PromptEncoder:
 
     def _find_label_tokens(self, text: str, labels: Sequence[str]) -> list[list[int]]:
         def tokens_after(label: str) -> list[list[int]]:
-            """The tokens of each spelling of a label, without those of the text before it."""
+            """The tokens of a label without and with a space before it, and without those of the text."""
             whole = token_ids(self.tokenizer, [text, text + label, f"{text} {label}"], add_special_tokens=False)
             start = len(whole[0])
             # if the label changes the tokens before it, no next token gives it
             return [ids[start:] if ids[:start] == whole[0] else ids for ids in whole[1:]]
 
-        def single(label: str) -> list[int]:
-            found = [ids[0] for ids in tokens_after(label) if len(ids) == 1]
-            return [token for token in dict.fromkeys(found) if token != self.tokenizer.unk_token_id]
+        def single(label: str) -> list[int | None]:
+            """The token of each spelling; `None` for a spelling of several tokens."""
+            unknown = self.tokenizer.unk_token_id
+            return [ids[0] if len(ids) == 1 and ids[0] != unknown else None for ids in tokens_after(label)]
 
-        found = {label: single(label) for label in labels}
-        shared = len({token for ids in found.values() for token in ids}) < sum(map(len, found.values()))
-        wrong = next((label for label in labels if not found[label]), None)
-        if wrong is None and not shared and len(found) == len(labels):
-            return list(found.values())
-        usual = [label for label in _USUAL_LABELS if single(label)]
+        # a spelling counts if all labels have it, since otherwise one label would collect more probability
+        spellings = [row for row in zip(*map(single, labels), strict=True) if None not in row]
+        if spellings and all(len(set(row)) == len(labels) for row in spellings):
+            return [list(dict.fromkeys(ids)) for ids in zip(*spellings, strict=True)]
+        usual = [label for label in _USUAL_LABELS if single(label) != [None, None]]
         hint = f"Single tokens here are: {', '.join(usual)}." if usual else "None of the usual labels is one here."
-        if wrong is None:
+        if spellings:
             raise LabelError(f"Two of the labels {', '.join(labels)} are the same token. Give other labels. {hint}")
+        wrong = max(labels, key=lambda label: single(label).count(None))
         pieces = [self.tokenizer.convert_ids_to_tokens(ids[-12:]) for ids in tokens_after(wrong)]
         raise LabelError(
             f"The label {wrong!r} is not a single token after {text[-30:]!r}: it is {pieces[0]}, and {pieces[1]} with "

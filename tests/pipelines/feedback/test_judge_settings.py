@@ -1,0 +1,133 @@
+"""The settings and templates of a judge: what goes together, and what is refused before anything is asked."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trl_ext.pipelines.feedback.judge_ratings import read_label, read_order
+from trl_ext.pipelines.feedback.judge_settings import JudgeSettings
+
+
+WHOLE = "{{ prompt }} {% for one in completions %}{{ one.label }}: {{ one.text }} {% endfor %}"
+
+
+def test_importing_the_settings_imports_nothing_heavy():
+    heavy = "{'torch', 'trl', 'transformers', 'datasets'}"
+    code = f"import sys, trl_ext.pipelines.feedback.judge_settings; print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mode": "compete"}, "compare, rank, list, score"),
+        ({"backend": "vlm"}, "transformers, vllm, openai"),
+        ({"labels": ["A", "B", "C"]}, "two"),
+        ({"labels": ["A", "A"]}, "different"),
+        ({"labels": ["A", " B"]}, "without spaces"),
+        ({"mode": "score", "labels": ["bad", "good"]}, "values"),
+        ({"mode": "score", "labels": ["bad", "good"], "values": [0.0]}, "2 finite numbers"),
+        ({"values": [0.0, 1.0]}, "mode='score'"),
+        ({"num_samples": 0}, "1 or more"),
+        ({"num_samples": 3}, "reasoning=True"),
+        ({"num_samples": 3, "read": "share", "temperature": 0}, "same answer"),
+        ({"read": "share", "average": "log_odds"}, "share"),
+        ({"mode": "list", "read": "probability"}, "mode='rank'"),
+        ({"max_length": 10, "backend": "openai"}, "tokenizer"),
+        ({"few_shot": [{"prompt": "x"}]}, "'completions'"),
+        ({"few_shot": [{"prompt": "x", "completions": ["a", "b"], "label": "C"}]}, "A, B"),
+        ({"top_p": 0.0}, "above 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(given, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        JudgeSettings.of(**given)
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(TypeError, match="Did you mean 'criteria'"):
+        JudgeSettings.of(criterion="short")
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "words"),
+    [
+        ("Which is better? {{ prompt }} A B", {}, "completions"),
+        (WHOLE.replace("{{ prompt }}", ""), {}, "'prompt'"),
+        (WHOLE.replace("one.text", "one.label"), {}, "the text of every completion"),
+        (WHOLE.replace("{{ one.label }}", ""), {}, "labels"),
+        (WHOLE, {"criteria": "short"}, "'criteria'"),
+        (WHOLE, {"rubric": "1 is bad"}, "'rubric'"),
+        (WHOLE + "{{ answer }}", {}, "'answer'"),
+        (WHOLE + "{% endif %}", {}, "not valid Jinja"),
+        (WHOLE, {"mode": "score"}, "'completion'"),
+    ],
+)
+def test_a_template_without_its_fields_is_refused(template, more, words):
+    with pytest.raises(ValueError, match=words):
+        JudgeSettings.of(template=template, **more)
+
+
+def test_a_template_cannot_run_code():
+    with pytest.raises(ValueError, match="cannot be filled in: .*unsafe"):
+        JudgeSettings.of(template=WHOLE + "{{ prompt.__class__.__mro__ }}")
+
+
+def test_a_missing_template_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mine.jinja"):
+        JudgeSettings.of(template=str(tmp_path / "mine.jinja"))
+
+
+@pytest.mark.parametrize("mode", ["compare", "rank", "list", "score"])
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_every_slot_is_in_the_question(mode, reasoning, tmp_path):
+    example = {"prompt": "asked", "completions": ["one", "two"], "completion": "three", "reasoning": "because"}
+    example["label"] = {"score": "4", "list": "B > A"}.get(mode, "B")
+    (tmp_path / "shots.jsonl").write_text(json.dumps(example) + "\n")
+    (tmp_path / "rubric.txt").write_text("RUBRIC\n")
+    settings = JudgeSettings.of(
+        mode=mode,
+        reasoning=reasoning,
+        criteria="CRITERIA",
+        rubric=str(tmp_path / "rubric.txt"),
+        few_shot=str(tmp_path / "shots.jsonl"),
+    )
+    texts = ["first text", "second text"][: 1 + settings.shows_several]
+    question = settings.render("the request {{ 1 + 1 }}", texts, settings.labels_of(len(texts)))
+    for part in ("CRITERIA", "RUBRIC", "asked", "because", "the request {{ 1 + 1 }}", *texts):
+        assert part in question
+    assert ("Answer: " in question) == reasoning
+    assert question == question.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("A", 0),
+        (" **B**.", 1),
+        ("A is short. Answer: B", 1),
+        ("Answer: A? No. answer: (B)", 1),
+        ("Answer:\n\nA\n", 0),
+        ("I prefer A.", None),
+        ("Answer: Abba", None),
+        ("", None),
+    ],
+)
+def test_labels_are_read_from_texts(text, label):
+    assert read_label(text, ["A", "B"], "Answer:") == label
+
+
+def test_a_label_that_begins_another_is_not_confused():
+    assert read_label("Answer: 10", ["1", "10"], "Answer:") == 1
+    assert read_label("Answer: 1", ["1", "10"], "Answer:") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [("C > A > B", [2, 0, 1]), ("A, B. Answer: B>C>A", [1, 2, 0]), ("A > B", None), ("A > B > B", None)],
+)
+def test_orders_are_read_from_texts(text, order):
+    assert read_order(text, ["A", "B", "C"], "Answer:") == order
