@@ -35,6 +35,7 @@ API = {
         "PRMEnsembleTrainer PRMEnsembleConfig SegmentEnsembleTrainer SegmentEnsembleConfig",
     ),
     "scoring": ("Scoring and checkpoints", "RewardScorer load_reward_model merge_reward_model"),
+    "labels": ("Labels", "label_preferences JudgeReward"),
     "evaluation": ("Evaluation", "evaluate_reward_model EvaluationReport EvaluationCallback"),
     "sampling": (
         "Rejection sampling and best of n",

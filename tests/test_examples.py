@@ -145,6 +145,12 @@ def test_best_of_n_example_rises_with_n(monkeypatch, capsys):
     assert sum(picked) / len(picked) == pytest.approx(curve[-1], abs=1e-3)
 
 
+def test_judge_example_removes_the_position_bias_and_trains(monkeypatch, capsys):
+    lines = run(EXAMPLES / "label_preferences.py", monkeypatch, capsys)
+    assert "accuracy: 0.500 in one order, 1.000 in both" in lines
+    assert losses(lines)[-1] < losses(lines)[0]
+
+
 def test_dpo_example_trains_on_pairs(monkeypatch, capsys):
     lines = run(EXAMPLES / "dpo_from_rejection_sampling.py", monkeypatch, capsys)
     assert losses(lines)[-1] < losses(lines)[0]

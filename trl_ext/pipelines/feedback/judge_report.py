@@ -164,16 +164,16 @@ class Tally:
         """The report, with intervals from `resamples` bootstrap resamples over clusters."""
         report = self.report
         report.left_out, report.failed = dict(self.left_out), dict(self._failed)
-        shares = ("consistent", "label_mass", "confidence")
         measures = [
-            Measure(name, values=values, clusters=self._clusters[name], proportion=name in shares)
+            Measure(name, values=values, clusters=self._clusters[name], proportion=name == "consistent")
             for name, values in self._columns.items()
             if values
         ]
         for measure in [*measures, *self._agreement.measures()]:
             estimate = measure.estimate(0.95, resamples, seed)
             report.metrics[measure.name], report.sizes[measure.name] = estimate.value, estimate.size
-            if estimate.interval is not None:
+            # resampling shows no spread where all pairs are right, or none is
+            if estimate.interval is not None and estimate.interval[0] < estimate.interval[1]:
                 report.intervals[measure.name] = estimate.interval
         report.by_confidence = self._agreement.by_confidence()
         mass = report.metrics.get("label_mass", 1.0)
