@@ -35,14 +35,13 @@ API = {
         "PRMEnsembleTrainer PRMEnsembleConfig SegmentEnsembleTrainer SegmentEnsembleConfig",
     ),
     "scoring": ("Scoring and checkpoints", "RewardScorer load_reward_model merge_reward_model"),
-    "labels": ("Labels", "label_preferences JudgeReward"),
     "evaluation": ("Evaluation", "evaluate_reward_model EvaluationReport EvaluationCallback"),
     "sampling": (
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
     "labels": ("Choosing what to label", "choose"),
-    "feedback": ("Tasks and labels by models", "self_instruct"),
+    "feedback": ("Tasks and labels by models", "label_preferences JudgeReward self_instruct"),
     "policies": (
         "Policies",
         "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig RankedDPOTrainer RankedDPOConfig",

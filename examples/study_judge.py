@@ -101,9 +101,9 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "machine": "two-core machine, no GPU",
             "command": ["python examples/study_judge.py"],
-            "note": f"{Path(model).name}, {len(rows)} pairs with answers of at most {LONGEST} characters, prompts cut to "
-            f"their last {LONGEST}; 95 % bootstrap intervals over pairs. Position bias: by how much the probability "
-            "of the answer that is shown first exceeds 1/2.",
+            "note": f"{Path(model).name}, {len(rows)} pairs with answers of at most {LONGEST} characters, prompts "
+            f"cut to their last {LONGEST}; 95 % bootstrap intervals over pairs. Position bias: by how much the "
+            "probability of the answer that is shown first exceeds 1/2.",
             "columns": columns,
             "rows": table,
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jinja2 import TemplateError
 
 from trl_ext.pipelines.feedback.templates import FOLDER, PromptTemplate
