@@ -34,7 +34,7 @@ API = {
         "RewardEnsemble RewardEnsembleTrainer RewardEnsembleConfig ORMEnsembleTrainer ORMEnsembleConfig "
         "PRMEnsembleTrainer PRMEnsembleConfig SegmentEnsembleTrainer SegmentEnsembleConfig",
     ),
-    "scoring": ("Scoring and checkpoints", "RewardScorer load_reward_model merge_reward_model"),
+    "scoring": ("Scoring and checkpoints", "RewardScorer load_reward_model merge_reward_model merge_reward_models"),
     "evaluation": ("Evaluation", "evaluate_reward_model EvaluationReport EvaluationCallback"),
     "sampling": (
         "Rejection sampling and best of n",

@@ -53,6 +53,7 @@ _HOME = {
     "evaluate_reward_model": "trl_ext.evaluation",
     "load_reward_model": "trl_ext.models",
     "merge_reward_model": "trl_ext.models",
+    "merge_reward_models": "trl_ext.models",
 }
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "label_preferences",
     "load_reward_model",
     "merge_reward_model",
+    "merge_reward_models",
     "performance_gap_recovered",
     "rejection_sample",
     "self_instruct",
@@ -105,7 +107,7 @@ if TYPE_CHECKING:
     from trl_ext.evaluation import EvaluationReport, evaluate_reward_model
     from trl_ext.evaluation.callback import EvaluationCallback
     from trl_ext.metrics.pgr import performance_gap_recovered
-    from trl_ext.models import load_reward_model, merge_reward_model
+    from trl_ext.models import load_reward_model, merge_reward_model, merge_reward_models
     from trl_ext.pipelines.best_of_n import best_of_n
     from trl_ext.pipelines.choice.choose import choose
     from trl_ext.pipelines.feedback.judge_labels import label_preferences

@@ -37,7 +37,7 @@ COMMANDS = {
     "choose": "Choose which rows of a pool to annotate next.",
     "self-instruct": "Let a model make up tasks from a few seeds, as rows to train on.",
     "weak-to-strong": "Train a strong model on a weak one's labels; report the gap recovered.",
-    "merge": "Merge an adapter into the base it was trained on.",
+    "merge": "Merge an adapter into its base, or average several reward models.",
     "serve-info": "Print the command by which vLLM serves reward models; starts nothing.",
     "plugins": "List what is registered and which distribution it comes from.",
     "demo": "Train and compare reward models of three kinds, offline, on this machine.",

@@ -1,7 +1,7 @@
-"""`trl-ext merge`: merge an adapter into the base it was trained on, as one plain checkpoint.
+"""`trl-ext merge`: merge an adapter into the base it was trained on, or average several reward models into one.
 
-This module parses arguments for [`merge_reward_model`], which merges, scores again, and refuses the merge if the
-scores moved too far.
+This module parses arguments. One model goes to [`merge_reward_model`], which merges, scores again, and refuses the
+merge if the scores moved too far. Several go to [`merge_reward_models`], which averages them.
 """
 
 import argparse
@@ -18,13 +18,20 @@ def make_parser(prog: str | None = "trl-ext merge") -> argparse.ArgumentParser:
         prog=prog,
         description="Merge a reward model's adapter into its base. A base that was quantized in training is "
         "dequantized first, because the adapter was trained on those weights. The merged folder loads with plain "
-        "transformers. The command prints how far the scores of a calibration set moved, and fails if it is too far.",
+        "transformers. The command prints how far the scores of a calibration set moved, and fails if it is too far. "
+        "Several models of one base are averaged (WARM): adapters to an adapter, full models to a full model.",
     )
     parser.add_argument(
-        "model", help="folder or Hub id of the reward model: adapter, head, tokenizer, reward_model.json"
+        "models",
+        nargs="+",
+        metavar="model",
+        help="folder or Hub id of a reward model: adapter, head, tokenizer, reward_model.json; several are averaged",
     )
     parser.add_argument("output_dir", help="new or empty folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="stored precision (default: that of the base)")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=None, help="a weight for each of several models (default: equal)"
+    )
     parser.add_argument("--base_model", default=None, help="folder or Hub id of the base, if it has moved")
     return parser
 
@@ -32,9 +39,17 @@ def make_parser(prog: str | None = "trl-ext merge") -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
     args = make_parser().parse_args(argv)
-    from trl_ext import merge_reward_model
+    from trl_ext import merge_reward_model, merge_reward_models
 
-    report = merge_reward_model(args.model, args.output_dir, dtype=args.dtype, base_model=args.base_model)
+    if len(args.models) > 1:
+        if args.dtype is not None:
+            raise ValueError("--dtype is for one model. Average first, then merge the average in the dtype you want.")
+        options = {} if args.base_model is None else {"base_model": args.base_model}
+        report = merge_reward_models(args.models, args.output_dir, args.weights, **options)
+    elif args.weights is not None:
+        raise ValueError("--weights is for several models, and there is one.")
+    else:
+        report = merge_reward_model(args.models[0], args.output_dir, dtype=args.dtype, base_model=args.base_model)
     print(json.dumps(report, indent=2))
     return 0
 

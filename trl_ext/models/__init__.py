@@ -1,6 +1,7 @@
 """Reward models: building, heads, checkpoints, merging."""
 
 from trl_ext.models.adapters import add_adapter
+from trl_ext.models.averaging import AveragingError, merge_reward_models
 from trl_ext.models.bases import BaseMismatchError
 from trl_ext.models.building import build_reward_model, is_quantized
 from trl_ext.models.heads import HeadError, candidate_scores, head_modules
@@ -10,6 +11,7 @@ from trl_ext.models.sidecar import Sidecar, SidecarError, get_sidecar, read_side
 
 
 __all__ = [
+    "AveragingError",
     "BaseMismatchError",
     "HeadError",
     "MergeError",
@@ -23,5 +25,6 @@ __all__ = [
     "is_quantized",
     "load_reward_model",
     "merge_reward_model",
+    "merge_reward_models",
     "read_sidecar",
 ]
