@@ -186,7 +186,7 @@ def test_a_judge_that_never_gives_a_label_is_stopped():
     judge = make(lambda chats: calls.append(len(chats)) or ["I cannot say."] * len(chats), batch_size=4)
     with pytest.raises(JudgeError, match="I cannot say"):
         judge.judge([(str(number), ["a", "b"]) for number in range(100)])
-    assert sum(calls) == 16
+    assert sum(calls) == 32
 
 
 def test_a_planted_bias_cancels_exactly_in_the_log_odds():

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import wandb
 from datasets import Dataset, IterableDataset
 
 from tests.pipelines.feedback.rigged import biased_judge, shown_texts
@@ -140,6 +141,8 @@ def test_ratings_that_hardly_differ_are_ties():
     ("rows", "settings", "error", "words"),
     [
         ([], {}, DataError, "no row"),
+        ("pairs.jsonl", {}, TypeError, "a list of rows"),
+        (pair_rows(1) + [3], {}, DataError, "row 1: found int 3"),
         (pair_rows(2), {"max_rows": 0}, ValueError, "1 or more"),
         (pair_rows(2), {"min_confidence": 0.4}, ValueError, "0.5"),
         (pair_rows(2), {"tie_band": 0.5}, ValueError, "below 0.5"),
@@ -187,6 +190,20 @@ def test_only_new_questions_are_asked(tmp_path):
     assert len(calls) == len(set(calls)) == 24  # another question
     label_preferences(judge, rows, tmp_path, system_prompt="Be strict.")
     assert len(calls) == 36  # the same questions to another judge
+
+
+def test_numbers_and_tables_go_to_the_run_that_is_open(monkeypatch):
+    logged = {}
+    run = type("Run", (), {"log": lambda self, values: logged.update(values)})()
+    report = judge_rows(LEANS, pair_rows(4), resamples=20).report
+    monkeypatch.setattr(wandb, "run", None)
+    report.log_to_wandb()
+    assert not logged
+    monkeypatch.setattr(wandb, "run", run)
+    report.log_to_wandb()
+    assert logged["judge/position_bias"] == report.metrics["position_bias"]
+    assert [row[0] for row in logged["judge/metrics"].data] == list(report.metrics)
+    assert [row[0] for row in logged["judge/rows"].data] == [0, 1, 2, 3]
 
 
 # Servers

@@ -10,6 +10,7 @@ from tests.pipelines.feedback.rigged import biased_judge, rigged_model, shown_te
 from tests.tiny import pair_rows, save_tiny_model, tiny_tokenizer
 from trl_ext import JudgeReward, best_of_n, evaluate_reward_model, rejection_sample
 from trl_ext.pipelines.feedback.judge import JudgeError
+from trl_ext.pipelines.names import check_name
 from trl_ext.pipelines.reward_functions import check_rewards, load_reward, reward_identity, reward_name
 
 
@@ -65,8 +66,8 @@ def test_ranks_within_the_completions_of_a_prompt():
 def test_comparing_is_no_reward_and_a_silent_judge_stops():
     with pytest.raises(ValueError, match="'rank' or 'list'"):
         JudgeReward(by_length, mode="compare")
-    with pytest.raises(JudgeError, match="None of the first 16"):
-        JudgeReward(lambda chats: ["hm"] * len(chats))(["p"] * 20, ["a"] * 20)
+    with pytest.raises(JudgeError, match="None of the first 32"):
+        JudgeReward(lambda chats: ["hm"] * len(chats))(["p"] * 40, ["a"] * 40)
 
 
 @pytest.mark.parametrize("mode", ["score", "rank"])
@@ -117,6 +118,7 @@ def test_a_file_names_a_judge(judge_path, tmp_path):
     path = tmp_path / "politeness.yaml"
     path.write_text(f"judge: {judge_path}\ncriteria: Is it polite?\nlabels: ['1', '2']\n")
     check_rewards([str(path)], ["answer"])
+    check_name(str(path))
     assert reward_name(str(path)) == "politeness" == load_reward(path).__name__
     assert load_reward(str(path))(["p"], ["c"]) == JudgeReward(
         str(judge_path), criteria="Is it polite?", labels=["1", "2"]
@@ -141,10 +143,11 @@ def test_a_file_names_a_judge(judge_path, tmp_path):
 def test_a_wrong_file_is_refused_before_anything_is_generated(tmp_path, text, words):
     path = tmp_path / "judge.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=words):
-        check_rewards([str(path)])
-    with pytest.raises(FileNotFoundError):
-        check_rewards([str(tmp_path / "other.yaml")])
+    for check in (check_name, lambda spec: check_rewards([spec])):
+        with pytest.raises(ValueError, match=words):
+            check(str(path))
+        with pytest.raises(FileNotFoundError):
+            check(str(tmp_path / "other.yaml"))
 
 
 def test_a_rigged_model_gives_the_known_grade(tmp_path):

@@ -76,9 +76,17 @@ def test_a_template_cannot_run_code():
         JudgeSettings.of(template=WHOLE + "{{ prompt.__class__.__mro__ }}")
 
 
-def test_a_missing_template_is_named(tmp_path):
+def test_a_file_that_is_missing_or_wrong_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="mine.jinja"):
         JudgeSettings.of(template=str(tmp_path / "mine.jinja"))
+    with pytest.raises(FileNotFoundError, match="no template"):
+        JudgeSettings.of(template="which one is better? " * 100)
+    with pytest.raises(FileNotFoundError, match="rubric.md"):
+        JudgeSettings.of(rubric=str(tmp_path / "rubric.md"))
+    assert JudgeSettings.of(rubric="1 is bad. " * 100).rubric.startswith("1 is bad.")
+    (tmp_path / "shots.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="shots.jsonl is not a JSONL file"):
+        JudgeSettings.of(few_shot=str(tmp_path / "shots.jsonl"))
 
 
 @pytest.mark.parametrize("mode", ["compare", "rank", "list", "score"])

@@ -51,7 +51,7 @@ NOT_LIKELY = "no label is among the likeliest tokens"
 _PREFIX = "Answer:"  # before the label of a judge without a chat template
 _SHORT = 16  # tokens of an answer without reasoning; a list gets as many for each three labels
 _SMALLEST = 1e-9  # smaller probabilities that a function gives count as this much, so that log-odds stay finite
-_FIRST_ANSWERS = 16  # if all of them lack a label, the judge is not asked further
+_FIRST_ANSWERS = 32  # if all of them lack a label, the judge is not asked further
 
 
 class JudgeError(RuntimeError):

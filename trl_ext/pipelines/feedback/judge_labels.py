@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from trl_ext.data.chat_templates import as_messages, content_text
 from trl_ext.data.mapping import plain_rows
-from trl_ext.data.validation import DataError, RowChecks
+from trl_ext.data.validation import DataError, RowChecks, shown
 from trl_ext.evaluation.items import Item, family_of, read_item
 from trl_ext.pipelines.feedback.judge import TOO_LONG, Judge, JudgeError, JudgeModel, transcript
 from trl_ext.pipelines.feedback.judge_ratings import Judgement
@@ -185,17 +185,20 @@ def judge_rows(
     """[`label_preferences`] with its report."""
     asked = Judge(judge, JudgeSettings.of(**settings), processing_class)
     kept = LabelFilter(asked.settings.mode, min_confidence, tie_band, ties)
+    if isinstance(dataset, (str, Mapping)) or not hasattr(dataset, "__iter__"):
+        raise TypeError(f"The data set is a {type(dataset).__name__}; needed: a Dataset or a list of rows.")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows}; needed: 1 or more.")
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-        log = stack.enter_context(RecordLog(folder / "answers", {"format": 1, **asked.identity()}))
+        identity = asked.identity()
+        log = stack.enter_context(RecordLog(folder / "answers", {"format": 1, **identity}))
         labeller = _Labeller(asked, kept, log)
         rows = islice(plain_rows(dataset), max_rows)
         report = labeller.tally.report
         report.kept = write_lines(folder / ROWS, labeller.label(rows), checksums=False)
         report = labeller.tally.finish(asked.settings.seed, resamples)
-        report.judge, report.settings = asked.identity(), plain(asked.settings)
+        report.judge, report.settings = identity, plain(asked.settings) | {"question": asked.settings.question.text}
         for line in report.summary():
             logger.info(line)
         write_json(folder / REPORT, report.to_dict())
@@ -220,8 +223,11 @@ class _Labeller:
         """The labelled rows."""
         family = None
         while chunk := list(islice(rows, _CHUNK_ROWS)):
-            family = family or self._family(chunk[0])
             first = self.tally.report.rows
+            for place, row in enumerate(chunk):
+                if not isinstance(row, Mapping):
+                    raise DataError(shown(row), "a dictionary", "Make each row a dictionary.", row=first + place)
+            family = family or self._family(chunk[0])
             self.tally.report.rows += len(chunk)
             items = [read_item(row, first + place, family) for place, row in enumerate(chunk)]
             yield from self._label_items([item for item in items if self._usable(item)])

@@ -7,6 +7,7 @@ transformers, so that `--help` is fast. It knows no models, servers or rows.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ class JudgeFields:
     values: list[float] | None = described(None, "To score: the value of each label (default: the label as a number).")
     template: str | None = described(None, "Jinja file of the question, in place of the template of the mode.")
     criteria: str | None = described(None, "What makes an answer good, in a sentence or two.")
-    rubric: str | None = described(None, "Longer instructions, such as the meaning of each grade; or the path of one.")
+    rubric: str | None = described(
+        None, "Longer instructions, such as the meaning of each grade, or their file (.txt, .md)."
+    )
     few_shot: str | None = described(
         None, "JSONL file of solved examples: prompt, completions (or completion), label, and maybe reasoning."
     )
@@ -121,7 +124,7 @@ class JudgeSettings(JudgeFields):
             `text`; with `"score"` it is `completion`, a text), `labels`, `criteria`, `rubric`, `few_shot`, `reasoning`
             and `answer_prefix`.
         criteria (`str`, *optional*): what makes an answer good.
-        rubric (`str`, *optional*): longer instructions, or the path of a text file.
+        rubric (`str`, *optional*): longer instructions, or the path of a file (`.txt` or `.md`).
         few_shot (`list[dict]` or `str`, *optional*):
             Solved examples, or the path of a JSONL file: `prompt`, `completions` (`completion` with `"score"`),
             `label`, and `reasoning` if you like.
@@ -164,7 +167,7 @@ class JudgeSettings(JudgeFields):
 
     def __post_init__(self) -> None:
         self.few_shot = _examples(self.few_shot)
-        if isinstance(self.rubric, str) and len(self.rubric) < 1000 and Path(self.rubric).is_file():
+        if self.rubric is not None and self.rubric.endswith((".txt", ".md")) and len(self.rubric.split()) == 1:
             self.rubric = Path(self.rubric).read_text(encoding="utf-8").strip()
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
@@ -276,7 +279,7 @@ class JudgeSettings(JudgeFields):
         optional = _OPTIONAL - needed
         given = {name for name in ("criteria", "rubric", "few_shot") if getattr(self, name)}
         source = FOLDER / file if self.template is None else self.template
-        if isinstance(source, str) and "{" not in source and not Path(source).is_file():
+        if isinstance(source, str) and "{" not in source and not os.path.isfile(source):
             raise FileNotFoundError(f"There is no template {source}. Give the path of a Jinja file, or its text.")
         question = PromptTemplate.read(source, needed=needed | given, optional=optional - given)
         labels, texts = self.labels, ["text-of-one"]
@@ -378,4 +381,7 @@ def _examples(given: Any) -> list[dict[str, Any]] | None:
     if given is None or isinstance(given, (list, tuple)):
         return None if given is None else list(given)
     lines = Path(given).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"few_shot: {given} is not a JSONL file ({error}). Needed: a JSON object a line.") from error
