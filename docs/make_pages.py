@@ -55,7 +55,8 @@ API = {
 API_MODULES = {
     "losses": (
         "Losses",
-        "losses.ranking losses.lambda_loss losses.penalties losses.token losses.distillation losses.advantages",
+        "losses.ranking losses.lambda_loss losses.judged_pairs losses.penalties losses.token losses.distillation "
+        "losses.advantages",
     ),
     "data": ("Segmenters", "data.segmentation"),
     "views": ("Views of a scored text", "scoring.view"),

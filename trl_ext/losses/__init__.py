@@ -15,6 +15,7 @@ A mask is bool. `True` means a real candidate, and in token losses a position wi
 type. The losses compute and return fp32 (fp64 if the scores are fp64).
 """
 
+from trl_ext.losses.judged_pairs import rao_kupper, robust_bradley_terry
 from trl_ext.losses.lambda_loss import lambda_loss
 from trl_ext.losses.penalties import batch_sum_to_zero
 from trl_ext.losses.properties import RankingLossProperties, TokenLossProperties
@@ -48,5 +49,7 @@ __all__ = [
     "plackett_luce",
     "pointwise",
     "ranking_losses",
+    "rao_kupper",
+    "robust_bradley_terry",
     "token_losses",
 ]

@@ -55,6 +55,29 @@ def _refuse(loss: str, **given: torch.Tensor | None) -> None:
             raise ValueError(f"`{loss}` cannot use a {name}: drop the {name} column, or use a loss that can.")
 
 
+def _pair(
+    loss: str, scores: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Better score minus worse and signed gap of the ratings, (B,); ratings and mask of the pair, (B, 2)."""
+    scores, ratings, mask = _prepare(scores, ratings, mask)
+    if scores.shape[1] < 2:
+        scores, ratings, mask = (F.pad(tensor, (0, 2 - scores.shape[1])) for tensor in (scores, ratings, mask))
+    elif scores.shape[1] > 2:
+        crowded = (mask.sum(-1) > 2).nonzero()
+        if crowded.numel():
+            group = int(crowded[0])
+            raise ValueError(
+                f"`{loss}` compares two candidates, found {int(mask[group].sum())} in group {group} of the "
+                "batch: use `pairwise` or `plackett_luce`."
+            )
+        first_two = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :2]
+        scores, ratings, mask = (tensor.gather(-1, first_two) for tensor in (scores, ratings, mask))
+    gap = ratings[:, 0] - ratings[:, 1]  # (B,)
+    delta = scores[:, 0] - scores[:, 1]  # (B,)
+    delta = torch.where(gap < 0, -delta, delta)
+    return delta, gap, ratings, mask
+
+
 def _zero_if_undecided(loss: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Set the loss to exactly 0 if no two real ratings differ, and to NaN if a real rating is not finite."""
     highest = ratings.masked_fill(~mask, -math.inf).amax(-1)  # (B,)
@@ -115,23 +138,7 @@ def bradley_terry(
     tensor([0.3133])
     ```
     """
-    scores, ratings, mask = _prepare(scores, ratings, mask)
-    if scores.shape[1] < 2:
-        scores, ratings, mask = (F.pad(tensor, (0, 2 - scores.shape[1])) for tensor in (scores, ratings, mask))
-    elif scores.shape[1] > 2:
-        crowded = (mask.sum(-1) > 2).nonzero()
-        if crowded.numel():
-            group = int(crowded[0])
-            raise ValueError(
-                f"`bradley_terry` compares two candidates, found {int(mask[group].sum())} in group {group} of the "
-                "batch: use `pairwise` or `plackett_luce`."
-            )
-        first_two = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :2]
-        scores, ratings, mask = (tensor.gather(-1, first_two) for tensor in (scores, ratings, mask))
-    gap = ratings[:, 0] - ratings[:, 1]  # (B,)
-    delta = scores[:, 0] - scores[:, 1]  # (B,)
-    delta = torch.where(gap < 0, -delta, delta)
-
+    delta, gap, ratings, mask = _pair("bradley_terry", scores, ratings, mask)
     if margin_from_ratings:
         if margin is not None:
             raise ValueError("Found a margin and `margin_from_ratings=True`: give one or the other.")
@@ -142,11 +149,11 @@ def bradley_terry(
                 "Found a margin and a target: it is not defined whether the margin holds for the improbable outcome. "
                 "Drop one of the two columns, or set `margin_from_ratings` to False."
             )
-        target = _per_group("target", target, scores, [(len(scores),)])
+        target = _per_group("target", target, delta, [(len(delta),)])
         loss = -target * F.logsigmoid(delta) - (1 - target) * F.logsigmoid(-delta)
     else:
         if margin is not None:
-            delta = delta - _per_group("margin", margin, scores, [(len(scores),)])
+            delta = delta - _per_group("margin", margin, delta, [(len(delta),)])
         loss = -F.logsigmoid(delta)
     return _zero_if_undecided(loss, ratings, mask)
 

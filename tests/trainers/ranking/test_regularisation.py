@@ -108,3 +108,28 @@ def test_the_batch_penalty_of_an_ensemble_is_per_member(tiny, tmp_path, strategy
 def test_a_negative_coefficient_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="batch_sum_to_zero_coefficient=-1"):
         trainer_for(tiny, config(tmp_path, batch_sum_to_zero_coefficient=-1.0))
+
+
+def test_tied_pairs_teach_with_rao_kupper(tiny, tmp_path):
+    """Every row is a tie: other losses give no gradient, this one does, and "both bad" lowers the scores."""
+    rows = [{"prompt": f"q{n}", "completions": [" a b", " c"], "ratings": [0.0, 0.0]} for n in range(4)]
+    for kwargs, moved in ((None, False), ({"theta": 2.0}, True), ({"good_from": 0.0}, True)):
+        loss_type = "plackett_luce" if kwargs is None else "rao_kupper"
+        trainer = trainer_for(tiny, config(tmp_path, loss_type=loss_type, loss_kwargs=kwargs), rows)
+        loss, _ = loss_of(trainer, trainer.data_collator(list(trainer.train_dataset)))
+        loss.backward()
+        assert bool(trainer.model.score.weight.grad.any()) is moved
+    # a threshold of 0 reads the size of ratings, which ranks do not have
+    ranked = [{**{k: v for k, v in row.items() if k != "ratings"}, "ranks": [0, 0]} for row in rows]
+    trainer_for(tiny, config(tmp_path, loss_type="rao_kupper"), ranked)
+    with pytest.raises(ValueError, match="rank"):
+        trainer_for(tiny, config(tmp_path, loss_type="rao_kupper", loss_kwargs={"good_from": 0.0}), ranked)
+
+
+def test_a_share_of_wrong_labels_is_an_argument_of_the_loss(tiny, tmp_path):
+    args = config(tmp_path, loss_type="robust_bradley_terry", loss_kwargs={"flip_probability": 0.2}, max_steps=2)
+    trainer = trainer_for(tiny, args, pair_rows(8))
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["loss"] < 1.61  # at most -log 0.2
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        trainer_for(tiny, config(tmp_path, loss_type="robust_bradley_terry", label_smoothing_factor=0.1))

@@ -16,8 +16,8 @@ class RewardConfig(trl.RewardConfig):
     Args:
         loss_type (`str`, *optional*, defaults to `"bradley_terry"`):
             Ranking loss: `"bradley_terry"` (TRL's loss), `"pairwise"`, `"plackett_luce"`, `"listnet"`, `"pointwise"`,
-            `"lambda_loss"` or the name of an installed plugin. In Python a callable with the same signature is
-            accepted too.
+            `"lambda_loss"`, `"rao_kupper"`, `"robust_bradley_terry"` or the name of an installed plugin. In Python a
+            callable with the same signature is accepted too.
         loss_kwargs (`dict`, *optional*):
             Keyword arguments of the loss, e.g. `{"temperature": 0.5}` for `listnet` or `{"margin_from_ratings": true}`
             for `bradley_terry` and `pairwise`.
@@ -50,7 +50,8 @@ class RewardConfig(trl.RewardConfig):
         default="bradley_terry",
         metadata={
             "help": "Ranking loss: 'bradley_terry', 'pairwise', 'plackett_luce', 'listnet', 'pointwise', "
-            "'lambda_loss' or the name of an installed plugin (see `trl-ext plugins`)."
+            "'lambda_loss', 'rao_kupper', 'robust_bradley_terry' or the name of an installed plugin (see `trl-ext "
+            "plugins`)."
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(

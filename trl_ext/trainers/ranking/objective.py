@@ -93,7 +93,10 @@ class RankingObjective:
     def needs_ratings(self) -> bool:
         """Whether the loss uses the size of the ratings, so that it cannot use `ranks`."""
         uses = self._properties.uses_distances
-        return bool(self._arguments().get(uses)) if isinstance(uses, str) else uses
+        if not isinstance(uses, str):
+            return uses
+        value = self._arguments().get(uses)
+        return value is not None and value is not False  # a threshold of 0 is on
 
     def _arguments(self) -> dict[str, Any]:
         """The keyword arguments of the loss, including those that a `functools.partial` binds."""
