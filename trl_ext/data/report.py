@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 COUNTED = {
     "over_long_rows": "dropped: longer than {limit} (fewer than 2 candidates fit)",
     "over_long_candidates": "single candidates longer than {limit} left out of larger groups",
-    "tied": "fully tied (no gradient, except with a loss that learns from ties)",
+    "tied": "fully tied (no gradient)",
     "identical": "with candidates of identical tokens",
     "no_prompt": "with an empty prompt",
     "unseen": "with completions whose text the chat template leaves out, wholly or in part",
