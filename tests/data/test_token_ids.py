@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from tokenizers import AddedToken, Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import TOKENIZER_KINDS, tiny_tokenizer
@@ -51,6 +51,58 @@ def test_a_call_that_cut_or_padded_before_changes_nothing(short):
     expected = tokenizer(text=texts)["input_ids"]
     tokenizer(text=texts, padding=True, truncation=True, max_length=4)
     assert token_ids(tokenizer, texts, True) == expected
+
+
+def sentences(number: int) -> list[str]:
+    """Random texts of words and marks, where most spaces are places to cut."""
+    rng = random.Random(1)
+    words = [
+        "a",
+        "the",
+        "Paris",
+        "7",
+        "42nd",
+        "it's",
+        "end.",
+        "so,",
+        "why?",
+        "(b)",
+        "'c'",
+        "d;",
+        "e\n\nF",
+        "né",
+        "语",
+        "x  y",
+    ]
+    return [" ".join(rng.choices(words, k=rng.randint(0, 30))) for _ in range(number)]
+
+
+def test_words_that_were_met_keep_the_ids_of_the_call(short, monkeypatch):
+    for kind in sorted(CUT):
+        tokenizer = tiny_tokenizer(kind)
+        for texts in (sentences(200), sentences(300)[200:]):
+            assert token_ids(tokenizer, texts, True) == tokenizer(text=texts)["input_ids"]
+        met = module._met_words[tokenizer]
+        assert len(met.ids) > 100
+        monkeypatch.setattr(module, "_KEPT_CHARACTERS", met.characters - 1)
+        assert token_ids(tokenizer, sentences(3), True) == tokenizer(text=sentences(3))["input_ids"]
+        assert module._met_words[tokenizer].characters < met.characters
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backend: backend.add_tokens(["Par"]),
+        lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()),
+        lambda backend: setattr(backend, "model", tiny_tokenizer("llama").backend_tokenizer.model),
+    ],
+)
+def test_a_tokenizer_that_is_changed_forgets_the_words(change, short):
+    tokenizer = tiny_tokenizer("gpt2")
+    before = token_ids(tokenizer, sentences(50), True)
+    change(tokenizer.backend_tokenizer)
+    expected = tokenizer(text=sentences(50))["input_ids"]
+    assert token_ids(tokenizer, sentences(50), True) == expected != before
 
 
 def with_regex(pattern: str):

@@ -1,11 +1,13 @@
 """`trl-ext bench data`: N pairs made ready for training by `RewardTrainer` and by `trl.RewardTrainer`.
 
 Both trainers do what they do when they are constructed: check, tokenize, filter by length, and write the result to
-disk. Pairs of texts and of chats are measured apart, and the token ids of both sides are compared. The case knows
-trainers and data sets. It runs no model.
+disk. Pairs of texts and of chats are measured apart, and the token ids of both sides are compared. The pairs are
+random words, or yours. The case knows trainers and data sets. It runs no model.
 """
 
 import argparse
+import copy
+import json
 import random
 import statistics
 import tempfile
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_pairs", type=int, default=5000)
     parser.add_argument("--prompt_words", type=int, default=40, help="words of the longest prompt; the shortest: half")
     parser.add_argument("--completion_words", type=int, default=80, help="words of the longest completion, likewise")
+    parser.add_argument("--dataset_file", help="JSON lines with prompt, chosen and rejected; default: random words")
+    parser.add_argument("--tokenizer", help="folder or Hub id; default: byte-level BPE that is trained on the pairs")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side, in turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/bench_data", help="where bench.json and bench.png go")
@@ -80,15 +84,42 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         `same_ids`; and the circumstances.
     """
     check_counts(args, num_pairs=2, prompt_words=1, completion_words=1, repeats=1)
-    cases = [_measure_kind(kind, args) for kind in KINDS]
+    pairs = (
+        {kind: synthetic_pairs(kind, args) for kind in KINDS} if args.dataset_file is None else _pairs_of_file(args)
+    )
+    cases = [_measure_kind(kind, rows, args) for kind, rows in pairs.items()]
     return {"cases": cases, **circumstances(args)}
 
 
-def _measure_kind(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+def _pairs_of_file(args: argparse.Namespace) -> "dict[str, Dataset]":
+    """Up to `num_pairs` rows of the file, by the name of the file."""
+    from datasets import Dataset
+
+    rows = []
+    with open(args.dataset_file, encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            rows.append({name: row[name] for name in ("prompt", "chosen", "rejected") if name in row})
+            if len(rows) == args.num_pairs:
+                break
+    return {Path(args.dataset_file).stem: Dataset.from_list(rows)}
+
+
+def _tokenizer(rows: "Dataset", args: argparse.Namespace) -> Any:
+    """A tokenizer that has met no text yet."""
+    from transformers import AutoTokenizer
+
+    if args.tokenizer is None:
+        return tokenizer_of(rows.select(range(min(LEARNED_FROM, len(rows)))))
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _measure_kind(kind: str, rows: "Dataset", args: argparse.Namespace) -> dict[str, Any]:
     from datasets import load_from_disk
 
-    rows = synthetic_pairs(kind, args)
-    tokenizer = tokenizer_of(rows.select(range(min(LEARNED_FROM, len(rows)))))
+    tokenizer = _tokenizer(rows, args)
     trainers = _trainers(rows.select(range(2)), tokenizer, args)
     ids: dict[str, list[list[list[int]]]] = {}
 
@@ -96,8 +127,8 @@ def _measure_kind(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         trainer, prepared = trainers[side], []
         with tempfile.TemporaryDirectory() as folder:  # a new one each time: `datasets` would read its cache
             rows.save_to_disk(folder)
-            stored = load_from_disk(folder)
-            run = timed(lambda: prepared.append(trainer._prepare_dataset(stored, tokenizer, trainer.args, "train")))
+            stored, unused = load_from_disk(folder), copy.deepcopy(tokenizer)  # a used one knows words already
+            run = timed(lambda: prepared.append(trainer._prepare_dataset(stored, unused, trainer.args, "train")))
             if side not in ids:
                 ids[side] = [prepared[0][column][:] for column in ("chosen_ids", "rejected_ids")]
         return run
