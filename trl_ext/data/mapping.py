@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from trl_ext.data.report import DROPPING, DataReport
+from trl_ext.data.report import DROPPING, DataReport, stream_reader
 from trl_ext.data.validation import DataError
 
 
@@ -121,6 +121,7 @@ def _missing_columns(
                 row=index,
                 column=column,
                 dataset=name,
+                reader=stream_reader(),
             )
     return {column: None for column in columns if column not in row}
 
@@ -201,8 +202,16 @@ def _prepare_batch(
 def _prepare_one(
     row: dict[str, Any], index: int, prepare_rows: Callable[..., dict[str, list[Any]]], arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """The new columns of a single row."""
-    new = prepare_rows({name: [value] for name, value in row.items()}, [index], **arguments)
+    """The new columns of a single row of a stream."""
+    try:
+        new = prepare_rows({name: [value] for name, value in row.items()}, [index], **arguments)
+    except DataError as error:
+        reader = stream_reader()
+        if reader is None:
+            raise
+        raise DataError(
+            error.found, error.needed, error.fix, error.row, error.column, error.dataset, reader
+        ) from error
     return {name: values[0] for name, values in new.items()}
 
 

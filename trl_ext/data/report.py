@@ -7,6 +7,8 @@ import logging
 import os
 from dataclasses import dataclass, field
 
+from torch.utils.data import get_worker_info
+
 from trl_ext.data.validation import DataError, shown
 
 
@@ -49,6 +51,20 @@ DROPPING = {"over_long_rows", "unlabelled_rows"}
 EXPECTED = {"no_segments", "unannotated", "after_error", "unlike_pieces"}
 # A stream has no length. Its survival rate is checked once this many rows were read.
 STREAM_ROWS_BEFORE_JUDGING = 256
+
+
+def stream_reader() -> str | None:
+    """This reader of a stream, where several may share its shards; `None` where one process reads it alone.
+
+    Each of several readers counts the rows that it reads from 0.
+    """
+    worker, processes = get_worker_info(), int(os.environ.get("WORLD_SIZE", "1"))
+    names = []
+    if worker is not None and worker.num_workers > 1:
+        names.append(f"DataLoader worker {worker.id} of {worker.num_workers}")
+    if processes > 1:
+        names.append(f"process {os.environ.get('RANK', '0')} of {processes}")
+    return " in ".join(names) or None
 
 
 @dataclass
@@ -114,7 +130,11 @@ class DataReport:
         for reason, count in zip(self.reasons, counts, strict=True):
             if count and reason not in EXPECTED and reason not in self._said:
                 self._said.add(reason)
-                self._warn(f"{self.name} data, row {row} is the first row counted as {reason}: {self._phrase(reason)}")
+                reader = stream_reader()
+                number = f"{row} as counted by {reader}" if reader else row
+                self._warn(
+                    f"{self.name} data, row {number} is the first row counted as {reason}: {self._phrase(reason)}"
+                )
         if self.rows >= STREAM_ROWS_BEFORE_JUDGING:
             self.check_seen()
             self.check_survival(min_survival)

@@ -27,6 +27,7 @@ class DataError(ValueError):
         row (`int`, *optional*): index of the row in the data set, counted from 0.
         column (`str`, *optional*): name of the column.
         dataset (`str`, *optional*): name of the data set ("train", "eval").
+        reader (`str`, *optional*): who counted the row, where several readers share a stream and each counts from 0.
     """
 
     def __init__(
@@ -37,19 +38,20 @@ class DataError(ValueError):
         row: int | None = None,
         column: str | None = None,
         dataset: str | None = None,
+        reader: str | None = None,
     ):
         self.found, self.needed, self.fix = found, needed, fix
-        self.row, self.column, self.dataset = row, column, dataset
+        self.row, self.column, self.dataset, self.reader = row, column, dataset, reader
         place = f"{dataset} data" if dataset else "data"
         if row is not None:
-            place += f", row {row}"
+            place += f", row {row}" + (f" as counted by {reader}" if reader else "")
         if column is not None:
             place += f", column {column!r}"
         super().__init__(f"{place}: found {found}; needed {needed}. {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes pickle exceptions. By default, pickle rebuilds them from `args`, which hold the message.
-        return type(self), (self.found, self.needed, self.fix, self.row, self.column, self.dataset)
+        return type(self), (self.found, self.needed, self.fix, self.row, self.column, self.dataset, self.reader)
 
 
 def unknown_token(token_id: int, vocab_size: int, tokenizer: Any = None) -> tuple[str, str, str]:

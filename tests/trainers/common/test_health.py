@@ -89,6 +89,26 @@ def test_a_gradient_that_breaks_stops_before_the_optimizer(value, clip, base, tm
     assert largest_difference(weights(trainer), kept) == 0
 
 
+def test_row_numbers_of_a_shared_stream_are_not_said_to_be_unique(base, tmp_path):
+    """Two workers read two shards each and number their rows from 0; one reader numbers all of them."""
+    rows = Dataset.from_list(pair_rows(16)).to_iterable_dataset(num_shards=4)
+    for workers, shared in ((2, True), (0, False)):
+        args = config(tmp_path, max_steps=2, dataloader_num_workers=workers)
+        trainer = trainer_for(base, args, rows)
+        trainer.model.score.weight.data[0, 3] = NAN
+        with pytest.raises(NotFiniteError, match=r"row\(s\) \[") as caught:
+            trainer.train()
+        assert ("a stream of 4 shards, and 2 readers" in str(caught.value)) == shared
+
+
+def test_a_bad_row_of_a_shared_stream_names_who_counted_it(base, tmp_path):
+    rows = [{**row, "margin": -1.0 if number == 9 else 0.5} for number, row in enumerate(pair_rows(12))]
+    data = Dataset.from_list(rows).to_iterable_dataset(num_shards=4)  # row 9 is row 3 of the second worker's
+    args = config(tmp_path, max_steps=4, dataloader_num_workers=2)
+    with pytest.raises(Exception, match="row 3 as counted by DataLoader worker 1 of 2, column 'margin'"):
+        trainer_for(base, args, data).train()
+
+
 def test_an_evaluation_stops_too(base, tmp_path):
     trainer = trainer_for(base, config(tmp_path), eval_dataset=Dataset.from_list(pair_rows(4)))
     trainer.model.score.weight.data[0, 3] = NAN

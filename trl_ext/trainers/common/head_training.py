@@ -53,6 +53,7 @@ from trl_ext.trainers.common.loading import (
     BY_LENGTH,
     StreamResumeCallback,
     WholeStream,
+    note_on_rows,
     rows_of_evaluation,
     with_lengths,
 )
@@ -113,7 +114,7 @@ class HeadTraining:
         warn_of_arguments_without_effect(self.args, without_effect_on_heads(self.args))
         self._head = head
         self._attention = current_attention(self.model)
-        self._monitor = HealthMonitor()
+        self._monitor = HealthMonitor(note_on_rows(self.train_dataset, self.args))
         warn_of_rope(unwrap(self.model).config, self.args.max_length)
         self.add_callback(GradientCallback(self._monitor, head))
         self.add_callback(recording)

@@ -35,7 +35,7 @@ class NotFiniteError(FloatingPointError):
     """A score, loss or gradient is NaN or infinite."""
 
 
-def check_finite(scores: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor) -> None:
+def check_finite(scores: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor, note: str = "") -> None:
     """
     Raise [`NotFiniteError`] if a score or loss is NaN or infinite. The message names the rows of the data set.
 
@@ -43,6 +43,7 @@ def check_finite(scores: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor)
         scores (`torch.Tensor` of shape `(B, K)`): scores, 0 where there is no candidate.
         losses (`torch.Tensor` of shape `(B,)`): loss of each group.
         rows (`torch.Tensor` of shape `(B,)`): row number of each group in its data set.
+        note (`str`, *optional*): ends the message.
     """
     for what, values in (("score", scores), ("loss", losses)):
         bad = ~torch.isfinite(values).reshape(len(values), -1).all(dim=1)
@@ -50,7 +51,7 @@ def check_finite(scores: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor)
             raise NotFiniteError(
                 f"The {what} of data set {_named(rows[bad].tolist())} is NaN or infinite. Training stops before the "
                 "weights are damaged. Usual causes: a learning rate that is too high, fp16 (use bf16), or broken base "
-                "weights."
+                f"weights.{note}"
             )
 
 
@@ -59,9 +60,15 @@ def _named(rows: list[int]) -> str:
 
 
 class HealthMonitor:
-    """Checks every forward pass of a training run. It raises an error for NaN and gives each warning once."""
+    """
+    Checks every forward pass of a training run. It raises an error for NaN and gives each warning once.
 
-    def __init__(self):
+    Args:
+        note (`str`, *optional*): what an error about rows adds.
+    """
+
+    def __init__(self, note: str = ""):
+        self.note = note
         self._passes = 0
         self._flat = 0
         self._still = 0
@@ -91,7 +98,7 @@ class HealthMonitor:
         self._rows.append(rows)
         # a finite sum has only finite terms; a sum that is not finite may be an overflow, so look at the terms again
         if not math.isfinite((scores.sum() + losses.sum()).item()):
-            check_finite(scores, losses, rows)
+            check_finite(scores, losses, rows, self.note)
         self._passes += 1
         if self._passes % LOOK_EVERY == 1:
             self._look(step, scores, mask, losses, chance())
@@ -178,6 +185,6 @@ class GradientCallback(TrainerCallback):
             raise NotFiniteError(
                 f"A gradient of step {state.global_step + 1} (data set {_named(self.monitor.rows_of_step())}) is NaN "
                 "or infinite. Training stops before the weights are damaged. Usual causes: a learning rate that is "
-                "too high, or a margin or rating of extreme size."
+                f"too high, or a margin or rating of extreme size.{self.monitor.note}"
             )
         self.monitor.end_step(head_moves=any(bool(gradient.any()) for gradient in head))

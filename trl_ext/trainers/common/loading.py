@@ -46,6 +46,23 @@ def rows_of_evaluation(args: TrainingArguments, stream: bool) -> Iterator[None]:
         args.train_sampling_strategy, args.dataloader_num_workers = strategy, workers
 
 
+def note_on_rows(dataset: Any, args: TrainingArguments) -> str:
+    """
+    What a message about rows of training data must add; empty where each row number belongs to one row.
+
+    If DataLoader workers or processes share the shards of a stream, each of them counts the rows that it reads from 0.
+    """
+    shards = dataset.num_shards if isinstance(dataset, IterableDataset) else 1
+    readers = min(shards, max(1, args.dataloader_num_workers) * args.world_size)
+    if readers == 1:
+        return ""
+    return (
+        f" The data are a stream of {shards} shards, and {readers} readers (DataLoader workers, processes) may share "
+        "them. Each reader counts its rows from 0, so that a number can belong to several rows. One reader "
+        "(dataloader_num_workers=0, one process) gives each row a number of its own."
+    )
+
+
 class WholeStream(TorchStream):
     """
     A stream whose shards stay together, so that each `row_index` belongs to one row.

@@ -26,7 +26,7 @@ from trl_ext.models.heads import unwrap
 from trl_ext.models.inputs import InputLimits, freeze_date, text_tokenizer
 from trl_ext.models.shared_prefix import ATTENTION_NAME, current_attention, select_attention, use_shared_prefix
 from trl_ext.trainers.common.health import check_finite
-from trl_ext.trainers.common.loading import BY_LENGTH, with_lengths
+from trl_ext.trainers.common.loading import BY_LENGTH, note_on_rows, with_lengths
 from trl_ext.trainers.common.policy_training import PolicyTraining
 from trl_ext.trainers.common.summary import base_name, run_facts
 from trl_ext.trainers.policy.ranked_dpo_config import WITHOUT_EFFECT, RankedDPOConfig
@@ -256,7 +256,8 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
         reference = reference[:, : mask.shape[1]].to(logps.dtype)
         rewards = (self.beta * (logps - reference)).masked_fill(~mask, 0.0)  # (B, K)
         losses = self._objective(rewards, inputs)  # (B,)
-        check_finite(rewards.detach(), losses.detach(), inputs["row_index"])
+        note = note_on_rows(self.train_dataset, self.args) if self.model.training else ""
+        check_finite(rewards.detach(), losses.detach(), inputs["row_index"], note)
         loss = losses.mean()
         tokens = _Tokens(inputs, outputs)
         if self.args.sft_coefficient:
