@@ -145,16 +145,15 @@ class Head:
     def __init__(self, size: int):
         self.weight, self.prior = torch.zeros(size, dtype=torch.float64), 1.0
 
-    def fit(self, features: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor, rounds: int = 3) -> "Head":
+    def fit(self, features: torch.Tensor, ratings: torch.Tensor, mask: torch.Tensor, rounds: int = 2) -> "Head":
         """The posterior mode; `rounds` times the prior precision is chosen anew (0: it stays)."""
-        for number in range(max(1, rounds)):
+        for _ in range(rounds):
             self._newton(features, ratings, mask)
-            if number < rounds:
-                try:
-                    found = best_prior_precision(torch.linalg.eigvalsh(self.information), self.weight)
-                except ValueError:  # nothing was learnt
-                    found = self.prior
-                self.prior = min(max(found, 1e-2), 1e4)
+            try:
+                found = best_prior_precision(torch.linalg.eigvalsh(self.information), self.weight)
+            except ValueError:  # nothing was learnt
+                found = self.prior
+            self.prior = min(max(found, 1e-2), 1e4)
         self._newton(features, ratings, mask)
         self.factor = torch.linalg.cholesky(self._precision())
         return self
@@ -246,7 +245,7 @@ def run(rows: tuple, train: list[int], test: list[int], strategy: str, seed: int
             chosen = pick(strategy, head, tuple(part[pool] for part in rows), there, wanted, generator)
             labelled = torch.cat([labelled, pool[chosen]])
             pool = pool[[place for place in range(len(pool)) if place not in set(chosen)]]
-        head = Head(rows[0].shape[-1]).fit(*(part[labelled] for part in rows))
+        head.fit(*(part[labelled] for part in rows))  # goes on from the last one
         features, ratings, mask = (part[test] for part in rows)
         curve[f"{share:g}"] = [round(value, 4) for value in accuracy(features @ head.weight, ratings, mask)]
     return curve

@@ -131,9 +131,9 @@ def test_a_copy_of_a_chosen_row_is_not_chosen_again(scorer):
 # --------------------------------------------------------------------------------------------------------- large pools
 def test_chunks_change_nothing(scorer, monkeypatch):
     for strategy in ("fisher", "entropy", "random"):
-        whole = choose_rows(scorer, POOL, 4, strategy, shortlist=30)
+        whole = choose_rows(scorer, POOL, 4, strategy)
         monkeypatch.setattr(module, "CHUNK_ROWS", 7)
-        parts = choose_rows(scorer, POOL, 4, strategy, shortlist=30)
+        parts = choose_rows(scorer, POOL, 4, strategy)
         monkeypatch.undo()
         assert parts.rows == whole.rows and parts.values == pytest.approx(whole.values, rel=1e-4)
 
@@ -193,6 +193,10 @@ def test_rows_that_cannot_be_compared_are_counted(scorer):
         (PAIRS, 1, {"strategy": "entropy", "diversity": "determinant"}, "k_centre"),
         (PAIRS, 1, {"strategy": "disagreement"}, "ensemble"),
         (PAIRS, 1, {"prior_precision": -1.0}, "prior_precision"),
+        (PAIRS, 1, {"prior_precision": 1.0, "strategy": "entropy"}, "prior_precision"),
+        (PAIRS, 3, {"shortlist": 2}, "shortlist"),
+        (PAIRS, 3, {"shortlist": 9, "diversity": "none"}, "shortlist"),
+        (POOL.to_iterable_dataset(), 1, {}, "stream"),
         ([*PAIRS[:2], {"prompt": "p", "completions": [" one"]}], 1, {}, "row 2.*1 completion"),
         ([{"prompt": "p", "completion": " one"}], 1, {}, "row 0.*completions"),
         ([*PAIRS[:2], {"prompt": "p", "chosen": "", "rejected": " a"}], 1, {}, "row 2"),

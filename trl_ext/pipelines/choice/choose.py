@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from trl_ext.data.mapping import plain_rows
 from trl_ext.data.schema import template_arguments
@@ -151,14 +151,18 @@ def choose_rows(
     **scorer_kwargs: Any,
 ) -> Choice:
     """The places of the rows that [`choose`] chooses, with a report. The arguments are the same."""
-    diversity = _checked(n, strategy, diversity, len(dataset))
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("The pool is a stream; needed: a Dataset (in files, not in memory) or a list of rows.")
+    diversity = _checked(n, strategy, diversity, len(dataset), shortlist)
+    if prior_precision is not None and strategy != "fisher":
+        raise ValueError(f"prior_precision is for the strategy 'fisher', and this is {strategy!r}. Leave it out.")
     taken = [name for name in ADDED if name in (getattr(dataset, "column_names", None) or dataset[0])]
     if taken:
         raise ValueError(f"The pool has a column {taken[0]!r} already. Rename or remove it.")
     if isinstance(model, (str, Path)):
         model = load_scorer(model, **scorer_kwargs)
     valuer = make_valuer(model, strategy, diversity, prior_precision, seed)
-    kept = n if diversity == "none" else max(n, SHORTLIST * n if shortlist is None else shortlist)
+    kept = n if diversity == "none" else shortlist or SHORTLIST * n
     best = Shortlist(kept)
     total, count, identical = 0.0, 0, 0
     pool = plain_rows(dataset)
@@ -194,7 +198,7 @@ def choose_rows(
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
-def _checked(n: int, strategy: str, diversity: str | None, size: int) -> Diversity:
+def _checked(n: int, strategy: str, diversity: str | None, size: int, shortlist: int | None) -> Diversity:
     """The diversity to use. Raises `ValueError` for arguments that do not fit."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}; needed: one of {', '.join(STRATEGIES)}.")
@@ -204,6 +208,8 @@ def _checked(n: int, strategy: str, diversity: str | None, size: int) -> Diversi
         raise ValueError(f"diversity={diversity!r}; needed: one of {', '.join(DIVERSITIES)}, or None.")
     if diversity == "determinant" and strategy not in INFORMATIVE:
         raise ValueError(f"{strategy!r} is no information, so a batch has no determinant. Use diversity='k_centre'.")
+    if shortlist is not None and (diversity == "none" or shortlist < n):
+        raise ValueError(f"shortlist={shortlist}; needed: {n} rows or more, and a diversity that picks from them.")
     if n < 1:
         raise ValueError(f"n={n}; needed: 1 or more rows to choose.")
     if size == 0:
