@@ -10,6 +10,7 @@ from tests.tiny import pair_rows, ranked_rows
 from trl_ext.bench import ensemble as bench_ensemble
 from trl_ext.bench import runner, synthetic
 from trl_ext.bench import score as bench_score
+from trl_ext.bench.padded import interval_of_turns
 from trl_ext.cli import bench
 from trl_ext.cli.main import main
 
@@ -300,3 +301,11 @@ def test_the_report_is_kept_where_the_reader_is_gone(tmp_path, monkeypatch):
     with pytest.raises(BrokenPipeError):
         bench.main(["score", "--num_prompts", "3", "--output_dir", str(tmp_path)])
     assert json.loads((tmp_path / "bench.json").read_text()) == {"bench": "score", "rows": 3}
+
+
+def test_the_interval_of_turns():
+    assert interval_of_turns([1.3]) is None
+    low, high = interval_of_turns([1.0, 1.21])  # a factor of 1.1 to either side; Student's t of two turns is 12.706
+    assert (low * high) ** 0.5 == pytest.approx(1.1) and high / 1.1 == pytest.approx(1.1**12.7062, rel=1e-3)
+    low, high = interval_of_turns([1.5, 1.5, 1.5])
+    assert low == pytest.approx(1.5) == high

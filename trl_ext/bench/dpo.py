@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.bench.padded import padded_beside_ours
+from trl_ext.bench.padded import line_of, padded_beside_ours, plot_speedups, table_of
 from trl_ext.bench.runner import (
     Run,
     add_memory_arguments,
@@ -19,10 +19,6 @@ from trl_ext.bench.runner import (
     add_run_arguments,
     check_counts,
     circumstances,
-    formatted,
-    mib,
-    place,
-    plot_speedups,
     quantization_of,
     shape_of,
     timed_training,
@@ -56,10 +52,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Measure every shape.
 
     Returns:
-        `dict` with `cases` and the [`circumstances`]. A case has the `baseline`, the `sides` `"padded"` and
-        `"trl_ext"` (seconds and CPU seconds of a step, tokens per second, peak memory in MiB, tokens that the model
-        processed), `speedup` and `cpu_speedup` (time of the padded side over ours, medians of `speedup_of_turns`),
-        `token_bound` (tokens of the padded side over ours), `fraction_of_bound`, and `loss_max_difference`.
+        `dict` with `cases` and the [`circumstances`]. A case has the `baseline`, and what [`padded_beside_ours`]
+        returns for the sides `"padded"` and `"trl_ext"`.
     """
     check_counts(args, warmup=1, steps=1, repeats=1)
     cases = []
@@ -71,7 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             model = f"{folder}/{number}"
             save_model(model, args, p + c + 1, words_tokenizer())
             cases.append(_measure_case((p, c, k), model, args))
-            print(_line(cases[-1]), flush=True)
+            print(line_of(cases[-1]), flush=True)
     return {"cases": cases, **circumstances(args)}
 
 
@@ -128,35 +122,9 @@ def _train(
     return timed_training(trainer, args.warmup)
 
 
-def _line(case: dict[str, Any]) -> str:
-    ratios = f"{case['speedup']:.2f}x (CPU time {case['cpu_speedup']:.2f}x, bound {case['token_bound']:.2f})"
-    return f"{case['name']}: {ratios}"
-
-
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
-    head = ["(P, C, K)", "beside", "prompts", "flat", "padded s", "ours s", "wall", "CPU", "bound", "CPU/bound"]
-    rows = [[*head, "MiB padded", "ours", "loss diff"]]
-    for case in report["cases"]:
-        padded, ours = case["sides"]["padded"], case["sides"]["trl_ext"]
-        rows.append(
-            [
-                case["name"],
-                "TRL" if case["baseline"] == "trl.DPOTrainer" else "padded rows",
-                str(case["groups_per_batch"]),
-                f"{ours['flat_batches']:.0%}",
-                f"{padded['seconds_per_step']:.3f}",
-                f"{ours['seconds_per_step']:.3f}",
-                f"{case['speedup']:.2f}x",
-                f"{case['cpu_speedup']:.2f}x",
-                f"{case['token_bound']:.2f}",
-                f"{case['fraction_of_bound']:.0%}",
-                mib(padded["peak_memory_mib"]),
-                mib(ours["peak_memory_mib"]),
-                f"{case['loss_max_difference']:.0e}",
-            ]
-        )
-    return f"{formatted(rows)}\n{place(report)}"
+    return table_of(report, ("groups_per_batch", "prompts"))
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.bench.padded import padded_beside_ours
+from trl_ext.bench.padded import line_of, padded_beside_ours, plot_speedups, table_of
 from trl_ext.bench.runner import (
     Run,
     add_memory_arguments,
@@ -20,10 +20,6 @@ from trl_ext.bench.runner import (
     add_run_arguments,
     check_counts,
     circumstances,
-    formatted,
-    mib,
-    place,
-    plot_speedups,
     quantization_of,
     shape_of,
     timed_training,
@@ -89,12 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         `dict` with `cases` and the [`circumstances`]. A case has:
 
         - `baseline`: the name of the other side.
-        - `sides`: for `"padded"` and `"trl_ext"` the seconds and CPU seconds of a step, sequence tokens per second,
-          peak memory in MiB, tokens that the model processed, and the share of batches laid out as flat rows.
-        - `speedup`, `cpu_speedup`: time of the padded side over ours (above 1: ours is faster), each the median of
-          `speedup_of_turns`.
-        - `token_bound`: tokens of the padded side over our tokens; `fraction_of_bound`: `cpu_speedup` over this bound.
-        - `loss_max_difference`: the largest difference between the two sides' losses.
+        - what [`padded_beside_ours`] returns for the sides `"padded"` and `"trl_ext"`.
         - `profile`, with `--profile` only: for each side the `name`, `share` of the step and `calls` of each operator.
     """
     check_counts(args, warmup=1, steps=1, repeats=1)
@@ -104,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             longest = max(len(ids) for group in case.rows["candidate_ids"] for ids in group)
             save_model(f"{folder}/{number}", args, longest, tokenizer)
             cases.append(_measure_case(case, f"{folder}/{number}", args))
-            print(_line(cases[-1]), flush=True)
+            print(line_of(cases[-1]), flush=True)
     return {"cases": cases, **circumstances(args)}
 
 
@@ -199,57 +190,14 @@ def _as_pair(row: dict[str, Any]) -> dict[str, list[int]]:
     return {"chosen_ids": ids[0], "rejected_ids": ids[1]}
 
 
-def _line(case: dict[str, Any]) -> str:
-    ratios = f"{case['speedup']:.2f}x (CPU time {case['cpu_speedup']:.2f}x, bound {case['token_bound']:.2f})"
-    return f"{case['name']}: {ratios}"
-
-
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
-    rows = [
-        [
-            "(P, C, K)",
-            "beside",
-            "groups",
-            "flat",
-            "TRL s",
-            "ours s",
-            "wall",
-            "CPU",
-            "bound",
-            "CPU/bound",
-            "tokens/s TRL",
-        ]
-    ]
-    rows[0] += ["ours", "MiB TRL", "ours", "loss diff"]
-    for case in report["cases"]:
-        padded, ours = case["sides"]["padded"], case["sides"]["trl_ext"]
-        rows.append(
-            [
-                case["name"],
-                "TRL" if case["baseline"] == "trl.RewardTrainer" else "padded rows",
-                str(case["groups_per_batch"]),
-                f"{ours['flat_batches']:.0%}",
-                f"{padded['seconds_per_step']:.3f}",
-                f"{ours['seconds_per_step']:.3f}",
-                f"{case['speedup']:.2f}x",
-                f"{case['cpu_speedup']:.2f}x",
-                f"{case['token_bound']:.2f}",
-                f"{case['fraction_of_bound']:.0%}",
-                f"{padded['tokens_per_second']:,.0f}",
-                f"{ours['tokens_per_second']:,.0f}",
-                mib(padded["peak_memory_mib"]),
-                mib(ours["peak_memory_mib"]),
-                f"{case['loss_max_difference']:.0e}",
-            ]
-        )
-    profiles = "".join(_profile_lines(case) for case in report["cases"] if "profile" in case)
-    return (
-        f"{formatted(rows)}\nTRL: trl.RewardTrainer; for groups of more than two, our trainer on padded rows with the "
-        "Plackett-Luce loss. Times are medians of a whole optimizer step. wall and CPU: time of TRL / our time, the "
-        "median over the turns; above 1: ours is faster.\n"
-        f"{place(report)}; flat rows: sdpa by index{profiles}"
+    explained = (
+        "TRL: trl.RewardTrainer; for groups of more than two, our trainer on padded rows with the Plackett-Luce loss. "
+        "Flat rows: sdpa by index."
     )
+    profiles = "".join(_profile_lines(case) for case in report["cases"] if "profile" in case)
+    return table_of(report, ("groups_per_batch", "groups"), ("TRL", "ours"), explained) + profiles
 
 
 def _profile_lines(case: dict[str, Any], smallest: float = 0.02) -> str:

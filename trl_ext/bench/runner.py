@@ -430,15 +430,3 @@ def mib(value: float | None) -> str:
 def place(report: dict[str, Any]) -> str:
     """The line below a table: machine, dtype, attention and kind of memory."""
     return f"{report['machine']}, {report['dtype']}, {report['attention']} attention, memory {report['memory']}"
-
-
-def plot_speedups(report: dict[str, Any], title: str, path: Path) -> bool:
-    """Plot time ratios and token bound of every case as bars. Returns `False` if matplotlib is not installed."""
-    cases = report["cases"]
-    series = {
-        "time ratio (wall)": [case["speedup"] for case in cases],
-        "time ratio (CPU)": [case["cpu_speedup"] for case in cases],
-        "token bound": [case["token_bound"] for case in cases],
-    }
-    title = f"{title}\n{report['machine']}, {report['dtype']}"
-    return plot_bars(path, [case["name"] for case in cases], series, "times faster", title)

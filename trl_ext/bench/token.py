@@ -10,19 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.bench.padded import line_of, padded_beside_ours, plot_speedups, table_of
 from trl_ext.bench.runner import (
     Run,
     add_model_arguments,
     add_run_arguments,
-    apart,
     check_counts,
     circumstances,
-    formatted,
-    in_turns,
-    medians,
-    mib,
-    place,
-    plot_speedups,
     shape_of,
     timed_training,
     training_arguments,
@@ -52,10 +46,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Measure every shape.
 
     Returns:
-        `dict` with `cases` and the [`circumstances`]. A case has `sides` (for `"padded"` and `"flat"` the seconds and
-        CPU seconds of a step, peak memory in MiB, and tokens that the model processes), `speedup` and `cpu_speedup`
-        (time of padded rows over flat rows; above 1: flat rows are faster), `token_bound` (tokens of padded rows over
-        flat rows) and `loss_max_difference` (the largest difference between the two sides' losses).
+        `dict` with `cases` and the [`circumstances`]. A case has what [`padded_beside_ours`] returns for the sides
+        `"padded"` and `"flat"`.
     """
     check_counts(args, warmup=1, steps=1, repeats=1, questions=1)
     cases = []
@@ -65,26 +57,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows = labelled_rows("orm", args.questions * (args.warmup + args.steps), p, c, k, args.seed)
             save_model(f"{folder}/{number}", args, p + c, words_tokenizer())
             cases.append(_measure_case(rows, f"{folder}/{number}", args, p, c, k))
+            print(line_of(cases[-1]), flush=True)
     return {"cases": cases, **circumstances(args)}
 
 
 def _measure_case(rows: "Dataset", model: str, args: argparse.Namespace, p: int, c: int, k: int) -> dict[str, Any]:
     train = {side: partial(_train, rows, side, model, args, k) for side in SIDES}
-    losses = {side: train[side](logging_steps=1).losses for side in SIDES}
-    runs = in_turns(train, args.repeats)
-    sides = {
-        side: medians(runs[side], step="_per_step") | {"model_tokens": runs[side][0].model_tokens} for side in SIDES
-    }
-    padded, flat = sides["padded"], sides["flat"]
     return {
         "name": f"({p}, {c}, {k})",
         "rows_per_batch": k * args.questions,
-        "sides": sides,
-        "speedup": padded["seconds_per_step"] / flat["seconds_per_step"],
-        "cpu_speedup": padded["cpu_seconds_per_step"] / flat["cpu_seconds_per_step"],
-        "token_bound": padded["model_tokens"] / flat["model_tokens"],
-        "loss_max_difference": apart(losses["padded"], losses["flat"]),
-        "losses_compared": len(losses["padded"]),
+        **padded_beside_ours(train, args.repeats, args.questions * k * (p + c)),
     }
 
 
@@ -103,27 +85,7 @@ def _train(rows: "Dataset", side: str, model: str, args: argparse.Namespace, k: 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
-    rows = [["(P, C, K)", "rows", "padded s", "flat s", "wall", "CPU", "bound", "MiB padded", "flat", "loss diff"]]
-    for case in report["cases"]:
-        padded, flat = case["sides"]["padded"], case["sides"]["flat"]
-        rows.append(
-            [
-                case["name"],
-                str(case["rows_per_batch"]),
-                f"{padded['seconds_per_step']:.3f}",
-                f"{flat['seconds_per_step']:.3f}",
-                f"{case['speedup']:.2f}x",
-                f"{case['cpu_speedup']:.2f}x",
-                f"{case['token_bound']:.2f}",
-                mib(padded["peak_memory_mib"]),
-                mib(flat["peak_memory_mib"]),
-                f"{case['loss_max_difference']:.0e}",
-            ]
-        )
-    return (
-        f"{formatted(rows)}\nORMTrainer with group_by_prompt. wall and CPU: time with shared_prefix=False / time with "
-        f"'auto', medians of a whole optimizer step; above 1: 'auto' is faster.\n{place(report)}"
-    )
+    return table_of(report, ("rows_per_batch", "rows"), ("padded", "flat"), "ORMTrainer with group_by_prompt.")
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
