@@ -47,5 +47,7 @@ def test_without_probabilities_there_is_no_calibration():
     agreement = Agreement()
     agreement.add(0, 0, 1.0)
     agreement.add(1, 1, -2.0)
-    assert [one.name for one in agreement.measures()] == ["accuracy", "kappa"]
+    found = list(agreement.measures())
+    assert [one.name for one in found] == ["accuracy", "kappa"]
+    assert found[1].estimate(0.95, 100, 0).value == 0.0 == preference_kappa(np.array([1.0, 0.0]))
     assert agreement.by_confidence() == [] == Agreement().by_confidence() and not list(Agreement().measures())

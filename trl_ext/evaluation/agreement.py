@@ -65,7 +65,10 @@ class Agreement:
             return
         right, chances = self._units.array("accuracy"), self._units.array("probability")
         yield self._units.mean("accuracy")
-        yield self._units.computed("kappa", lambda drawn: preference_kappa(right[drawn]))
+        if np.isin(right, (0.0, 1.0)).all():  # without ties it is a mean, whose interval is computed quickly
+            yield Measure("kappa", values=2 * right - 1, clusters=self._units.clusters, proportion=False)
+        else:
+            yield self._units.computed("kappa", lambda drawn: preference_kappa(right[drawn]))
         if np.isfinite(self._units.array("accuracy_one_order")).any():
             yield self._units.mean("accuracy_one_order")
         if not np.isfinite(chances).all():

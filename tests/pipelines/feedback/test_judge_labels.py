@@ -1,5 +1,6 @@
 """Rows in, labelled rows out: what is left out is counted, agreement is measured, and nothing is asked twice."""
 
+import functools
 import json
 import math
 import os
@@ -17,7 +18,10 @@ from trl_ext import RewardConfig, RewardTrainer, label_preferences
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.feedback.judge import JudgeError
 from trl_ext.pipelines.feedback.judge_labels import judge_rows
-from trl_ext.pipelines.generation.generator import GenerationError
+from trl_ext.pipelines.generation.generator import GenerationError, LabelError
+
+
+quick = functools.partial(label_preferences, resamples=20)
 
 
 def good_words(text):
@@ -37,7 +41,7 @@ def test_pairs_get_the_judge_s_probability_and_keep_their_texts():
     swapped = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if n % 2 else row for n, row in enumerate(rows)
     ]
-    found = label_preferences(LEANS, swapped)
+    found = quick(LEANS, swapped)
     assert found.column_names == ["prompt", "chosen", "rejected", "preference_probability", "position_bias", "row"]
     for row, label in zip(rows, found, strict=True):
         gap = good_words(row["chosen"][0]["content"]) - good_words(row["rejected"][0]["content"])
@@ -62,7 +66,7 @@ def test_a_reward_model_trains_on_the_rows_as_they_are(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     for name, rows, mode in (("pairs", pair_rows(8), "compare"), ("ranked", ranked_rows(8, k=3), "score")):
         judge = FAIR if mode == "compare" else lambda chats: [{"3": 0.5, "4": 0.5, "1": 0.1} for _ in chats]
-        found = label_preferences(judge, rows, tmp_path / name, mode=mode)
+        found = quick(judge, rows, tmp_path / name, mode=mode)
         loss = "bradley_terry" if mode == "compare" else "plackett_luce"
         args = RewardConfig(
             output_dir=str(tmp_path / f"{name}-model"),
@@ -158,19 +162,19 @@ def test_ratings_that_hardly_differ_are_ties():
 )
 def test_bad_input_is_refused(rows, settings, error, words):
     with pytest.raises(error, match=words):
-        label_preferences(FAIR, rows, **settings)
+        quick(FAIR, rows, **settings)
 
 
 def test_a_judge_must_be_a_model_or_a_function():
     with pytest.raises(TypeError, match="a int; needed"):
-        label_preferences(3, pair_rows(2))
+        quick(3, pair_rows(2))
 
 
 def test_streams_and_data_sets_give_the_same(tmp_path):
     rows = pair_rows(5)
-    plain = label_preferences(FAIR, rows).to_list()
-    assert label_preferences(FAIR, Dataset.from_list(rows)).to_list() == plain
-    assert label_preferences(FAIR, IterableDataset.from_generator(lambda: iter(rows))).to_list() == plain
+    plain = quick(FAIR, rows).to_list()
+    assert quick(FAIR, Dataset.from_list(rows)).to_list() == plain
+    assert quick(FAIR, IterableDataset.from_generator(lambda: iter(rows))).to_list() == plain
 
 
 def test_only_new_questions_are_asked(tmp_path):
@@ -181,14 +185,14 @@ def test_only_new_questions_are_asked(tmp_path):
         return FAIR(chats)
 
     rows = pair_rows(6)
-    first = label_preferences(judge, rows[:4], tmp_path)
+    first = quick(judge, rows[:4], tmp_path)
     assert len(calls) == 8
     again = judge_rows(judge, rows, tmp_path)
     assert len(calls) == len(set(calls)) == 12 and again.report.answers == {"asked": 4, "reused": 8}
     assert again.dataset.to_list()[:4] == first.to_list()
-    label_preferences(judge, rows, tmp_path, criteria="Is it short?")
+    quick(judge, rows, tmp_path, criteria="Is it short?")
     assert len(calls) == len(set(calls)) == 24  # another question
-    label_preferences(judge, rows, tmp_path, system_prompt="Be strict.")
+    quick(judge, rows, tmp_path, system_prompt="Be strict.")
     assert len(calls) == 36  # the same questions to another judge
 
 
@@ -225,10 +229,8 @@ def judging(number, path, body):
 def test_a_server_gives_its_likeliest_tokens():
     rows = pair_rows(12)
     with serving(judging) as server:
-        found = label_preferences("m", rows, backend="openai", server_base_url=server.url, max_concurrency=3)
-    assert found["preference_probability"][:] == pytest.approx(
-        label_preferences(FAIR, rows)["preference_probability"][:]
-    )
+        found = quick("m", rows, backend="openai", server_base_url=server.url, max_concurrency=3)
+    assert found["preference_probability"][:] == pytest.approx(quick(FAIR, rows)["preference_probability"][:])
     assert server.most_at_once <= 3 and len(server.bodies) == 24
     body = server.bodies[0]
     assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
@@ -244,7 +246,15 @@ def test_a_label_below_the_likeliest_tokens_gets_their_bound():
         serving(lambda *request: (200, chat_answer({"C": -1.0}), {})) as server,
         pytest.raises(JudgeError, match="likeliest"),
     ):
-        label_preferences("m", pair_rows(20), backend="openai", server_base_url=server.url)
+        quick("m", pair_rows(20), backend="openai", server_base_url=server.url)
+
+
+def test_a_label_of_several_tokens_on_a_server_is_refused():
+    answers = {"cert": math.log(0.4), "B": math.log(0.3)}
+    with serving(lambda *request: (200, chat_answer(answers), {})) as server:
+        where = {"backend": "openai", "server_base_url": server.url}
+        with pytest.raises(LabelError, match="'certainly' is not a single token.*'cert'"):
+            quick("m", pair_rows(1), labels=["certainly", "B"], **where)
 
 
 def test_a_server_without_log_probabilities_is_said_with_the_cure(tmp_path):
@@ -252,7 +262,7 @@ def test_a_server_without_log_probabilities_is_said_with_the_cure(tmp_path):
     with serving(lambda *request: (200, plain, {})) as server:
         where = {"backend": "openai", "server_base_url": server.url}
         with pytest.raises(GenerationError, match="read='share'"):
-            label_preferences("m", pair_rows(2), tmp_path, **where)
+            quick("m", pair_rows(2), tmp_path, **where)
         judged = judge_rows("m", pair_rows(2), tmp_path, read="share", **where)
     assert judged.report.metrics["position_bias"] == 0.5 and judged.report.ties == 2
 
@@ -262,7 +272,7 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(short_pauses):
         return (503, {}, {}) if number % 3 == 0 else judging(number, path, body)
 
     with serving(answer) as server:
-        found = label_preferences("m", pair_rows(4), backend="openai", server_base_url=server.url, max_concurrency=1)
+        found = quick("m", pair_rows(4), backend="openai", server_base_url=server.url, max_concurrency=1)
     assert len(found) == 4
 
 
@@ -279,7 +289,7 @@ def test_after_a_kill_nothing_that_was_answered_is_asked_again(tmp_path):
         settings = {"backend": "openai", "server_base_url": server.url, "max_concurrency": 1}
         child = os.fork()
         if child == 0:
-            label_preferences("m", rows, tmp_path, **settings)
+            quick("m", rows, tmp_path, **settings)
             os._exit(1)
         while not stuck:
             time.sleep(0.02)
@@ -290,5 +300,5 @@ def test_after_a_kill_nothing_that_was_answered_is_asked_again(tmp_path):
     asked = [json.dumps(body["messages"]) for body in server.bodies]
     assert judged.report.answers == {"asked": 13, "reused": 7}
     assert len(asked) == 21 and {one for one in asked if asked.count(one) > 1} == {json.dumps(stuck[0])}
-    expected = label_preferences(FAIR, rows)["preference_probability"][:]
+    expected = quick(FAIR, rows)["preference_probability"][:]
     assert judged.dataset["preference_probability"][:] == pytest.approx(expected)

@@ -31,6 +31,7 @@ def test_importing_the_settings_imports_nothing_heavy():
         ({"mode": "score", "labels": ["bad", "good"]}, "values"),
         ({"mode": "score", "labels": ["bad", "good"], "values": [0.0]}, "2 finite numbers"),
         ({"values": [0.0, 1.0]}, "mode='score'"),
+        ({"mode": "score", "labels": ["1", "10"], "backend": "openai"}, "backend='vllm'"),
         ({"num_samples": 0}, "1 or more"),
         ({"num_samples": 3}, "reasoning=True"),
         ({"num_samples": 3, "read": "share", "temperature": 0}, "same answer"),

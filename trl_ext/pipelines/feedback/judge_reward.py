@@ -36,7 +36,7 @@ class JudgeReward:
 
     Args:
         judge (`str`, `Path`, `PreTrainedModel`, `PeftModel` or `Callable`):
-            As for [`label_preferences`](judges.md): a model in this process, a server's model, or a function.
+            As for [`label_preferences`]: a model in this process, a server's model, or a function.
         name (`str`, *optional*, defaults to `"judge"`): name of the reward in logs; also its `__name__`.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the judge's tokenizer; defaults to the model's.
         **settings: of [`~trl_ext.pipelines.feedback.judge_settings.JudgeSettings`].

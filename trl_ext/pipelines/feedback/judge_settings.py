@@ -258,6 +258,12 @@ class JudgeSettings(JudgeFields):
             raise ValueError(f"labels={self.labels}; needed: texts without spaces around them.")
         if len(set(self.labels)) < len(self.labels) or len(self.labels) < 2:
             raise ValueError(f"labels={self.labels}; needed: at least two, all different.")
+        nested = [(a, b) for a in self.labels for b in self.labels if a != b and b.startswith(a)]
+        if nested and self.backend == "openai" and self.read == "probability":
+            raise ValueError(
+                f"The label {nested[0][1]!r} begins with the label {nested[0][0]!r}, and the first token of an answer "
+                "may be both. Give other labels, or use backend='vllm', which knows the tokens."
+            )
         if self.compares and len(self.labels) != 2:
             raise ValueError(f"labels={self.labels}; needed: two, for the first and the second completion.")
         if self.mode != "score":

@@ -5,6 +5,7 @@ or scores.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -15,6 +16,7 @@ from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.generator import (
     Columns,
     GenerationError,
+    LabelError,
     cut_at_stop,
     number_for_each,
     sample_seed,
@@ -35,6 +37,7 @@ from trl_ext.serving.served_models import cards_of
 from trl_ext.serving.server_pool import ServerPool
 
 
+_LIKELY = math.log(0.05)  # a less likely beginning of a label hardly changes its probability
 _TOP_OF_CHATS = {"logprobs": True, "top_logprobs": TOP}
 
 
@@ -107,18 +110,19 @@ class OpenAIGenerator:
         """
         See [`~trl_ext.pipelines.generation.generator.Generator`].
 
-        The server's tokenizer is not known here. A label that is several tokens there is never among the likeliest
-        tokens, so it is `None`.
+        The server's tokenizer is not known here. If a label is not among the likeliest tokens, and a likely token is
+        its beginning, the label is several tokens there, and a [`LabelError`] is raised.
         """
         jobs = []
         for row, prompt in enumerate(prompts):
             path, body = self._request(row, prompt, {})
             body |= UNCHANGED | ({"logprobs": TOP} if "prompt" in body else _TOP_OF_CHATS)
             body |= self._sampling.generation_kwargs or {}
-            jobs.append(partial(self._servers.ask, path, body, partial(self._read_labels, labels)))
-        return self._servers.map(jobs)
+            jobs.append(partial(self._servers.ask, path, body, self._read_likeliest))
+        return [self._label_logprobs(labels, likeliest) for likeliest in self._servers.map(jobs)]
 
-    def _read_labels(self, labels: Sequence[str], answer: Any, latency: float) -> list[float | None]:
+    def _read_likeliest(self, answer: Any, latency: float) -> list[tuple[str, float]]:
+        """The likeliest first tokens of an answer, without the spaces around them, and their log-probabilities."""
         given = answer["choices"][0].get("logprobs") or {}
         if "content" in given:
             places = [
@@ -128,8 +132,18 @@ class OpenAIGenerator:
             places = [list(item.items()) for item in given.get("top_logprobs") or ()]
         if not places or not places[0]:
             raise GenerationError(f"{self._servers} returned no log-probabilities. {NO_LOGPROBS}")
-        found = [[value for token, value in places[0] if token.strip() == label] for label in labels]
-        return with_bounds(found, [value for _, value in places[0]])
+        return [(token.strip(), value) for token, value in places[0]]
+
+    def _label_logprobs(self, labels: Sequence[str], likeliest: list[tuple[str, float]]) -> list[float | None]:
+        found = [[value for token, value in likeliest if token == label] for label in labels]
+        for label, values in zip(labels, found, strict=True):
+            parts = [token for token, value in likeliest if token and label.startswith(token) and value > _LIKELY]
+            if not values and parts:
+                raise LabelError(
+                    f"The label {label!r} is not a single token of the server's model: it begins "
+                    f"with the token {parts[0]!r}. Give other labels, with the template that asks for them."
+                )
+        return with_bounds(found, [value for _, value in likeliest])
 
     def _request(self, row: int, prompt: str | Chat, columns: Columns) -> tuple[str, dict[str, Any]]:
         sampling = self._sampling
