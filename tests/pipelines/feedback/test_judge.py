@@ -161,6 +161,14 @@ def test_labels_that_are_one_token_are_refused(tiny):
         encoder.label_tokens([{"role": "user", "content": "again?"}], ["A", "a"])
 
 
+def test_a_chat_template_that_refuses_the_question_is_said(tmp_path):
+    path = save_tiny_model(tmp_path, tokenizer=tiny_tokenizer("llama", chat=True))
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    (path / "chat_template.jinja").write_text(strict)
+    with pytest.raises(JudgeError, match="no system role"):
+        make(str(path), system_prompt="Be strict.").judge(GROUPS[:1])
+
+
 # Functions
 
 
@@ -168,6 +176,15 @@ def test_a_function_may_give_texts_probabilities_or_nothing():
     answers = iter(["Answer: A", {"A": 0.2, "B": 0.6}])
     (found,) = make(lambda chats: [next(answers) for _ in chats], batch_size=1).judge(GROUPS[:1])
     assert found.comparisons[0].when_second == pytest.approx(0.75)
+    texts = {"A": [0.5, 0.5], "longer": [0.0, 1.0]}
+    for says, ratings in texts.items():
+
+        def judge(chats, says=says):
+            shown = [shown_texts(chat) for chat in chats]
+            return ["AB"[one[0] < one[1]] if says == "longer" else says for one in [list(map(len, s)) for s in shown]]
+
+        (found,) = make(judge).judge([("Which?", ["short", "much longer"])])
+        assert found.ratings == ratings  # the log-odds of texts are infinite
     (found,) = make(lambda chats: [None for _ in chats]).judge(GROUPS[:1])
     assert found.ratings == [None, None] and found.failed == [NO_LABEL] * 2
 

@@ -41,6 +41,11 @@ def test_grades_alone_and_none_for_no_label(caplog):
     assert scores == [2.0, None, 3.0] and judge.__name__ == "length"
     assert logged == [("length/without_score", 1 / 3)] and judge.counts == {"judged": 3, "without_score": 1}
     assert judge(None, ["abcd"]) == [4.0] and judge([], []) == []
+    calls = []
+    same = JudgeReward(lambda chats: calls.extend(chats) or by_length(chats))
+    assert (
+        same(["p"] * 3, ["ab", "ab", "abc"]) == [2.0, 2.0, 3.0] and len(calls) == 2
+    )  # equal questions are asked once
     with pytest.raises(ValueError, match="1 prompts for 0 completions"):
         judge(["p"], [])
     assert caplog.text.count("get None") == 1
@@ -67,7 +72,7 @@ def test_comparing_is_no_reward_and_a_silent_judge_stops():
     with pytest.raises(ValueError, match="'rank' or 'list'"):
         JudgeReward(by_length, mode="compare")
     with pytest.raises(JudgeError, match="None of the first 32"):
-        JudgeReward(lambda chats: ["hm"] * len(chats))(["p"] * 40, ["a"] * 40)
+        JudgeReward(lambda chats: ["hm"] * len(chats))([f"p{n}" for n in range(40)], ["a"] * 40)
 
 
 @pytest.mark.parametrize("mode", ["score", "rank"])

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.data.chat_templates import as_messages, content_text
+from trl_ext.data.validation import DataError
 from trl_ext.pipelines.feedback.judge_ratings import (
     Answer,
     Judgement,
@@ -110,14 +111,18 @@ class Judge:
             found.append(Question(text, tuple(labels), places))
         return found
 
+    def jobs(self, questions: Sequence[Sequence[Question]]) -> dict[str, tuple[Question, int]]:
+        """All samples of all questions, by key; equal questions are asked once."""
+        samples = range(self.settings.num_samples)
+        return {one.key(sample): (one, sample) for group in questions for one in group for sample in samples}
+
     def judge(self, groups: Sequence[tuple[Any, Sequence[Any]]]) -> list[Judgement]:
         """Judge several prompts with their completions, without keeping the answers."""
         questions = [self.questions(prompt, completions) for prompt, completions in groups]
-        jobs = [(one, sample) for group in questions for one in group for sample in range(self.settings.num_samples)]
-        found: dict[str, Answer] = {}
-        for place, answer in self.ask(jobs):
-            question, sample = jobs[place]
-            found[question.key(sample)] = answer
+        jobs = self.jobs(questions)
+        keys, found = list(jobs), {}
+        for place, answer in self.ask(list(jobs.values())):
+            found[keys[place]] = answer
         return [
             self.judgement(len(completions), group, found)
             for (_, completions), group in zip(groups, questions, strict=True)
@@ -224,6 +229,14 @@ class Judge:
         """The answer to each of some jobs."""
         if self._function is not None:
             return self._answer_of_function([question for question, _ in jobs])
+        try:
+            return self._answer_of_model(jobs)
+        except DataError as error:  # its row is that of the batch
+            raise JudgeError(
+                f"The judge cannot read a question: found {error.found}; needed {error.needed}. {error.fix}"
+            ) from error
+
+    def _answer_of_model(self, jobs: Sequence[tuple[Question, int]]) -> list[Answer]:
         prompts = [self._prompt(question.text, self._begun) for question, _ in jobs]
         too_long = self._too_long(prompts)
         kept = [place for place, long in enumerate(too_long) if not long]

@@ -270,9 +270,8 @@ class _Labeller:
         return reason is None
 
     def _label_items(self, items: Sequence[Item]) -> Iterator[Row]:
-        samples = range(self._judge.settings.num_samples)
         questions = [self._judge.questions(item.prompt, item.completions) for item in items]
-        jobs = {one.key(sample): (one, sample) for group in questions for one in group for sample in samples}
+        jobs = self._judge.jobs(questions)
         missing = {key: job for key, job in jobs.items() if key not in self._log}
         self._answers["reused"] += len(jobs) - len(missing)
         answers = {key: self._log[key] for key in jobs if key in self._log}

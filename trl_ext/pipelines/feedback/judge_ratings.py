@@ -232,10 +232,10 @@ def _comparisons(
         if None in orders.values():
             continue
         probabilities = {is_first: math.exp(logs[0]) for is_first, logs in orders.items()}
-        if settings.average == "log_odds":
-            mean = sum(logs[0] - logs[1] for logs in orders.values()) / len(orders)
-            probability = float(expit(mean))
-        else:
+        log_odds = [logs[0] - logs[1] for logs in orders.values()]
+        if settings.average == "log_odds" and all(map(math.isfinite, log_odds)):
+            probability = float(expit(sum(log_odds) / len(log_odds)))
+        else:  # shares, or the texts of a function: a label that all samples give has infinite log-odds
             probability = sum(probabilities.values()) / len(probabilities)
         pairs.append(Comparison(first, second, probabilities.get(True), probabilities.get(False), probability))
     return pairs

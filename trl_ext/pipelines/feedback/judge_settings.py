@@ -145,7 +145,7 @@ class JudgeSettings(JudgeFields):
         average (`str`, *optional*):
             What is averaged over the two orders. `"log_odds"` removes a bias that adds a constant to the log-odds
             exactly; it is the default where probabilities are read. `"probability"` is the default for shares, whose
-            log-odds may be infinite.
+            log-odds may be infinite, and is used for functions that answer with texts.
         max_completion_length (`int`, *optional*, defaults to `512`): longest reasoning in tokens.
         temperature (`float`, *optional*): of sampled answers; defaults to 1, and to 0 for a single sample.
         top_p (`float`, *optional*, defaults to `1.0`): nucleus of sampled answers.
