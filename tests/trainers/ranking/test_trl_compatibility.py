@@ -3,6 +3,7 @@
 Scripts that only change the import meet these. Equality of losses and metrics is tested in `test_trl_swap`.
 """
 
+import functools
 import json
 import logging
 
@@ -12,10 +13,12 @@ import trl
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from tests.tiny import pair_rows
 from tests.trainers.helpers import config, history, lora, trainer_for
 from trl_ext import RewardConfig, RewardTrainer
+from trl_ext.trainers.ranking import trainer as reward_trainer
 
 
 LOGGED = {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "num_tokens", "grad_norm", "epoch"}
@@ -284,6 +287,27 @@ def test_callbacks_and_optimizers_are_used(make, base):
     trainer = make(model=model, given={"callbacks": [count], "optimizers": (optimizer, None)})
     trainer.train()
     assert count.steps == 2 and trainer.optimizer.optimizer is optimizer
+
+
+def test_without_arguments_the_defaults_are_used(make, base, tmp_path, monkeypatch):
+    """They need a GPU, so the test gives the default configuration a CPU."""
+    module, config_class = (reward_trainer, RewardConfig) if make.ours else (trl.trainer.reward_trainer, None)
+    on_cpu = functools.partial(config_class or trl.RewardConfig, use_cpu=True, bf16=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "RewardConfig", on_cpu)
+    trainer_class = RewardTrainer if make.ours else trl.RewardTrainer
+    trainer = trainer_class(str(base), train_dataset=Dataset.from_list(pair_rows(4)))
+    assert trainer.args.output_dir == "tiny-llama-Reward" and trainer.args.max_length == 1024
+
+
+def test_the_default_collator_of_trl_may_be_passed(make, base):
+    pad = AutoTokenizer.from_pretrained(base).pad_token_id
+    assert trains(make(given={"data_collator": DataCollatorForPreference(pad)}))
+
+
+def test_there_is_no_argument_for_padding_free_batches(make, tmp_path):
+    with pytest.raises(TypeError, match="padding_free"):
+        make(padding_free=True)
 
 
 def test_training_data_are_needed(make, base, tmp_path):

@@ -27,7 +27,7 @@ sets `_shared_prefix` beside `_flat_rows`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForTokenClassification, PretrainedConfig, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_ext.logs import follow_transformers
 from trl_ext.models.heads import check_head_trains, unwrap
@@ -78,6 +79,16 @@ def hidden(args: TrainingArguments, names: Sequence[str]) -> Iterator[None]:
     finally:
         for name, value in values.items():
             setattr(args, name, value)
+
+
+def without_trl_collator(data_collator: Callable | None) -> Callable | None:
+    """The user's collator, or `None` for the default one of TRL's trainers: ours pads in the same way."""
+    if isinstance(data_collator, (DataCollatorForPreference, DataCollatorForTokenClassification)):
+        logger.info(
+            f"`data_collator` is TRL's {type(data_collator).__name__}; the trainer's own is used in its place."
+        )
+        return None
+    return data_collator
 
 
 def warn_of_rope(config: PretrainedConfig, max_length: int | None) -> None:

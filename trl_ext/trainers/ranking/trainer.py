@@ -38,7 +38,7 @@ from trl_ext.models.heads import candidate_scores
 from trl_ext.models.inputs import InputLimits
 from trl_ext.models.shared_prefix import flat_scores
 from trl_ext.trainers.common.batching import flat_rows_support, make_train_dataloader, set_up_batching, wants_flat_rows
-from trl_ext.trainers.common.head_training import HeadTraining, hidden
+from trl_ext.trainers.common.head_training import HeadTraining, hidden, without_trl_collator
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.summary import with_arguments
@@ -119,6 +119,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         self._tokenization: TokenizationSettings | None = None
         self._flat_rows = False
         without_missing_wandb(args)
+        data_collator = without_trl_collator(data_collator)
 
         set_seed(args.seed)  # the next call draws the head: the same seed gives the same head as in TRL
         model, processing_class, head = self._set_up(model, args, processing_class, quantization_config, peft_config)

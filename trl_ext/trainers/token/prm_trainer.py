@@ -36,7 +36,7 @@ class PRMTrainer(TokenRewardTrainer):
     ```
     """
 
-    _tag_names = ["trl-ext", "prm"]
+    _tag_names = ["trl", "prm", "trl-ext"]
     config_class = PRMConfig
     kind = "process"
     rows = "stepwise"

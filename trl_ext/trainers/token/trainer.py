@@ -37,7 +37,7 @@ from trl_ext.models.heads import head_class, unwrap
 from trl_ext.models.inputs import InputLimits
 from trl_ext.models.sidecar import Sidecar
 from trl_ext.trainers.common.batching import flat_rows_support, make_train_dataloader, set_up_batching, wants_flat_rows
-from trl_ext.trainers.common.head_training import HeadTraining
+from trl_ext.trainers.common.head_training import HeadTraining, without_trl_collator
 from trl_ext.trainers.common.health import check_finite
 from trl_ext.trainers.common.setup import finish_set_up
 from trl_ext.trainers.common.summary import with_arguments
@@ -139,6 +139,7 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
         self._categories = self._find_categories(args, train_dataset, known)
         self._objective = self.check_arguments(args, train_dataset, self._categories)
         without_missing_wandb(args)
+        data_collator = without_trl_collator(data_collator)
         set_seed(args.seed)  # the next call draws the head
         model, processing_class, head = self._set_up(
             model, args, processing_class, quantization_config, peft_config,
