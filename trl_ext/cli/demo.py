@@ -130,9 +130,6 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
     except StageError as error:
         print(f"trl-ext demo: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished stages are kept; run the same command again to continue.", file=sys.stderr)
-        return 130
 
     wandb_dir = output_dir / "wandb"
     seconds = time.monotonic() - start

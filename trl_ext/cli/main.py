@@ -47,6 +47,16 @@ COMMANDS = {
 # Commands with many runs in one display: of our log lines they show warnings only, the others information too.
 QUIET = {"trl-ext demo", "trl-ext bench", "trl-ext weak-to-strong"}
 
+# What a user can do after Ctrl-C.
+_AGAIN = "What is finished is kept. Run the same command again to continue."
+_FROM_CHECKPOINT = "Saved checkpoints are kept: --resume_from_checkpoint true goes on from the last one."
+AFTER_INTERRUPT = {
+    **{f"trl-ext {name}": _AGAIN for name in ("score", "rejection-sample", "best-of-n", "self-instruct")},
+    **{f"trl-ext {name}": _AGAIN for name in ("weak-to-strong", "demo")},
+    **{f"trl-ext {name}": _FROM_CHECKPOINT for name in ("reward", "orm", "prm", "segment", "ensemble")},
+    **{f"trl-ext {name}": _FROM_CHECKPOINT for name in ("dense-grpo", "ppo", "ranked-dpo")},
+}
+
 # Set this environment variable to see the traceback of an error that is otherwise shown as one line.
 TRACEBACK = "TRL_EXT_TRACEBACK"
 
@@ -126,7 +136,7 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
     An error counts as one in the input if trl_ext defines its class, if our code itself raised it as a `ValueError` or
     `ImportError`, or if it is an `OSError` (a missing file, an unknown repository). Any other error is a bug in
     trl_ext or in a library and keeps its traceback. If the reader of standard output leaves (`| head`), the command
-    ends silently. After Ctrl-C it ends with the line "interrupted".
+    ends silently. After Ctrl-C it ends with the line "interrupted" and, if the command can be continued, how.
 
     Args:
         prog (`str`):
@@ -161,7 +171,9 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"{prog}: interrupted", file=sys.stderr)
+        hint = AFTER_INTERRUPT.get(prog)
+        # progress bars leave the cursor in their line
+        print(f"{prog}: interrupted" if hint is None else f"\n{prog}: interrupted. {hint}", file=sys.stderr)
         return 130
 
 

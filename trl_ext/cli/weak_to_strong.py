@@ -82,11 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, YAMLError):  # the parser reads the file again and reports the error
         task = "preference"
     parts = parse(make_parser(task=task), argv)
-    try:
-        run(*parts)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished runs are kept; run the same command again to continue.", file=sys.stderr)
-        return 130
+    run(*parts)
     return 0
 
 

@@ -25,6 +25,7 @@ from trl_ext.evaluation.report.evaluation_report import EvaluationReport
 from trl_ext.evaluation.report.verdicts import judge_report
 from trl_ext.evaluation.run import WORST, Reservoir, Rows, Run, call
 from trl_ext.evaluation.statistics import function_estimate, paired_test
+from trl_ext.logs import follow_transformers
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.remote import files_of
 
@@ -107,6 +108,7 @@ def evaluate_reward_model(
     (0.7312, (0.7149, 0.7471), ['length_bias'])
     ```
     """
+    follow_transformers()
     started = time.perf_counter()
     _check(level, {"probe_rows": probe_rows, "resamples": resamples, "max_rows": max_rows})
     named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}

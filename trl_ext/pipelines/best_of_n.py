@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_ext.logs import follow_transformers
 from trl_ext.metrics.voting import majority_vote, weighted_vote
 from trl_ext.pipelines.answers import CANONICALISERS, Canonicaliser, load_answers
 from trl_ext.pipelines.generation.backends import make_generator
@@ -86,6 +87,7 @@ class Picker:
         backend_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ):
+        follow_transformers()
         if n < 1:
             raise ValueError(f"n={n}; needed: 1 or more completions.")
         if vote is not None and vote not in VOTES:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.logs import follow_transformers
 from trl_ext.models.ensemble.ensemble_files import (
     EnsembleFile,
     EnsembleFileError,
@@ -124,6 +125,7 @@ class RewardEnsemble:
         **reduce_kwargs: Any,
     ):
         self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
+        follow_transformers()
         self._folder: Path | None = None
         self._file = EnsembleFile(members=["none"])
         if isinstance(members, (str, Path)):
@@ -155,6 +157,8 @@ class RewardEnsemble:
             stored = [mine or own for mine, own in zip(self._file.normalizers, stored, strict=True)]
         self.normalizers: list[Normalizer | None] = stored
         self._scales_checked = False
+        names = ", ".join(self.members)
+        logger.info(f"{self.__name__} starts: {len(self.members)} members ({names}), reduced by {reduce or 'mean'}")
 
     # ---------------------------------------------------------------------------------------------------------- scores
     def __call__(

@@ -7,6 +7,7 @@ It checks rows, makes their token ids (`rows`), runs the model (`batches`) and r
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -70,6 +71,7 @@ class RawScorer:
         name: str = "RewardScorer",
     ):
         check_limits(batch_size, max_length)
+        self.model = model
         self.sidecar, self._num_labels, limits = _describe(model, tokenizer)
         sidecar = self.sidecar
         _check_labels(self._num_labels, None if sidecar is None else sidecar.num_labels)
@@ -120,6 +122,17 @@ class RawScorer:
             max_length=max_length,
             say=self._say_once,
         )
+
+    def in_words(self, folder: Path | None) -> str:
+        """What scores, for the log: the kind of model, its class and folder, its precision, the longest row."""
+        if isinstance(self.model, RemoteModel):
+            return f"{self.kind} reward model on a server, described by {folder}"
+        model, limit = unwrap(self.model), self.encoder.max_length
+        weights = next(model.parameters())
+        dtype = str(weights.dtype).removeprefix("torch.")
+        rows = "rows of any length" if limit is None else f"rows of up to {limit} tokens"
+        source = folder or model.config._name_or_path or "memory"
+        return f"{self.kind} reward model, {type(model).__name__} from {source}, {dtype} on {weights.device}, {rows}"
 
     def scores(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]

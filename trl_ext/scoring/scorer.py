@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl_ext.data.offsets import completion_text
 from trl_ext.data.segmentation import CharSpan
 from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.logs import follow_transformers
 from trl_ext.models.inputs import load_tokenizer, text_tokenizer
 from trl_ext.models.loading import load_reward_model
 from trl_ext.scoring.calibration import check_usable
@@ -157,6 +158,7 @@ class RewardScorer(Scales, Uncertainty):
         std_coefficient: float = 0.0,
     ):
         self.__name__ = name or type(self).__name__  # where TRL looks for a reward function's name
+        follow_transformers()
         check_limits(batch_size, max_length)  # before a model is loaded
         if is_served(model_or_path):
             folder = processing_class if isinstance(processing_class, (str, Path)) else None
@@ -189,6 +191,9 @@ class RewardScorer(Scales, Uncertainty):
             raise ValueError(f"std_coefficient={std_coefficient}; needed: 0 or more.")
         if std_coefficient and self.folder is not None:
             _ = self.posterior  # an error now, not at the first batch
+        done = {"normalised": self.normalizer, "calibrated": calibrated, "compared": reference is not None}
+        words = [self.raw.in_words(self.folder), *(name for name, is_done in done.items() if is_done)]
+        logger.info(f"{self.__name__} starts: {', '.join(words)}")
 
     @property
     def kind(self) -> str:

@@ -4,8 +4,10 @@ import logging
 import warnings
 
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as upstream
 
+from tests.tiny import save_tiny_model
 from trl_ext import logs
 from trl_ext.cli.common import logs as command_logs
 
@@ -69,6 +71,44 @@ def test_a_command_shows_information_unless_the_verbosity_of_transformers_says_m
     assert ours.level == (level if verbosity else logging.WARNING)
     logs.show_logs(logging.DEBUG)
     assert logging.getLogger("trl_ext.trainers.x").isEnabledFor(logging.DEBUG)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.mark.parametrize("kind", ["scorer", "ensemble", "best of n"])
+def test_what_is_used_alone_follows_it_too(kind, ours, base, tmp_path, capsys, monkeypatch):
+    from trl_ext import RewardEnsemble, RewardScorer, best_of_n
+
+    def use():
+        if kind == "best of n":
+            best_of_n(str(base), reward, ["a"], n=1, max_completion_length=2)
+        elif kind == "scorer":
+            RewardScorer(model, tokenizer, name="mine")(["a"], ["b"])
+        else:
+            RewardEnsemble([reward, reward], name="ours")(["a"], ["b"])
+
+    def reward(completions, **columns):
+        return [1.0] * len(completions)
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of pytest: no logging around us
+    before = upstream.get_verbosity()
+    start = {"scorer": "INFO: mine starts: scalar reward model", "ensemble": "INFO: ours starts: 2 members"}.get(kind)
+    try:
+        upstream.set_verbosity(upstream.INFO)
+        use()
+        assert ours.level == logging.INFO
+        shown = capsys.readouterr().err
+        assert start is None or shown.count(start) == 1
+        upstream.set_verbosity(upstream.ERROR)
+        use()
+        assert ours.level == logging.ERROR and "starts" not in capsys.readouterr().err
+    finally:
+        upstream.set_verbosity(before)
 
 
 def test_in_a_library_our_lines_follow_the_verbosity_of_transformers(ours, capsys, monkeypatch):

@@ -15,13 +15,14 @@ import torch
 import trl
 import wandb
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from tests.program import run_offline_wandb
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
+from trl_ext.models.bases import BaseMismatchError
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
 from trl_ext.pipelines.rejection_sampling import round_training
 from trl_ext.pipelines.rejection_sampling import trainer as rejection_sampling_trainer
@@ -298,6 +299,23 @@ def test_another_trainers_arguments_are_refused_when_the_trainer_is_made(base, t
     args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=f"args is a {kind.__name__}. Needed: a RejectionSamplingConfig"):
         trainer_class(base, share_of_vowels, args, train_dataset=Dataset.from_list(ROWS))
+
+
+def test_an_adapter_that_would_load_as_another_one_is_refused(base, tmp_path):
+    with pytest.warns(UserWarning, match="eva"), pytest.raises(ValueError, match="init_lora_weights='eva'"):
+        trainer(base, tmp_path, peft_config=LoraConfig(target_modules="all-linear", init_lora_weights="eva"))
+    changed = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.add_(1.0)  # as if an adapter had been merged
+    with pytest.raises(BaseMismatchError, match="differs from the files"):
+        trainer(get_peft_model(changed, LoraConfig(target_modules="all-linear")), tmp_path)
+
+
+def test_arguments_without_effect_are_warned_about(base, tmp_path, caplog):
+    given = {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 2, "batch_eval_metrics": True}
+    trainer(base, tmp_path, **given)
+    warned = {record.getMessage().split("=")[0] for record in caplog.records if "has no effect" in record.getMessage()}
+    assert warned == set(given)
 
 
 def test_a_column_that_is_missing_is_said_when_the_trainer_is_made(base, tmp_path):

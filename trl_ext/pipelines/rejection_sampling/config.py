@@ -10,6 +10,7 @@ import trl
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.rejection_sampling.selection import selectors
 from trl_ext.pipelines.stages.training_arguments import arguments_key
+from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,21 @@ ROUND_IRRELEVANT = {
     "vllm_server_port": _SERVER,
     "vllm_server_timeout": _SERVER,
 }
+
+
+WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_packing", "per_device_eval_batch_size"),
+        "each round is evaluated once, by samples for `eval_dataset`",
+    ),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "the round with the highest `eval_reward` (or verifier) is kept",
+    ),
+    **dict.fromkeys(("prediction_loss_only", "eval_accumulation_steps"), "each round is evaluated by samples"),
+    **WITHOUT_METRICS_FUNCTION,
+}
+"""Arguments of `trl.SFTConfig` that change nothing in rounds, and the reason."""
 
 
 @dataclass

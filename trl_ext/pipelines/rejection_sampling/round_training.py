@@ -17,6 +17,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from trl_ext.models.adapters import check_policy_adapter
+from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.inputs import use_known_pad_token
 from trl_ext.models.sidecar import vocab_size
 from trl_ext.pipelines.generation.transformers_backend import load_policy
@@ -109,6 +111,16 @@ def fine_tune(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def check_policy(model: Any, peft_config: PeftConfig | None) -> None:
+    """Raise an error for an adapter that the rounds could not load again as it is."""
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise ValueError("Found a PeftModel and a peft_config; give one of them.")
+    check_policy_adapter(peft_config, initialised=False)
+    if isinstance(model, PeftModel):  # only its adapter is saved for the rounds
+        check_policy_adapter(model.active_peft_config)
+        check_base_is_saved(model)
 
 
 def check_rounds_on_server(args: RejectionSamplingConfig, model: Any, peft_config: PeftConfig | None) -> None:

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_ext.logs import follow_transformers
 from trl_ext.pipelines.generation.backends import model_of_backend
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
@@ -118,6 +119,7 @@ class RejectionSampler:
         if own_process is not None:
             isolate = {True: "always", False: "never"}.get(own_process, "auto")
             logger.warning(f"own_process={own_process!r} is deprecated. Use isolate={isolate!r}.")
+        follow_transformers()
         check_isolate(isolate)
         self.sampling = Sampling.of(**sampling)
         check_request(num_generations, backend, self.sampling)

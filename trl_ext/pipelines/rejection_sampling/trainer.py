@@ -29,13 +29,13 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from trl_ext.data.mapping import plain_rows
-from trl_ext.models.adapters import check_policy_adapter
+from trl_ext.logs import follow_transformers
 from trl_ext.models.fingerprint import model_identity
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.generation.transformers_backend import load_policy
-from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
+from trl_ext.pipelines.rejection_sampling.config import WITHOUT_EFFECT, RejectionSamplingConfig
 from trl_ext.pipelines.rejection_sampling.diagnostics import (
     evaluation_metrics,
     hacking_warning,
@@ -45,7 +45,12 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     rounds_card,
 )
 from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED, prompts_digest
-from trl_ext.pipelines.rejection_sampling.round_training import check_rounds_on_server, fine_tune, rows_to_learn_from
+from trl_ext.pipelines.rejection_sampling.round_training import (
+    check_policy,
+    check_rounds_on_server,
+    fine_tune,
+    rows_to_learn_from,
+)
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
 from trl_ext.pipelines.rejection_sampling.selection import check_selection
@@ -59,6 +64,7 @@ from trl_ext.pipelines.reward_functions import (
 )
 from trl_ext.pipelines.stages.store import write_json
 from trl_ext.pipelines.stages.values import plain
+from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
 from trl_ext.trainers.common.model_card import CARD_NAME, write_card
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
@@ -138,6 +144,7 @@ class RejectionSamplingTrainer:
                 f"args is a {type(args).__name__}. Needed: a RejectionSamplingConfig, which has all arguments of "
                 "trl.SFTConfig and those of the rounds, or a trl.GRPOConfig."
             )
+        follow_transformers(args.get_process_log_level())
         given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         for name, value in given.items():
             if value is not None:
@@ -152,9 +159,8 @@ class RejectionSamplingTrainer:
         if verifier is not None and eval_dataset is None:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         check_rounds_on_server(args, model, peft_config)
-        if isinstance(model, PeftModel) and peft_config is not None:
-            raise ValueError("Found a PeftModel and a peft_config; give one of them.")
-        check_policy_adapter(peft_config)
+        check_policy(model, peft_config)
+        warn_of_arguments_without_effect(args, WITHOUT_EFFECT)
         check_selection(args.selection, args.selection_kwargs, ("rows",))
         without_missing_wandb(args)
         self.args = args
@@ -323,8 +329,7 @@ class RejectionSamplingTrainer:
     ) -> RejectionSampler:
         """A sampler with the policy of a round."""
         args = self.args
-        weights = list(weights_by_name(self._rewards, args.reward_weights).values())
-        rewards = list(self._rewards)
+        rewards, weights = list(self._rewards), [*weights_by_name(self._rewards, args.reward_weights).values()]
         if evaluating and self._verifier is not None:
             rewards, weights = [*rewards, self._verifier], [*weights, 0.0]
         on_server = args.use_vllm and not evaluating

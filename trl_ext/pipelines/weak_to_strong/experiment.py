@@ -24,6 +24,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
+from trl_ext.logs import follow_transformers
 from trl_ext.models.fingerprint import model_identity
 from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageContext, run_stages
 from trl_ext.pipelines.stages.runner import run_job
@@ -98,6 +99,7 @@ def weak_to_strong(
             `weak_training` has unknown trainer arguments, or there are several processes.
         ImportError: `weak_ensemble="learned"` is used and scikit-learn is not installed.
     """
+    follow_transformers(args.get_process_log_level())
     if PartialState().num_processes > 1:
         raise ValueError(
             "weak_to_strong trains its models one after the other. Start it in one process, without a launcher."
