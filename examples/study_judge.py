@@ -56,7 +56,7 @@ def shown(report: JudgeReport, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the judge")
-    parser.add_argument("--rows", type=int, default=200, help="number of pairs")
+    parser.add_argument("--rows", type=int, default=150, help="number of pairs")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="ways of asking")
     parser.add_argument("--output_dir", help="keeps the answers, so that an interrupted study continues")
     parser.add_argument("--result", help="JSON file for the table of the documentation")
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.output_dir or temporary)
         rows = pairs(data_folder(["pairs_hh_harmless"]), 6 if args.smoke else args.rows)
-        model, dtype = args.model, "float32"
+        model = args.model
         if args.smoke:
             from trl_ext.demo.model import tiny_reward_base
 
@@ -74,7 +74,7 @@ def main() -> None:
         reports = {}
         for name in args.arms:
             kept = folder / name.replace(" ", "_").replace(",", "")
-            reports[name] = judge_rows(model, rows, kept, dtype=dtype, batch_size=8, **ARMS[name]).report
+            reports[name] = judge_rows(model, rows, kept, batch_size=8, **ARMS[name]).report
     shorter = mean_estimate([float(len(row["chosen"]) < len(row["rejected"])) for row in rows])
     columns = [
         "asked",

@@ -69,6 +69,8 @@ def test_the_names_of_a_config_file_are_checked_and_flags_win(here):
     (here / "run.yaml").write_text("temprature: 1.0\n")
     with pytest.raises(ValueError, match="unknown argument 'temprature'. Did you mean 'temperature'"):
         check_names("rejection-sample", ["--config", "run.yaml"])
+    (here / "run.yaml").write_text("backend: vllm\njudge: /on/the/server\n")  # its name there
+    check_names("label-preferences", ["--config", "run.yaml"])
     assert flags(["--a", "1", "2", "--b-c=3", "--d"]) == {"a": ["1", "2"], "b_c": ["3"], "d": []}
 
 
@@ -76,6 +78,7 @@ def test_the_names_of_a_config_file_are_checked_and_flags_win(here):
     ("argv", "message"),
     [
         (["score", "--model", "./modle"], "./modle is not a folder.*Did you mean 'model'"),
+        (["label-preferences", "--judge", "./modle"], "./modle is not a folder.*Did you mean 'model'"),
         (["reward", "--config", "run.yaml"], "No file at 'run.yaml'"),
         (["score", "--dataset_format", "rewardbnch"], "Did you mean 'rewardbench'"),
         (["dense-grpo", "--dense_reward_funcs", "rewards.py:shrt"], "Did you mean 'short'"),

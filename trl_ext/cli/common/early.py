@@ -18,7 +18,7 @@ from trl_ext.pipelines.user_functions import did_you_mean
 
 REWARDS = ("reward_funcs", "dense_reward_funcs")
 MODELS = ("model", "model_name_or_path", "value_model", "base_model", "policy", "compare")
-OURS = ("score", "evaluate", "rejection-sample", "best-of-n")
+OURS = ("score", "evaluate", "label-preferences", "rejection-sample", "best-of-n")
 
 
 class UsageError(ValueError):
@@ -42,7 +42,9 @@ def check_names(command: str, argv: list[str]) -> None:
         values = _values_of(given["config"][0])
         _check_keys(command, given["config"][0], values)
         given = values | given
-    for value in (value for name in MODELS for value in given.get(name, ())):
+    # a judge on a server has the name that it has there
+    models = (*MODELS, "judge") if given.get("backend", ["transformers"]) == ["transformers"] else MODELS
+    for value in (value for name in models for value in given.get(name, ())):
         if _is_no_hub_id(value) and not Path(value).exists():
             near = did_you_mean(value, [str(one) for one in Path(value).parent.glob("*")])
             raise FileNotFoundError(f"{value} is not a folder (seen from {Path.cwd()}).{near}")
