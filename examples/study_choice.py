@@ -10,7 +10,8 @@ precision of the largest marginal likelihood. The study uses the values and desi
 
 Five folds by prompt. In each, rows of the other folds are labelled in rounds: a first batch at random, then batches by
 a strategy, with a new head before each. Every row is tested once for each seed. Runs that are in the output folder are
-not repeated, so that an interrupted study goes on.
+not repeated, so that an interrupted study goes on. `planted` is a control: the texts of HH with labels drawn from a
+linear reward of their features, so that a head can learn what there is to learn.
 """
 
 import argparse
@@ -37,9 +38,14 @@ from trl_ext.scoring.last_layer import (
 )
 
 
-SETS = ("oasst", "hh", "finegrained")
+SETS = ("oasst", "hh", "finegrained", "planted")
 HH_ROWS = 1200  # of 2,299: features take time
-TITLES = {"oasst": "Open-Assistant rankings", "finegrained": "fine-grained pairs", "hh": "HH harmless pairs"}
+TITLES = {
+    "oasst": "Open-Assistant rankings",
+    "finegrained": "fine-grained pairs",
+    "hh": "HH harmless pairs",
+    "planted": "the HH texts with planted labels",
+}
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5)  # of the rows of the other four folds
 STRATEGIES = ("random", "entropy", "entropy, k-centre", "uncertainty", "disagreement", "fisher", "fisher, determinant")
 MEMBERS = 4
@@ -97,6 +103,8 @@ def load_set(name: str, args: argparse.Namespace) -> dict[str, np.ndarray]:
     path = args.output_dir / f"{name}.npz"
     if args.smoke:
         return made_up()
+    if name == "planted":
+        return planted(load_set("hh", args))
     if not path.exists():
         rows = list(rows_of(name, data_folder([])))
         places: dict[tuple[str, str], int] = {}
@@ -114,6 +122,16 @@ def load_set(name: str, args: argparse.Namespace) -> dict[str, np.ndarray]:
             group=np.array([str(group) for *_, group in rows]),
         )
     return dict(np.load(path))
+
+
+def planted(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same texts with labels drawn from a linear reward of their features: a control with a head that is right."""
+    features, *_ = as_rows(data)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(features.shape[-1], generator=generator, dtype=torch.float64)
+    margin = (features[:, 0] - features[:, 1]) @ weight
+    first = torch.rand(len(margin), generator=generator) < torch.sigmoid(3 * margin / margin.std())
+    return {**data, "ratings": torch.stack([first, ~first], dim=1).double().flatten().numpy()}
 
 
 def made_up() -> dict[str, np.ndarray]:

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import wandb
 
 from tests.scoring.conftest import save_reward_model
 from tests.tiny import pair_rows
 from trl_ext.cli import main as cli
-from trl_ext.cli.choose import make_parser
+from trl_ext.cli.choose import log_to_wandb, make_parser
+from trl_ext.pipelines.choice.choose import choose_rows, chosen_rows
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,3 +66,16 @@ def test_recipes_are_parsed_and_say_their_command(path):
     (args,) = make_parser().parse_args_and_config(["--config", str(path)])
     assert f"trl-ext choose --config configs/choose/{path.name}" in path.read_text()
     assert args.n == 500 and args.diversity == "determinant"
+
+
+def test_numbers_and_rows_go_to_the_run_that_is_open(monkeypatch):
+    logged = {}
+    run = type("Run", (), {"log": lambda self, values: logged.update(values)})()
+    monkeypatch.setattr(wandb, "run", run)
+    pool = pair_rows(20)
+    choice = choose_rows(None, pool, 3, "random")
+    log_to_wandb(choice.report, chosen_rows(pool, choice))
+    assert logged["choose/pool"] == 20 and logged["choose/chosen"] == 3
+    table = logged["choose/rows"]
+    place = table.columns.index("choice_row")
+    assert [int(row[place]) for row in table.data] == choice.rows

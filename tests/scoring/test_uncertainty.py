@@ -201,13 +201,19 @@ def test_the_posterior_of_another_model_is_refused(fitted, tmp_path):
         RewardScorer(other, std_coefficient=1.0)
 
 
-def test_a_lower_bound_is_a_reward_function_with_a_key_of_its_own(fitted):
+def test_a_lower_bound_is_a_reward_function_with_a_key_of_its_own(fitted, tmp_path):
     folder, scorer, _ = fitted
     bound = RewardScorer(folder, std_coefficient=2.0)
     scores, stds = scorer.score_with_uncertainty(["p", "p"], [" a", " b c"])
     assert bound(["p", "p"], [" a", " b c"]) == pytest.approx([s - 2 * d for s, d in zip(scores, stds, strict=True)])
     assert reward_identity(bound) != reward_identity(scorer)
     assert reward_identity(RewardScorer(folder, reference=0.0)) != reward_identity(scorer)
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        f"from trl_ext import RewardScorer\ncareful = RewardScorer({str(folder)!r}, std_coefficient=2.0)\n"
+    )
+    named = reward_identity(f"{file}:careful")
+    assert {**named, "name": bound.__name__} == reward_identity(bound)
     with pytest.raises(ValueError, match="std_coefficient"):
         RewardScorer(folder, std_coefficient=-1.0)
 

@@ -8,6 +8,7 @@ a `prompt`, or `chosen` and `rejected`. The output has the chosen rows with `cho
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,8 @@ from trl_ext.cli.common.options import command_parser, parse
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from trl_ext.trainers.common.command_line import Parser
 
 
@@ -109,7 +112,10 @@ def run(args: ChooseArguments) -> dict[str, Any]:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     chosen.to_json(args.output, force_ascii=False)
     if args.report_to == "wandb":
-        _log_to_wandb(choice.report, chosen, args)
+        import wandb
+
+        with wandb.init(job_type="choose", config=vars(args)):
+            log_to_wandb(choice.report, chosen)
     return {**choice.report, "output": args.output}
 
 
@@ -128,14 +134,13 @@ def _load(args: ChooseArguments) -> Any:
     return scorer
 
 
-def _log_to_wandb(report: dict[str, Any], chosen: Any, args: ChooseArguments) -> None:
-    """One run with the numbers of the report and a table of the first 100 rows."""
+def log_to_wandb(report: dict[str, Any], chosen: "Dataset") -> None:
+    """Log the numbers of the report and a table of the first 100 rows to the run that is open."""
     import wandb
 
-    with wandb.init(job_type="choose", config=vars(args)) as run:
-        rows = [[json.dumps(value, ensure_ascii=False) for value in row.values()] for row in chosen.take(100)]
-        numbers = {name: value for name, value in report.items() if isinstance(value, (int, float))}
-        run.log(numbers | {"chosen": wandb.Table(columns=chosen.column_names, data=rows)})
+    rows = [[json.dumps(value, ensure_ascii=False) for value in row.values()] for row in islice(chosen, 100)]
+    numbers = {f"choose/{name}": value for name, value in report.items() if isinstance(value, (int, float))}
+    wandb.run.log(numbers | {"choose/rows": wandb.Table(columns=chosen.column_names, data=rows)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -82,8 +83,14 @@ def fingerprint(folder: Path, base_model: str | Path | None = None) -> str:
 def fingerprint_in_memory(model: nn.Module) -> str:
     """The cache key of a model in memory: a hash of its tensors and LoRA state. It differs from its folder's key."""
     digest = hashlib.sha256(type(model).__name__.encode())
+    # PEFT keeps the base's head beside the trained one. It is not used, and random in every process.
+    unused = tuple(
+        f"{name}.original_module."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters and not module.disable_adapters
+    )
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, torch.Tensor) and not name.startswith(unused):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     for name, module in model.named_modules():

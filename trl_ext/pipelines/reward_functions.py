@@ -232,6 +232,8 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
         model = {"model": model_identity(what), "tokenizer": tokenizer, "normalizer": spec.normalizer}
         return {"name": name, **model, **choices, **_scale_identity(spec)}
     function = load_reward(spec)
+    if isinstance(function, RewardScorer):  # made in a file of the user
+        return {**reward_identity(function), "name": name}
     return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_key(function)}
 
 
