@@ -158,11 +158,20 @@ class RawScorer:
         return self._map(prompts, completions, columns, self.encoder, self.runner.scores, check)
 
     def features(
-        self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], columns: dict[str, Any]
-    ) -> list[torch.Tensor | None]:
+        self,
+        prompts: Sequence[Prompt] | None,
+        completions: Sequence[Completion],
+        columns: dict[str, Any],
+        reduce: Callable[[list[torch.Tensor | None]], list[Any]] = list,
+    ) -> list[Any]:
         """
         The head's features of each row, (H,) in fp32: a score is their product with the weight of the output layer.
         `None` for a row without tokens. Arguments and errors as in `scores`.
+
+        Args:
+            reduce (`Callable`, *optional*):
+                What makes numbers of the features of some rows, so that not all of them are in memory at a time. It
+                gets and returns a list with an item for each row; `None` stays `None`.
 
         Raises:
             `ValueError`: the score is not the output at one token. A model on a server has no features either.
@@ -173,12 +182,15 @@ class RawScorer:
                 "Needed: a scalar model, or an outcome model without `aggregation`."
             )
 
-        def check(row: int, encoded: Any, features: torch.Tensor | None) -> torch.Tensor | None:
-            if features is not None and not features.isfinite().all():
+        def check(row: int, encoded: Any, found: Any) -> Any:
+            if found is not None and not torch.as_tensor(found).isfinite().all():
                 raise _not_finite(row, "a feature that is not finite")
-            return features
+            return found
 
-        return self._map(prompts, completions, columns, self.encoder, self.runner.features, check)
+        def run(prompts: Sequence[Prompt] | None, ids: Sequence[list[int]]) -> list[Any]:
+            return reduce(self.runner.features(prompts, ids))
+
+        return self._map(prompts, completions, columns, self.encoder, run, check)
 
     def read(
         self, prompts: Sequence[Prompt] | None, cuts: list[Cut], columns: dict[str, Any], view: Callable

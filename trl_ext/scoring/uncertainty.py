@@ -156,17 +156,21 @@ class Uncertainty:
         posterior = self.posterior
         if self.reference is not None:
             raise ValueError("`reference` turns scores into probabilities, which have no standard deviation here.")
-        found = self.raw.features(prompts, completions, columns)
-        there = [features for features in found if features is not None]
-        raw: list[float | None] = [None] * len(found)
-        spread = raw.copy()
-        if there:
-            features = self._with_bias(torch.stack(there))
+        weight, unit = self.last_weight(), self._unit()
+
+        def score(found: list[torch.Tensor | None]) -> list[tuple[float, float] | None]:
             rows = [row for row, features in enumerate(found) if features is not None]
-            values = zip(rows, (features @ self.last_weight()).tolist(), posterior.std(features).tolist(), strict=True)
-            unit = self._unit()
-            for row, score, std in values:
-                raw[row], spread[row] = score, std * unit
+            pairs: list[tuple[float, float] | None] = [None] * len(found)
+            if rows:
+                features = self._with_bias(torch.stack([found[row] for row in rows]))
+                values = zip((features @ weight).tolist(), posterior.std(features).tolist(), strict=True)
+                for row, value in zip(rows, values, strict=True):
+                    pairs[row] = value
+            return pairs
+
+        found = self.raw.features(prompts, completions, columns, score)
+        raw = [None if pair is None else pair[0] for pair in found]
+        spread = [None if pair is None else pair[1] * unit for pair in found]
         scores = self._normalized(raw)
         return calibrated_scores(scores, self.calibration) if self.calibrated else scores, spread
 
