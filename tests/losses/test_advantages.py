@@ -13,11 +13,11 @@ from trl_ext.losses.advantages import (
     mean_to_go,
     min_form,
     normalize_steps,
+    potentials_of,
     returns_to_go,
     shape_rewards,
     shrunken_steps,
     td_errors,
-    telescoped,
     whiten,
 )
 
@@ -111,7 +111,8 @@ def test_shaping_keeps_the_best_policy_of_an_exact_chain():
     torch.testing.assert_close(change, torch.full((8,), -tree[()]), atol=1e-5, rtol=0)
 
 
-def test_telescoped_rewards_keep_the_expected_gradient_of_every_policy():
+@pytest.mark.parametrize("form", ["last", "min", "sum"])
+def test_shaping_keeps_the_expected_gradient_of_every_policy(form):
     """The exact policy gradient over all 2^3 sequences of a table of logits; plain dense rewards change it."""
     generator = torch.Generator().manual_seed(1)
     states = [s for n in range(3) for s in itertools.product((0, 1), repeat=n)]
@@ -121,16 +122,36 @@ def test_telescoped_rewards_keep_the_expected_gradient_of_every_policy():
     rewards = torch.stack([torch.stack([dense[s[:t]][s[t]] for t in range(3)]) for s in sequences])
     mask = torch.ones(8, 3, dtype=torch.bool)
 
-    def gradient(per_token):
+    def gradient(advantages):
         logits = {s: torch.tensor([0.3, -0.2 * len(s)], requires_grad=True) for s in states}
         chosen = [[logits[s[:t]].log_softmax(0)[s[t]] for t in range(3)] for s in sequences]
         chosen = torch.stack([torch.stack(row) for row in chosen])  # (8, 3)
-        (chosen.detach().sum(1).exp()[:, None] * chosen * returns_to_go(per_token, mask)).sum().backward()
+        (chosen.detach().sum(1).exp()[:, None] * chosen * advantages).sum().backward()
         return torch.stack([logits[s].grad for s in states])
 
     plain = outcome[:, None] * last_tokens(mask)
-    torch.testing.assert_close(gradient(telescoped(outcome, rewards, mask)), gradient(plain), atol=1e-5, rtol=1e-4)
-    assert (gradient(plain + rewards) - gradient(plain)).abs().max() > 0.05
+    right = gradient(returns_to_go(plain, mask))
+    potentials = potentials_of(rewards, mask, mask, 8, form)
+    torch.testing.assert_close(gradient(gae(plain, potentials, mask, gae_lambda=1.0)), right, atol=1e-5, rtol=1e-4)
+    assert (gradient(returns_to_go(plain + rewards, mask)) - right).abs().max() > 0.05
+    assert (gradient(gae(plain, potentials, mask, gae_lambda=0.5)) - right).abs().max() > 0.01
+
+
+def test_potentials_by_hand():
+    """Two completions of one prompt; the second one has no reward, so it stays at the group's first potential."""
+    rewards = torch.tensor([[0.0, 0.8, 0.0, 0.2, 0.6, 9.0], [7.0] * 6])
+    given = torch.tensor([[False, True, False, True, True, False], [False] * 6])
+    mask = torch.tensor([[True] * 5 + [False], [True] * 6])
+    last = potentials_of(rewards, given, mask, 2, "last")
+    torch.testing.assert_close(last, torch.tensor([[0.8, 0.8, 0.8, 0.8, 0.2, 0.0], [0.8] * 6]))
+    lowest = potentials_of(rewards, given, mask, 2, "min")
+    torch.testing.assert_close(lowest, torch.tensor([[0.8, 0.8, 0.8, 0.8, 0.2, 0.0], [0.8] * 6]))
+    given[0, 2] = True  # a reward of 0, and then a better one
+    torch.testing.assert_close(
+        potentials_of(rewards, given, mask, 2, "min")[0], torch.tensor([0.8, 0.8, 0.8, 0.0, 0.0, 0.0])
+    )
+    summed = potentials_of(rewards, given, mask, 2, "sum")
+    torch.testing.assert_close(summed, torch.tensor([[0.0, 0.0, 0.8, 0.8, 1.0, 0.0], [0.0] * 6]))
 
 
 def test_rare_steps_are_trusted_less():

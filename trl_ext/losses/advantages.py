@@ -8,13 +8,15 @@ advantage, and credit passes over them without a discount.
 Pure functions: they know no model, and nothing of where a reward comes from.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 
 # Added to standard deviations, as in TRL's GRPOTrainer.
 EPSILON = 1e-4
+
+Potential = Literal["last", "min", "sum"]
 
 
 def group_normalize(
@@ -198,25 +200,50 @@ def mean_to_go(rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor) -
     return sums / returns_to_go(given.float(), mask).clamp(min=1.0)
 
 
-def telescoped(outcome: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0) -> torch.Tensor:
+def potentials_of(
+    rewards: torch.Tensor, given: torch.Tensor, mask: torch.Tensor, group_size: int, form: Potential = "last"
+) -> torch.Tensor:
     r"""
-    The reward of a completion with dense rewards as potential-based shaping: what they give early, the end takes back.
+    A potential of the state before each token, from the dense rewards before it.
 
-    The potential of a state is the sum of the dense rewards before it: the number of right steps so far, say.
-    [`shape_rewards`] then gives each dense reward where it is, and takes their sum back at the last token. So the best
-    policy under the outcome stays the best.
+    A potential says how promising a state is, as the value of a critic does. P(correct) of the last step is one.
 
     Args:
-        outcome (`torch.Tensor` of shape `(N,)`): the reward of each completion, which counts at its last token.
-        rewards (`torch.Tensor` of shape `(N, T)`): dense rewards, 0 where there is none.
-        mask, gamma: as in [`returns_to_go`].
+        rewards (`torch.Tensor` of shape `(N, T)`).
+        given, mask (`torch.BoolTensor` of shape `(N, T)`): where a reward is, and where the policy wrote.
+        group_size (`int`): G.
+        form (`str`, *optional*, defaults to `"last"`):
+            `"last"` is the last reward before the token, `"min"` the lowest one: for rewards that are levels, such as
+            P(correct) of a step. `"sum"` adds them up: for rewards that are changes. The states before the first
+            reward have 0 with `"sum"`, and otherwise the mean of the first rewards of the group.
 
     Returns:
-        `torch.Tensor` of shape `(N, T)`.
+        `torch.Tensor` of shape `(N, T)`, fp32, 0 outside the mask.
+
+    Example:
+
+    ```python
+    >>> rewards, given = torch.tensor([[0.5, 0.0, 0.25, 0.0]]), torch.tensor([[True, False, True, False]])
+    >>> potentials_of(rewards, given, torch.ones(1, 4).bool(), group_size=1)
+    tensor([[0.5000, 0.5000, 0.5000, 0.2500]])
+    ```
     """
-    rewards = rewards.float().masked_fill(~mask, 0.0)
-    potentials = rewards.cumsum(1) - rewards  # of the state before each token
-    return shape_rewards(outcome.unsqueeze(1) * last_tokens(mask), potentials, mask, gamma)
+    if form not in get_args(Potential):
+        raise ValueError(f"form={form!r}; needed: one of {get_args(Potential)}.")
+    rewards = rewards.float().masked_fill(~given, 0.0)
+    if form == "sum":
+        return (rewards.cumsum(1) - rewards).masked_fill(~mask, 0.0)
+    first = torch.where(given & (given.long().cumsum(1) == 1), rewards, 0.0).sum(1)  # (N,)
+    counts = _grouped(given.any(1).float(), group_size).sum(1, keepdim=True)
+    start = (_grouped(first, group_size).sum(1, keepdim=True) / counts.clamp(min=1)).repeat_interleave(group_size, 0)
+    places = torch.arange(rewards.shape[1], device=rewards.device).expand_as(rewards)
+    latest = places.masked_fill(~given, -1).cummax(1).values  # of the last reward up to a token; -1 before the first
+    if form == "min":
+        levels = rewards.masked_fill(~given, torch.inf).cummin(1).values
+    else:
+        levels = rewards.gather(1, latest.clamp(min=0))
+    levels = torch.where(latest < 0, start, levels)
+    return torch.cat([start, levels[:, :-1]], 1).masked_fill(~mask, 0.0)
 
 
 def last_tokens(mask: torch.Tensor) -> torch.Tensor:
@@ -318,7 +345,11 @@ def min_form(rewards: torch.Tensor, given: torch.Tensor, temperature: float = 0.
 
 
 def whiten(
-    advantages: torch.Tensor, mask: torch.Tensor, group_size: int | None = None, shift_mean: bool = True
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    group_size: int | None = None,
+    shift_mean: bool = True,
+    scale_by: Literal["group", "batch"] = "group",
 ) -> torch.Tensor:
     """
     Advantages with mean 0 and standard deviation 1 over the tokens of the mask: of the batch, or of each group.
@@ -328,10 +359,13 @@ def whiten(
         mask (`torch.BoolTensor` of shape `(N, T)`).
         group_size (`int`, *optional*): G; the whole batch by default.
         shift_mean (`bool`, *optional*, defaults to `True`): with false, only the standard deviation changes.
+        scale_by (`str`, *optional*, defaults to `"group"`):
+            `"batch"` takes off each group's mean and divides all by one standard deviation.
     """
     spread = _grouped(advantages.float().masked_fill(~mask, torch.nan), group_size or len(advantages)).flatten(1)
-    mean = spread.nanmean(1, keepdim=True)
-    scaled = (spread - mean if shift_mean else spread) / (_nanstd(spread).unsqueeze(1) + EPSILON)
+    shifted = spread - spread.nanmean(1, keepdim=True) if shift_mean else spread
+    deviation = _nanstd(shifted if scale_by == "group" else shifted.flatten()[None])
+    scaled = shifted / (deviation.unsqueeze(1) + EPSILON)
     return scaled.view(advantages.shape).masked_fill(~mask, 0.0).nan_to_num(nan=0.0)
 
 

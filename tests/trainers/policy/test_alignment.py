@@ -37,6 +37,13 @@ def test_a_character_belongs_to_the_token_that_completes_it():
     assert token_of([1, 2], 3) is None
 
 
+def test_what_ends_the_text_counts_at_the_token_that_ends_the_completion():
+    """The end-of-sequence token adds no character. It must not be the one token without a reward."""
+    assert token_of([1, 2, 4, 4], 4) == 3
+    assert token_of([1, 2, 4, 4], 2) == 1
+    assert token_of([], 0) is None
+
+
 def test_end_of_sequence_and_padding_hold_no_characters():
     tokenizer = tiny_tokenizer("llama")
     ids = tokenizer("one two", add_special_tokens=False)["input_ids"]

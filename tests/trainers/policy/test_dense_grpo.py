@@ -115,6 +115,7 @@ def test_advantages_are_those_of_the_definition_and_the_outcome_is_added(policy_
         for _, end, reward in spans or []:
             whole = prefixes[-1]
             token = next(n for n, text in enumerate(prefixes) if len(text) >= end and text[:end] == whole[:end])
+            token = len(ids) - 1 if end == len(whole) else token  # the end of the text is said by the last token
             rewards[row, token] += reward
             given[row, token] = True
     wanted = 2.0 * returns_to_go(normalize_steps(rewards, given & mask, 4), mask)

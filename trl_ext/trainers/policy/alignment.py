@@ -58,7 +58,14 @@ def _streamed(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[st
 
 
 def token_of(ends: Sequence[int], end: int) -> int | None:
-    """The index of the token that completes the character before `end`, or `None` if no token does."""
+    """
+    The index of the token that completes the character before `end`, or `None` if no token does.
+
+    Where the text ends, it is the last token of all. The end-of-sequence token adds no character, but it decides that
+    nothing follows. Without this rule, ending would be the only choice that no reward counts for.
+    """
+    if ends and end == ends[-1]:
+        return len(ends) - 1
     for place, there in enumerate(ends):
         if there >= end:
             return place

@@ -5,6 +5,7 @@ from typing import Literal, get_args, get_type_hints
 
 from trl import GRPOConfig
 
+from trl_ext.losses.advantages import Potential
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
 
 
@@ -37,9 +38,10 @@ class DenseGRPOConfig(GRPOConfig):
               the tokens of all completions of a prompt.
             - `"min_form"`: as `"return"`, after reweighting the rewards so that they add up to about the worst step's
               reward (*PURE*, https://huggingface.co/papers/2504.15275).
-            - `"shaped"`: the scalar reward, with the dense rewards as potential-based shaping (Ng et al., ICML 1999):
-              they are given where they are, and taken back at the last token. The best policy under the scalar reward
-              stays the best.
+            - `"shaped"`: the scalar reward, with the dense rewards as a potential (Ng et al., ICML 1999): a token
+              gets the change of the potential, and the last token gives it all back, so the best policy under the
+              scalar reward stays the best. `potential` says what the potential is. `gae_lambda` below 1 keeps the
+              change near the token that caused it.
             - `"shrunken"`: a step gets the mean return of the completions that took it, less that of all completions
               with the same beginning, shrunken where few agree (after *ECPO*,
               https://huggingface.co/papers/2606.05885).
@@ -52,7 +54,13 @@ class DenseGRPOConfig(GRPOConfig):
         dense_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of the dense rewards.
         gamma (`float`, *optional*, defaults to `1.0`):
-            Discount per token in [0, 1], used by `"return"` and `"min_form"`.
+            Discount per token in [0, 1], used by `"return"`, `"min_form"` and `"shaped"`.
+        potential (`str`, *optional*, defaults to `"last"`):
+            The potential of `"shaped"`: the `"last"` reward before a token or the lowest (`"min"`), for rewards that
+            are levels, such as P(correct) of a step; or their `"sum"`, for rewards that are changes.
+        gae_lambda (`float`, *optional*, defaults to `1.0`):
+            Lambda in [0, 1] with which `"shaped"` passes on credit from token to token. At 1 the expected gradient is
+            that of the scalar reward. Below 1 it is not, if the potential is no good estimate of the reward to come.
         min_form_temperature (`float`, *optional*, defaults to `0.1`):
             Temperature of `"min_form"`, above 0. The default is the paper's.
         shrinkage (`float`, *optional*, defaults to `1.0`):
@@ -76,6 +84,11 @@ class DenseGRPOConfig(GRPOConfig):
     outcome_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the scalar rewards"})
     dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})
     gamma: float = field(default=1.0, metadata={"help": "discount per token, for return and min_form"})
+    potential: Potential = field(
+        default="last",
+        metadata={"help": "potential of shaped: last, lowest or summed reward before a token"},
+    )
+    gae_lambda: float = field(default=1.0, metadata={"help": "lambda of GAE, for shaped"})
     min_form_temperature: float = field(default=0.1, metadata={"help": "temperature of min_form"})
     shrinkage: float = field(default=1.0, metadata={"help": "how much shrunken distrusts rare steps"})
     length_control: bool = field(
@@ -97,6 +110,10 @@ class DenseGRPOConfig(GRPOConfig):
                 f"length_control=True with advantage={self.advantage!r} and gamma={self.gamma}; needed: 'process' or "
                 "'return', and gamma=1."
             )
+        if self.potential not in get_args(Potential):
+            raise ValueError(f"potential={self.potential!r}; needed: one of {get_args(Potential)}.")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gae_lambda={self.gae_lambda}; needed: a number from 0 to 1.")
         if self.shrinkage < 0:
             raise ValueError(f"shrinkage={self.shrinkage}; needed: a number of at least 0.")
         if not 0 <= self.gamma <= 1:

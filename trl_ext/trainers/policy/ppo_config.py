@@ -74,8 +74,6 @@ class PPOConfig(DenseGRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"gae_lambda={self.gae_lambda}; needed: a number from 0 to 1.")
         if self.value_learning_rate is not None and self.value_learning_rate < 0:
             raise ValueError(f"value_learning_rate={self.value_learning_rate}; needed: a number of at least 0.")
         if self.vf_coef <= 0:

@@ -15,13 +15,14 @@ import torch
 from trl import GRPOTrainer
 
 from trl_ext.losses.advantages import (
+    gae,
     last_tokens,
     mean_to_go,
     min_form,
     normalize_steps,
+    potentials_of,
     returns_to_go,
     shrunken_steps,
-    telescoped,
     whiten,
 )
 from trl_ext.models.building import keep_4bit_exact_on_cpu
@@ -250,8 +251,11 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
             return mean_to_go(rewards, given, mask) if args.length_control else returns_to_go(rewards, mask)
         rewards = rewards.masked_fill(~given, 0.0)
         if args.advantage == "shaped":
-            outcome = args.outcome_weight * scalar[:, 0]
-            rewards = telescoped(outcome, args.dense_weight * rewards, mask, args.gamma)
+            potentials = args.dense_weight * potentials_of(rewards, given, mask, group_size, args.potential)
+            outcome = args.outcome_weight * scalar * last_tokens(mask)
+            shaped = gae(outcome, potentials, mask, args.gamma, args.gae_lambda)
+            # A group without a right completion has shaping rewards only, so its own deviation must not divide them.
+            return whiten(shaped, mask, group_size, scale_by="batch")
         elif args.advantage == "shrunken":
             total = args.dense_weight * rewards + args.outcome_weight * scalar * last_tokens(mask)
             returns = returns_to_go(total, mask, args.gamma)
