@@ -5,9 +5,11 @@
 
 The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. For each seed a
 tiny policy is fine-tuned until about a quarter of its samples is right, and a process model learns from its samples.
-Every arm then starts from that policy and sees the same number of prompts and samples. The outcome reward is the
-verifier's: 1 for a right answer. The dense rewards are the process model's P(correct) of each line and of the end.
-Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`.
+Every arm then starts from that policy and sees the same number of prompts and samples, no prompt twice. The outcome
+reward is the verifier's: 1 for a right answer. The dense rewards are the process model's P(correct) of each line; the
+last line's is that of ending there. Two arms take the verifier's verdicts of the lines instead: what a process model
+without faults would give. Results of finished arms, with the verifier's mean at every tenth of the training, are kept
+in `<output_dir>/seed-<n>/<arm>.json`.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from scipy.stats import t as student_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -39,15 +42,18 @@ from trl_ext.demo.policy import sample_solutions, train_policy
 from trl_ext.demo.task import Problem, make_problems, verify
 
 
-# What differs between the arms that are trained by policy gradients.
+# What differs between the arms that are trained by policy gradients. `dense`: whose rewards of lines they get.
 ARMS: dict[str, dict[str, Any]] = {
     "outcome": {"advantage": "outcome"},
     "process": {"advantage": "process"},
-    "process, no outcome": {"advantage": "process", "outcome_weight": 0.0},
+    "process, mean": {"advantage": "process", "length_control": True},
+    "process, light": {"advantage": "process", "dense_weight": 0.2},
     "min-form": {"advantage": "min_form"},
-    "shaped": {"advantage": "shaped"},
+    "shaped": {"advantage": "shaped", "potential": "min", "gae_lambda": 0.8},
     "shrunken": {"advantage": "shrunken"},
     "PPO": {"advantage": "gae", "value_learning_rate": 1e-3, "beta": 0.0},
+    "process, exact": {"advantage": "process"},
+    "shaped, exact": {"advantage": "shaped", "potential": "min", "gae_lambda": 0.8},
 }
 REJECTION = "rejection sampling"
 GROUP = 8
@@ -76,21 +82,34 @@ def lines(text: str) -> list[str]:
     return [*text.splitlines(), ""]
 
 
-def process_rewards(scorer: RewardScorer) -> Callable:
-    """P(correct) of each line; that of ending there counts at the last character."""
+def spans_of(text: str, rewards: list[float]) -> list[tuple[int, int, float]] | None:
+    """One reward a line; the last line gets the one behind it, that of ending there."""
+    start, spans = 0, []
+    parts = text.splitlines(keepends=True)
+    for line, reward in zip(parts, [*rewards[: len(parts) - 1], rewards[-1]], strict=True):
+        spans.append((start, start + len(line), reward))
+        start += len(line)
+    return spans or None
 
-    def process(prompts: list[str], completions: list[str], **columns: Any) -> list[list[tuple[int, int, float]]]:
+
+def process_rewards(scorer: RewardScorer) -> Callable:
+    """P(correct) of each line by a process model."""
+
+    def process(prompts: list[str], completions: list[str], **columns: Any) -> list:
         scores = scorer.score_steps(prompts, [lines(text) for text in completions])
-        found = []
-        for text, own in zip(completions, scores, strict=True):
-            start, spans = 0, []
-            for line, score in zip(text.splitlines(keepends=True), own, strict=False):
-                spans.append((start, start + len(line), score))
-                start += len(line)
-            found.append([*spans, (len(text) - 1, len(text), own[-1])] if text else None)
-        return found
+        return [spans_of(text, own) if text else None for text, own in zip(completions, scores, strict=True)]
 
     return process
+
+
+def exact_steps(prompts: list[str], completions: list[str], **columns: Any) -> list:
+    """The verifier's verdict of each line: 1 as long as all lines are right."""
+    found = []
+    for prompt, text in zip(prompts, completions, strict=True):
+        verdict = verify(problem_of(prompt), text)
+        so_far = [float(all(verdict.steps_right[: n + 1])) for n in range(len(verdict.steps_right))]
+        found.append(spans_of(text, [*so_far, float(verdict.answer_right)]) if text else None)
+    return found
 
 
 def quiet(trainer: Trainer) -> Trainer:
@@ -108,18 +127,20 @@ def prepare(folder: Path, seed: int, args: argparse.Namespace) -> tuple[Path, Pa
         problems = make_problems(args.prm_prompts, "train", seed)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
         rows = []
-        for problem, texts in zip(problems, sample_solutions(model, tokenizer, problems, 4, seed=seed), strict=True):
-            for text in texts:
-                verdict = verify(problem, text)
-                labels = [*verdict.steps_right, verdict.answer_right]
-                rows.append({"prompt": problem.prompt, "completions": lines(text), "labels": labels})
+        # hotter samples show it mistakes that the policy may come to make
+        for temperature in (0.8, 1.2):
+            samples = sample_solutions(model, tokenizer, problems, 4, seed=seed, temperature=temperature)
+            for problem, texts in zip(problems, samples, strict=True):
+                for text in texts:
+                    verdict = verify(problem, text)
+                    labels = [*verdict.steps_right, verdict.answer_right]
+                    rows.append({"prompt": problem.prompt, "completions": lines(text), "labels": labels})
         config = PRMConfig(
             str(prm),
             max_steps=args.prm_steps,
             per_device_train_batch_size=32,
             learning_rate=1e-3,
             lr_scheduler_type="cosine",
-            mask_after_first_error=True,
             seed=seed,
             **QUIET,
         )
@@ -137,8 +158,10 @@ def accuracy(model: Any, tokenizer: Any, args: argparse.Namespace, seed: int) ->
     return sum(right) / len(right)
 
 
-def train_arm(name: str, policy: Path, prm: Path, folder: Path, seed: int, args: argparse.Namespace) -> Any:
-    """Train one arm; return the policy."""
+def train_arm(
+    name: str, policy: Path, prm: Path, folder: Path, seed: int, args: argparse.Namespace
+) -> tuple[Any, list[float]]:
+    """Train one arm; return the policy and the share of right samples at every tenth of the training."""
     # the process model learned from the first prompts of the split
     problems = make_problems(args.prm_prompts + args.steps * args.prompts, "train", seed)[args.prm_prompts :]
     prompts = Dataset.from_list([{"prompt": problem.prompt} for problem in problems])
@@ -163,7 +186,7 @@ def train_arm(name: str, policy: Path, prm: Path, folder: Path, seed: int, args:
         )
         trainer = quiet(SFTTrainer(str(policy), config, train_dataset=rows.select_columns(["prompt", "completion"])))
         trainer.train()
-        return trainer.model
+        return trainer.model, []
     options = dict(
         output_dir=str(folder),
         max_steps=args.steps,
@@ -173,7 +196,8 @@ def train_arm(name: str, policy: Path, prm: Path, folder: Path, seed: int, args:
         temperature=0.8,
         generation_kwargs=sampling,
         learning_rate=args.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(20, args.steps // 4),  # Adam's first steps are as large as any
         logging_steps=max(1, args.steps // 10),
         verifier="exact",
         seed=seed,
@@ -181,48 +205,65 @@ def train_arm(name: str, policy: Path, prm: Path, folder: Path, seed: int, args:
         **ARMS[name],
     )
     ppo = ARMS[name]["advantage"] == "gae"
-    dense = None if ppo or name == "outcome" else process_rewards(RewardScorer(prm, device="cpu"))
+    dense = None
+    if name.endswith("exact"):
+        dense = exact_steps
+    elif not ppo and name != "outcome":
+        dense = process_rewards(RewardScorer(prm, device="cpu"))
     config = (PPOConfig if ppo else DenseGRPOConfig)(**options)
     trainer = quiet(
         (PPOTrainer if ppo else DenseGRPOTrainer)(str(policy), exact, dense, config, train_dataset=prompts)
     )
     trainer.train()
     trainer.save_state()
-    return trainer.model
+    curve = [row["rewards/exact/mean"] for row in trainer.state.log_history if "rewards/exact/mean" in row]
+    return trainer.model, curve
 
 
-def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The held-out accuracy of every arm of a seed; finished arms are read from disk."""
+def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What came of every arm of a seed; finished arms are read from disk."""
     folder = root / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     policy, prm = prepare(folder, seed, args)
-    found: dict[str, float] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in ("before", *ARMS, REJECTION):
         place = folder / name.replace(" ", "_").replace(",", "")
         file = place.with_suffix(".json")
         if not file.is_file():
             start = time.perf_counter()
-            model = AutoModelForCausalLM.from_pretrained(policy)
+            model, curve = AutoModelForCausalLM.from_pretrained(policy), []
             if name != "before":
-                model = train_arm(name, policy, prm, place, seed, args)
+                model, curve = train_arm(name, policy, prm, place, seed, args)
             with torch.random.fork_rng(devices=[]):
                 share = accuracy(model, AutoTokenizer.from_pretrained(policy), args, seed)
             seconds = round(time.perf_counter() - start, 1)
-            file.write_text(json.dumps({"accuracy": share, "seconds": seconds}) + "\n", encoding="utf-8")
+            result = {"accuracy": share, "curve": [round(value, 4) for value in curve], "seconds": seconds}
+            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
             print(f"seed {seed}, {name}: {share:.3f} ({seconds} s)", file=sys.stderr, flush=True)
-        found[name] = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
+        found[name] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def gain_over(name: str, other: str, results: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """The mean gain of an arm over another one, paired by seed, with a 95 % interval of Student's t."""
+    gains = [result[name]["accuracy"] - result[other]["accuracy"] for result in results]
+    mean = statistics.fmean(gains)
+    if len(gains) < 2:
+        return {"mean": mean}
+    half = student_t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each arm")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each arm")
     parser.add_argument("--prompts", type=int, default=8, help="prompts in a step, with 8 samples each")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--eval_prompts", type=int, default=500, help="held-out prompts, with 2 samples each")
     parser.add_argument("--output_dir", default="outputs/study_policies")
+    parser.add_argument("--json", help="file for the table's figures")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(arguments)
     sizes = dict(policy_prompts=8000, policy_steps=1000, trial_prompts=200, prm_prompts=1500, prm_steps=400)
@@ -233,12 +274,28 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) if args.smoke else Path(args.output_dir)
         results = [run_seed(seed, root, args) for seed in range(args.first_seed, args.first_seed + args.seeds)]
-    print(f"| arm | right on held-out prompts | less outcome, paired, {len(results)} seeds |\n| --- | --- | --- |")
-    for name in results[0]:
-        shares = [result[name] for result in results]
-        gains = [result[name] - result["outcome"] for result in results]
-        error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.3f}" if len(gains) > 1 else ""
-        print(f"| {name} | {statistics.fmean(shares):.3f} | {statistics.fmean(gains):+.3f}{error} |")
+    arms = {
+        name: {
+            "accuracy": statistics.fmean(result[name]["accuracy"] for result in results),
+            "curve": [
+                round(statistics.fmean(shares), 4)
+                for shares in zip(*(result[name]["curve"] for result in results), strict=True)
+            ],
+            "less outcome": gain_over(name, "outcome", results),
+        }
+        for name in results[0]
+    }
+    report = {"steps": args.steps, "prompts": args.prompts, "samples": GROUP, "seeds": len(results), "arms": arms}
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(
+        "| arm | right on held-out prompts | less outcome | right in training, by tenths |\n| --- | --- | --- | --- |"
+    )
+    for name, arm in arms.items():
+        gain = arm["less outcome"]
+        interval = f" ({gain['low']:+.3f} to {gain['high']:+.3f})" if "low" in gain else ""
+        curve = " ".join(f"{value:.2f}" for value in arm["curve"])
+        print(f"| {name} | {arm['accuracy']:.3f} | {gain['mean']:+.3f}{interval} | {curve} |")
 
 
 if __name__ == "__main__":
