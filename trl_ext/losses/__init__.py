@@ -17,7 +17,7 @@ type. The losses compute and return fp32 (fp64 if the scores are fp64).
 
 from trl_ext.losses.judged_pairs import rao_kupper, robust_bradley_terry
 from trl_ext.losses.lambda_loss import lambda_loss
-from trl_ext.losses.penalties import batch_sum_to_zero
+from trl_ext.losses.penalties import batch_sum_to_zero, next_token_loss
 from trl_ext.losses.properties import RankingLossProperties, TokenLossProperties
 from trl_ext.losses.ranking import (
     bradley_terry,
@@ -45,6 +45,7 @@ __all__ = [
     "lambda_loss",
     "listnet",
     "mse",
+    "next_token_loss",
     "pairwise",
     "plackett_luce",
     "pointwise",

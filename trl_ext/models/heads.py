@@ -316,6 +316,18 @@ def features_as_output(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def head_inputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within the block, a list gets the final hidden states that the head of the model reads, at every call."""
+    seen: list[torch.Tensor] = []
+    module = last_head_module(unwrap(model))
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move left padding to the right, so that absolute positions count from the first real token."""
     if bool(attention_mask[:, 0].all()):

@@ -77,7 +77,19 @@ class EnsembleFields:
 
 @dataclass
 class RewardEnsembleConfig(EnsembleFields, RewardConfig):
-    """Configuration of [`RewardEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`RewardConfig`]."""
+    """
+    Configuration of [`RewardEnsembleTrainer`]: [`EnsembleFields`] beside all arguments of [`RewardConfig`].
+
+    `sft_coefficient` is for one model, and raises an error here.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sft_coefficient:
+            raise ValueError(
+                f"sft_coefficient={self.sft_coefficient} is not supported for ensembles. Leave it out, or train the "
+                "members with RewardTrainer."
+            )
 
 
 @dataclass

@@ -26,6 +26,12 @@ class RewardConfig(trl.RewardConfig):
             sum-to-zero regularization (https://huggingface.co/papers/2505.07271). A batch is the
             `per_device_train_batch_size` groups that one process runs at a time, and never a whole accumulated step.
             An ensemble has a penalty for each member. Works with every loss; evaluation leaves it out.
+        sft_coefficient (`float`, *optional*):
+            Add the cross-entropy per token of each group's best completion, times this coefficient, to the training
+            loss. The frozen output layer of the language model reads the hidden states that the reward head reads, so
+            they stay able to write: hidden-state regularization, GRM (https://huggingface.co/papers/2406.10216, which
+            uses 0.01). A completion begins after the tokens that all candidates share. It needs a decoder; evaluation
+            leaves it out.
         shared_prefix (`"auto"`, `True` or `False`, *optional*, defaults to `"auto"`):
             Run the candidates of a group as one flat row, which holds their common prompt once and has no padding, if
             this saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
@@ -65,6 +71,13 @@ class RewardConfig(trl.RewardConfig):
             "batch is what one process runs at a time."
         },
     )
+    sft_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the cross-entropy of each group's best completion under the frozen output layer of the "
+            "language model (GRM, which uses 0.01)."
+        },
+    )
     shared_prefix: Literal["auto", True, False] = field(
         default="auto",
         metadata={
@@ -91,6 +104,8 @@ class RewardConfig(trl.RewardConfig):
     def __post_init__(self):
         super().__post_init__()
         check_loss_type(self.loss_type)
+        if self.sft_coefficient is not None and not self.sft_coefficient >= 0:
+            raise ValueError(f"sft_coefficient={self.sft_coefficient}; needed: a number of at least 0.")
         if not 0.0 <= self.min_survival <= 1.0:
             raise ValueError(f"min_survival={self.min_survival} is not a share. Needed: a number from 0 to 1.")
         self.loss_kwargs = parse_loss_kwargs(self.loss_kwargs)

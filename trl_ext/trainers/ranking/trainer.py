@@ -34,7 +34,7 @@ from trl_ext.data.report import DataReport
 from trl_ext.data.token_batches import RowSize, group_sizes
 from trl_ext.data.tokenization import TokenizationSettings, common_prefix_length
 from trl_ext.models.building import is_quantized
-from trl_ext.models.heads import candidate_scores
+from trl_ext.models.heads import candidate_scores, head_inputs
 from trl_ext.models.inputs import InputLimits
 from trl_ext.models.shared_prefix import flat_scores
 from trl_ext.trainers.common.batching import flat_rows_support, make_train_dataloader, set_up_batching, wants_flat_rows
@@ -44,6 +44,7 @@ from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.summary import with_arguments
 from trl_ext.trainers.common.tracking import ScoredGroup, log_evaluation, without_missing_wandb
 from trl_ext.trainers.ranking.config import RewardConfig
+from trl_ext.trainers.ranking.language_loss import language_head_of, language_loss
 from trl_ext.trainers.ranking.objective import RankingObjective
 from trl_ext.trainers.ranking.recording import GroupRecorder, RecordingCallback, ScoredBatch, signed_ratings
 
@@ -150,6 +151,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         for name, parameter in self.model.named_parameters():
             if name in exact:
                 parameter.data = exact.pop(name).to(parameter.device)
+        self._language_head = language_head_of(self)
         training = {"loss_type": self._objective.name, "loss_kwargs": self._objective.loss_kwargs}
         self._writer = self._writer_class(
             self, head, self._tokenization, loss_type=self._objective.name, training=training
@@ -192,6 +194,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
             **self._objective.loss_kwargs,
             center_rewards_coefficient=args.center_rewards_coefficient,
             batch_sum_to_zero_coefficient=args.batch_sum_to_zero_coefficient,
+            sft_coefficient=args.sft_coefficient,
             label_smoothing_factor=args.label_smoothing_factor,
         )
 
@@ -262,10 +265,13 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask = inputs["group_mask"]
-        scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
+        with head_inputs(model) as hidden:
+            scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
         losses = self._objective(scores, inputs)  # (B,)
         if self.model.training:
             losses = self._objective.with_batch_penalty(losses, scores, mask)
+            if self._language_head is not None:
+                losses = losses + self.args.sft_coefficient * language_loss(hidden[0], self._language_head, inputs)
         if self.model.training and num_items_in_batch is not None:
             # divide by the groups of the whole accumulation window; DDP averages over processes
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
