@@ -3,6 +3,7 @@
 `formats` and `spans` share it. Knows `datasets` and the counts that travel with each row. Does not know what a row is.
 """
 
+import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy
 from typing import Any
@@ -224,3 +225,17 @@ def _counter(report: DataReport, min_survival: float) -> Callable[[dict[str, Any
         return kept
 
     return count
+
+
+def rename_old_columns(dataset: Rows) -> Rows:
+    """Rename the columns of tokenized pairs from before TRL 1.0, with TRL's deprecation warning."""
+    columns = set(dataset.column_names or [])
+    if not {"chosen_input_ids", "rejected_input_ids"} <= columns or columns & {"chosen_ids", "rejected_ids"}:
+        return dataset
+    warnings.warn(
+        "The columns `chosen_input_ids` and `rejected_input_ids` are deprecated, as in TRL. Rename them to "
+        "`chosen_ids` and `rejected_ids`.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return dataset.rename_columns({"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"})

@@ -35,6 +35,8 @@ RANKING = {
     "plackett_luce": (RANKED, {}),
     "listnet": (RANKED, {"loss_kwargs": {"temperature": 0.5}}),
     "lambda_loss": (RANKED, {}),
+    "rao_kupper": (RANKED, {"loss_kwargs": {"good_from": 2.0}}),
+    "robust_bradley_terry": (pair_rows(21), {"sft_coefficient": 0.1}),
     "pointwise": (RANKED, {"center_rewards_coefficient": 0.1}),
 }
 TOKENS = {

@@ -4,7 +4,6 @@ A pair is a group of two. Everything that is not defined here (arguments, callba
 comes from TRL.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_len
 
 from trl_ext.data.collators import GroupCollator
 from trl_ext.data.formats import prepare_groups
-from trl_ext.data.mapping import plain_rows
+from trl_ext.data.mapping import plain_rows, rename_old_columns
 from trl_ext.data.report import DataReport
 from trl_ext.data.token_batches import RowSize, group_sizes
 from trl_ext.data.tokenization import TokenizationSettings, common_prefix_length
@@ -265,13 +264,13 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask = inputs["group_mask"]
-        with head_inputs(model) as hidden:
+        with head_inputs(model) as states:
             scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
         losses = self._objective(scores, inputs)  # (B,)
         if self.model.training:
             losses = self._objective.with_batch_penalty(losses, scores, mask)
             if self._language_head is not None:
-                losses = losses + self.args.sft_coefficient * language_loss(hidden[0], self._language_head, inputs)
+                losses = losses + self.args.sft_coefficient * language_loss(states[0], self._language_head, inputs)
         if self.model.training and num_items_in_batch is not None:
             # divide by the groups of the whole accumulation window; DDP averages over processes
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
@@ -428,20 +427,6 @@ def candidates_in_rows(ids: torch.Tensor, real: torch.Tensor, mask: torch.Tensor
     sizes = mask.sum(1).tolist()
     groups = [torch.cat(ended[end - size : end]) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     return nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-100)
-
-
-def rename_old_columns(dataset: EvalDataset) -> EvalDataset:
-    """Rename the columns of tokenized pairs from before TRL 1.0, with TRL's deprecation warning."""
-    columns = set(dataset.column_names or [])
-    if not {"chosen_input_ids", "rejected_input_ids"} <= columns or columns & {"chosen_ids", "rejected_ids"}:
-        return dataset
-    warnings.warn(
-        "The columns `chosen_input_ids` and `rejected_input_ids` are deprecated, as in TRL. Rename them to "
-        "`chosen_ids` and `rejected_ids`.",
-        FutureWarning,
-        stacklevel=2,
-    )
-    return dataset.rename_columns({"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"})
 
 
 def in_groups(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
