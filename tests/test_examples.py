@@ -307,3 +307,19 @@ def test_study_of_choice_compares_strategies(monkeypatch, capsys, tmp_path):
     runs = (tmp_path / "runs.jsonl").read_text()
     run(EXAMPLES / "study_choice.py", monkeypatch, capsys, *arguments)  # nothing is left to do
     assert (tmp_path / "runs.jsonl").read_text() == runs
+
+
+@pytest.mark.slow
+def test_label_steps_example_labels_and_trains(monkeypatch, capsys):
+    lines = run(EXAMPLES / "label_steps.py", monkeypatch, capsys)
+    (counts,) = [re.findall(r"\d+", line) for line in lines if line.endswith("generated tokens")]
+    assert 40 < int(counts[0]) <= 80 and int(counts[1]) > 0
+    assert sum(line.startswith("'") for line in lines) == 3
+    assert any(re.match(r"P\(correct\): \[0\.\d+", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_study_of_step_labels_compares_every_arm(monkeypatch, capsys):
+    (table,) = tables(["", *run(EXAMPLES / "study_step_labels.py", monkeypatch, capsys)])
+    assert [row[0] for row in table] == ["labels", "exact labels", "full, 8", "full, 8, hard", "adaptive, 4"]
+    assert all(0 <= float(row[3]) <= 1 for row in table[1:])

@@ -40,6 +40,7 @@ _HOME = {
     "best_of_n": "trl_ext.pipelines.best_of_n",
     "choose": "trl_ext.pipelines.choice.choose",
     "self_instruct": "trl_ext.pipelines.feedback.self_instruct",
+    "label_steps": "trl_ext.pipelines.feedback.step_labels",
     "RejectionSamplingConfig": "trl_ext.pipelines.rejection_sampling.config",
     "RejectionSamplingTrainer": "trl_ext.pipelines.rejection_sampling.trainer",
     "DenseGRPOConfig": "trl_ext.trainers.policy.config",
@@ -94,6 +95,7 @@ __all__ = [
     "choose",
     "evaluate_reward_model",
     "label_preferences",
+    "label_steps",
     "load_reward_model",
     "merge_reward_model",
     "merge_reward_models",
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     from trl_ext.pipelines.feedback.judge_labels import label_preferences
     from trl_ext.pipelines.feedback.judge_reward import JudgeReward
     from trl_ext.pipelines.feedback.self_instruct import self_instruct
+    from trl_ext.pipelines.feedback.step_labels import label_steps
     from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
     from trl_ext.pipelines.rejection_sampling.sampler import rejection_sample
     from trl_ext.pipelines.rejection_sampling.trainer import RejectionSamplingTrainer

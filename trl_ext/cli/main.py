@@ -32,6 +32,7 @@ COMMANDS = {
     "score": "Score the rows of a JSONL file with a reward model.",
     "evaluate": "Find out whether a reward model is any good, and where it is biased.",
     "label-preferences": "Let a judge label pairs or rankings; resumable.",
+    "label-steps": "Label the steps of solutions by rollouts that a verifier judges.",
     "rejection-sample": "Generate completions, score them, keep the best; resumable.",
     "best-of-n": "Write the best of n completions of each prompt, by scores or a vote.",
     "choose": "Choose which rows of a pool to annotate next.",

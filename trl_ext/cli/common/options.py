@@ -176,6 +176,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
         "label-preferences": ("cli/label_preferences.py:LabelPreferencesArguments",),
         "rejection-sample": ("cli/rejection_sample.py:RejectionSampleArguments",),
         "self-instruct": ("cli/self_instruct.py:SelfInstructArguments",),
+        "label-steps": ("cli/label_steps.py:LabelStepsArguments",),
         "best-of-n": ("cli/best_of_n.py:BestOfNArguments",),
         "choose": ("cli/choose.py:ChooseArguments",),
         "weak-to-strong": (WEAK_TO_STRONG, trained, DATA, "cli/weak_to_strong.py:WeakModelArguments"),

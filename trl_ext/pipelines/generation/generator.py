@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.data.chat_templates import conversation, template_options
 from trl_ext.data.token_ids import token_ids
 from trl_ext.data.validation import DataError, unknown_token
-from trl_ext.pipelines.generation.records import Completion, FinishReason, canonical, ends_with_begun_answer
+from trl_ext.pipelines.generation.records import (
+    Completion,
+    FinishReason,
+    canonical,
+    ends_with_begun_answer,
+    text_of,
+)
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 
 
@@ -157,6 +163,15 @@ class PromptEncoder:
             **arguments,
             **options,
         )
+        chat = conversation(self.tokenizer, prompt, [], options)
+        options |= {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        begun = text_of(prompt[-1:]) if goes_on else ""
+        space = begun[len(begun.rstrip()) :]
+        if space:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+            if not text.endswith(space):  # the template trims messages; the model must see where a line ended
+                return self.tokenizer(text + space, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.apply_chat_template(chat, return_dict=False, **options)
 
     def label_tokens(self, prompt: str | Chat, labels: Sequence[str]) -> list[list[int]]:
         """

@@ -1,0 +1,290 @@
+"""Compare ways to label steps by rollouts: generated tokens against the quality of the labels and of the process model.
+
+    python examples/study_step_labels.py --seeds 3 --output_dir outputs/study_step_labels    # run it again to go on
+    python examples/study_step_labels.py --smoke                                             # two arms, a few steps
+
+The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. For each seed a
+tiny policy is fine-tuned until about a quarter of its samples is right. It writes four solutions of each training
+prompt, and every arm labels their steps by rollouts of the same policy. A process model learns from the labels of each
+arm, with the same number of optimizer steps. Held-out solutions with exact labels measure it:
+
+- AUC: right steps against the first wrong step of each solution (an empty last step stands for the end).
+- first error: share of solutions in which the first step below a threshold is the first wrong one, or there is none.
+  The threshold is the best one on the trial problems.
+- best of 8: share of problems in which the candidate with the highest minimum over its steps is right.
+
+The share of the gain is (arm - chance) / (reference - chance), where the reference is the better of full Monte Carlo
+with soft and with hard labels. Chance is 0.5 for the AUC, the best constant answer for the first error, and the mean
+candidate for best of 8. Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+from trl_ext import PRMConfig, PRMTrainer, RewardScorer
+from trl_ext.demo.policy import sample_solutions, train_policy
+from trl_ext.demo.task import Problem, make_problems, verify
+from trl_ext.pipelines.feedback.step_labels import label_steps_with_report
+
+
+# How each arm labels. `share`: the share of the prompts that it uses. `derived`: hard labels from the
+# rollouts of the arm before.
+ARMS: dict[str, dict[str, Any]] = {
+    "exact labels": {},
+    "full, 8 rollouts": {"reuse": False},
+    "full, 8 rollouts, hard": {"reuse": False, "derived": "hard"},
+    "full, 8 rollouts, a tenth of the prompts": {"reuse": False, "share": 0.1},
+    "full, 1 rollout": {"reuse": False, "num_rollouts": 1},
+    "verdict of the solution for every step": {"num_rollouts": 1},
+    "full, 8, shared": {},
+    "full, 8, shared, denoised": {"denoise": True},
+    "binary, 8": {"method": "binary"},
+    "adaptive, 8": {"method": "adaptive"},
+    "adaptive, 4": {"method": "adaptive", "num_rollouts": 4},
+    "adaptive, 4, denoised": {"method": "adaptive", "num_rollouts": 4, "denoise": True},
+    "adaptive, 4, denoised, 1.5 times the prompts": {
+        "method": "adaptive",
+        "num_rollouts": 4,
+        "denoise": True,
+        "share": 1.5,
+    },
+}
+REFERENCES = ("full, 8 rollouts", "full, 8 rollouts, hard")
+QUALITIES = ("auc", "first_error", "best_of_8")
+SMOKE = ("exact labels", *REFERENCES, "adaptive, 4")
+
+
+def problem_of(prompt: str) -> Problem:
+    return Problem(tuple(map(int, prompt.removesuffix(":\n"))))
+
+
+def exact(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """The verifier: 1 for a right answer, else 0."""
+    return [float(verify(problem_of(p), c).answer_right) for p, c in zip(prompts, completions, strict=True)]
+
+
+def truth(prompt: str, steps: Sequence[str]) -> list[float]:
+    """Exact labels: whether all lines so far are right; for the empty last step, whether the solution may end there."""
+    needed = [step.rstrip("\n") for step in problem_of(prompt).steps]
+    lines = list(steps[:-1])
+    return [*(float(lines[: end + 1] == needed[: end + 1]) for end in range(len(lines))), float(lines == needed)]
+
+
+def label(folder: Path, policy: Path, arm: str, seed: int, args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """The rows of an arm, and its report. Arms with the same settings share what is stored."""
+    options = dict(ARMS[arm])
+    derived, share = options.pop("derived", None), options.pop("share", 1.0)
+    prompts = [{"prompt": problem.prompt} for problem in make_problems(2 * args.prompts, "train", seed)]
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    if arm == "exact labels":
+        options = {"num_rollouts": 1}  # the solutions themselves are enough
+    found = label_steps_with_report(
+        str(policy),
+        prompts[: round(share * args.prompts)],
+        exact,
+        folder / "labels",
+        **options,
+        label_end=True,
+        seed=seed,
+        temperature=0.8,
+        max_completion_length=20,
+        generation_batch_size=512,
+        chunk_size=100,
+        generation_kwargs={
+            "min_new_tokens": 1,
+            "suppress_tokens": [tokenizer.pad_token_id, tokenizer.bos_token_id],
+        },
+    )
+    rows = found.dataset.to_list()
+    for row in rows:
+        if arm == "exact labels":
+            row["labels"] = truth(row["prompt"], row["completions"])
+        elif derived == "hard":
+            row["labels"] = [float(value > 0) for value in row["labels"]]
+    return rows, found.report
+
+
+def held_out(policy: Path, split: str, count: int, samples: int, seed: int) -> list[list[tuple[str, list[str]]]]:
+    """Prompt and steps of each sample, problem by problem."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
+    problems = make_problems(count, split, seed)
+    texts = sample_solutions(model, tokenizer, problems, samples, seed=seed)
+    return [[(p.prompt, [*t.splitlines(), ""]) for t in own] for p, own in zip(problems, texts, strict=True)]
+
+
+def first_wrong(values: Sequence[float], threshold: float) -> int:
+    return next((place for place, value in enumerate(values) if value < threshold), len(values))
+
+
+def qualities(scorer: RewardScorer, held: list, trial: list) -> dict[str, float]:
+    """How good a process model is; see the head of this file."""
+
+    def score(groups: list) -> list[tuple[list[float], list[float]]]:
+        flat = [pair for own in groups for pair in own]
+        scores = scorer.score_steps([prompt for prompt, _ in flat], [steps for _, steps in flat])
+        return [(own, truth(*pair)) for own, pair in zip(scores, flat, strict=True)]
+
+    found, tuning = score(held), score(trial)
+    best = max(
+        np.quantile([value for own, _ in tuning for value in own], np.linspace(0, 1, 101)),
+        key=lambda t: sum(first_wrong(own, t) == first_wrong(right, 0.5) for own, right in tuning),
+    )
+    upto = [(own[: first_wrong(right, 0.5) + 1], right[: first_wrong(right, 0.5) + 1]) for own, right in found]
+    places = [first_wrong(right, 0.5) - len(right) for _, right in found]  # 0: no error
+    groups = [found[at : at + 8] for at in range(0, len(found), 8)]
+    right = [[float(min(labels) > 0.5) for _, labels in own] for own in groups]
+    picks = [max(range(len(own)), key=lambda at, own=own: min(own[at][0])) for own in groups]
+    return {
+        "auc": roc_auc_score([y for _, labels in upto for y in labels], [x for own, _ in upto for x in own]),
+        "first_error": statistics.fmean(first_wrong(own, best) == first_wrong(labels, 0.5) for own, labels in found),
+        "best_of_8": statistics.fmean(own[pick] for own, pick in zip(right, picks, strict=True)),
+        "chance_auc": 0.5,
+        "chance_first_error": max(places.count(place) for place in set(places)) / len(places),
+        "chance_best_of_8": statistics.fmean(value for own in right for value in own),
+    }
+
+
+def run_arm(
+    arm: str, folder: Path, policy: Path, seed: int, args: argparse.Namespace, held: list, trial: list
+) -> dict:
+    """Label, train a process model, and measure it."""
+    start = time.perf_counter()
+    rows, report = label(folder, policy, arm, seed, args)
+    pairs = [
+        (value, right)
+        for row in rows
+        for value, right in zip(row["labels"], truth(row["prompt"], row["completions"]), strict=True)
+        if value is not None
+    ]
+    config = PRMConfig(
+        str(folder / "prm"),
+        max_steps=args.steps,
+        per_device_train_batch_size=32,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = PRMTrainer(str(policy), config, train_dataset=Dataset.from_list(rows))
+    trainer.remove_callback(PrinterCallback)
+    labelled = time.perf_counter()
+    trainer.train()
+    trained = time.perf_counter()
+    scorer = RewardScorer(trainer.model, processing_class=trainer.processing_class, device="cpu", batch_size=256)
+    costs = ("solutions", "labelled", "rollouts", "rollout_tokens", "solution_tokens", "tokens")
+    return {
+        **{name: report[name] for name in costs},
+        "label_accuracy": statistics.fmean((value > 0) == (right > 0) for value, right in pairs),
+        **qualities(scorer, held, trial),
+        "seconds": [round(end - begin) for begin, end in pairwise((start, labelled, trained, time.perf_counter()))],
+    }
+
+
+def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, dict]:
+    """The results of every arm of a seed; finished arms are read from disk."""
+    folder = root / f"seed-{seed}"
+    policy = folder / "policy"
+    if not (policy / "config.json").is_file():
+        problems = make_problems(args.policy_prompts, "policy", seed), make_problems(args.trial_prompts, "trial", seed)
+        train_policy(*problems, policy, seed=seed, max_steps=args.policy_steps)
+    held = held_out(policy, "held_out", args.eval_prompts, 8, seed)
+    trial = held_out(policy, "trial", args.trial_prompts, 2, seed)
+    found = {}
+    for arm in SMOKE if args.smoke else ARMS:
+        file = folder / f"{arm.replace(' ', '_').replace(',', '')}.json"
+        if not file.is_file():
+            file.write_text(json.dumps(run_arm(arm, folder, policy, seed, args, held, trial)) + "\n", encoding="utf-8")
+            print(f"seed {seed}, {arm}: {file.read_text(encoding='utf-8').strip()}", file=sys.stderr, flush=True)
+        found[arm] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean and standard error over the seeds."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"
+
+
+def table(results: list[dict[str, dict]]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of the comparison."""
+    columns = ["labels", "tokens of rollouts", "with solutions", "label > 0 is right"]
+    columns += ["AUC", "first error", "best of 8", "share of the gain (AUC; first error; best of 8)"]
+    reference = {
+        name: max(REFERENCES, key=lambda arm, name=name: statistics.fmean(found[arm][name] for found in results))
+        for name in QUALITIES
+    }
+    rows = []
+    for arm in results[0]:
+        own = [found[arm] for found in results]
+        full = [found[REFERENCES[0]] for found in results]
+        gains = [
+            [
+                (one[name] - one[f"chance_{name}"])
+                / ((found[reference[name]][name] - one[f"chance_{name}"]) or math.nan)
+                for one, found in zip(own, results, strict=True)
+            ]
+            for name in QUALITIES
+        ]
+        rows.append(
+            [
+                arm,
+                *(
+                    "none"
+                    if arm == "exact labels"
+                    else f"{sum(one[name] for one in own) / sum(one[name] for one in full):.1%}"
+                    for name in ("rollout_tokens", "tokens")
+                ),
+                f"{statistics.fmean(one['label_accuracy'] for one in own):.3f}",
+                *(shown([one[name] for one in own]) for name in QUALITIES),
+                "; ".join(map(shown, gains)),
+            ]
+        )
+    return columns, rows
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=150, help="training prompts, with four solutions each")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each process model")
+    parser.add_argument("--eval_prompts", type=int, default=200, help="held-out prompts, with eight samples each")
+    parser.add_argument("--output_dir", default="outputs/study_step_labels")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args(arguments)
+    vars(args).update(policy_prompts=8000, policy_steps=1000, trial_prompts=200)
+    if args.smoke:
+        vars(args).update(policy_prompts=200, policy_steps=30, trial_prompts=10)
+        vars(args).update(seeds=1, prompts=6, steps=2, eval_prompts=10)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) if args.smoke else Path(args.output_dir)
+        results = [run_seed(seed, root, args) for seed in range(args.seeds)]
+    columns, rows = table(results)
+    if not args.smoke:
+        (root / "table.json").write_text(json.dumps({"columns": columns, "rows": rows}, indent=2), encoding="utf-8")
+    for row in [columns, ["---"] * len(columns), *rows]:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
