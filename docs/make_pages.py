@@ -41,7 +41,7 @@ API = {
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
     "labels": ("Choosing what to label", "choose"),
-    "feedback": ("Tasks and labels by models", "label_preferences JudgeReward self_instruct"),
+    "feedback": ("Tasks and labels by models", "label_preferences JudgeReward label_steps self_instruct"),
     "policies": (
         "Policies",
         "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig RankedDPOTrainer RankedDPOConfig",

@@ -3,8 +3,8 @@
     python examples/label_steps.py            # a small model solves arithmetic, and a rule checks it; for a GPU
     python examples/label_steps.py --smoke    # offline, a tiny policy of the demo's task
 
-The policy writes solutions. From the end of a step it writes rollouts, and a verifier that only sees answers says which
-ones are right. The first step from which no rollout is right is the first error.
+The policy writes solutions. From the end of a step it writes rollouts, and a verifier that only sees answers says
+which ones are right. The first step from which no rollout is right is the first error.
 """
 
 import sys
@@ -34,7 +34,7 @@ def smoke_run(folder: str) -> dict[str, Any]:
 
 
 def full_run() -> dict[str, Any]:
-    questions = [f"A shop sells {n} boxes of 12 pens and {n + 3} single pens. How many pens is that?" for n in range(64)]
+    questions = [f"A shop sells {n} boxes of 12 pens and {n + 3} single pens. How many pens?" for n in range(64)]
     prompts = [
         {"prompt": [{"role": "user", "content": question}], "solution": str(13 * n + 3)}
         for n, question in enumerate(questions)
@@ -51,7 +51,8 @@ def main(smoke: bool) -> None:
         report = found.report
         print(f"{report['labelled']} solutions, {report['rollouts']} rollouts, {report['tokens']} generated tokens")
         for row in found.dataset.select(range(3)):
-            print("  ".join(f"{step!r}: {label}" for step, label in zip(row["completions"], row["labels"], strict=True)))
+            pairs = zip(row["completions"], row["labels"], strict=True)
+            print("  ".join(f"{step!r}: {label}" for step, label in pairs))
         args = PRMConfig(
             str(Path(folder, "prm") if smoke else "outputs/prm_from_rollouts"),
             step_separator=run.get("step_separator", "\n"),

@@ -1,12 +1,14 @@
-"""Compare ways to label steps by rollouts: generated tokens against the quality of the labels and of the process model.
+"""Compare ways to label steps by rollouts: generated tokens against the quality of labels and of the process model.
 
     python examples/study_step_labels.py --seeds 3 --output_dir outputs/study_step_labels    # run it again to go on
-    python examples/study_step_labels.py --smoke                                             # two arms, a few steps
+    python examples/study_step_labels.py --smoke                                             # four arms, a few steps
 
-The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. For each seed a
-tiny policy is fine-tuned until about a quarter of its samples is right. It writes four solutions of each training
-prompt, and every arm labels their steps by rollouts of the same policy. A process model learns from the labels of each
-arm, with the same number of optimizer steps. Held-out solutions with exact labels measure it:
+The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. The lists have
+three or four digits. The tiny policy learnt from lists of five to eight, and about a quarter of its samples is right.
+It writes four solutions of each training prompt, and every arm labels their steps by rollouts of the same policy. A
+process model learns from the labels of each arm, with the same number of optimizer steps, from one base: a language
+model of the same size that sorts well. The seeds differ in prompts, solutions, rollouts and training.
+Held-out solutions with exact labels measure it:
 
 - AUC: right steps against the first wrong step of each solution (an empty last step stands for the end).
 - first error: share of solutions in which the first step below a threshold is the first wrong one, or there is none.
@@ -15,7 +17,8 @@ arm, with the same number of optimizer steps. Held-out solutions with exact labe
 
 The share of the gain is (arm - chance) / (reference - chance), where the reference is the better of full Monte Carlo
 with soft and with hard labels. Chance is 0.5 for the AUC, the best constant answer for the first error, and the mean
-candidate for best of 8. Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`.
+candidate for best of 8. Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`. `--arms 4` stops
+after the first four arms.
 """
 
 import argparse
@@ -41,31 +44,26 @@ from trl_ext.demo.task import Problem, make_problems, verify
 from trl_ext.pipelines.feedback.step_labels import label_steps_with_report
 
 
-# How each arm labels. `share`: the share of the prompts that it uses. `derived`: hard labels from the
-# rollouts of the arm before.
+LENGTHS = (3, 4)  # digits to sort
+# How each arm labels, the most important first. `share`: the share of the prompts that it uses. `derived`: hard labels
+# from the rollouts of the arm with soft ones.
 ARMS: dict[str, dict[str, Any]] = {
     "exact labels": {},
-    "full, 8 rollouts": {"reuse": False},
     "full, 8 rollouts, hard": {"reuse": False, "derived": "hard"},
-    "full, 8 rollouts, a tenth of the prompts": {"reuse": False, "share": 0.1},
-    "full, 1 rollout": {"reuse": False, "num_rollouts": 1},
-    "verdict of the solution for every step": {"num_rollouts": 1},
-    "full, 8, shared": {},
-    "full, 8, shared, denoised": {"denoise": True},
-    "binary, 8": {"method": "binary"},
-    "adaptive, 8": {"method": "adaptive"},
-    "adaptive, 4": {"method": "adaptive", "num_rollouts": 4},
+    "full, 8 rollouts, soft": {"reuse": False},
     "adaptive, 4, denoised": {"method": "adaptive", "num_rollouts": 4, "denoise": True},
-    "adaptive, 4, denoised, 1.5 times the prompts": {
-        "method": "adaptive",
-        "num_rollouts": 4,
-        "denoise": True,
-        "share": 1.5,
-    },
+    "full, 8 rollouts, hard, a tenth of the prompts": {"reuse": False, "derived": "hard", "share": 0.1},
+    "adaptive, 8": {"method": "adaptive"},
+    "verdict of the solution for every step": {"num_rollouts": 1},
+    "full, 8, hard, shared": {"labels": "hard"},
+    "binary, 8": {"method": "binary"},
+    "full, 1 rollout, soft": {"reuse": False, "num_rollouts": 1},
+    "full, 8, denoised, shared": {"denoise": True},
+    "adaptive, 4": {"method": "adaptive", "num_rollouts": 4},
+    "full, 8, soft, shared": {},
 }
-REFERENCES = ("full, 8 rollouts", "full, 8 rollouts, hard")
+REFERENCES = ("full, 8 rollouts, soft", "full, 8 rollouts, hard")
 QUALITIES = ("auc", "first_error", "best_of_8")
-SMOKE = ("exact labels", *REFERENCES, "adaptive, 4")
 
 
 def problem_of(prompt: str) -> Problem:
@@ -78,7 +76,7 @@ def exact(prompts: list[str], completions: list[str], **columns: Any) -> list[fl
 
 
 def truth(prompt: str, steps: Sequence[str]) -> list[float]:
-    """Exact labels: whether all lines so far are right; for the empty last step, whether the solution may end there."""
+    """Exact labels: whether all lines so far are right; of the empty last step, whether it was right to end there."""
     needed = [step.rstrip("\n") for step in problem_of(prompt).steps]
     lines = list(steps[:-1])
     return [*(float(lines[: end + 1] == needed[: end + 1]) for end in range(len(lines))), float(lines == needed)]
@@ -88,7 +86,7 @@ def label(folder: Path, policy: Path, arm: str, seed: int, args: argparse.Namesp
     """The rows of an arm, and its report. Arms with the same settings share what is stored."""
     options = dict(ARMS[arm])
     derived, share = options.pop("derived", None), options.pop("share", 1.0)
-    prompts = [{"prompt": problem.prompt} for problem in make_problems(2 * args.prompts, "train", seed)]
+    prompts = [{"prompt": problem.prompt} for problem in make_problems(args.prompts, "train", seed, lengths=LENGTHS)]
     tokenizer = AutoTokenizer.from_pretrained(policy)
     if arm == "exact labels":
         options = {"num_rollouts": 1}  # the solutions themselves are enough
@@ -101,7 +99,7 @@ def label(folder: Path, policy: Path, arm: str, seed: int, args: argparse.Namesp
         label_end=True,
         seed=seed,
         temperature=0.8,
-        max_completion_length=20,
+        max_completion_length=14,
         generation_batch_size=512,
         chunk_size=100,
         generation_kwargs={
@@ -121,7 +119,7 @@ def label(folder: Path, policy: Path, arm: str, seed: int, args: argparse.Namesp
 def held_out(policy: Path, split: str, count: int, samples: int, seed: int) -> list[list[tuple[str, list[str]]]]:
     """Prompt and steps of each sample, problem by problem."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
-    problems = make_problems(count, split, seed)
+    problems = make_problems(count, split, seed, lengths=LENGTHS)
     texts = sample_solutions(model, tokenizer, problems, samples, seed=seed)
     return [[(p.prompt, [*t.splitlines(), ""]) for t in own] for p, own in zip(problems, texts, strict=True)]
 
@@ -158,12 +156,12 @@ def qualities(scorer: RewardScorer, held: list, trial: list) -> dict[str, float]
     }
 
 
-def run_arm(
-    arm: str, folder: Path, policy: Path, seed: int, args: argparse.Namespace, held: list, trial: list
-) -> dict:
+def run_arm(arm: str, root: Path, seed: int, args: argparse.Namespace, held: list, trial: list) -> dict:
     """Label, train a process model, and measure it."""
+    folder = root / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    rows, report = label(folder, policy, arm, seed, args)
+    rows, report = label(folder, root / "policy", arm, seed, args)
     pairs = [
         (value, right)
         for row in rows
@@ -173,8 +171,9 @@ def run_arm(
     config = PRMConfig(
         str(folder / "prm"),
         max_steps=args.steps,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
+        per_device_train_batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=min(20, args.steps // 2),
         lr_scheduler_type="cosine",
         seed=seed,
         use_cpu=True,
@@ -186,7 +185,7 @@ def run_arm(
         logging_strategy="no",
         disable_tqdm=True,
     )
-    trainer = PRMTrainer(str(policy), config, train_dataset=Dataset.from_list(rows))
+    trainer = PRMTrainer(str(root / "base"), config, train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
     labelled = time.perf_counter()
     trainer.train()
@@ -201,23 +200,40 @@ def run_arm(
     }
 
 
-def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, dict]:
-    """The results of every arm of a seed; finished arms are read from disk."""
-    folder = root / f"seed-{seed}"
-    policy = folder / "policy"
-    if not (policy / "config.json").is_file():
-        problems = make_problems(args.policy_prompts, "policy", seed), make_problems(args.trial_prompts, "trial", seed)
-        train_policy(*problems, policy, seed=seed, max_steps=args.policy_steps)
-    held = held_out(policy, "held_out", args.eval_prompts, 8, seed)
-    trial = held_out(policy, "trial", args.trial_prompts, 2, seed)
-    found = {}
-    for arm in SMOKE if args.smoke else ARMS:
-        file = folder / f"{arm.replace(' ', '_').replace(',', '')}.json"
-        if not file.is_file():
-            file.write_text(json.dumps(run_arm(arm, folder, policy, seed, args, held, trial)) + "\n", encoding="utf-8")
-            print(f"seed {seed}, {arm}: {file.read_text(encoding='utf-8').strip()}", file=sys.stderr, flush=True)
-        found[arm] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+def prepare(root: Path, args: argparse.Namespace) -> dict[int, tuple[list, list]]:
+    """Train the base and the policy if they are missing. Returns held-out and trial solutions of each seed."""
+    if not (root / "base" / "config.json").is_file():
+        lists = [
+            make_problems(n, split, 100, lengths=(5, 6))
+            for n, split in ((args.policy_prompts, "policy"), (100, "trial"))
+        ]
+        well = dict(target_accuracy=0.9, try_every=50, batch_size=32, learning_rate=1e-3)
+        train_policy(*lists, root / "base", seed=100, max_steps=args.policy_steps, **well)
+    if not (root / "policy" / "config.json").is_file():
+        lists = [make_problems(n, split, 2) for n, split in ((args.policy_prompts, "policy"), (200, "trial"))]
+        train_policy(*lists, root / "policy", seed=2, max_steps=args.policy_steps)
+    return {
+        seed: (
+            held_out(root / "policy", "held_out", args.eval_prompts, 8, seed),
+            held_out(root / "policy", "trial", args.eval_prompts // 2, 4, seed),
+        )
+        for seed in range(args.seeds)
+    }
+
+
+def run_arms(root: Path, args: argparse.Namespace) -> list[dict[str, dict]]:
+    """The results of every arm of each seed; finished arms are read from disk."""
+    solutions = prepare(root, args)
+    results: list[dict[str, dict]] = [{} for _ in solutions]
+    for arm in list(ARMS)[: args.arms]:
+        for seed, (held, trial) in solutions.items():
+            file = root / f"seed-{seed}" / f"{arm.replace(' ', '_').replace(',', '')}.json"
+            if not file.is_file():
+                found = json.dumps(run_arm(arm, root, seed, args, held, trial))
+                file.write_text(found + "\n", encoding="utf-8")
+                print(f"seed {seed}, {arm}: {found}", file=sys.stderr, flush=True)
+            results[seed][arm] = json.loads(file.read_text(encoding="utf-8"))
+    return results
 
 
 def shown(values: Sequence[float]) -> str:
@@ -266,19 +282,19 @@ def table(results: list[dict[str, dict]]) -> tuple[list[str], list[list[str]]]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=150, help="training prompts, with four solutions each")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each process model")
-    parser.add_argument("--eval_prompts", type=int, default=200, help="held-out prompts, with eight samples each")
+    parser.add_argument("--prompts", type=int, default=200, help="training prompts, with four solutions each")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each process model")
+    parser.add_argument("--eval_prompts", type=int, default=60, help="held-out prompts, with eight samples each")
+    parser.add_argument("--arms", type=int, help="how many arms, from the first; all by default")
     parser.add_argument("--output_dir", default="outputs/study_step_labels")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(arguments)
-    vars(args).update(policy_prompts=8000, policy_steps=1000, trial_prompts=200)
+    vars(args).update(policy_prompts=8000, policy_steps=1000)
     if args.smoke:
-        vars(args).update(policy_prompts=200, policy_steps=30, trial_prompts=10)
-        vars(args).update(seeds=1, prompts=6, steps=2, eval_prompts=10)
+        vars(args).update(policy_prompts=200, policy_steps=30, seeds=1, prompts=10, steps=2, eval_prompts=10, arms=4)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) if args.smoke else Path(args.output_dir)
-        results = [run_seed(seed, root, args) for seed in range(args.seeds)]
+        results = run_arms(root, args)
     columns, rows = table(results)
     if not args.smoke:
         (root / "table.json").write_text(json.dumps({"columns": columns, "rows": rows}, indent=2), encoding="utf-8")

@@ -321,5 +321,6 @@ def test_label_steps_example_labels_and_trains(monkeypatch, capsys):
 @pytest.mark.slow
 def test_study_of_step_labels_compares_every_arm(monkeypatch, capsys):
     (table,) = tables(["", *run(EXAMPLES / "study_step_labels.py", monkeypatch, capsys)])
-    assert [row[0] for row in table] == ["labels", "exact labels", "full, 8", "full, 8, hard", "adaptive, 4"]
+    arms = ["exact labels", "full, 8 rollouts, soft", "full, 8 rollouts, hard", "adaptive, 8"]
+    assert [row[0] for row in table] == ["labels", *arms]
     assert all(0 <= float(row[3]) <= 1 for row in table[1:])

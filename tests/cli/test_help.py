@@ -12,6 +12,7 @@ from trl_ext.cli import main as cli
 from trl_ext.cli.best_of_n import make_parser as best_of_n
 from trl_ext.cli.common import options
 from trl_ext.cli.label_preferences import make_parser as label_preferences
+from trl_ext.cli.label_steps import make_parser as label_steps
 from trl_ext.cli.rejection_sample import make_parser as rejection_sample
 from trl_ext.cli.score import make_parser as score
 
@@ -35,6 +36,7 @@ PARSERS = {
     ("label-preferences",): label_preferences,
     ("rejection-sample",): rejection_sample,
     ("best-of-n",): best_of_n,
+    ("label-steps",): label_steps,
 }
 POLICIES = ("dense-grpo", "ppo", "ranked-dpo")
 TRAINS = ("reward", "orm", "prm", "segment", "ensemble", "weak-to-strong", *POLICIES)

@@ -92,9 +92,9 @@ def label_steps(
     answer.
 
     `method="full"` is Monte-Carlo estimation as in *Math-Shepherd* by P. Wang et al.
-    (https://huggingface.co/papers/2312.08935): `num_rollouts` completions from every prefix. `"binary"` searches for the
-    first wrong step of each wrong solution. `"adaptive"` does the same, and stops the rollouts of a prefix as soon as
-    they decide. The label of the last step is the verifier's verdict on the whole solution. The guide to process
+    (https://huggingface.co/papers/2312.08935): `num_rollouts` completions from every prefix. `"binary"` searches for
+    the first wrong step of each wrong solution. `"adaptive"` does the same, and stops the rollouts of a prefix as soon
+    as they decide. The label of the last step is the verifier's verdict on the whole solution. The guide to process
     labels compares the methods.
 
     Args:
@@ -147,13 +147,13 @@ def label_steps(
     Raises:
         [`DataError`]: a row cannot be used; names row and column.
         ValueError: an option is out of its range, or no solution got labels.
-        [`GenerationError`], [`RewardError`], [`StoreError`]: a backend, the verifier or the disk fails. Finished chunks
-            are kept.
+        [`GenerationError`], [`RewardError`], [`StoreError`]: a backend, the verifier or the disk fails. Finished
+            chunks are kept.
 
     Example:
 
     ```python
-    >>> rows = label_steps("Qwen/Qwen3-0.6B", prompts, "accuracy_reward", method="adaptive", output_dir="outputs/steps")
+    >>> rows = label_steps("Qwen/Qwen3-0.6B", prompts, "accuracy_reward", method="adaptive", output_dir="steps")
     >>> PRMTrainer("Qwen/Qwen3-0.6B", PRMConfig("outputs/prm"), train_dataset=rows).train()
     ```
     """
@@ -332,7 +332,8 @@ def _splitter(segmenter: str | Segmenter, separator: str) -> Callable[[str], lis
         if not all(piece.endswith(separator) for piece in pieces[:-1]):
             raise ValueError(
                 f"The segmenter {segmenter!r} ends steps at places other than the separator {separator!r}, so the "
-                "joined steps would be another text. Give step_separator='' here and in PRMConfig, or another segmenter."
+                "joined steps would be another text. Give step_separator='' here and in PRMConfig, or another "
+                "segmenter."
             )
         return [piece.removesuffix(separator) if separator else piece for piece in pieces]
 
@@ -371,8 +372,8 @@ def _finish(
     write_json(folder / "report.json", report)
     if not rows:
         raise ValueError(
-            f"None of {len(records)} solutions got labels ({report['omitted']}). Correct the verifier or the settings; "
-            f"what was generated is kept in {folder.parent.parent}."
+            f"None of {len(records)} solutions got labels ({report['omitted']}). Correct the verifier or the "
+            f"settings; what was generated is kept in {folder.parent.parent}."
         )
     for name, reason in (("prefixes_all_right", "right"), ("prefixes_all_wrong", "wrong")):
         if report["prefixes"] and report[name] == report["prefixes"]:

@@ -148,6 +148,12 @@ class PromptEncoder:
     def _encode(self, prompt: str | Chat, columns: Columns) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
+        begun = text_of(prompt[-1:]) if ends_with_begun_answer(prompt) else ""
+        space = begun[len(begun.rstrip()) :]
+        if space:
+            text = self._apply_template(prompt, columns, tokenize=False)
+            if not text.endswith(space):  # the template trims messages; the model must see where a line ended
+                return token_ids(self.tokenizer, [text + space], add_special_tokens=False)[0]
         return self._apply_template(prompt, columns, return_dict=False)
 
     def _apply_template(self, prompt: Chat, columns: Columns, **arguments: Any) -> Any:
@@ -163,15 +169,6 @@ class PromptEncoder:
             **arguments,
             **options,
         )
-        chat = conversation(self.tokenizer, prompt, [], options)
-        options |= {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
-        begun = text_of(prompt[-1:]) if goes_on else ""
-        space = begun[len(begun.rstrip()) :]
-        if space:
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
-            if not text.endswith(space):  # the template trims messages; the model must see where a line ended
-                return self.tokenizer(text + space, add_special_tokens=False)["input_ids"]
-        return self.tokenizer.apply_chat_template(chat, return_dict=False, **options)
 
     def label_tokens(self, prompt: str | Chat, labels: Sequence[str]) -> list[list[int]]:
         """
