@@ -7,6 +7,7 @@ The policy writes solutions. From the end of a step it writes rollouts, and a ve
 which ones are right. The first step from which no rollout is right is the first error.
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,12 @@ def sorted_digits(prompts: list[str], completions: list[str], **columns: Any) ->
     """1 for a right answer, else 0. It says nothing about steps."""
     problems = [Problem(tuple(map(int, prompt.removesuffix(":\n")))) for prompt in prompts]
     return [float(verify(problem, text).answer_right) for problem, text in zip(problems, completions, strict=True)]
+
+
+def right_sum(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """1 for a right answer to the questions in docs/data/steps, else 0."""
+    sums = [sum(map(int, re.findall(r"\d+", prompt))) for prompt in prompts]
+    return [float(text.rstrip().endswith(f"= {right}")) for text, right in zip(completions, sums, strict=True)]
 
 
 def smoke_run(folder: str) -> dict[str, Any]:

@@ -46,20 +46,20 @@ def exact(steps: list[str]) -> list[float]:
 
 def test_full_monte_carlo_estimates_the_chance_after_each_prefix(policy, tmp_path):
     rows = [{"prompt": "a:", "completions": ["1", "1", "1", "0", "1"]}] * 6
-    found = label_steps_with_report(policy, rows, ones, tmp_path, num_rollouts=50, reuse=False, **QUICK)
+    found = label_steps_with_report(policy, rows, ones, tmp_path, num_rollouts=30, reuse=False, **QUICK)
     labels = list(zip(*found.dataset["labels"], strict=True))
-    right = sum(labels[:3], ())  # 900 rollouts: a standard error of 0.016
-    assert sum(right) / len(right) == pytest.approx(AFTER_A_LINE, abs=0.06)
+    right = sum(labels[:3], ())  # 540 rollouts: a standard error of 0.02
+    assert sum(right) / len(right) == pytest.approx(AFTER_A_LINE, abs=0.08)
     assert set(labels[3]) == set(labels[4]) == {0.0}
     report = found.report
-    assert report["rollouts"] == 6 * 4 * 50 and report["prefixes"] == 24 and report["prefixes_all_wrong"] == 6
+    assert report["rollouts"] == 6 * 4 * 30 and report["prefixes"] == 24 and report["prefixes_all_wrong"] == 6
     assert report["solutions"] == report["labelled"] == 6 and report["steps"] == 30 and not report["omitted"]
     assert report["tokens"] == report["rollout_tokens"] > report["rollouts"]
     assert json.loads((found.path.parent / "report.json").read_text())["rollouts"] == report["rollouts"]
 
 
 def test_shared_rollouts_estimate_the_same_with_fewer_tokens(policy, tmp_path):
-    prompts = [{"prompt": f"{number}:"} for number in range(25)]
+    prompts = [{"prompt": f"{number}:"} for number in range(16)]
     found = {
         reuse: label_steps_with_report(policy, prompts, ones, tmp_path, reuse=reuse, num_solutions=4, **QUICK)
         for reuse in (True, False)
@@ -72,7 +72,7 @@ def test_shared_rollouts_estimate_the_same_with_fewer_tokens(policy, tmp_path):
         wrong = [
             label for steps, labels in pairs for step, label in zip(exact(steps), labels, strict=True) if not step
         ]
-        assert sum(right) / len(right) == pytest.approx(AFTER_A_LINE, abs=0.06)
+        assert sum(right) / len(right) == pytest.approx(AFTER_A_LINE, abs=0.08)
         assert set(wrong) == {0.0}
         assert [labels[-1] for _, labels in pairs] == [exact(steps)[-1] for steps, _ in pairs]
     shared, alone = found[True].report, found[False].report
@@ -81,12 +81,12 @@ def test_shared_rollouts_estimate_the_same_with_fewer_tokens(policy, tmp_path):
 
 
 def test_searches_find_the_first_error_with_fewer_tokens(policy, tmp_path):
-    rows = solutions(20)
+    rows = solutions(12)
     tokens = {}
     for method, more in (("full", {"reuse": False, "labels": "hard"}), ("binary", {}), ("adaptive", {})):
         found = label_steps_with_report(policy, rows, ones, tmp_path, method=method, num_rollouts=16, **more, **QUICK)
         wrong = sum(row["labels"] != exact(row["completions"]) for row in found.dataset)
-        assert wrong == 0 and len(found.dataset) == 20  # a right prefix has 16 wrong rollouts once in 6 million times
+        assert wrong == 0 and len(found.dataset) == 12  # a right prefix has 16 wrong rollouts once in 6 million times
         tokens[method] = found.report["rollout_tokens"]
     assert tokens["adaptive"] < tokens["binary"] < 0.6 * tokens["full"]
 
@@ -119,15 +119,15 @@ def test_rows_go_into_the_prm_trainer(policy, tmp_path):
 
 
 def test_a_run_that_is_interrupted_goes_on(policy, tmp_path):
-    rows = solutions(30, seed=1)
+    rows = solutions(12, seed=1)
     calls = count(1)
 
     def breaks(prompts, completions, **columns):
-        if next(calls) == 12:
+        if next(calls) == 9:
             raise KeyboardInterrupt
         return ones(prompts, completions)
 
-    options = {"chunk_size": 8, "num_rollouts": 4, **QUICK}
+    options = {"chunk_size": 3, "num_rollouts": 2, **QUICK}
     verifier = f"{ones.__module__}.ones"
     whole = label_steps_with_report(policy, rows, verifier, tmp_path / "whole", **options)
     broken, dead = tmp_path / "broken", tmp_path / "dead"
@@ -299,7 +299,7 @@ def test_arguments_that_cannot_be_meant(policy, tmp_path):
         label_steps(policy, rows, lambda prompts, **given: [float("nan")] * len(prompts), **QUICK)
     with pytest.raises(ValueError, match="solution"):
         label_steps(policy, rows, lambda prompts, completions, solution, **given: [0.0], **QUICK)
-    long = {"prompt": "a" * 480 + ":", "completions": ["1", "0"]}
+    long = {"prompt": "a" * 500 + ":", "completions": ["1", "0"]}
     with pytest.raises(DataError, match="positions") as caught:
         label_steps(policy, [*solutions(3), long], ones, **QUICK)
     assert caught.value.row == 3
@@ -322,7 +322,7 @@ def test_the_command_labels_prompts_and_resumes(policy, tmp_path, capsys):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("shard-*")}
     assert main(command) == 0 and times == {path: path.stat().st_mtime_ns for path in times}
     with pytest.raises(SystemExit):
-        main([*command[:-1], "--reward_funcs", "a.b", "c.d"])
+        main([*command, "--reward_funcs", f"{ones.__module__}.ones", f"{ones.__module__}.ones"])
     assert "one reward function" in capsys.readouterr().err
 
 
