@@ -276,7 +276,8 @@ class _Labeller:
         self._answers["reused"] += len(jobs) - len(missing)
         answers = {key: self._log[key] for key in jobs if key in self._log}
         keys = list(missing)
-        with hf_logging.tqdm(total=len(missing), desc="judge", unit=" answers", file=sys.stderr) as bar:
+        title = f"judge, up to row {self.tally.report.rows}"
+        with hf_logging.tqdm(total=len(missing), desc=title, unit=" answers", leave=False, file=sys.stderr) as bar:
             for place, answer in self._judge.ask(list(missing.values())):
                 answers[keys[place]] = answer
                 if answer.get("failed") != TOO_LONG:  # which was not asked
