@@ -166,6 +166,16 @@ def test_a_merged_policy_with_a_reference_of_its_own_is_taken(policy, adapter, t
     make("dense grpo", merged, tmp_path, beta=0.0)
 
 
+@pytest.mark.parametrize("kind", ["dense grpo", "ppo"])
+@pytest.mark.parametrize(("file", "cure"), [("adapter_config.json", "Scorer"), ("reward_ensemble.json", "Ensemble")])
+def test_the_folder_of_a_reward_adapter_is_refused_as_a_reward(kind, file, cure, policy, tmp_path):
+    (tmp_path / file).write_text("{}")
+    trainer_class, config_class, arguments = CLASSES[kind]
+    args = config_class(output_dir=str(tmp_path / "out"), **{**COMMON, **arguments})
+    with pytest.raises(ValueError, match=cure):
+        trainer_class(policy, str(tmp_path), args=args, train_dataset=TEXTS)
+
+
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_pad_token_without_an_embedding_is_replaced(kind, policy, tmp_path, caplog):

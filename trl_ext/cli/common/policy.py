@@ -50,6 +50,7 @@ def train_policy(parser: "Parser", trainer_class: "type[Trainer]", argv: list[st
         more["value_model"] = script_args.value_model
     trainer = build_trainer(trainer_class, training_args, model_args, train_dataset, eval_dataset, **more)
     show_important_metrics(trainer)
+    trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()  # all metrics

@@ -26,6 +26,7 @@ from trl_ext.losses.advantages import (
     whiten,
 )
 from trl_ext.models.building import keep_4bit_exact_on_cpu
+from trl_ext.models.ensemble.ensemble_files import ENSEMBLE_NAME
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.trainers.common.health import NotFiniteError
 from trl_ext.trainers.common.policy_card import sampling_section
@@ -34,6 +35,9 @@ from trl_ext.trainers.common.summary import run_facts
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
 from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, step_metrics, write_samples
+
+
+_ADAPTER_FILES = ("adapter_config.json", ENSEMBLE_NAME)
 
 
 class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
@@ -57,9 +61,9 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
 
     Raises:
         TypeError: if `args` is not a [`DenseGRPOConfig`], or a dense reward function is a scalar reward model.
-        ValueError: if there is no reward function, if `advantage="outcome"` is combined with dense reward functions,
-            if the number of weights differs from the number of functions, or for an adapter that could not be loaded
-            again as it was trained.
+        ValueError: if there is no reward function or one is the path of an adapter, if `advantage="outcome"` is
+            combined with dense reward functions, if the number of weights differs from the number of functions, or
+            for a policy's adapter that could not be loaded again as it was trained.
         [`BaseMismatchError`]: if a policy in memory differs from the files that its adapter or reference needs.
         [`NotFiniteError`]: in training, if a reward is infinite, or a loss is NaN or infinite.
         [`DenseRewardError`]: in training, if a dense reward function returns spans outside a completion, rewards that
@@ -105,6 +109,7 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
         scalar, dense = _listed(reward_funcs), _listed(dense_reward_funcs)
         if not scalar and not dense:
             raise ValueError("Neither reward_funcs nor dense_reward_funcs is given; needed: at least one function.")
+        _check_adapters(scalar)
         if dense and args.advantage == "outcome":
             raise ValueError(
                 f"{len(dense)} dense reward functions are given with advantage='outcome', which does not use them. "
@@ -282,6 +287,17 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
         self._metrics[mode]["dense/completions_without_reward"].append(1 - rewarded / completions)
         size = (dense.abs() * mask).sum() / mask.sum().clamp(min=1)
         self._metrics[mode]["dense/advantage_size"].append(self.accelerator.gather(size).mean().item())
+
+
+def _check_adapters(reward_funcs: list[Any]) -> None:
+    """Raise `ValueError` for the folder of an adapter or ensemble, which TRL would score by other token ids."""
+    for spec in reward_funcs:
+        if isinstance(spec, (str, Path)) and any(Path(spec, name).is_file() for name in _ADAPTER_FILES):
+            kind = "RewardEnsemble" if Path(spec, ENSEMBLE_NAME).is_file() else "RewardScorer"
+            raise ValueError(
+                f"reward_funcs names {spec}, an adapter. TRL would read texts with the tokenizer of its base and "
+                f"without the EOS that training appended: other scores. Pass {kind}({str(spec)!r})."
+            )
 
 
 def _listed(value: Any) -> list[Any]:
