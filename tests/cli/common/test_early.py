@@ -89,6 +89,12 @@ def test_other_names(argv, message, here):
         check_names(argv[0], argv[1:])
 
 
+def test_the_model_of_a_server_may_be_a_path_of_another_machine(here):
+    check_names("best-of-n", ["--model_name_or_path", "/models/theirs", "--backend", "vllm"])
+    with pytest.raises(FileNotFoundError):
+        check_names("best-of-n", ["--model_name_or_path", "/models/theirs"])
+
+
 def test_every_format_is_known():
     for name in RECIPES:
         check_format(name)

@@ -42,8 +42,10 @@ def check_names(command: str, argv: list[str]) -> None:
         values = _values_of(given["config"][0])
         _check_keys(command, given["config"][0], values)
         given = values | given
-    # a judge on a server has the name that it has there
-    models = (*MODELS, "judge") if given.get("backend", ["transformers"]) == ["transformers"] else MODELS
+    # a server may know the policy or the judge by a path of another machine
+    models = [*MODELS, "judge"]
+    if given.get("backend", ["transformers"]) != ["transformers"]:
+        models = [name for name in MODELS if name != "model_name_or_path"]
     for value in (value for name in models for value in given.get(name, ())):
         if _is_no_hub_id(value) and not Path(value).exists():
             near = did_you_mean(value, [str(one) for one in Path(value).parent.glob("*")])
