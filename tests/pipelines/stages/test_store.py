@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.records import Sample, prompt_id
@@ -192,6 +192,12 @@ def test_prompts_that_repeat_with_other_columns_are_taken_and_the_columns_named(
     assert len({row["prompt_id"] for row in shard}) == 3 and shard[0]["prompt_id"] == prompt_id("a")
     assert "1 rows repeat the prompt of an earlier row with other values in ['id']" in caplog.text
     assert "remove these columns" in caplog.text and "1 of 4 rows repeat an earlier row" in caplog.text
+
+
+@pytest.mark.parametrize("rows", [{"prompt": ["a"]}, "rows.jsonl", DatasetDict(train=Dataset.from_list([]))])
+def test_what_is_no_rows_is_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="needed: rows"):
+        write_prompts(rows, tmp_path / "prompts", 2)
 
 
 def test_tools_may_be_json_as_in_training(tmp_path):

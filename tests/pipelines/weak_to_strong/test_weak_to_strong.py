@@ -9,7 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -482,6 +484,21 @@ def test_kd_between_two_vocabularies_is_refused_before_a_run(models, tmp_path):
     with pytest.raises(ValueError, match="vocabularies of student and teacher"):
         weak_to_strong(config, trainer_config(tmp_path / "run", WeakToStrongConfig), make_rows("generation"))
     assert not (tmp_path / "run" / "weak-0-seed-0").exists()
+
+
+@pytest.mark.parametrize("task", ["preference", "outcome", "process", "generation"])
+def test_another_trainers_arguments_are_refused_before_a_run(task, tmp_path):
+    other = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="args is a DPOConfig"):
+        weak_to_strong(WeakToStrongArguments(["a"], ["b"], task=task), other, Dataset.from_list([{"prompt": "a"}]))
+
+
+def test_an_adapter_that_cannot_be_loaded_again_is_refused_before_a_run(tmp_path):
+    args = trl.RewardConfig(str(tmp_path), use_cpu=True, bf16=False)  # TRL's own is taken
+    adapter = LoraConfig(target_modules="all-linear", init_lora_weights="pissa")
+    for name in ("peft_config", "weak_peft_config"):
+        with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+            weak_to_strong(WeakToStrongArguments(["a"], ["b"]), args, Dataset.from_list([]), **{name: adapter})
 
 
 def test_missing_columns_are_named(models):

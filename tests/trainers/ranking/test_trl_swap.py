@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import pair_rows, save_tiny_model, tiny_tokenizer
 from tests.trainers.helpers import config, head_of, history, largest_difference, lora, trainer_for, weights
-from trl_ext import RewardConfig, RewardTrainer, load_reward_model
+from trl_ext import ORMConfig, RewardConfig, RewardEnsembleTrainer, RewardTrainer, load_reward_model
 from trl_ext.models.heads import candidate_scores
 from trl_ext.trainers.ranking import trainer as reward_trainer
 
@@ -127,6 +127,20 @@ def test_a_plain_trl_config_is_accepted_and_keeps_every_field(base, tmp_path):
     }
     trainer.train()
     assert len(history(trainer, "loss")) == 4
+
+
+@pytest.mark.parametrize("config_class", [trl.DPOConfig, ORMConfig])
+@pytest.mark.parametrize("trainer_class", [RewardTrainer, RewardEnsembleTrainer])
+def test_another_trainers_arguments_are_refused(trainer_class, config_class, base, tmp_path):
+    args = config_class(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match=f"args is a {config_class.__name__}. Needed: a Reward"):
+        trainer_class(str(base), args, train_dataset=Dataset.from_list(pair_rows(4)), peft_config=lora())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="offloading works with an accelerator")
+def test_offloading_on_a_cpu_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="there is no GPU here"):
+        trainer_for(base, config(tmp_path, activation_offloading=True))
 
 
 def test_positional_arguments_are_those_of_trl(base, tmp_path):

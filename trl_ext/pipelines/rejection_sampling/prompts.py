@@ -6,7 +6,7 @@ This module knows rows of data. It does not know models or scores.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,10 +73,16 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
     counts both.
 
     Raises:
+        ValueError: `dataset` is a dictionary of columns or splits.
         [`DataError`]: there is no row, or a row has no usable prompt or a value that JSON cannot represent.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}; needed: a number of prompts >= 1.")
+    if isinstance(dataset, (Mapping, str)):
+        raise ValueError(
+            f"The prompts are a {type(dataset).__name__}; needed: rows, e.g. `Dataset.from_dict(columns)`, a list of "
+            "dictionaries with a `prompt`, or one split of a DatasetDict."
+        )
     ids, content = hashlib.sha256(), hashlib.sha256()
     seen: set[str] = set()
     first: dict[str, int] = {}  # place in the records of the first row with a prompt

@@ -94,6 +94,7 @@ def weak_to_strong(
         models, `.pairs` of several; written to `report.json`, `report.md` and, with matplotlib, `report.png`.
 
     Raises:
+        TypeError: `args` belong to another trainer than the task's.
         ValueError: splits share a prompt, a split is empty or has one class only, rows lack the task's columns, labels
             or the outputs of a head or loss are not probabilities, `kd` is used between two vocabularies,
             `weak_training` has unknown trainer arguments, or there are several processes.
@@ -107,6 +108,9 @@ def weak_to_strong(
     if config.weak_ensemble == "learned" and find_spec("sklearn") is None:
         raise ImportError("weak_ensemble='learned' needs scikit-learn: pip install 'trl-ext[fusion]'.")
     task = TASKS[config.task].make(metric, config.generation_temperature, config.max_completion_length)
+    args = task.accept(args)
+    for adapter in (peft_config, weak_peft_config):
+        task.check_adapter(adapter)
     task.check(args, config.student_loss, config.weak_model_name_or_path, config.strong_model_name_or_path)
     splits = make_splits(config, train_dataset, test_dataset)
     experiment = Experiment(config, task, args, splits)

@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
+from trl_ext.models.adapters import check_policy_adapter
 from trl_ext.pipelines.generation.records import text_of, with_completion
 from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.reward_functions import reward_identity
 from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Metric, Row, Task
-from trl_ext.trainers import WeakToStrongTrainer
+from trl_ext.trainers import WeakToStrongConfig, WeakToStrongTrainer
 from trl_ext.trainers.weak_to_strong.trainer import check_same_vocabulary
 
 
@@ -41,7 +43,7 @@ class GenerationTask(Task):
     """
 
     name = "generation"
-    trainer = WeakToStrongTrainer
+    trainer, config = WeakToStrongTrainer, WeakToStrongConfig
     columns = ("prompt", "completion")
     student_losses = ("xent", "sft", "kd")
     labels_are_texts = True
@@ -54,6 +56,9 @@ class GenerationTask(Task):
     @classmethod
     def make(cls, metric: Metric | None = None, temperature: float = 0.0, max_completion_length: int = 256) -> Task:
         return cls(metric, temperature, max_completion_length)
+
+    def check_adapter(self, peft_config: PeftConfig | None) -> None:
+        check_policy_adapter(peft_config, initialised=False)
 
     def check_split(self, rows: Sequence[Row], split: str) -> None:
         return  # any text can be learnt from and compared

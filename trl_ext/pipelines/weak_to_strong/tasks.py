@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 from trl_ext.losses.distillation import LogConfRanking, LogConfToken
 from trl_ext.losses.ranking import ranking_losses
 from trl_ext.losses.token import token_losses
+from trl_ext.models.adapters import check_adapter_config
 from trl_ext.pipelines.generation.records import TEMPLATE_COLUMNS, canonical
 from trl_ext.scoring import RewardScorer
-from trl_ext.trainers import ORMTrainer, PRMTrainer, RewardTrainer
+from trl_ext.trainers import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, RewardConfig, RewardTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Task(ABC):
 
     Attributes:
         name (`str`): the task's name in a config.
-        trainer (`type`): the trainer of all runs.
+        trainer, config (`type`): the trainer of all runs, and the class of its arguments.
         columns (`tuple[str, ...]`): columns that rows need.
         optional_columns (`tuple[str, ...]`): columns that the trainer reads if rows have them.
         student_losses (`tuple[str, ...]`): the losses with which the strong student can learn weak labels.
@@ -64,6 +66,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     trainer: ClassVar[type[Trainer]]
+    config: ClassVar[type[TrainingArguments]]
     columns: ClassVar[tuple[str, ...]]
     optional_columns: ClassVar[tuple[str, ...]] = TEMPLATE_COLUMNS
     student_losses: ClassVar[tuple[str, ...]]
@@ -75,6 +78,19 @@ class Task(ABC):
         if metric is not None:
             raise ValueError(f"A metric judges texts, and task={cls.name!r} generates none. Leave metric out.")
         return cls()
+
+    def accept(self, args: TrainingArguments) -> TrainingArguments:
+        """The trainer's arguments. Raises `TypeError` for those of another trainer."""
+        if not isinstance(args, self.config):
+            raise TypeError(
+                f"args is a {type(args).__name__}. Needed for task={self.name!r}: a {self.config.__name__} of trl_ext."
+            )
+        return args
+
+    def check_adapter(self, peft_config: PeftConfig | None) -> None:
+        """Raise `ValueError` for an adapter that the trainer would refuse. It runs before a model is trained."""
+        if peft_config is not None:
+            check_adapter_config(peft_config)
 
     # ------------------------------------------------------------------------------------------------- the data
     def usable(self, rows: list[Row], split: str) -> list[Row]:
@@ -248,11 +264,14 @@ class PreferenceTask(RewardTask):
     """
 
     name = "preference"
-    trainer = RewardTrainer
+    trainer, config = RewardTrainer, RewardConfig
     columns = ("chosen", "rejected")
     optional_columns = ("preference_probability", "margin", *TEMPLATE_COLUMNS)
     has_classes = False
     confidence_loss = LogConfRanking
+
+    def accept(self, args: TrainingArguments) -> RewardConfig:
+        return args if isinstance(args, RewardConfig) else RewardConfig.from_trl(args)
 
     def gold_class(self, row: Row) -> str:
         return "pair"
@@ -313,7 +332,7 @@ class OutcomeTask(TokenTask):
     """Solutions that are right or wrong (`label`). A model's label is P(right) at the last token."""
 
     name = "outcome"
-    trainer = ORMTrainer
+    trainer, config = ORMTrainer, ORMConfig
     columns = ("prompt", "completion", "label")
 
     def gold_class(self, row: Row) -> str:
@@ -339,7 +358,7 @@ class ProcessTask(TokenTask):
     """Steps that are right or wrong (`labels`). Performance on a row is the share of labelled steps judged right."""
 
     name = "process"
-    trainer = PRMTrainer
+    trainer, config = PRMTrainer, PRMConfig
     columns = ("prompt", "completions", "labels")
 
     def gold_class(self, row: Row) -> str:

@@ -32,6 +32,7 @@ from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_withou
 from trl_ext.trainers.common.loading import StreamResumeCallback
 from trl_ext.trainers.common.model_card import metrics_section, name_in_card, run_length, write_card
 from trl_ext.trainers.common.policy_card import policy_card
+from trl_ext.trainers.common.setup import check_offloading
 from trl_ext.trainers.common.summary import base_name, log_start
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
@@ -72,6 +73,7 @@ class PolicyTraining:
             [`BaseMismatchError`]: a model in memory differs from the files that would be loaded again.
         """
         follow_transformers(args.get_process_log_level())
+        check_offloading(args)
         peft_config = kwargs.get("peft_config")
         if isinstance(peft_config, PeftConfig):
             check_policy_adapter(peft_config, initialised=False, reference=reference)

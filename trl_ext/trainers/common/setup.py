@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 import trl
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import find_adapter_config_file
 
 from trl_ext.logs import follow_transformers
@@ -65,6 +66,7 @@ def set_up_model(
         ValueError: if arguments contradict each other, or the tokenizer cannot pad.
     """
     follow_transformers(args.get_process_log_level())  # what is logged from here on
+    check_offloading(args)
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
             f"`peft_config` is a {type(peft_config).__name__}. Needed: a PEFT configuration, e.g. `peft.LoraConfig`."
@@ -132,6 +134,13 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, args: trl.RewardCo
                 "Name a token that the model knows, or call `model.resize_token_embeddings(len(tokenizer))` and pass "
                 "the model."
             )
+
+
+def check_offloading(args: TrainingArguments) -> None:
+    """Raise `ValueError` for `activation_offloading` on a CPU, where there is nowhere to move activations to."""
+    # only the configs of TRL's trainers with such an option have the field
+    if getattr(args, "activation_offloading", False) and torch.accelerator.current_accelerator() is None:
+        raise ValueError("activation_offloading=True moves activations from a GPU to the CPU; there is no GPU here.")
 
 
 def checkpoint_reentrantly(args: trl.RewardConfig) -> None:

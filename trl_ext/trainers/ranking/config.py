@@ -118,8 +118,11 @@ class RewardConfig(trl.RewardConfig):
         Make a [`RewardConfig`] with every value of a `trl.RewardConfig`, for scripts that swap only the trainer.
 
         It copies the values and does not run `__post_init__` again. So values that `__post_init__` has derived
-        (devices, plugins, parsed dictionaries) and the fields of a subclass stay.
+        (devices, plugins, parsed dictionaries) and the fields of a subclass stay. Raises `TypeError` for the arguments
+        of another trainer.
         """
+        if not isinstance(args, trl.RewardConfig) or hasattr(args, "loss_type"):  # TRL's has no such field
+            raise TypeError(f"args is a {type(args).__name__}. Needed: a {cls.__name__} or a trl.RewardConfig.")
         config = cls.__new__(cls)
         given = vars(args)
         ours = {f.name: f.default for f in fields(cls) if f.default is not MISSING and f.name not in given}
