@@ -97,7 +97,7 @@ def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(members, tmp_path
     sidecar = read_sidecar(other)
     sidecar.base.id = "elsewhere"
     sidecar.save(other)
-    refused("base id", "a", "other")
+    refused("The base of", "a", "other")
     sidecar = read_sidecar(members / "b")
     sidecar.kind = "outcome"
     sidecar.save(other)
@@ -108,6 +108,8 @@ def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(members, tmp_path
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     refused("DoRA", "a", "other")
+    (other / "adapter_config.json").write_text(json.dumps({"peft_type": "LN_TUNING", "target_modules": ["norm"]}))
+    refused("LN_TUNING", "a", "other")
     out.mkdir()
     (out / "file").write_text("")
     with pytest.raises(ValueError, match="already holds files"):

@@ -8,23 +8,23 @@ import gc
 import json
 import logging
 import math
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from trl_ext.metrics.ranking import spearman
+from trl_ext.models.bases import same_source
 from trl_ext.models.fingerprint import MODEL_FILES, tokenizer_identity
 from trl_ext.models.loading import load_reward_model, local_folder, save_sidecar
-from trl_ext.models.merging import REPORT_NAME
+from trl_ext.models.merging import REPORT_NAME, check_empty, new_folder
 from trl_ext.models.sidecar import SIDECAR_NAME, Sidecar, get_sidecar, make_probes, probe_scores, read_sidecar
 
 
@@ -81,16 +81,12 @@ def merge_reward_models(
         `ValueError`: `output_dir` is not empty.
     """
     output = Path(output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} already holds files. Choose an empty or new folder for the merged model.")
+    check_empty(output)
     shares = _shares(weights, len(paths))
     folders = [Path(local_folder(path, load_kwargs.get("revision"))) for path in paths]
     sidecars = [read_sidecar(folder) for folder in folders]
     _check_members(paths, folders, sidecars)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.parent / f".{output.name}-{secrets.token_hex(4)}"
-    staging.mkdir()
-    try:
+    with new_folder(output) as staging:
         report = {"members": list(map(str, paths)), "weights": shares}
         _copy_files(folders[0], staging)
         if sidecars[0].is_adapter:
@@ -99,12 +95,6 @@ def merge_reward_models(
             _average_weights(folders, shares, staging)
         report["agreement"] = _finish(staging, sidecars, shares, load_kwargs)
         Path(staging, REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return report
 
 
@@ -129,7 +119,9 @@ def _check_members(paths: Sequence[Any], folders: Sequence[Path], sidecars: Sequ
     for path, sidecar in zip(paths[1:], sidecars[1:], strict=True):
         for name in names:
             _must_equal(name, getattr(sidecars[0], name), getattr(sidecar, name), paths[0], path)
-        for field in dataclasses.fields(sidecar.base):
+        if not same_source(sidecar.base.id, sidecars[0].base.id):
+            _must_equal("base", sidecars[0].base.id, sidecar.base.id, paths[0], path)
+        for field in dataclasses.fields(sidecar.base)[1:]:  # the first is the id
             mine, theirs = getattr(sidecars[0].base, field.name), getattr(sidecar.base, field.name)
             _must_equal(f"base {field.name}", mine, theirs, paths[0], path)
     tokenizers = [tokenizer_identity(AutoTokenizer.from_pretrained(folder)) for folder in folders]
@@ -161,7 +153,7 @@ def _copy_files(source: Path, target: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ adapters
 def _average_adapters(folders: Sequence[Path], shares: Sequence[float], target: Path) -> int:
     """Write one adapter whose delta is the mean of the members'; returns its largest rank."""
-    configs = [LoraConfig.from_pretrained(folder) for folder in folders]
+    configs = [PeftConfig.from_pretrained(folder) for folder in folders]
     tensors = [load_file(folder / ADAPTER) for folder in folders]
     for folder, config, own in zip(folders, configs, tensors, strict=True):
         _check_lora(folder, config, own)
@@ -201,14 +193,15 @@ def _average_adapters(folders: Sequence[Path], shares: Sequence[float], target: 
     return rank
 
 
-def _check_lora(folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+def _check_lora(folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Raise [`AveragingError`] for an adapter whose delta is not the product of A and B."""
-    kind = getattr(config.peft_type, "value", config.peft_type)
+    lora = isinstance(config, LoraConfig)
+    kind = "DoRA" if lora and config.use_dora else getattr(config.peft_type, "value", config.peft_type)
     known = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias")
     other = next((key for key in tensors if "lora_" in key and not key.endswith(known)), None)
-    if kind != "LORA" or config.use_dora or other or getattr(config, "target_parameters", None):
+    if not lora or kind == "DoRA" or other or config.target_parameters:
         raise AveragingError(
-            f"{folder} is an adapter of the kind {'DoRA' if config.use_dora else kind}"
+            f"{folder} is an adapter of the kind {kind}"
             f"{f' with the tensor {other}' if other else ''}, whose delta is not a product of two matrices. Needed: "
             "plain LoRA. Or merge each member into its base (merge_reward_model) and average the full models."
         )

@@ -8,6 +8,8 @@ import gc
 import json
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,7 @@ def merge_reward_model(
             by more than `tolerance` standard deviations; nothing is written.
     """
     output = Path(output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} already holds files. Choose an empty or new folder for the merged model.")
+    check_empty(output)
     model = load_reward_model(path, base_model=base_model, **load_kwargs)
     if not isinstance(model, PeftModel):
         raise ValueError(f"{path} is a full checkpoint already: there is no adapter to merge.")
@@ -108,12 +109,25 @@ def merge_reward_model(
         parameter.data.copy_(head[name])  # `to` above rounded the head
     merged.config.dtype = target
 
+    with new_folder(output) as staging:
+        return _save_and_compare(merged, staging, path, sidecar, ids, before, tolerance, prequantized, load_kwargs)
+
+
+def check_empty(output: Path) -> None:
+    """Raise `ValueError` if a folder holds files already."""
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} already holds files. Choose an empty or new folder for the merged model.")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder that takes the place of `output` when the block ends. After an error nothing of it is left."""
     made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.parent / f".{output.name}-{secrets.token_hex(4)}"
     try:
         staging.mkdir()
-        report = _save_and_compare(merged, staging, path, sidecar, ids, before, tolerance, prequantized, load_kwargs)
+        yield staging
         if output.exists():
             output.rmdir()
         staging.rename(output)
@@ -122,7 +136,6 @@ def merge_reward_model(
         for folder in made:
             folder.rmdir()
         raise
-    return report
 
 
 def _merge(model: PeftModel, folder: str, head: list[str]) -> nn.Module:
