@@ -213,6 +213,7 @@ EXPECTED = {
     "no_prompt": 1,
     "unseen": 0,
     "unknown": 0,
+    "unseen_prompt": 0,
 }
 
 

@@ -175,6 +175,70 @@ def test_a_template_that_leaves_out_text_of_all_rows_is_refused(template):
         prepare(rows, with_template(template))
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "note": 'say "hi"'}}}
+WITH_CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{{ message['reasoning_content'] or '' }}{{ message['content'] or '' }}"
+    "{{ message['tool_calls'] | tojson if message['tool_calls'] else '' }}{{ '\n' }}{% endfor %}"
+)
+WITHOUT_CALLS = (
+    "{% for message in messages %}{{ message['role'] + ': ' + (message['content'] or '') + '\n' }}{% endfor %}"
+)
+NAMES_ONLY = WITHOUT_CALLS.replace(
+    "(message['content'] or '')", "(message['content'] or message['tool_calls'][0]['function']['name'])"
+)
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "template", "seen"),
+    [
+        ([{"role": "assistant", "tool_calls": [CALL]}], WITH_CALLS, True),
+        ([{"role": "assistant", "tool_calls": [CALL]}], WITHOUT_CALLS, False),
+        ([{"role": "assistant", "tool_calls": [CALL]}], NAMES_ONLY, False),
+        ([{"role": "assistant", "content": "Sunny.", "reasoning_content": "I look up."}], WITH_CALLS, True),
+        ([{"role": "assistant", "content": "Sunny.", "reasoning_content": "I look up."}], WITHOUT_CALLS, False),
+    ],
+    ids=["call", "no call", "no arguments", "thinking", "no thinking"],
+)
+def test_calls_and_thinking_are_text_of_a_completion(answer, template, seen):
+    row = {"prompt": user("Sun?"), "chosen": answer, "rejected": says("No idea.")}
+    _, report = prepare([row, chat()], with_template(template))
+    assert report.counts["unseen"] == (0 if seen else 1)
+    if answer[-1].get("content"):
+        rows = [{"prompt": user("Sun?"), "completion": one, "label": True} for one in (answer, says("No idea."))]
+        data = Dataset.from_list(rows)
+        _, report = prepare_spans(
+            data, with_template(template), kind="outcome", tokenization=SETTINGS, max_length=None
+        )
+        assert report.counts["unseen"] == (0 if seen else 1)
+
+
+def test_a_prompt_of_which_the_template_leaves_out_something_is_counted():
+    system = [{"role": "system", "content": "Be brief."}, *user("2 + 2?")]
+    thought = [*user("Hi"), *says("<think>A greeting.</think>Hello!"), *user("2 + 2?")]
+    no_system = (
+        "{% for message in messages if message['role'] != 'system' %}{{ message['content'] + '\n' }}{% endfor %}"
+    )
+    rows = [chat(), {**chat(), "prompt": system}, {**chat(), "prompt": thought}]
+    _, report = prepare(rows, with_template(no_system))
+    assert report.counts["unseen_prompt"] == 1 and report.first_unseen == (1, "Be brief.")
+    assert report.kept == 3 and "row 1: str 'Be brief.'" in report.summary()
+    _, report = prepare(rows, with_template(LAST_PART_ONLY))
+    assert report.counts["unseen_prompt"] == 0
+
+
+def test_tools_that_the_template_leaves_out_are_counted():
+    rows = [{**chat(), "tools": json.dumps([WEATHER])}, {**chat(), "tools": None}]
+    for template, count in ((WITH_CALLS, 0), (WITHOUT_CALLS, 1)):
+        _, report = prepare(rows, with_template(template))
+        assert report.counts["unseen_prompt"] == count
+    assert report.first_unseen == (0, "weather")
+
+
 def test_a_stream_says_and_refuses_it_too(caplog):
     rows = [chat(), chat(good="<think>a</think>b"), chat()]
     list(prepare(IterableDataset.from_generator(lambda: iter(rows)), with_template(LAST_PART_ONLY))[0])

@@ -6,7 +6,7 @@ text.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from trl_ext.data.token_ids import token_ids
@@ -30,6 +30,10 @@ _ENCODING_OPTIONS = {
 }
 # Private characters that stand for a text part while a template is tried.
 _PARTS = ("\ue0f4\ue0f5", "\ue0f5\ue0f4")
+# Keys under which a message may hold its thinking part.
+_THINKING = ("reasoning_content", "reasoning", "thinking")
+# Text that no notation for arguments (JSON, Python, XML) escapes.
+_PLAIN = re.compile(r"[A-Za-z0-9_. -]+")
 # Chat template -> whether it reads content that is a list of parts.
 _reads_parts: dict[str, bool] = {}
 
@@ -227,12 +231,57 @@ def encode_chats(
 
 
 def unseen_text(rendered: str, completion: Completion) -> str | None:
-    """The first content of a completion's messages that the rendered chat does not hold; `None` where it holds all.
+    """The first text of a completion that the rendered chat does not hold; `None` where it holds all.
 
-    White space does not count: templates trim it, and some move a thinking part to a line of its own.
+    The texts are the content of each message, its thinking part, and the names and arguments of the tools that it
+    calls. White space does not count: templates trim it, and some move a thinking part to a line of its own.
     """
-    for message in as_messages(completion):
-        text = content_text(message.get("content"))
-        if text and text.strip() not in rendered and "".join(text.split()) not in "".join(rendered.split()):
+    messages = as_messages(completion)
+    texts = (text for message in messages for text in (*_contents(message, _THINKING), *_calls(message)))
+    return _first_missing(rendered, texts)
+
+
+def unseen_prompt(rendered: str, prompt: Prompt, options: dict[str, Any]) -> str | None:
+    """The first text of a chat prompt, or name of a tool, that the rendered chat does not hold; `None` without one.
+
+    Earlier thinking does not count, because templates leave it out on purpose.
+    """
+    messages = prompt if is_chat(prompt) else []
+    texts = [text.split("</think>")[-1] for message in messages for text in _contents(message)]
+    texts += [text for message in messages for text in _calls(message)]
+    texts += [name for tool in options["tools"] or [] if (name := _function_name(tool))]
+    return _first_missing(rendered, texts)
+
+
+def _first_missing(rendered: str, texts: Iterable[str]) -> str | None:
+    for text in texts:
+        if text.strip() not in rendered and "".join(text.split()) not in "".join(rendered.split()):
             return text
     return None
+
+
+def _contents(message: Message, more: Sequence[str] = ()) -> list[str]:
+    texts = [content_text(message.get(key)) for key in ("content", *more)]
+    return [text for text in texts if text]
+
+
+def _calls(message: Message) -> Iterator[str]:
+    """The names of the tools that a message calls, and those arguments that stand in any notation as they are."""
+    for call in message.get("tool_calls") or []:
+        if name := _function_name(call):
+            yield name
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except json.JSONDecodeError:
+                continue
+        if isinstance(arguments, dict):
+            yield from (value for value in arguments.values() if isinstance(value, str) and _PLAIN.fullmatch(value))
+
+
+def _function_name(tool: Any) -> str | None:
+    """The name of the function of a tool, which is a JSON schema, a call or a Python function."""
+    if isinstance(tool, dict):
+        return tool.get("function", tool).get("name")
+    return getattr(tool, "__name__", None)

@@ -24,7 +24,7 @@ from trl_ext.data.validation import RowChecks, named_by_row
 
 # Part of the cache key of `datasets`, which sees the arguments of our functions but not their code: raise it whenever
 # the meaning of a written column changes.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 _PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
 PAIR_COLUMNS = ("chosen_ids", "rejected_ids")
 """The columns of TRL's prepared pairs."""
@@ -160,6 +160,7 @@ def prepare_rows(
             "no_prompt": survives and not has_prompt,
             "unseen": any(candidate.unseen is not None for candidate in candidates),
             "unknown": any(candidate.unknown is not None for candidate in candidates),
+            "unseen_prompt": any(candidate.unseen_prompt is not None for candidate in candidates),
         }
         new["candidate_ids"].append(kept)
         new["candidate_ratings"].append(ratings)
@@ -188,10 +189,10 @@ def _texts(group: Group) -> list[TextRow]:
 
 
 def _unseen_text(row: dict[str, Any], tokenizer: Tokenizer, tokenization: TokenizationSettings, schema: Schema) -> str:
-    """The first text of a row's completions that the model does not see."""
+    """The first text of a row that the model does not see."""
     group = check_row(row, schema, RowChecks(0, ""))
     encoded = encode_batch(tokenizer, _texts(group), tokenization)
-    return next((one.unseen or one.unknown for one in encoded if one.unseen or one.unknown), "")
+    return next(filter(None, (one.unseen or one.unknown or one.unseen_prompt for one in encoded)), "")
 
 
 def _new_features(schema: Schema, pair_columns: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from trl_ext.data.report import DROPPING, DataReport, stream_reader
+from trl_ext.data.report import DROPPING, UNSEEN, DataReport, stream_reader
 from trl_ext.data.validation import DataError
 
 
@@ -151,8 +151,8 @@ def map_rows(
         prepare_rows (`Callable`): returns the new columns, `row_index` and `COUNTS` among them.
         features (`dict`): types of the new columns, without `COUNTS`.
         report (`DataReport`): is filled and, for a `Dataset`, shown.
-        unseen_text (`Callable`, *optional*): returns the text that the model does not see of a row that is counted as
-            `unseen` or `unknown`; the report shows the first one.
+        unseen_text (`Callable`, *optional*): returns the text that the model does not see of a row with a count of
+            `UNSEEN`; the report shows the first one.
     """
     if isinstance(dataset, IterableDataset):
         one_row = {"prepare_rows": prepare_rows, "arguments": arguments}
@@ -171,7 +171,7 @@ def map_rows(
     )
     reasons = list(report.reasons)
     dropping = [column for column, reason in enumerate(reasons) if reason in DROPPING]
-    unseen_columns = [column for column, reason in enumerate(reasons) if reason in ("unseen", "unknown")]
+    unseen_columns = [column for column, reason in enumerate(reasons) if reason in UNSEEN]
     survives, unseen = [], []
     for batch in dataset.select_columns([COUNTS]).with_format("arrow").iter(batch_size=_COUNTED_ROWS):
         counts = batch[COUNTS].combine_chunks().flatten().to_numpy().reshape(-1, len(reasons))  # (rows, reasons)

@@ -21,6 +21,7 @@ from trl_ext.data.chat_templates import (
     conversation,
     encode_chats,
     render,
+    unseen_prompt,
     unseen_text,
 )
 from trl_ext.data.tokenization import (
@@ -55,9 +56,11 @@ class Located:
             there is none.
         truncated (`bool`): whether tokens were cut to fit `max_length`.
         stripped (`bool`): whether the chat template removed white space at an end of the completion.
-        unseen (`str`, *optional*): text of an earlier message of the completion that the chat template left out. If it
-            leaves out text of the last message, there are no offsets, and `encode_batch_with_offsets` fails.
+        unseen (`str`, *optional*): text of an earlier message of the completion, or a thinking part or a call of a
+            tool in the last one, that the chat template left out. If it leaves out the content of the last message,
+            there are no offsets, and `encode_batch_with_offsets` fails.
         unknown (`str`, *optional*): text of the completion whose tokens are all the unknown token.
+        unseen_prompt (`str`, *optional*): text of the prompt, or name of a tool, that the chat template left out.
     """
 
     ids: list[int]
@@ -68,6 +71,7 @@ class Located:
     stripped: bool
     unseen: str | None = None
     unknown: str | None = None
+    unseen_prompt: str | None = None
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Positions of the tokens that hold any of the characters from `start` up to, not including, `end`.
@@ -173,7 +177,7 @@ def encode_batch_with_offsets(
         texts = [completion_text(rows[n].completion) for n in numbers]
         if options is None:
             places = [(len(rows[n].prompt or ""), 0, len(text)) for n, text in zip(numbers, texts, strict=True)]
-            unseen = [None] * len(numbers)
+            unseen = [(None, None)] * len(numbers)
             encoding = tokenizer(
                 text=[plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers],
                 add_special_tokens=tokenization.adds_special_tokens,
@@ -188,8 +192,12 @@ def encode_batch_with_offsets(
             marked = render(tokenizer, marks, options)
             parts = (chats, rendered, marked, texts, begun)
             places = [_find(tokenizer, options, *one) for one in zip(*parts, strict=True)]
-            earlier = [as_messages(rows[n].completion)[:-1] for n in numbers]
-            unseen = [unseen_text(text, messages) for text, messages in zip(rendered, earlier, strict=True)]
+            # the content of the last message has been found
+            others = [_with_last(as_messages(rows[n].completion), "") for n in numbers]
+            unseen = [
+                (unseen_text(text, messages), unseen_prompt(text, rows[n].prompt, options))
+                for text, messages, n in zip(rendered, others, numbers, strict=True)
+            ]
         parts = (encoding["input_ids"], encoding["offset_mapping"], texts, places, unseen)
         for number, *one in zip(numbers, *parts, strict=True):
             found[number] = located = _located(*one)
@@ -199,7 +207,11 @@ def encode_batch_with_offsets(
 
 
 def _located(
-    ids: list[int], mapping: list[tuple[int, int]], text: str, place: tuple[int, int, int], unseen: str | None
+    ids: list[int],
+    mapping: list[tuple[int, int]],
+    text: str,
+    place: tuple[int, int, int],
+    unseen: tuple[str | None, str | None],
 ) -> Located:
     """Makes the `Located` of a row from its offsets in the rendered text and the completion's place there."""
     start, first, last = place
@@ -212,7 +224,7 @@ def _located(
     inside = np.flatnonzero((offsets[:, 1] > 0) & (offsets[:, 1] > offsets[:, 0]))
     completion_start = int(inside[0]) if len(inside) else len(ids)
     stripped = (first, last) != (0, len(text))
-    return Located(ids, starts, ends, completion_start, truncated=False, stripped=stripped, unseen=unseen)
+    return Located(ids, starts, ends, completion_start, False, stripped, unseen[0], unseen_prompt=unseen[1])
 
 
 def _begun(row: TextRow) -> str:

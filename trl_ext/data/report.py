@@ -23,6 +23,7 @@ COUNTED = {
     "no_prompt": "with an empty prompt",
     "unseen": "with completions whose text the chat template leaves out, wholly or in part",
     "unknown": "with a completion that has only unknown tokens, since the tokenizer knows none of its words",
+    "unseen_prompt": "with text of the prompt, or tools, that the chat template leaves out",
 }
 # The counts of a row with labelled spans, in the order of the list that `spans` stores with it.
 COUNTED_OF_SPANS = {
@@ -30,8 +31,9 @@ COUNTED_OF_SPANS = {
     "unlabelled_rows": "dropped: without a labelled token",
     "no_segments": "without any segment (kept; without a label they have no loss)",
     "no_prompt": "with an empty prompt",
-    "unseen": "with completions of which the chat template leaves out text of an earlier message",
+    "unseen": "with completions of which the chat template leaves out an earlier message, thinking or a call",
     "unknown": "with a completion that has only unknown tokens, since the tokenizer knows none of its words",
+    "unseen_prompt": "with text of the prompt, or tools, that the chat template leaves out",
     "stripped": "whose completion the chat template stripped of white space at an end",
     "cut_rows": "cut at max_completion_length",
     "cut_labels": "labels dropped because they lie behind max_completion_length",
@@ -45,6 +47,8 @@ COUNTED_OF_SPANS = {
     "straddling": "labels on a token that also holds text outside of the span",
     "unlike_pieces": "whose tokens differ from prompt, steps and separators tokenized one by one (as in TRL <= 1.13)",
 }
+# Text that the model does not see, in any of these rows.
+UNSEEN = ("unseen", "unknown", "unseen_prompt")
 # A row with one of these counts is not used.
 DROPPING = {"over_long_rows", "unlabelled_rows"}
 # These are in the summary, but they are normal and cause no warning.
@@ -85,8 +89,8 @@ class DataReport:
         kept (`int`): rows that training uses.
         counts (`dict[str, int]`): how often each reason occurred.
         reasons (`dict[str, str]`): each reason and its text in the summary; `COUNTED` or `COUNTED_OF_SPANS`.
-        first_unseen (`tuple[int, str]`, *optional*): the first row counted as `unseen` or `unknown`, and the text that
-            the model does not see.
+        first_unseen (`tuple[int, str]`, *optional*): the first row with a count of `UNSEEN`, and the text that the
+            model does not see.
     """
 
     name: str = "train"

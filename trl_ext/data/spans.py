@@ -38,6 +38,7 @@ from trl_ext.data.span_rows import (
     check_span_row,
     find_categories,
 )
+from trl_ext.data.token_ids import token_ids
 from trl_ext.data.tokenization import TextRow, TokenizationSettings, Tokenizer, closing_tokens
 from trl_ext.data.validation import Kind, RowChecks, named_by_row
 
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 # Part of the cache key of `datasets`; see `formats`.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 _FEATURES = {
     "span_input_ids": List(Value("int32")),
     "label_positions": List(Value("int32")),
@@ -232,6 +233,7 @@ def prepare_span_rows(
         counts = Counter({**row.counts, **labels.counts})
         counts["unseen"] = int(located.unseen is not None)
         counts["unknown"] = int(located.unknown is not None)
+        counts["unseen_prompt"] = int(located.unseen_prompt is not None)
         counts["stripped"] = int(located.stripped)
         counts["cut_rows"] = int(cut)
         counts["cut_labels"] = len(labels.positions) - len(inside)
@@ -257,10 +259,10 @@ def _text_row(row: SpanRow) -> TextRow:
 def _unseen_text(
     row: dict[str, Any], tokenizer: Tokenizer, tokenization: TokenizationSettings, layout: SpanFormat
 ) -> str:
-    """The text of a row's completion that the model does not see."""
+    """The text of a row that the model does not see."""
     text_row = _text_row(check_span_row(row, layout, RowChecks(0, "")))
     located = encode_batch_with_offsets(tokenizer, [text_row], tokenization)[0]
-    return located.unseen or located.unknown or ""
+    return located.unseen or located.unknown or located.unseen_prompt or ""
 
 
 def _whole_completion(located: Located, row: SpanRow, layout: SpanFormat, length: int) -> TokenLabels:
@@ -277,7 +279,7 @@ def _unlike_pieces(tokenizer: Tokenizer, rows: Sequence[SpanRow], separator: str
     texts = [separator]
     for row in rows:
         texts += [(row.prompt or "") + row.completion, row.prompt or "", *row.steps]
-    sep, *ids = tokenizer(text=texts, add_special_tokens=False)["input_ids"]
+    sep, *ids = token_ids(tokenizer, texts, add_special_tokens=False)
     unlike, place = [], 0
     for row in rows:
         whole, prompt, *steps = ids[place : place + 2 + len(row.steps)]

@@ -19,6 +19,7 @@ from trl_ext.data.chat_templates import (
     conversation,
     is_chat,
     template_options,
+    unseen_prompt,
     unseen_text,
 )
 from trl_ext.data.token_ids import token_ids
@@ -109,12 +110,14 @@ class Encoded:
         truncated (`bool`): whether anything was cut away to fit a limit.
         unseen (`str`, *optional*): text of the completion that the chat template left out, wholly or in part.
         unknown (`str`, *optional*): text of the completion of which all tokens are the unknown token.
+        unseen_prompt (`str`, *optional*): text of the prompt, or name of a tool, that the chat template left out.
     """
 
     ids: list[int]
     truncated: bool
     unseen: str | None = None
     unknown: str | None = None
+    unseen_prompt: str | None = None
 
 
 def encode(
@@ -205,13 +208,16 @@ def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: To
         if options is None:
             texts = [plain_text(tokenizer, rows[n].prompt, rows[n].completion, tokenization) for n in numbers]
             ids = token_ids(tokenizer, texts, tokenization.adds_special_tokens)
-            unseen = [None] * len(numbers)
+            unseen = [(None, None)] * len(numbers)
         else:
             chats = [conversation(tokenizer, rows[n].prompt, rows[n].completion, options) for n in numbers]
             ids, texts = chat_ids(tokenizer, chats, options)
-            unseen = [unseen_text(text, rows[n].completion) for text, n in zip(texts, numbers, strict=True)]
-        for number, row_ids, text in zip(numbers, ids, unseen, strict=True):
-            encoded[number] = Encoded(row_ids, truncated=False, unseen=text)
+            unseen = [
+                (unseen_text(text, rows[n].completion), unseen_prompt(text, rows[n].prompt, options))
+                for text, n in zip(texts, numbers, strict=True)
+            ]
+        for number, row_ids, (text, of_prompt) in zip(numbers, ids, unseen, strict=True):
+            encoded[number] = Encoded(row_ids, truncated=False, unseen=text, unseen_prompt=of_prompt)
             if unknown is not None and unknown in row_ids:
                 encoded[number] = replace(encoded[number], unknown=unknown_text(tokenizer, rows[number].completion))
     return encoded

@@ -52,7 +52,7 @@ class RawScorer:
         encoder ([`RowEncoder`]): makes token ids.
         runner ([`BatchRunner`] or [`RemoteModel`]): runs the model.
         num_truncated (`int`): rows cut to `max_length` so far.
-        num_unseen (`int`): rows so far with text of the completion that the model does not see.
+        num_unseen (`int`): rows so far with text that the model does not see.
 
     Raises:
         `ValueError`: the model has several outputs and no sidecar that describes them, or an argument does not fit.
@@ -237,7 +237,7 @@ class RawScorer:
                 rows = range(start, min(start + CHUNK_ROWS, size))
                 made = [make(row, *(v if v is None else v[row] for v in given.values())) for row in rows]
                 truncated += sum(item.truncated for item in made)
-                texts = [item.unseen or item.unknown for item in made]
+                texts = [item.unseen or item.unknown or item.unseen_prompt for item in made]
                 unseen += [(row, text) for row, text in zip(rows, texts, strict=True) if text]
                 found = run(None if prompts is None else prompts[rows.start : rows.stop], [item.ids for item in made])
                 results += [read(*item) for item in zip(rows, made, found, strict=True)]

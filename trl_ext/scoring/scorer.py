@@ -122,8 +122,9 @@ class RewardScorer(Scales, Uncertainty):
         calibration (`dict` or `None`): what `fit_calibration` found; applied where `calibrated` is true.
         num_truncated (`int`): rows cut to `max_length` so far.
         num_unseen (`int`):
-            Rows so far with text of the completion that the model does not see, because the chat template leaves it
-            out or the tokenizer knows no token of it. A warning shows the first one.
+            Rows so far with text of the prompt or the completion, tools among them, that the model does not see,
+            because the chat template leaves it out or the tokenizer knows no token of it. A warning shows the first
+            one.
 
     Raises:
         `ValueError`: the model has several outputs and no sidecar that describes them, its tokenizer cannot be found,
@@ -207,7 +208,7 @@ class RewardScorer(Scales, Uncertainty):
 
     @property
     def num_unseen(self) -> int:
-        """Rows so far with text of the completion that the model does not see."""
+        """Rows so far with text that the model does not see."""
         return self.raw.num_unseen
 
     def __call__(
