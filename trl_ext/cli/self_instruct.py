@@ -64,6 +64,9 @@ class SelfInstructArguments(WriterArguments):
     template_dir: str | None = field(
         default=None, metadata=described("folder with Jinja templates in place of those of the package")
     )
+    report_to: Literal["none", "wandb"] = field(
+        default="none", metadata=described("put the counts and a table of rows on a Weights & Biases run")
+    )
     temperature: float = field(default=0.7, metadata=described("temperature of new instructions"))
     top_p: float = field(default=0.5, metadata=described("nucleus of new instructions; 1 switches it off"))
 

@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import sys
 from collections import Counter
 from functools import lru_cache
 
 import pytest
 import torch
+import wandb
 from trl import SFTConfig, SFTTrainer
 
 from tests.pipelines.feedback.scripted_writer import answer
 from tests.pipelines.http_server import serving
+from tests.program import run_offline_wandb
 from tests.tiny import save_tiny_model
 from trl_ext import self_instruct
 from trl_ext.cli.common.options import parse
@@ -311,6 +314,24 @@ def test_sft_trains_on_the_rows(tiny, tmp_path, style):
     assert rows[0]["output"] in shown and rows[0]["instruction"] not in shown
 
 
+def two_runs_on_wandb(folder):
+    """Run in a process of its own (`run_offline_wandb`)."""
+    with serving(answer) as server:
+        run(server.url, folder / "one", 4, report_to="wandb")
+        mine = wandb.init()
+        run(server.url, folder / "two", 4, report_to="wandb")
+        return {"open": wandb.run is mine, "kept": mine.summary["self_instruct/kept"]}
+
+
+@pytest.mark.slow
+def test_counts_go_to_wandb(tmp_path):
+    told = run_offline_wandb(two_runs_on_wandb, tmp_path, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert told == {"open": True, "kept": report["kept"]}
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert list((tmp_path / "wandb").glob("offline-run-*/files/media/table/self_instruct/tasks_table*.json"))
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("seeds", "said"),
@@ -395,7 +416,6 @@ def test_the_configs_are_parsed():
 
 def test_the_example_says_what_was_dropped(monkeypatch, capsys):
     import runpy
-    import sys
 
     path = SEEDS.parents[3] / "examples" / "self_instruct.py"
     monkeypatch.setattr(sys, "argv", [str(path), "--smoke"])

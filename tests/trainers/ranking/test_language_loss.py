@@ -97,7 +97,7 @@ def test_four_batches_of_one_are_one_batch_of_four(base, tmp_path):
 def test_hidden_states_stay_able_to_write(base, tmp_path):
     """Full training: with the loss, the language model below forgets less."""
     after = []
-    for coefficient in (None, 1.0):
+    for coefficient in (0.0, 1.0):
         args = config(tmp_path, sft_coefficient=coefficient, learning_rate=3e-3, max_steps=6)
         trainer = trainer_for(base, args, pair_rows(16))
         trainer.args.sft_coefficient = 1.0

@@ -19,6 +19,7 @@ from trl_ext.pipelines.stages.store import whole_file
 
 
 BINS = 10  # of the histograms of ROUGE-L, from 0 to 1
+TABLE_ROWS = 200  # most rows in the table on Weights & Biases
 FIRST_WORDS = 20  # most pairs of first words in the report
 
 # Reason -> what the report says.
@@ -103,6 +104,23 @@ def write_html(path: Path, report: Mapping[str, Any]) -> None:
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     with whole_file(path, "Free some disk space and run again.") as file:
         file.write(template.render(report=report, reasons=REASONS).encode())
+
+
+def log_to_wandb(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put the counts and a table of rows on the W&B run that is open, or on one of its own."""
+    import wandb
+
+    opened = wandb.run is None
+    run = wandb.init(job_type="self-instruct") if opened else wandb.run
+    numbers = {name: report[name] for name in ("instructions", "kept", "survival", "tasks", "rows", "classification")}
+    for kind in ("unread", "dropped", "dropped_instances"):
+        numbers |= {f"{kind}/{reason}": count for reason, count in report[kind].items()}
+    numbers["similarity_to_seeds"] = report["similarity_to_seeds"]["mean"]
+    columns = ["instruction", "input", "output", "is_classification", "similarity"]
+    table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows[:TABLE_ROWS]])
+    run.log({f"self_instruct/{name}": value for name, value in numbers.items()} | {"self_instruct/tasks_table": table})
+    if opened:
+        run.finish()
 
 
 def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

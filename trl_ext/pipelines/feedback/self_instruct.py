@@ -30,7 +30,7 @@ from trl_ext.pipelines.feedback.instruct_pool import (
     screen_instances,
 )
 from trl_ext.pipelines.feedback.instruct_prompts import STYLES, InstructPrompts, Style, read_templates
-from trl_ext.pipelines.feedback.instruct_report import report_of, write_html
+from trl_ext.pipelines.feedback.instruct_report import log_to_wandb, report_of, write_html
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
 from trl_ext.pipelines.generation.generator import Generator, sample_seed
 from trl_ext.pipelines.generation.records import Completion
@@ -68,6 +68,7 @@ def self_instruct(
     keywords: Sequence[str] = KEYWORDS,
     template_dir: str | Path | None = None,
     seed: int = 0,
+    report_to: str = "none",
     backend: Backend = "transformers",
     processing_class: PreTrainedTokenizerBase | None = None,
     backend_kwargs: Mapping[str, Any] | None = None,
@@ -111,6 +112,8 @@ def self_instruct(
         keywords (sequence of `str`, *optional*): instructions with one of these words are dropped.
         template_dir (`str` or `Path`, *optional*): a folder with Jinja templates in place of those of the package.
         seed (`int`, *optional*, defaults to `0`): seed of demonstrations, examples and sampling.
+        report_to (`str`, *optional*, defaults to `"none"`):
+            `"wandb"` puts the counts and a table of rows on a Weights & Biases run.
         backend, processing_class, backend_kwargs:
             See [`~trl_ext.pipelines.generation.backends.make_generator`], which receives them.
         sampling:
@@ -149,7 +152,8 @@ def self_instruct(
     for name, (value, least) in counts.items():
         if value < least:
             raise ValueError(f"{name}={value}; needed: {least} or more.")
-    for name, value, known in (("style", style, STYLES), ("backend", backend, BACKENDS)):
+    chosen = (("style", style, STYLES), ("backend", backend, BACKENDS), ("report_to", report_to, ("none", "wandb")))
+    for name, value, known in chosen:
         if value not in known:
             raise ValueError(f"{name}={value!r}; needed: one of {', '.join(known)}.")
     seeds = read_seeds(seed_tasks)
@@ -186,7 +190,7 @@ def self_instruct(
     store.create()
     writers = _Writers(model, backend, settings, prompts, (shown, tasks_per_prompt), processing_class, options)
     run = _Run(Pool(seeds, filters), prompts, writers, store, num_seed_demonstrations, shown, tasks_per_prompt, seed)
-    return run.until(num_tasks, Path(output_dir))
+    return run.until(num_tasks, Path(output_dir), report_to)
 
 
 class _Writers:
@@ -249,7 +253,7 @@ class _Run:
     asked: int
     seed: int
 
-    def until(self, num_tasks: int, output_dir: Path) -> Dataset:
+    def until(self, num_tasks: int, output_dir: Path, report_to: str) -> Dataset:
         """Make the missing rounds, and write the rows of the first `num_tasks` tasks and the report."""
         records: list[dict[str, Any]] = []
         rounds = 0
@@ -275,6 +279,8 @@ class _Run:
         report = report_of(records, rows, num_tasks, [task.instruction for task in self.pool.seeds])
         write_json(output_dir / "report.json", report)
         write_html(output_dir / "report.html", report)
+        if report_to == "wandb":
+            log_to_wandb(report, rows)
         logger.info(f"{report['tasks']} tasks with {report['rows']} rows are in {path}, and report.html beside them.")
         return dataset_of_rows(path) if rows else Dataset.from_list([])
 

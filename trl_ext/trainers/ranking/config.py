@@ -26,7 +26,7 @@ class RewardConfig(trl.RewardConfig):
             sum-to-zero regularization (https://huggingface.co/papers/2505.07271). A batch is the
             `per_device_train_batch_size` groups that one process runs at a time, and never a whole accumulated step.
             An ensemble has a penalty for each member. Works with every loss; evaluation leaves it out.
-        sft_coefficient (`float`, *optional*):
+        sft_coefficient (`float`, *optional*, defaults to `0.0`):
             Add the cross-entropy per token of each group's best completion, times this coefficient, to the training
             loss. The frozen output layer of the language model reads the hidden states that the reward head reads, so
             they stay able to write: hidden-state regularization, GRM (https://huggingface.co/papers/2406.10216, which
@@ -71,8 +71,8 @@ class RewardConfig(trl.RewardConfig):
             "batch is what one process runs at a time."
         },
     )
-    sft_coefficient: float | None = field(
-        default=None,
+    sft_coefficient: float = field(
+        default=0.0,
         metadata={
             "help": "Weight of the cross-entropy of each group's best completion under the frozen output layer of the "
             "language model (GRM, which uses 0.01)."
@@ -104,7 +104,7 @@ class RewardConfig(trl.RewardConfig):
     def __post_init__(self):
         super().__post_init__()
         check_loss_type(self.loss_type)
-        if self.sft_coefficient is not None and not self.sft_coefficient >= 0:
+        if not self.sft_coefficient >= 0:
             raise ValueError(f"sft_coefficient={self.sft_coefficient}; needed: a number of at least 0.")
         if not 0.0 <= self.min_survival <= 1.0:
             raise ValueError(f"min_survival={self.min_survival} is not a share. Needed: a number from 0 to 1.")
