@@ -7,8 +7,12 @@ quick. It knows where each public name lives, and nothing else.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trl_ext.logs import hide_missing_kernel
+
 
 __version__ = "0.1.0"
+
+hide_missing_kernel()  # before a module imports bitsandbytes
 
 _HOME = {
     "ORMConfig": "trl_ext.trainers",

@@ -14,6 +14,20 @@ _OURS = logging.getLogger("trl_ext")
 _followed: int = logging.NOTSET
 
 
+def hide_missing_kernel() -> None:
+    """
+    Hide bitsandbytes' line about a kernel that it looks for when it is imported, which our modules do.
+
+    4-bit products on a CPU run without the kernel. TRANSFORMERS_VERBOSITY=debug shows the line.
+    """
+
+    def shown(record: logging.LogRecord) -> bool:
+        debug = os.environ.get("TRANSFORMERS_VERBOSITY", "").lower() == "debug"
+        return debug or "gemm_4bit_forward" not in record.getMessage()
+
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(shown)
+
+
 class _StandardError(logging.StreamHandler):
     """Writes to standard error, unless the program around us shows log lines itself."""
 

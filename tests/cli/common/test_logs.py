@@ -46,6 +46,15 @@ def test_warnings_about_calls_that_are_not_the_users_are_hidden():
     assert [str(one.message) for one in found] == ["`something_of_yours` is deprecated"]
 
 
+@pytest.mark.parametrize(("verbosity", "shown"), [("", False), ("debug", True)])
+def test_a_kernel_that_nobody_needs_is_not_missed(verbosity, shown, monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", verbosity)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    for text, passes in (("Failed to load CPU gemm_4bit_forward from x", shown), ("another line", True)):
+        record = logger.makeRecord(logger.name, logging.WARNING, "f", 1, text, (), None)
+        assert bool(logger.filter(record)) == passes
+
+
 @pytest.fixture
 def ours():
     """Our logger as it is in a new program."""

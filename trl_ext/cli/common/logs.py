@@ -12,8 +12,6 @@ import warnings
 
 # logger -> text of its lines that tell a user nothing to act on, and why
 HARMLESS = {
-    # 4-bit products on a CPU run without this kernel; bitsandbytes looks for it on the Hub at import
-    "bitsandbytes.backends.cpu.ops": re.compile("gemm_4bit_forward"),
     # our loaders refuse a checkpoint with missing weights, so that a report of a new head only repeats what is meant
     "transformers.modeling_utils": re.compile("LOAD REPORT"),
     "transformers.utils.loading_report": re.compile("LOAD REPORT"),
