@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trl_ext.cli import plugins
+from trl_ext.losses import ranking_losses
 
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ import sys
 from trl_ext.cli.plugins import main
 
 assert main([]) == 0
-assert "trl_ext_plugin_hinge" not in sys.modules
+assert not {"trl_ext_plugin_hinge", "trl", "transformers"} & set(sys.modules)
 assert main(["--check"]) == 0
 assert "trl_ext_plugin_hinge" in sys.modules
 """
@@ -72,12 +73,13 @@ def test_the_loss_is_used_by_name_in_a_fresh_process(installed):
 
 def test_the_listing_names_the_distribution_without_importing_it(installed):
     output = run("-c", NO_NETWORK + LIST, installed=installed)
+    width = 2 + max(len(name) for name, _ in ranking_losses.available())  # another loss may widen the column
     assert "ranking loss (entry-point group 'trl_ext.ranking_losses')" in output
-    assert "  plackett_luce  trl_ext.losses.ranking\n" in output
-    assert "  hinge          trl-ext-plugin-hinge 0.1.0 (trl_ext_plugin_hinge:hinge)\n" in output
+    assert f"  {'plackett_luce':<{width}}trl_ext.losses.ranking\n" in output
+    assert f"  {'hinge':<{width}}trl-ext-plugin-hinge 0.1.0 (trl_ext_plugin_hinge:hinge)\n" in output
     assert "CONFLICT" not in output
     declared = "uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False"
-    assert f"\n                   {declared}\n" in output  # --check shows what the plugin declares
+    assert f"\n  {'':<{width}}  {declared}\n" in output  # --check shows what the plugin declares
 
 
 def test_the_tests_of_the_package_pass(installed):
@@ -95,7 +97,7 @@ def test_a_conflict_is_shown_and_fails_the_check(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert plugins.main([]) == 0
     output = capsys.readouterr().out
-    assert "pairwise       greedy 1.0 (greedy:pairwise)  CONFLICT: this name cannot be used" in output
+    assert "pairwise greedy 1.0 (greedy:pairwise) CONFLICT: this name cannot be used" in " ".join(output.split())
     assert "pairwise       trl_ext.losses.ranking  CONFLICT" in output
     assert plugins.main(["--check"]) == 1
     errors = capsys.readouterr().err

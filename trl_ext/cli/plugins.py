@@ -1,7 +1,7 @@
 """`trl-ext plugins`: list the names that a config can use and the module or distribution of each.
 
-Listing imports our registries (and with them torch), but no plugin. `--check` also imports the plugins and shows the
-properties that each callable declares.
+Listing imports our registries (and with them torch), but neither trl nor a plugin. `--check` also imports the plugins
+and shows the properties that each callable declares.
 """
 
 import argparse
