@@ -309,3 +309,11 @@ def test_the_interval_of_turns():
     assert (low * high) ** 0.5 == pytest.approx(1.1) and high / 1.1 == pytest.approx(1.1**12.7062, rel=1e-3)
     low, high = interval_of_turns([1.5, 1.5, 1.5])
     assert low == pytest.approx(1.5) == high
+
+
+def test_trunk_measures_training_with_kept_states(tmp_path, capsys):
+    report = run(tmp_path, "trunk", *STEPS, "--num_layers", "4", "--shape", "12,4", "--repeats", "1")
+    assert report["trained_layers"] == 1 and report["loss_max_difference"] < 1e-5
+    assert all(side["cpu_seconds_per_step"] > 0 for side in report["sides"].values())
+    assert report["saved"]["filled"]["of_plain_interval"] is None  # one turn says nothing of the spread
+    assert "ours, later epochs" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from trl_ext.bench import reward as bench_reward
 from trl_ext.bench import score as bench_score
 from trl_ext.bench import serving as bench_serving
 from trl_ext.bench import token as bench_token
+from trl_ext.bench import trunk as bench_trunk
 from trl_ext.bench.runner import run_case
 from trl_ext.cli.main import TRACEBACK
 from trl_ext.fit import command as bench_fit
@@ -28,6 +29,7 @@ MEASURED = {
     "reward": (bench_reward, "compare RewardTrainer with trl.RewardTrainer, on given shapes and on your data"),
     "dpo": (bench_dpo, "compare RankedDPOTrainer with trl.DPOTrainer on pairs, and with padded rows on rankings"),
     "token": (bench_token, "compare ORMTrainer on flat rows and on padded rows, with K answers to a question"),
+    "trunk": (bench_trunk, "compare training with and without kept states of the layers that are not trained"),
     "ensemble": (bench_ensemble, "compare M members in one pass with single members, in training and scoring"),
     "fit": (bench_fit, "estimate whether a training config fits on a card, and what takes the memory"),
     "generate": (bench_generate, "compare our backend, with and without stored shards, with a plain generate loop"),

@@ -62,6 +62,7 @@ from trl_ext.trainers.common.model_card import name_in_card, reward_card, write_
 from trl_ext.trainers.common.setup import TrainableModel, set_up_model
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
+from trl_ext.trainers.common.trunk import keep_trunk_states
 from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
 
 
@@ -133,6 +134,7 @@ class HeadTraining:
         if isinstance(self.train_dataset, IterableDataset):
             self.add_callback(StreamResumeCallback())
         follow_confidence(self)
+        keep_trunk_states(self)
         use_safe_callback(self)
 
     # -------------------------------------------------------------------------------------------------------- loaders

@@ -37,6 +37,11 @@ class RewardConfig(trl.RewardConfig):
             this saves at least 5 % of a batch's tokens. Losses and gradients stay the same. `"auto"` does so if the
             model passes a numerical check at the start. `True` raises an error if the model fails the check. `False`
             always pads.
+        trunk_cache (`str`, *optional*):
+            `"memory"` or a folder: keep the hidden states of the layers below the first adapter, so that each text
+            runs through them once. Later epochs and evaluations cost only the layers above; with a folder, so do
+            other seeds and other settings of the layers above. Losses stay the same. Needs adapters in the upper
+            layers only (`layers_to_transform` of `LoraConfig`) and no dropout below them.
         max_tokens_per_batch (`int`, *optional*):
             Fill each batch with as many groups as fit into this number of tokens. The limit counts the tokens that the
             model processes: a shared prompt counts once, and padding counts too. A group is never split.
@@ -83,6 +88,13 @@ class RewardConfig(trl.RewardConfig):
         metadata={
             "help": "Run the candidates of a group as one flat row with their common prompt once: 'auto' (if the "
             "model passes a numerical check), True (raise if it does not) or False."
+        },
+    )
+    trunk_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "'memory' or a folder: keep the hidden states of the layers below the first adapter, so that each "
+            "text runs through them once."
         },
     )
     max_tokens_per_batch: int | None = field(

@@ -37,6 +37,11 @@ class TokenRewardConfig(trl.RewardConfig):
         group_by_prompt (`bool`, *optional*, defaults to `False`):
             Keep the rows of one prompt together, in one batch if they fit, so that the model runs their prompt once.
             Prompts still come in random order. A batch then holds fewer different prompts.
+        trunk_cache (`str`, *optional*):
+            `"memory"` or a folder: keep the hidden states of the layers below the first adapter, so that each text
+            runs through them once. Later epochs and evaluations cost only the layers above; with a folder, so do
+            other seeds and other settings of the layers above. Losses stay the same. Needs adapters in the upper
+            layers only (`layers_to_transform` of `LoraConfig`) and no dropout below them.
         max_tokens_per_batch (`int`, *optional*):
             Fill each batch with as many rows as fit into this number of tokens. The limit counts the tokens that the
             model processes: a shared prompt counts once, and padding counts too. `per_device_train_batch_size` then
@@ -81,6 +86,13 @@ class TokenRewardConfig(trl.RewardConfig):
         metadata={
             "help": "Keep the rows of one prompt together, so that the model runs their prompt once. Prompts still "
             "come in random order."
+        },
+    )
+    trunk_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "'memory' or a folder: keep the hidden states of the layers below the first adapter, so that each "
+            "text runs through them once."
         },
     )
     max_tokens_per_batch: int | None = field(

@@ -1,0 +1,102 @@
+"""`trunk_cache`: the same training, with each text run through the frozen layers once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.tiny import save_tiny_model
+from tests.trainers.helpers import history, states
+from tests.trainers.table import tiny_trainer
+from trl_ext.models.frozen_trunk import FrozenTrunk, StoredStates
+from trl_ext.trainers.common.trunk import _TrunkCallback
+
+
+UPPER = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=4, layers_to_transform=[1])
+
+LORA_GPT2 = LoraConfig(target_modules=["c_attn"], layers_to_transform=[1], fan_in_fan_out=True)
+
+
+def run(kind: str, base: Path, folder: Path, cache: str | None, **arguments):
+    """Three epochs of two batches, and the losses."""
+    trainer = tiny_trainer(
+        kind,
+        base,
+        folder,
+        rows=arguments.pop("rows", None),
+        trainer_kwargs={"peft_config": arguments.pop("peft_config", UPPER)},
+        **({"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 12} | arguments),
+        trunk_cache=cache,
+    )
+    trainer.train()
+    return trainer, history(trainer, "loss")
+
+
+def trunk_of(trainer) -> FrozenTrunk:
+    return next(one.trunk for one in trainer.callback_handler.callbacks if isinstance(one, _TrunkCallback))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("reward", {}),
+        ("reward", {"shared_prefix": False}),
+        ("reward", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        ("prm", {}),
+        ("orm", {"group_by_prompt": True}),
+        ("reward ensemble", {}),
+    ],
+)
+def test_training_is_the_same_and_later_epochs_skip_the_trunk(base, tmp_path, kind, arguments):
+    plain, losses = run(kind, base, tmp_path, None, **arguments)
+    kept, kept_losses = run(kind, base, tmp_path, "memory", **arguments)
+    assert kept_losses == pytest.approx(losses, abs=1e-6)
+    for theirs, ours in zip(states(plain), states(kept), strict=True):
+        for name, weight in theirs.items():
+            torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=1e-5)
+    trunk = trunk_of(kept)
+    assert (trunk.passes, trunk.skipped) == (6, 4)
+
+
+def test_a_folder_serves_the_next_run_and_another_base_has_its_own(base, tmp_path):
+    cache = str(tmp_path / "states")
+    first, losses = run("reward", base, tmp_path, cache, num_train_epochs=1)
+    second, again = run("reward", base, tmp_path, cache, num_train_epochs=1)
+    assert again == losses
+    assert trunk_of(first).skipped == 0
+    assert trunk_of(second).skipped == trunk_of(second).passes == 2
+    other = save_tiny_model(tmp_path / "other", "llama", seed=1)
+    third, _ = run("reward", other, tmp_path, cache, num_train_epochs=1)
+    assert trunk_of(third).skipped == 0
+    assert len(list(Path(cache).iterdir())) == 2
+
+
+def test_an_interrupted_write_leaves_whole_entries(tmp_path):
+    store = StoredStates(tmp_path)
+    values = {bytes([n]) * 16: torch.randn(3, 4).to(torch.bfloat16) for n in range(3)}
+    for key, value in values.items():
+        store.put(key, value)
+    index, data = tmp_path / "0.jsonl", tmp_path / "0.states"
+    index.write_text(index.read_text() + index.read_text()[:20])  # a line that was cut
+    data.write_bytes(data.read_bytes()[:-1])  # and states that never reached the disk
+    again = StoredStates(tmp_path)
+    kept = [key for key in values if again.get(key) is not None]
+    assert kept == list(values)[:2]
+    for key in kept:
+        torch.testing.assert_close(again.get(key), values[key], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "said"),
+    [
+        ("llama", {"peft_config": None}, "is trained or adapted"),
+        ("llama", {"peft_config": LoraConfig(target_modules=["q_proj"], r=4)}, "is trained or adapted"),
+        ("gpt2", {"peft_config": LORA_GPT2, "disable_dropout": False}, "dropout"),
+        ("llama", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+    ],
+)
+def test_what_changes_between_epochs_is_refused(base, tmp_path, family, more, said):
+    model = base if family == "llama" else save_tiny_model(tmp_path / family, family)
+    with pytest.raises(ValueError, match=said):
+        run("reward", model, tmp_path, "memory", **more)
