@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -194,6 +195,19 @@ def test_only_new_questions_are_asked(tmp_path):
     assert len(calls) == len(set(calls)) == 24  # another question
     quick(judge, rows, tmp_path, system_prompt="Be strict.")
     assert len(calls) == 36  # the same questions to another judge
+
+
+def test_what_a_function_reads_and_no_key_can_see_is_said(tmp_path, caplog):
+    lock = threading.Lock()
+
+    def judge(chats):
+        with lock:
+            return FAIR(chats)
+
+    quick(judge, pair_rows(2), tmp_path)
+    assert "lock" not in caplog.text
+    quick(judge, pair_rows(2), tmp_path)
+    assert "lock (_thread.lock), whose content cannot be compared" in caplog.text
 
 
 def test_numbers_and_tables_go_to_the_run_that_is_open(monkeypatch):

@@ -193,6 +193,12 @@ def judge_rows(
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         identity = asked.identity()
         log = stack.enter_context(RecordLog(folder / "answers", {"format": 1, **identity}))
+        if len(log) and identity["judge"].get("unseen"):
+            read = ", ".join(f"{name} ({kind})" for name, kind in identity["judge"]["unseen"].items())
+            logger.warning(
+                f"The judge's answers in {log.path.parent} are used again, and it reads {read}, whose content cannot "
+                "be compared. Delete the folder if that has changed."
+            )
         labeller = _Labeller(asked, kept, log)
         rows = islice(plain_rows(dataset), max_rows)
         report = labeller.tally.report

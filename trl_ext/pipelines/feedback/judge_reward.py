@@ -83,7 +83,9 @@ class JudgeReward:
         """Everything that the scores depend on, for cache keys."""
         settings = self._judge.settings
         made = {name: getattr(settings, name) for name in _MADE_OF}
-        return {**self._judge.identity(), **made, "question": settings.question.text}
+        judge = self._judge.identity()
+        unseen = judge["judge"].get("unseen")  # of a function; the pipelines warn about it
+        return {**judge, **made, "question": settings.question.text} | ({"unseen": unseen} if unseen else {})
 
     def __call__(
         self, prompts: Sequence[Any] | None, completions: Sequence[Any], **columns: Any
