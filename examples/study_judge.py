@@ -100,10 +100,11 @@ def main() -> None:
             "title": "A judge of 135 million parameters on human preferences (HH-harmless)",
             "date": datetime.date.today().isoformat(),
             "machine": "two-core machine, no GPU",
-            "command": ["python examples/study_judge.py"],
+            "command": ["python examples/study_judge.py --arms " + " ".join(f'"{arm}"' for arm in args.arms)],
             "note": f"{Path(model).name}, {len(rows)} pairs with answers of at most {LONGEST} characters, prompts "
             f"cut to their last {LONGEST}; 95 % bootstrap intervals over pairs. Position bias: by how much the "
-            "probability of the answer that is shown first exceeds 1/2.",
+            "probability of the answer that is shown first exceeds 1/2. Accuracy in one order: the mean over both "
+            "orders.",
             "columns": columns,
             "rows": table,
         }
