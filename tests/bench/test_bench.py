@@ -144,6 +144,13 @@ def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):
         assert case["same_ids"] and case["pairs"] == 30 and case["tokens"] > 2 * 30 * 7
         assert case["cpu_ratio"] == pytest.approx(ours["cpu_seconds"] / theirs["cpu_seconds"])
     assert "token ids of both sides: equal" in capsys.readouterr().out
+    rows = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}", "source": "me"} for n in range(9)]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--dataset_file", str(file), "--num_pairs", "8", "--repeats", "1"]
+    assert main(["bench", "data", *arguments, "--output_dir", str(tmp_path)]) == 0
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert case["name"] == "sums" and case["pairs"] == 8 and case["same_ids"]
 
 
 def test_serving_measures_our_part_of_a_request(tmp_path, capsys):

@@ -325,6 +325,15 @@ def test_template_arguments_of_other_rows_are_not_passed():
     assert texts[0].startswith("in French") and texts[1].startswith("user")
 
 
+def test_a_template_of_a_row_that_reads_the_clock_is_refused():
+    """The template of a tokenizer is frozen in the checkpoint; one that stands in the rows is not."""
+    clock = "{{ strftime_now('%d %B') }}" + LAST_PART_ONLY
+    plain = chat(chat_template_kwargs={"chat_template": LAST_PART_ONLY})
+    prepare([plain])
+    with pytest.raises(DataError, match="row 1, column 'chat_template_kwargs'.*today's date"):
+        prepare([plain, chat(chat_template_kwargs={"chat_template": clock})])
+
+
 # -------------------------------------------------------------------------------------------------------- in batches
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_rows_of_all_kinds_in_one_call_are_encoded_as_alone(kind):

@@ -230,4 +230,11 @@ def template_arguments(row: dict[str, Any], checks: RowChecks) -> tuple[list[Any
             raise checks.error("tools", shown(tools), "a list of tools, or JSON of such a list", str(error)) from error
     if template is not None and not isinstance(template, dict):
         raise checks.error("chat_template_kwargs", shown(template), "a dictionary", "Convert or remove the column.")
+    if template and "strftime_now" in str(template.get("chat_template")):
+        raise checks.error(
+            "chat_template_kwargs",
+            "a chat template that writes today's date (strftime_now)",
+            "a template that gives the same tokens on any day",
+            "Write a fixed date into it, or make it the template of the tokenizer, where training freezes the day.",
+        )
     return tools, template
