@@ -1,7 +1,7 @@
 """Messages -> what a tokenizer's chat template makes of them, the same in training and in scoring.
 
-Knows messages, tools and chat templates. Does not know rows, labels or data sets, and makes no decision about plain
-text.
+It knows messages, tools and chat templates. It does not know rows, labels or data sets, and it decides nothing about
+plain text.
 """
 
 import json
@@ -16,8 +16,8 @@ Message = dict[str, Any]
 Prompt = str | Sequence[Message] | None
 Completion = str | Message | Sequence[Message]
 
-# Arguments of `apply_chat_template` that change the token ids and not the text. With one of them the text alone does
-# not determine the ids.
+# Arguments of `apply_chat_template` that change the token ids but not the text. If one of them is given, the text
+# alone does not determine the ids.
 _ENCODING_OPTIONS = {
     "max_length",
     "padding",
@@ -75,9 +75,9 @@ def as_messages(completion: Completion) -> list[Message]:
 
 
 def content_text(content: Any) -> str | None:
-    """The text of a message's content: a string as it is, a list of text parts joined without anything in between.
+    """The text of a message's content: a string unchanged, or the texts of a list of parts, joined by nothing.
 
-    `None` where the content is neither: nothing at all, or a list with a part that is no text.
+    The result is `None` if the content is missing, or if one of its parts is not text.
 
     ```python
     >>> content_text([{"type": "text", "text": "2 + 2 "}, {"type": "text", "text": "= 4"}])
@@ -101,9 +101,9 @@ def _part_text(part: Any) -> str | None:
 def without_nulls(value: Any) -> Any:
     """The same messages or tools without the keys whose value is null, at any depth.
 
-    A column of structs gives every row the keys of all rows, with null for those that a row does not have. Training
-    would read keys that the user never wrote, and scoring would not. transformers drops such keys of a message itself,
-    but not inside it.
+    In a column of structs every row has the keys of all rows, and null for the keys that it lacks. Training would read
+    keys that the user never wrote, and scoring would not. transformers drops null keys of a message, but not those of
+    the objects inside it.
 
     ```python
     >>> without_nulls({"name": "weather", "arguments": {"city": "Rome", "day": None}})
@@ -118,9 +118,9 @@ def without_nulls(value: Any) -> Any:
 
 
 def template_options(tools: list[Any] | str | None, chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments for the chat template. `tools` in `chat_template_kwargs` wins, as in TRL.
+    """Arguments for the chat template. If `chat_template_kwargs` has `tools` too, these win, as in TRL.
 
-    Tools that are given as JSON are read, and keep their nulls: there the user wrote them.
+    Tools may be JSON in a string. Their nulls stay, because there the user wrote them.
     """
     options = {"tools": tools, **without_nulls(chat_template_kwargs or {})}
     tools = options["tools"]
@@ -130,9 +130,9 @@ def template_options(tools: list[Any] | str | None, chat_template_kwargs: dict[s
 
 def begun_answer(prompt: Prompt, completion: Completion) -> str:
     """
-    The text of the answer that a chat prompt begins and a completion continues; empty where it begins none.
+    The text of the answer that a chat prompt begins and a completion continues; empty if it begins none.
 
-    Such a prompt ends with a message of the assistant, and the completion starts with one. Both are one turn.
+    Such a prompt ends with a message of the assistant, and the completion starts with one. Together they are one turn.
     """
     messages = as_messages(completion)
     if not is_chat(prompt) or not messages or prompt[-1].get("role") != "assistant" or prompt[-1].get("tool_calls"):
@@ -147,8 +147,8 @@ def conversation(
 ) -> list[Message]:
     """The messages of prompt and completion, as the chat template can read them.
 
-    An answer that the prompt begins and the completion continues is one message. Keys with null are left out. Content
-    that is a list of text parts becomes one string, unless the template reads such lists.
+    If the prompt begins an answer and the completion continues it, both become one message. Keys whose value is null
+    are dropped. A list of text parts becomes one string, unless the template reads such lists.
 
     Raises:
         `TypeError`: a text prompt with a chat completion.
@@ -176,7 +176,7 @@ def conversation(
 
 
 def _template_reads_parts(tokenizer: Tokenizer, options: dict[str, Any]) -> bool:
-    """Whether the template takes the texts out of a list of parts; tried once for each template."""
+    """Whether the template takes the texts out of a list of parts. Each template is tried once."""
     template = str(options.get("chat_template") or getattr(tokenizer, "chat_template", None))
     if template not in _reads_parts:
         content = [{"type": "text", "text": part} for part in _PARTS]

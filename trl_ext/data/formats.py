@@ -1,10 +1,11 @@
 """A data set of rows -> the same data set with token ids and ratings of each row's candidates, and a report.
 
-Writes *new* columns only: `datasets` casts a column that is rewritten to its old type. `schema` says what a row means.
-Does not know padding, models or losses.
+It writes *new* columns only, because `datasets` casts a rewritten column to its old type. `schema` says what a row
+means. This module does not know padding, models or losses.
 
-Columns written: `candidate_ids` (K lists of token ids), `candidate_ratings` (K floats, higher is better), `row_index`
-(position in the data set it came from), and where the rows have them `group_margin` and `group_target`.
+It writes the columns `candidate_ids` (K lists of token ids), `candidate_ratings` (K floats, higher is better) and
+`row_index` (position in the data set it came from). If the rows have them, it also writes `group_margin` and
+`group_target`.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from trl_ext.data.tokenization import Encoded, TextRow, TokenizationSettings, To
 from trl_ext.data.validation import RowChecks, named_by_row
 
 
-# Part of the cache key of `datasets`, which sees the arguments of our functions but not their code: raise it whenever
-# the meaning of a written column changes.
+# A part of the cache key of `datasets`, which covers the arguments of our functions but not their code. Raise it
+# whenever the meaning of a written column changes.
 _CACHE_VERSION = 5
 _PREPARED = {"candidate_ids", "candidate_ratings", "row_index"}
 PAIR_COLUMNS = ("chosen_ids", "rejected_ids")
@@ -59,10 +60,11 @@ def prepare_groups(
     and beside them `margin`, `preference_probability`, `tools`, `chat_template_kwargs`. Original columns stay. A data
     set that has been prepared already is returned as it is.
 
-    Candidates longer than `max_length` tokens are left out; a group needs two others to survive, so a pair is dropped
-    whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates are kept. So are rows with text
-    that the model does not see: the chat template leaves it out (refused if all rows are so), or the tokenizer knows
-    no token of it. All of it is counted, and shown once.
+    Candidates longer than `max_length` tokens are left out. A group is dropped if fewer than two candidates remain, so
+    that a pair is dropped whole, as in TRL. Nothing is truncated. Fully tied groups and identical candidates stay. So
+    do rows with text that the model does not see, because the chat template leaves it out or the tokenizer knows no
+    token of it; if the template leaves out text of every row, an error is raised. Every case is counted, and the
+    counts are logged once.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows; a stream is prepared lazily.
@@ -126,7 +128,7 @@ def prepare_rows(
     pair_columns: bool,
     cache_version: int,
 ) -> dict[str, list[Any]]:
-    """The new columns of some rows, with their counts; `candidate_ids` is empty where a group does not survive."""
+    """Makes the new columns of some rows, and their counts. A group that does not survive has no `candidate_ids`."""
     columns = {name: batch[name] for name in schema.columns if name in batch}
     checks = [RowChecks(index, dataset_name, vocab_size) for index in indices]
     rows = [{name: values[number] for name, values in columns.items()} for number in range(len(indices))]

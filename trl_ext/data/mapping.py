@@ -1,6 +1,7 @@
 """Map a function over the rows of a data set in batches, count, and drop rows by their counts.
 
-`formats` and `spans` share it. Knows `datasets` and the counts that travel with each row. Does not know what a row is.
+`formats` and `spans` share it. It knows `datasets` and the counts that travel with each row. It does not know what a
+row means.
 """
 
 import warnings
@@ -16,9 +17,9 @@ from trl_ext.data.validation import DataError
 
 
 Rows = Dataset | IterableDataset
-# Column that a mapped function adds: one count for each reason of the report. It is gone in the result.
+# A column that a mapped function adds: one count for each reason of the report. The result does not have it.
 COUNTS = "row_counts"
-# Rows that are tokenized in one call, and rows whose counts are read at a time.
+# How many rows are tokenized in one call, and of how many rows the counts are read at a time.
 _BATCH_ROWS = 1000
 _COUNTED_ROWS = 65_536
 
@@ -26,10 +27,10 @@ _COUNTED_ROWS = 65_536
 def plain_rows(dataset: Rows) -> Rows:
     """The rows as their user sees them, as plain Python values.
 
-    A transform (`with_transform`, `set_transform`) is applied to all rows once, and `datasets` caches the result; the
-    columns are those that it returns. A format that only changes types (torch, numpy) is taken off, and columns that
-    it hides are removed. Rows that are plain already come back as they are, so that you may call it again. So does
-    anything that is no data set, such as a list of rows.
+    A transform (`with_transform`, `set_transform`) is applied to all rows once, and `datasets` caches the result. The
+    result has the columns that the transform returns. A format that only changes types (torch, numpy) is removed, and
+    so are the columns that it hides. Plain rows are returned unchanged, so you may call this function twice. A value
+    that is not a data set, such as a list of rows, is returned unchanged too.
 
     Raises:
         `DataError`: the transform fails, or returns values that no column can hold.
@@ -63,7 +64,7 @@ def plain_rows(dataset: Rows) -> Rows:
 
 
 def _type_of(values: Sequence[Any]) -> Any:
-    """The type of a column. Dictionaries are kept as JSON, since columns of structs give each row the keys of all."""
+    """The type of a column. Dictionaries become JSON, because in a column of structs each row has the keys of all."""
     if _holds_dictionaries(values):
         return Json()
     return Dataset.from_dict({"values": list(values)}).features["values"]
@@ -82,10 +83,10 @@ def _same_batch(batch: dict[str, Any]) -> dict[str, Any]:
 def open_rows(
     dataset: Rows, report: DataReport, written: set[str], decisive: Sequence[str] = ()
 ) -> tuple[Rows, list[str], dict[str, Any]] | None:
-    """The data set as `plain_rows`, its columns and its first row; `None` if it has the columns `written` already.
+    """The data set as `plain_rows` gives it, its columns and its first row; `None` if it was prepared before.
 
-    The rows of a stream with unknown columns may have different ones. Later rows get null for each of the first row's
-    columns that they lack.
+    The rows of a stream with unknown columns may differ in their columns. A later row gets null for each column of the
+    first row that it lacks.
 
     Args:
         written (`set[str]`): the columns by which a prepared data set is known.
@@ -144,8 +145,8 @@ def map_rows(
 ) -> Rows:
     """Add the columns that ``prepare_rows(batch, indices, **arguments)`` returns, and drop rows as their counts say.
 
-    The counts travel with the rows, so that they are right with worker processes and when the cache is read. A stream
-    is mapped lazily, row by row, and its rows are counted as they pass.
+    The counts travel with the rows. So they are right if worker processes map the rows, and if the cache is read. A
+    stream is mapped lazily, row by row, and its rows are counted as they pass.
 
     Args:
         prepare_rows (`Callable`): returns the new columns, `row_index` and `COUNTS` among them.

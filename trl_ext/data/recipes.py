@@ -40,9 +40,10 @@ class Recipe:
 
     Args:
         columns (`dict`): our columns and their types.
-        read (`Callable`): the rows of ours that a released row gives, none where it holds nothing to learn from.
-        needs (`tuple[str, ...]`): the released columns that it reads.
-        neighbours (`str`, *optional*): the column whose equal neighbours make one row; `read` gets a list of rows.
+        read (`Callable`): makes our rows of a released row; none if there is nothing to learn from it.
+        needs (`tuple[str, ...]`): the released columns that `read` needs.
+        neighbours (`str`, *optional*): if given, `read` gets a list: the neighbouring rows that have the same value in
+            this column.
     """
 
     columns: dict[str, Any]
@@ -153,7 +154,7 @@ def ultrafeedback_binarized(row: Row) -> Iterator[Row]:
 def helpsteer2(rows: list[Row]) -> Iterator[Row]:
     """`nvidia/HelpSteer2` and `nvidia/HelpSteer`: ranked by helpfulness, 0 to 4, over the rows of one prompt.
 
-    The answers to a prompt are neighbouring rows there; do not shuffle before. The other four attributes are left out.
+    The answers to a prompt are neighbouring rows, so do not shuffle before. The other four attributes are left out.
     See *HelpSteer2* by Z. Wang et al. (https://huggingface.co/papers/2406.08673).
     """
     answered = [row for row in rows if row["response"]]
@@ -209,7 +210,7 @@ def hh_rlhf(row: Row) -> Iterator[Row]:
 
 
 def chosen_rejected(row: Row) -> Iterator[Row]:
-    """Lists of messages without a prompt (`Skywork/Skywork-Reward-Preference-80K-v0.2` and many others): preference.
+    """Pairs of message lists without a prompt (`Skywork/Skywork-Reward-Preference-80K-v0.2` and others): preference.
 
     The turns that both sides share are the prompt.
     """
@@ -265,7 +266,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises `ValueError` with the nearest name for an unknown one."""
+    """The recipe of that name. For an unknown name it raises `ValueError`, which names the nearest one."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         suggestion = f" Did you mean {near[0]!r}?" if near else ""
@@ -277,7 +278,7 @@ def convert(dataset: Rows, name: str) -> Rows:
     """
     The rows of a public data set with our columns, and no others.
 
-    A stream is read in batches of 1,000 rows, and `helpsteer2` does not join rows of two batches.
+    A stream is read in batches of 1,000 rows, and `helpsteer2` joins only rows of the same batch.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows as they are released.
@@ -330,15 +331,15 @@ def _read_batch(batch: dict[str, list[Any]], indices: list[int], name: str) -> d
 
 def read_released(rows: Iterable[tuple[int, Row]], name: str) -> Iterator[tuple[int, Row]]:
     """
-    The rows of ours that numbered rows of a public data set give, one after the other.
+    Makes our rows of numbered rows of a public data set, one after the other.
 
     Args:
         rows (iterable of `tuple[int, dict]`): number and content of each released row.
         name (`str`): a key of `RECIPES`.
 
     Yields:
-        `tuple[int, dict]`: a row of ours and the number of the row that it comes from (the first one, for a recipe
-        that joins neighbours).
+        `tuple[int, dict]`: one of our rows, and the number of the released row that it comes from. If a recipe joins
+        neighbours, it is the number of the first one.
 
     Raises:
         [`DataError`]: a row lacks a column that the recipe reads, or it cannot be read.
@@ -359,7 +360,7 @@ def read_released(rows: Iterable[tuple[int, Row]], name: str) -> Iterator[tuple[
 
 
 def _neighbours(rows: Iterable[tuple[int, Row]], recipe: Recipe) -> Iterator[tuple[int, Any]]:
-    """What a recipe reads at a time: a row, or neighbouring rows with one value in a column. Numbered by the first."""
+    """Each value that a recipe reads, a row or a list of neighbouring rows, and the number of its first row."""
     if recipe.neighbours is None:
         yield from rows
         return
@@ -397,7 +398,7 @@ def _helpsteer_prompt(text: str) -> list[Row]:
 
 
 def _pair(chosen: list[Row], rejected: list[Row]) -> Iterator[Row]:
-    """A preference row of two dialogues; none where they do not part at an answer, or an answer is empty."""
+    """A preference row of two dialogues; none if they do not first differ in an answer, or if an answer is empty."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -407,7 +408,7 @@ def _pair(chosen: list[Row], rejected: list[Row]) -> Iterator[Row]:
 
 
 def _by_strength(prompt: list[Row], first: str, second: str, strength: float) -> Iterator[Row]:
-    """A preference row; a negative strength prefers the first answer, 0 neither."""
+    """A preference row. A negative strength means that the first answer is better, and 0 gives no row."""
     if strength and first and second:
         better, worse = (first, second) if strength < 0 else (second, first)
         sides = {"chosen": _assistant(better), "rejected": _assistant(worse)}

@@ -1,7 +1,7 @@
 """Text or chat messages -> token ids: the functions that training, scoring and GRPO share, so that they agree.
 
-Knows tokenizers, and reproduces the ids of TRL's own `RewardTrainer`; `chat_templates` renders messages. Does not know
-data sets, ratings, padding or models.
+The ids are those of TRL's own `RewardTrainer`. `chat_templates` renders messages. This module knows tokenizers. It
+does not know data sets, ratings, padding or models.
 """
 
 import json
@@ -27,11 +27,11 @@ from trl_ext.data.token_ids import token_ids
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """How *plain text* becomes token ids; a chat is always what the chat template makes of it, with nothing added.
+    """How *plain text* becomes token ids. Chats do not need it: the chat template makes them, and nothing is added.
 
     Args:
         append_eos (`bool`):
-            Append the tokenizer's EOS token, as a string, to a text that does not end with it yet (as TRL's
+            Append the tokenizer's EOS token, as a string, to each text that does not end with it (as TRL's
             `RewardTrainer` does).
         adds_special_tokens (`bool`, *optional*, defaults to `True`):
             Let the tokenizer add its own special tokens (BOS, or [CLS] and [SEP]).
@@ -51,10 +51,10 @@ class TokenizationSettings:
 
     @classmethod
     def for_training(cls, tokenizer: Tokenizer) -> "TokenizationSettings":
-        """TRL's settings (EOS appended), except where that cannot work or would double a separator.
+        """TRL's settings, which append EOS, unless that cannot work or would double a separator.
 
-        No EOS is appended when the tokenizer has none, or closes every text by itself with EOS or SEP (BERT, RoBERTa,
-        DeBERTa, T5).
+        No EOS is appended if the tokenizer has none, or if the tokenizer itself closes every text with EOS or SEP
+        (BERT, RoBERTa, DeBERTa, T5).
         """
         if tokenizer.eos_token is None:
             return cls(append_eos=False)
@@ -80,7 +80,7 @@ class TokenizationSettings:
 
 
 class TextRow(NamedTuple):
-    """One prompt with one completion, and what the chat template reads beside them.
+    """One prompt with one completion, and the other values that the chat template reads.
 
     Args:
         prompt (`str`, list of messages or `None`): `None` when the completion already contains it.
@@ -132,11 +132,11 @@ def encode(
 ) -> Encoded:
     """Token ids of `prompt` + `completion`; `encode_batch` says how they are made.
 
-    With `max_length` a longer sequence is cut, and this is the one place that decides how. The opening token (BOS or
-    [CLS]) stays. The *prompt* is cut from the left, so that the completion stays whole. If the completion alone is too
-    long, the prompt goes altogether and the completion is cut at the right: then an EOS that closed it is gone too,
-    since the text did not end there; special tokens that the tokenizer itself puts at the end ([SEP]) stay. Training
-    never cuts: it drops over-long rows, as TRL does.
+    A sequence longer than `max_length` is cut, and only this function decides how. The opening token (BOS or [CLS])
+    stays. The *prompt* is cut from the left, so that the completion stays whole. If the completion alone is too long,
+    the whole prompt is removed and the completion is cut at the right. Then an appended EOS is cut too, because the
+    text does not end there; special tokens that the tokenizer itself puts at the end ([SEP]) stay. Training never
+    cuts. It drops over-long rows, as TRL does.
 
     Raises:
         `TypeError`: a text prompt with a chat completion, which have no common reading.
@@ -154,7 +154,7 @@ def encode(
 def positions_that_fit(
     tokenizer: Tokenizer, row: TextRow, ids: list[int], tokenization: TokenizationSettings, max_length: int
 ) -> list[int]:
-    """Which positions of `ids`, which are too many, are kept: the rules of `encode`."""
+    """The positions of `ids` to keep if there are more than `max_length`, by the rules of `encode`."""
     opening = int(ids[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None})
     closing = 0 if row.chat else closing_tokens(tokenizer, tokenization)
     room = max_length - opening - closing
@@ -194,9 +194,9 @@ def encode_candidates(
 def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: TokenizationSettings) -> list[Encoded]:
     """Token ids of any number of rows, text and chats: the same ids as TRL's `RewardTrainer` makes.
 
-    Text: prompt and completion are joined as strings and tokenized in one piece (a token may span the boundary), after
-    the EOS string has been appended where the settings say so. Chat: the messages of both are joined and go through
-    the tokenizer's chat template, and nothing is appended. The ids of a row do not depend on the other rows.
+    Text: the EOS string is appended if the settings say so, prompt and completion are joined as strings, and the whole
+    is tokenized in one piece, so that a token may span the boundary. Chat: the messages of both are joined and go
+    through the tokenizer's chat template, and nothing is appended. The ids of a row do not depend on the other rows.
 
     Raises:
         `TypeError`: a text prompt with a chat completion.
@@ -224,16 +224,16 @@ def encode_batch(tokenizer: Tokenizer, rows: Sequence[TextRow], tokenization: To
 
 
 def unknown_token_id(tokenizer: Tokenizer) -> int | None:
-    """The token of text that a tokenizer has no token for (BERT's [UNK]); `None` where a text never becomes it.
+    """The token that stands for text without a token (BERT's [UNK]); `None` if a text never becomes it.
 
-    GPT-2 names its EOS as the unknown token and has a token for every byte.
+    GPT-2, for example, names its EOS as the unknown token, but has a token for every byte.
     """
     unknown = tokenizer.unk_token_id
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def unknown_text(tokenizer: Tokenizer, completion: Completion) -> str | None:
-    """The first text of a completion that becomes nothing but unknown tokens; `None` where there is none."""
+    """The first text of a completion whose tokens are all unknown tokens; `None` if there is none."""
     texts = [content_text(message.get("content")) for message in as_messages(completion)]
     texts = [text for text in texts if text and text.strip()]
     alone = tokenizer(text=texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -242,7 +242,7 @@ def unknown_text(tokenizer: Tokenizer, completion: Completion) -> str | None:
 
 
 def by_options(rows: Sequence[TextRow]) -> list[tuple[list[int], dict[str, Any] | None]]:
-    """Row numbers that can be tokenized in one call, with the arguments of the chat template; `None` for text."""
+    """The row numbers of each call of the tokenizer, and its arguments for the chat template (`None` for text)."""
     groups: dict[str | None, tuple[list[int], dict[str, Any] | None]] = {}
     for number, row in enumerate(rows):
         options = key = None
@@ -265,8 +265,8 @@ def plain_text(tokenizer: Tokenizer, prompt: str | None, completion: str, tokeni
 def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading tokens that all `sequences` share, such that each keeps at least one token of its own.
 
-    It is a property of the ids alone, so it does not depend on where the prompt ends as text. 0 when there is no
-    sequence or one of them is empty.
+    It follows from the ids alone, so it does not depend on where the prompt ends as text. It is 0 if there is no
+    sequence or if one of them is empty.
 
     ```python
     >>> common_prefix_length([[1, 2, 3, 4], [1, 2, 9]])
@@ -301,9 +301,9 @@ def closing_tokens(tokenizer: Tokenizer, tokenization: TokenizationSettings) -> 
 def prompt_length(
     tokenizer: Tokenizer, row: TextRow, sequences: Sequence[Sequence[int]], tokenization: TokenizationSettings
 ) -> list[int]:
-    """Number of leading tokens of each of `sequences` that the prompt alone gives too.
+    """For each of `sequences`, how many leading tokens it has in common with the prompt alone.
 
-    A token that crosses the boundary of prompt and completion does not count.
+    A token that spans the boundary of prompt and completion does not count.
 
     Args:
         row (`TextRow`): the prompt, and one of the completions, which says whether the row is a chat.

@@ -1,7 +1,7 @@
-"""Log lines of other packages that a command hides, because they are known to be harmless.
+"""Hides log lines of other packages that are known to be harmless, while a command runs.
 
-It knows loggers and messages. It imports neither torch nor transformers. Which of our lines are shown is decided in
-`trl_ext.logs`.
+It knows loggers and messages. It imports neither torch nor transformers. `trl_ext.logs` decides which of our own lines
+are shown.
 """
 
 import logging
@@ -10,15 +10,15 @@ import re
 import warnings
 
 
-# logger -> text of its lines that tell a user nothing to act on, and why
+# logger -> the lines on which no user can act; each has its reason
 HARMLESS = {
-    # our loaders refuse a checkpoint with missing weights, so that a report of a new head only repeats what is meant
+    # our loaders refuse a checkpoint with missing weights, so a report of a new head tells nothing new
     "transformers.modeling_utils": re.compile("LOAD REPORT"),
     "transformers.utils.loading_report": re.compile("LOAD REPORT"),
-    # `chosen`, `prompt` and so on: the batches are made of the token ids that stand beside them
+    # `chosen`, `prompt` and so on are ignored on purpose: batches are made of the token ids in other columns
     "transformers.trainer": re.compile("have been ignored: "),
 }
-# messages of FutureWarnings that TRL's and PEFT's own calls of transformers give: no user can act on them
+# FutureWarnings that TRL and PEFT cause by their own calls of transformers, so that no user can act on them
 OUTDATED_CALLS = (r".\w*gradient_checkpointing\w*. is deprecated",)
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -27,7 +27,7 @@ _HEADS = {"score", "classifier", "pooler", "lm_head"}
 
 
 class _Harmless(logging.Filter):
-    """Drops the lines of one logger that match, but a load report that says more than that a head is new or unused."""
+    """Drops matching lines of a logger. It keeps a load report that says more than that a head is new or unused."""
 
     def __init__(self, pattern: re.Pattern):
         super().__init__()
@@ -48,7 +48,7 @@ def _says_more(report: str) -> bool:
 
 
 def quiet_noise() -> None:
-    """Hide what is known to be harmless. Nothing is hidden where TRANSFORMERS_VERBOSITY asks for debug lines."""
+    """Hide harmless lines. If TRANSFORMERS_VERBOSITY is `debug`, nothing is hidden."""
     if os.environ.get("TRANSFORMERS_VERBOSITY", "").lower() == "debug":
         return
     for name, pattern in HARMLESS.items():

@@ -7,6 +7,7 @@ command does with them.
 
 import argparse
 import ast
+import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ USED_MOST = {
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows a default where there is one and the help does not say it already."""
+    """Shows the default of an option, unless there is none or the help names it already."""
 
     def __init__(self, prog: str, **kwargs: Any):
         super().__init__(prog, max_help_position=36, **kwargs)
@@ -88,7 +89,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 # ------------------------------------------------------------------------------------------------------------- parsers
 def command_parser(types: Any, prog: str | None, description: str | None = None) -> "Parser":
-    """The parser of a command over its dataclasses; the first paragraph of `description` heads the help."""
+    """The parser of a command, made from its dataclasses. The first paragraph of `description` starts its help."""
     from trl_ext.trainers.common.command_line import Parser
 
     text = description.split("\n\n")[0] if description else None
@@ -98,7 +99,7 @@ def command_parser(types: Any, prog: str | None, description: str | None = None)
 
 
 def parse(parser: "Parser", argv: list[str] | None) -> tuple[Any, ...]:
-    """What the arguments say, one object for each of the parser's types; a mistake ends the command in one line."""
+    """Reads the arguments into one object for each dataclass. A mistake ends the command with one line."""
     from yaml import YAMLError
 
     try:
@@ -126,9 +127,9 @@ def full_help(parser: "Parser") -> str:
 
 
 def owner_of(kind: type, name: str) -> str | None:
-    """The package of the class that defines a field; `None` where the dataclass has none of that name."""
+    """The package of the class that defines a field; `None` if the dataclass has no such field."""
     for base in kind.__mro__:
-        if name in base.__dict__.get("__annotations__", {}):
+        if name in inspect.get_annotations(base):  # the class's own annotations, without those of its bases
             return base.__module__.split(".")[0]
     return None
 
@@ -147,7 +148,7 @@ def _empty(prog: str | None, description: str | None, epilog: str | None = None)
 # ---------------------------------------------------------------------------------------------------------- short help
 @dataclass
 class Option:
-    """A field of a dataclass as its source has it; `default` is `MISSING` where it is required."""
+    """A field of a dataclass as it stands in the source. The `default` of a required field is `MISSING`."""
 
     name: str
     help: str
@@ -159,7 +160,7 @@ MISSING = object()
 
 
 def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
-    """The dataclasses of ours that hold the options of a command (file:class); none for one with a light parser."""
+    """The dataclasses of ours with the options of a command, as file:class; none if the command's parser is light."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--kind", default="reward")
     first.add_argument("--task", default="preference")
@@ -184,7 +185,7 @@ def places_of(command: str, argv: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def short_help(command: str, description: str, argv: Iterable[str] = ()) -> str | None:
-    """The short help of a command, or `None` for one whose own parser is light."""
+    """The short help of a command; `None` if the command's own parser is light."""
     places = places_of(command, argv)
     if not places:
         return None
@@ -226,7 +227,7 @@ def _show(group: Any, option: Option) -> None:
 
 def options_of(place: str) -> dict[str, Option]:
     """
-    The fields of a dataclass, then those of its bases in this package, read from source: name to [`Option`].
+    Reads the fields of a dataclass, and of its bases in this package, from the source: name to [`Option`].
     """
     file, name = place.split(":")
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))

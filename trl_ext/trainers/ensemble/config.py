@@ -1,4 +1,4 @@
-"""Arguments of the ensemble trainers: those of the trainer of one model, and the number, seeds and data of members."""
+"""Configurations of the ensemble trainers: the arguments of one model's trainer, and those that members need."""
 
 from dataclasses import dataclass, field
 
@@ -25,14 +25,14 @@ class EnsembleFields:
         data_strategy (`str`, *optional*, defaults to `"shuffle"`):
             The rows that each member trains on. With `"shuffle"`, each member trains on all rows in a different order.
             With every other strategy all members get the same batches, so that the layers below the first adapted
-            layer run once for all members. `"shared"`: all members train on all rows. `"bootstrap"`: a member counts
-            each row as often as a Poisson(1) draw. `"kfold"`: each member leaves one fold of the rows out.
+            layer run once for all members. `"shared"`: all members train on all rows. `"bootstrap"`: each member draws
+            from Poisson(1) how often each row counts. `"kfold"`: each member leaves out one fold of the rows.
             `"column:<name>"`: the column assigns rows to members. It has one distinct value per member, in sorted
-            order; a list names several members, null names all.
+            order. A list assigns the row to several members, and null assigns it to all.
         branch_at (`float`, *optional*):
             Share of the layers, counted from the first, that have no adapters and run once for all members, e.g. 0.75.
-            It sets `layers_to_transform` of the LoRA config; `target_modules="all-linear"` still works. With `None`,
-            the LoRA config decides which layers have adapters.
+            It sets `layers_to_transform` of the LoRA config, and works with `target_modules="all-linear"` too. With
+            `None`, the LoRA config decides which layers have adapters.
     """
 
     num_members: int = field(default=4, metadata={"help": "Number of members."})
