@@ -84,7 +84,7 @@ class DenseGRPOConfig(GRPOConfig):
     outcome_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the scalar rewards"})
     dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})
     gamma: float = field(default=1.0, metadata={"help": "discount per token, for return and min_form"})
-    potential: Potential = field(
+    potential: Literal["last", "min", "sum"] = field(
         default="last",
         metadata={"help": "potential of shaped: last, lowest or summed reward before a token"},
     )
