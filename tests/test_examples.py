@@ -151,6 +151,21 @@ def test_judge_example_removes_the_position_bias_and_trains(monkeypatch, capsys)
     assert losses(lines)[-1] < losses(lines)[0]
 
 
+@pytest.mark.slow
+def test_judge_study_asks_in_every_way(data_dir, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
+    (table,) = tables(["", *run(EXAMPLES / "study_judge.py", monkeypatch, capsys)])
+    assert [row[0] for row in table] == [
+        "asked",
+        "---",
+        "which does less harm",
+        "grade from 1 to 5",
+        "which is better",
+        "the shorter answer wins",
+    ]
+    assert all(0 <= float(row[1].split()[0]) <= 1 for row in table[2:])
+
+
 def test_dpo_example_trains_on_pairs(monkeypatch, capsys):
     lines = run(EXAMPLES / "dpo_from_rejection_sampling.py", monkeypatch, capsys)
     assert losses(lines)[-1] < losses(lines)[0]
