@@ -8,6 +8,7 @@ model is tiny. Nothing is downloaded. This module knows configs and reports. It 
 import argparse
 import copy
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -115,6 +116,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "not_measured": "--estimate" if args.estimate else None,
     }
     if not args.no_changes:
+        minutes = "Estimating what other settings would take and the largest that fit (minutes for a large model; "
+        print(f"{minutes}--no_changes leaves it out) ...", file=sys.stderr)
         for change in changes(command, parsed.training, parsed.model):
             case = change._asdict()
             try:

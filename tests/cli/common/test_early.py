@@ -79,7 +79,7 @@ def test_the_names_of_a_config_file_are_checked_and_flags_win(here):
     [
         (["score", "--model", "./modle"], "./modle is not a folder.*Did you mean 'model'"),
         (["label-preferences", "--judge", "./modle"], "./modle is not a folder.*Did you mean 'model'"),
-        (["reward", "--config", "run.yaml"], "No file at 'run.yaml'"),
+        (["reward", "--config", "run.yaml"], "run.yaml is no file"),
         (["score", "--dataset_format", "rewardbnch"], "Did you mean 'rewardbench'"),
         (["dense-grpo", "--dense_reward_funcs", "rewards.py:shrt"], "Did you mean 'short'"),
     ],

@@ -38,7 +38,7 @@ def check_names(command: str, argv: list[str]) -> None:
     given = flags(argv)
     if len(given.get("config", ())) == 1:
         if not Path(given["config"][0]).exists():
-            raise UsageError(f"--config: No file at {given['config'][0]!r} (seen from {Path.cwd()}).")
+            raise UsageError(f"--config: {given['config'][0]} is no file (seen from {Path.cwd()}).")
         values = _values_of(given["config"][0])
         _check_keys(command, given["config"][0], values)
         given = values | given
