@@ -9,6 +9,7 @@ calibration.jsonl. The two files must not share rows.
 
 import sys
 import tempfile
+from importlib.util import find_spec
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
@@ -91,19 +92,19 @@ def main(smoke: bool) -> None:
         flat = [(row["prompt"], text) for row in held_out for text in row["completions"]]
         ensemble.fit_normalizer([prompt for prompt, _ in flat], [text for _, text in flat])
 
-        # fit the members' weights on held-out preferences (needs the extra `fusion`)
-        pairs = [(row["prompt"], *_best_and_worst(row)) for row in held_out]
-        weights = ensemble.fit_fusion(*(list(column) for column in zip(*pairs, strict=True)))
-        print("fusion:", *(f"{weight:.3f}" for weight in weights))
+        ways = {"worst case": dict(reduce="min"), "mean - std": dict(reduce="mean_minus_std", coefficient=1.0)}
+        if find_spec("sklearn") is None:
+            print("fusion: left out (pip install 'trl-ext[fusion]')")
+        else:  # fit the members' weights on held-out preferences
+            pairs = [(row["prompt"], *_best_and_worst(row)) for row in held_out]
+            weights = ensemble.fit_fusion(*(list(column) for column in zip(*pairs, strict=True)))
+            print("fusion:", *(f"{weight:.3f}" for weight in weights))
+            ways = {"fusion": dict(reduce="fusion", weights=weights), **ways}
 
         candidates = ["7", "8", "14"]
         prompts = ["3+4="] * len(candidates)
         members = ensemble.score_members(prompts, candidates)
-        for name, settings in {
-            "fusion": dict(reduce="fusion", weights=weights),
-            "worst case": dict(reduce="min"),
-            "mean - std": dict(reduce="mean_minus_std", coefficient=1.0),
-        }.items():
+        for name, settings in ways.items():
             ensemble.set_reducer(**settings)
             print(f"{name}:", *(f"{score:+.3f}" for score in ensemble.combine(members)))
         ensemble.set_reducer("mean")
