@@ -367,6 +367,12 @@ def test_wrong_arguments(arguments, said, tmp_path):
         self_instruct("none", SEEDS, tmp_path, **arguments)
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process"):
+        self_instruct("none", SEEDS, tmp_path)
+
+
 def test_templates_of_the_user(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()

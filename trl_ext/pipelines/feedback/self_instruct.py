@@ -8,6 +8,7 @@ and `instruct_report` what the report says.
 
 import logging
 import math
+import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -138,6 +139,11 @@ def self_instruct(
     ```
     """
     check_rapidfuzz()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "self-instruct runs in one process, because each round builds on the one before. Start it without a "
+            "launcher; for speed use backend='vllm', which answers the prompts of a round side by side."
+        )
     counts = {
         "num_tasks": (num_tasks, 1),
         "num_seed_demonstrations": (num_seed_demonstrations, 1),
