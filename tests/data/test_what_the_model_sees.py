@@ -239,6 +239,14 @@ def test_tools_that_the_template_leaves_out_are_counted():
     assert report.first_unseen == (0, "weather")
 
 
+@pytest.mark.parametrize(
+    "calls", ["[]", [None], [{"function": None}], [{"name": "f", "arguments": "{"}], [{"name": 3}]]
+)
+def test_calls_of_another_form_are_for_the_template_to_judge(calls):
+    encoded = encode_batch(TOKENIZER, [TextRow(user("Sun?"), [{**says("Yes.")[0], "tool_calls": calls}])], SETTINGS)
+    assert encoded[0].unseen in (None, "f") and encoded[0].ids
+
+
 def test_a_stream_says_and_refuses_it_too(caplog):
     rows = [chat(), chat(good="<think>a</think>b"), chat()]
     list(prepare(IterableDataset.from_generator(lambda: iter(rows)), with_template(LAST_PART_ONLY))[0])

@@ -249,7 +249,7 @@ def unseen_prompt(rendered: str, prompt: Prompt, options: dict[str, Any]) -> str
     messages = prompt if is_chat(prompt) else []
     texts = [text.split("</think>")[-1] for message in messages for text in _contents(message)]
     texts += [text for message in messages for text in _calls(message)]
-    texts += [name for tool in options["tools"] or [] if (name := _function_name(tool))]
+    texts += [name for tool in _items(options["tools"]) if (name := _function_name(tool))]
     return _first_missing(rendered, texts)
 
 
@@ -267,10 +267,10 @@ def _contents(message: Message, more: Sequence[str] = ()) -> list[str]:
 
 def _calls(message: Message) -> Iterator[str]:
     """The names of the tools that a message calls, and those arguments that stand in any notation as they are."""
-    for call in message.get("tool_calls") or []:
+    for call in _items(message.get("tool_calls")):
         if name := _function_name(call):
             yield name
-        arguments = call.get("function", call).get("arguments")
+        arguments = _function(call).get("arguments")
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
@@ -282,6 +282,15 @@ def _calls(message: Message) -> Iterator[str]:
 
 def _function_name(tool: Any) -> str | None:
     """The name of the function of a tool, which is a JSON schema, a call or a Python function."""
-    if isinstance(tool, dict):
-        return tool.get("function", tool).get("name")
-    return getattr(tool, "__name__", None)
+    name = _function(tool).get("name", getattr(tool, "__name__", None))
+    return name if isinstance(name, str) else None
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    """The function in a schema or a call; empty for anything else, which is for the chat template to judge."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else ()
