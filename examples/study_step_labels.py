@@ -17,8 +17,7 @@ Held-out solutions with exact labels measure it:
 
 The share of the gain is (arm - chance) / (reference - chance), where the reference is the better of full Monte Carlo
 with soft and with hard labels. Chance is 0.5 for the AUC, the best constant answer for the first error, and the mean
-candidate for best of 8. Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`. `--arms 4` stops
-after the first four arms.
+candidate for best of 8. Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`.
 """
 
 import argparse
@@ -27,9 +26,7 @@ import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +46,19 @@ LENGTHS = (3, 4)  # digits to sort
 # from the rollouts of the arm with soft ones.
 ARMS: dict[str, dict[str, Any]] = {
     "exact labels": {},
+    "adaptive, 4, denoised": {"method": "adaptive", "num_rollouts": 4, "denoise": True},
     "full, 8 rollouts, hard": {"reuse": False, "derived": "hard"},
     "full, 8 rollouts, soft": {"reuse": False},
-    "adaptive, 4, denoised": {"method": "adaptive", "num_rollouts": 4, "denoise": True},
     "full, 8 rollouts, hard, a tenth of the prompts": {"reuse": False, "derived": "hard", "share": 0.1},
-    "adaptive, 8": {"method": "adaptive"},
     "verdict of the solution for every step": {"num_rollouts": 1},
-    "full, 8, hard, shared": {"labels": "hard"},
-    "binary, 8": {"method": "binary"},
     "full, 1 rollout, soft": {"reuse": False, "num_rollouts": 1},
+    "full, 8, hard, shared": {"labels": "hard"},
     "full, 8, denoised, shared": {"denoise": True},
+    "binary, 8": {"method": "binary"},
+    "adaptive, 8": {"method": "adaptive"},
     "adaptive, 4": {"method": "adaptive", "num_rollouts": 4},
-    "full, 8, soft, shared": {},
 }
-REFERENCES = ("full, 8 rollouts, soft", "full, 8 rollouts, hard")
+REFERENCES = ("full, 8 rollouts, hard", "full, 8 rollouts, soft")
 QUALITIES = ("auc", "first_error", "best_of_8")
 
 
@@ -156,20 +152,25 @@ def qualities(scorer: RewardScorer, held: list, trial: list) -> dict[str, float]
     }
 
 
-def run_arm(arm: str, root: Path, seed: int, args: argparse.Namespace, held: list, trial: list) -> dict:
-    """Label, train a process model, and measure it."""
-    folder = root / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    rows, report = label(folder, root / "policy", arm, seed, args)
+def label_metrics(rows: list[dict], report: dict) -> dict[str, Any]:
+    """What the labels of an arm cost, and how many are right."""
     pairs = [
         (value, right)
         for row in rows
         for value, right in zip(row["labels"], truth(row["prompt"], row["completions"]), strict=True)
         if value is not None
     ]
+    costs = ("solutions", "labelled", "rollouts", "rollout_tokens", "solution_tokens", "tokens")
+    accuracy = statistics.fmean((value > 0) == (right > 0) for value, right in pairs)
+    return {**{name: report[name] for name in costs}, "label_accuracy": accuracy}
+
+
+def train_and_measure(
+    rows: list[dict], root: Path, seed: int, args: argparse.Namespace, held: list, trial: list
+) -> dict:
+    """Train a process model on the labels of an arm, and measure it."""
     config = PRMConfig(
-        str(folder / "prm"),
+        str(root / "prm"),
         max_steps=args.steps,
         per_device_train_batch_size=64,
         learning_rate=2e-3,
@@ -187,17 +188,9 @@ def run_arm(arm: str, root: Path, seed: int, args: argparse.Namespace, held: lis
     )
     trainer = PRMTrainer(str(root / "base"), config, train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
-    labelled = time.perf_counter()
     trainer.train()
-    trained = time.perf_counter()
     scorer = RewardScorer(trainer.model, processing_class=trainer.processing_class, device="cpu", batch_size=256)
-    costs = ("solutions", "labelled", "rollouts", "rollout_tokens", "solution_tokens", "tokens")
-    return {
-        **{name: report[name] for name in costs},
-        "label_accuracy": statistics.fmean((value > 0) == (right > 0) for value, right in pairs),
-        **qualities(scorer, held, trial),
-        "seconds": [round(end - begin) for begin, end in pairwise((start, labelled, trained, time.perf_counter()))],
-    }
+    return qualities(scorer, held, trial)
 
 
 def prepare(root: Path, args: argparse.Namespace) -> dict[int, tuple[list, list]]:
@@ -225,58 +218,75 @@ def run_arms(root: Path, args: argparse.Namespace) -> list[dict[str, dict]]:
     """The results of every arm of each seed; finished arms are read from disk."""
     solutions = prepare(root, args)
     results: list[dict[str, dict]] = [{} for _ in solutions]
-    for arm in list(ARMS)[: args.arms]:
+    # a policy of a few steps is never right, so that denoising would leave out every prompt
+    for place, arm in enumerate(arm for arm in ARMS if not (args.smoke and ARMS[arm].get("denoise"))):
+        trained = args.trained is None or place < args.trained
         for seed, (held, trial) in solutions.items():
-            file = root / f"seed-{seed}" / f"{arm.replace(' ', '_').replace(',', '')}.json"
-            if not file.is_file():
-                found = json.dumps(run_arm(arm, root, seed, args, held, trial))
-                file.write_text(found + "\n", encoding="utf-8")
+            folder = root / f"seed-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{arm.replace(' ', '_').replace(',', '')}.json"
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if not found or (trained and "auc" not in found):
+                rows, report = label(folder, root / "policy", arm, seed, args)
+                found = label_metrics(rows, report)
+                if trained:
+                    found |= train_and_measure(rows, root, seed, args, held, trial)
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
                 print(f"seed {seed}, {arm}: {found}", file=sys.stderr, flush=True)
-            results[seed][arm] = json.loads(file.read_text(encoding="utf-8"))
+            results[seed][arm] = found
     return results
 
 
-def shown(values: Sequence[float]) -> str:
+def shown(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard error over the seeds."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{error}"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
+
+
+def share_of_gain(gains: Sequence[float], references: Sequence[float]) -> str:
+    """The sum of gains over that of the reference, with a standard error by the jackknife over the seeds."""
+    if sum(references) / len(references) < 0.02:
+        return "undefined"  # the reference is no better than chance
+    share, number = sum(gains) / sum(references), len(gains)
+    if number == 1:
+        return f"{share:.0%}"
+    without = [(sum(gains) - one) / (sum(references) - other) for one, other in zip(gains, references, strict=True)]
+    centre = statistics.fmean(without)
+    error = math.sqrt((number - 1) / number * sum((value - centre) ** 2 for value in without))
+    return f"{share:.0%} ± {error:.0%}"
 
 
 def table(results: list[dict[str, dict]]) -> tuple[list[str], list[list[str]]]:
     """The columns and rows of the comparison."""
-    columns = ["labels", "tokens of rollouts", "with solutions", "label > 0 is right"]
+    columns = ["labels", "tokens of rollouts", "with solutions", "solutions kept", "label > 0 is right"]
     columns += ["AUC", "first error", "best of 8", "share of the gain (AUC; first error; best of 8)"]
+    references = [arm for arm in REFERENCES if "auc" in results[0][arm]]
     reference = {
-        name: max(REFERENCES, key=lambda arm, name=name: statistics.fmean(found[arm][name] for found in results))
+        name: max(references, key=lambda arm, name=name: statistics.fmean(found[arm][name] for found in results))
         for name in QUALITIES
     }
     rows = []
     for arm in results[0]:
-        own = [found[arm] for found in results]
-        full = [found[REFERENCES[0]] for found in results]
+        own, full = [found[arm] for found in results], [found[REFERENCES[0]] for found in results]
+        tokens = [
+            sum(one[name] for one in own) / sum(one[name] for one in full) for name in ("rollout_tokens", "tokens")
+        ]
+        cells = ["none", "none"] if arm == "exact labels" else [f"{share:.1%}" for share in tokens]
+        cells += [f"{sum(one['labelled'] for one in own) / sum(one['solutions'] for one in own):.0%}"]
+        cells += [shown([one["label_accuracy"] for one in own])]
+        if "auc" not in own[0]:
+            rows.append([arm, *cells, "", "", "", ""])
+            continue
         gains = [
-            [
-                (one[name] - one[f"chance_{name}"])
-                / ((found[reference[name]][name] - one[f"chance_{name}"]) or math.nan)
-                for one, found in zip(own, results, strict=True)
-            ]
+            share_of_gain(
+                [one[name] - one[f"chance_{name}"] for one in own],
+                [found[reference[name]][name] - found[reference[name]][f"chance_{name}"] for found in results],
+            )
             for name in QUALITIES
         ]
-        rows.append(
-            [
-                arm,
-                *(
-                    "none"
-                    if arm == "exact labels"
-                    else f"{sum(one[name] for one in own) / sum(one[name] for one in full):.1%}"
-                    for name in ("rollout_tokens", "tokens")
-                ),
-                f"{statistics.fmean(one['label_accuracy'] for one in own):.3f}",
-                *(shown([one[name] for one in own]) for name in QUALITIES),
-                "; ".join(map(shown, gains)),
-            ]
-        )
-    return columns, rows
+        rows.append([arm, *cells, *(shown([one[name] for one in own]) for name in QUALITIES), "; ".join(gains)])
+    chance = [shown([found["exact labels"][f"chance_{name}"] for found in results]) for name in QUALITIES]
+    return columns, [*rows, ["chance", "", "", "", "", *chance, ""]]
 
 
 def main(arguments: list[str]) -> None:
@@ -285,13 +295,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--prompts", type=int, default=200, help="training prompts, with four solutions each")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each process model")
     parser.add_argument("--eval_prompts", type=int, default=60, help="held-out prompts, with eight samples each")
-    parser.add_argument("--arms", type=int, help="how many arms, from the first; all by default")
+    parser.add_argument("--trained", type=int, help="train process models of so many arms, from the first (all)")
     parser.add_argument("--output_dir", default="outputs/study_step_labels")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(arguments)
     vars(args).update(policy_prompts=8000, policy_steps=1000)
     if args.smoke:
-        vars(args).update(policy_prompts=200, policy_steps=30, seeds=1, prompts=10, steps=2, eval_prompts=10, arms=4)
+        vars(args).update(
+            policy_prompts=200, policy_steps=30, seeds=1, prompts=40, steps=2, eval_prompts=10, trained=3
+        )
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) if args.smoke else Path(args.output_dir)
         results = run_arms(root, args)

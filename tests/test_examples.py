@@ -336,6 +336,5 @@ def test_label_steps_example_labels_and_trains(monkeypatch, capsys):
 @pytest.mark.slow
 def test_study_of_step_labels_compares_every_arm(monkeypatch, capsys):
     (table,) = tables(["", *run(EXAMPLES / "study_step_labels.py", monkeypatch, capsys)])
-    arms = ["exact labels", "full, 8 rollouts, soft", "full, 8 rollouts, hard", "adaptive, 8"]
-    assert [row[0] for row in table] == ["labels", *arms]
-    assert all(0 <= float(row[3]) <= 1 for row in table[1:])
+    assert [row[0] for row in table][:3] == ["labels", "exact labels", "full, 8 rollouts, hard"] and len(table) == 12
+    assert all(0 <= float(row[4]) <= 1 for row in table[1:-1]) and table[3][8] and not table[4][8]

@@ -1,15 +1,18 @@
 """`label_steps` on a policy whose chance of a right answer is known after every prefix."""
 
 import json
+import os
 import random
 import re
 import signal
-import subprocess
-import sys
+import time
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import wandb
 
 from tests.pipelines.feedback.lines_policy import AFTER_A_LINE, AT_THE_START, ones, save_lines_policy
 from tests.pipelines.http_server import serving
@@ -44,7 +47,7 @@ def exact(steps: list[str]) -> list[float]:
     return [float("0" not in steps[: end + 1]) for end in range(len(steps))]
 
 
-def test_full_monte_carlo_estimates_the_chance_after_each_prefix(policy, tmp_path):
+def test_full_monte_carlo_estimates_the_chance_after_each_prefix(policy, tmp_path, monkeypatch):
     rows = [{"prompt": "a:", "completions": ["1", "1", "1", "0", "1"]}] * 6
     found = label_steps_with_report(policy, rows, ones, tmp_path, num_rollouts=30, reuse=False, **QUICK)
     labels = list(zip(*found.dataset["labels"], strict=True))
@@ -56,6 +59,12 @@ def test_full_monte_carlo_estimates_the_chance_after_each_prefix(policy, tmp_pat
     assert report["solutions"] == report["labelled"] == 6 and report["steps"] == 30 and not report["omitted"]
     assert report["tokens"] == report["rollout_tokens"] > report["rollouts"]
     assert json.loads((found.path.parent / "report.json").read_text())["rollouts"] == report["rollouts"]
+    logged: dict = {}
+    monkeypatch.setattr(wandb, "run", None)
+    found.log_to_wandb()
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(log=logged.update))
+    found.log_to_wandb()
+    assert logged["steps/rollouts"] == report["rollouts"] and len(logged["steps/rows"].data) == 30
 
 
 def test_shared_rollouts_estimate_the_same_with_fewer_tokens(policy, tmp_path):
@@ -144,30 +153,41 @@ def test_a_run_that_is_interrupted_goes_on(policy, tmp_path):
     assert {**again.report, "seconds": 0, "path": ""} == {**whole.report, "seconds": 0, "path": ""}
 
 
+def forked(work) -> int:
+    """The process of a function call."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_gives_what_an_uninterrupted_run_gives(policy, tmp_path):
-    program = (
-        "import json, os, random, signal, sys, threading, time\n"
-        "from tests.pipelines.feedback.test_step_labels import PROMPTS, QUICK, label_steps\n"
-        "policy, folder, wait = sys.argv[1], sys.argv[2], float(sys.argv[3])\n"
-        "if wait: threading.Timer(wait, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()\n"
-        "rows = label_steps(policy, PROMPTS * 8, 'tests.pipelines.feedback.lines_policy.ones', 8, 'adaptive',\n"
-        "                   output_dir=folder, chunk_size=1, **QUICK)\n"
-        "print(json.dumps(rows.to_list()))\n"
-    )
+    def run(name: str) -> list[dict]:
+        options = {"output_dir": tmp_path / name, "chunk_size": 1, **QUICK}
+        return label_steps(policy, PROMPTS, f"{ones.__module__}.ones", 16, "adaptive", **options).to_list()
 
-    def run(folder: str, wait: float) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", program, str(policy), str(tmp_path / folder), str(wait)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    whole = run("whole", 0)
-    rng, killed = random.Random(0), 0
-    for _ in range(4):
-        done = run("killed", rng.uniform(0.3, 2.0))
-        killed += done.returncode == -signal.SIGKILL
-    done = run("killed", 0)
-    assert killed >= 2 and done.returncode == whole.returncode == 0
-    assert json.loads(done.stdout) == json.loads(whole.stdout)
+    whole, rng, killed = run("whole"), random.Random(0), []
+    while len(killed) < 6:
+        made = len(list((tmp_path / "killed").rglob("shard-*")))
+        pid, wanted = forked(lambda: run("killed")), made + rng.randint(1, 6)
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if len(list((tmp_path / "killed").rglob("shard-*"))) >= wanted:
+                time.sleep(rng.uniform(0, 0.05))
+                os.kill(pid, signal.SIGKILL)
+                killed.append(os.waitpid(pid, 0)[1])
+                break
+            time.sleep(0.002)
+        else:
+            break  # it came to its end
+    assert len(killed) >= 3 and set(killed) == {signal.SIGKILL}
+    assert run("killed") == whole
 
 
 # Chats, tokenizers, servers

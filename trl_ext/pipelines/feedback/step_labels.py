@@ -231,6 +231,7 @@ def label_steps_with_report(
             for row, group in enumerate(samples)
         ]
         solution_tokens = sum(length_of(sample) for group in samples for sample in group)
+    identity = reward_identity(verifier) or {"name": reward_name(verifier), "run": time.time_ns()}
     chunks = [sum(groups[first : first + chunk_size], []) for first in range(0, len(groups), chunk_size)]
     manifest = {
         "format": FORMAT,
@@ -238,7 +239,7 @@ def label_steps_with_report(
         "model": model_of_backend(model, backend, model_init_kwargs or {}, processing_class),
         "sampling": asdict(sampling),
         "settings": asdict(settings),
-        "verifier": reward_identity(verifier) or {"name": reward_name(verifier), "run": time.time_ns()},
+        "verifier": identity,
         "right_above": right_above,
         "step_separator": step_separator,
         "seed": seed,
@@ -250,6 +251,11 @@ def label_steps_with_report(
     store = ShardStore(folder / "labels", manifest, [len(chunk) for chunk in chunks])
     store.create()
     missing = store.missing()
+    if "unseen" in identity and len(missing) < len(chunks):
+        logger.warning(
+            f"Stored labels are used again. The verifier reads {', '.join(identity['unseen'])}, whose content cannot "
+            f"be compared. If that content changed, delete {store.folder}."
+        )
     if missing:
         generator = make_generator(model, backend, sampling, processing_class=processing_class, **kwargs)
         function, name = load_reward(verifier), reward_name(verifier)
