@@ -173,9 +173,16 @@ def guarded(prog: str, command: Callable[[list[str] | None], int | None], argv: 
         if os.environ.get(TRACEBACK):
             raise
         hint = AFTER_INTERRUPT.get(prog)
-        # progress bars leave the cursor in their line
+        _close_bars()
         print(f"{prog}: interrupted" if hint is None else f"\n{prog}: interrupted. {hint}", file=sys.stderr)
         return 130
+
+
+def _close_bars() -> None:
+    """Close tqdm's bars, which would draw themselves again below the last line."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 def _is_of_files(error: Exception) -> bool:
