@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trl_ext.cli import dense_grpo, ensemble, orm, ppo, prm, ranked_dpo, reward, segment, weak_to_strong
 from trl_ext.cli import main as cli
@@ -131,6 +132,13 @@ def test_a_wrong_argument_is_one_line(config, flags, words, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", [["--config", "x.yaml"], ["--config=x.yaml"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 works on this machine")
+def test_a_machine_without_a_gpu_is_told_both_options(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reward", "--model_name_or_path", "x", "--dataset_name", "y", "--output_dir", str(tmp_path)])
+    assert "On a CPU add: --use_cpu --bf16 false" in capsys.readouterr().err
+
+
 def test_an_unquoted_no_is_the_word(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text("eval_strategy: no\nsave_strategy: no\nlearning_rate: 1e-4\nenv: {TRL_EXT_TEST: 3}\n")

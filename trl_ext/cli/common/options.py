@@ -105,7 +105,10 @@ def parse(parser: "Parser", argv: list[str] | None) -> tuple[Any, ...]:
     try:
         return parser.parse_args_and_config(argv)
     except (ValueError, OSError, YAMLError) as error:  # unknown names, values of a wrong kind, no such file
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if "use_cpu" in text:  # transformers' advice leaves out bf16, which TRL turns on
+            text += " On a CPU add: --use_cpu --bf16 false"
+        print(f"{parser.prog}: error: {text}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
