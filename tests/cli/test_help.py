@@ -131,7 +131,6 @@ def test_a_wrong_argument_is_one_line(config, flags, words, tmp_path, monkeypatc
     assert said.startswith("trl-ext reward: error: ") and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("how", [["--config", "x.yaml"], ["--config=x.yaml"]])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 works on this machine")
 def test_a_machine_without_a_gpu_is_told_both_options(tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -139,6 +138,7 @@ def test_a_machine_without_a_gpu_is_told_both_options(tmp_path, capsys):
     assert "On a CPU add: --use_cpu --bf16 false" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", [["--config", "x.yaml"], ["--config=x.yaml"]])
 def test_an_unquoted_no_is_the_word(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text("eval_strategy: no\nsave_strategy: no\nlearning_rate: 1e-4\nenv: {TRL_EXT_TEST: 3}\n")
