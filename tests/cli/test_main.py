@@ -4,7 +4,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -44,13 +43,10 @@ def test_help_names_every_command_and_does_not_import_torch():
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    seconds = time.perf_counter() - start
     for command, line in cli.COMMANDS.items():
         assert f"{command} " in done.stdout
         assert line in done.stdout
-    assert seconds < 1.0
 
 
 def test_no_command_shows_the_help(capsys):

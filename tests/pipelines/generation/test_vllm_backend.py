@@ -5,7 +5,6 @@ request does not say, as vLLM does.
 """
 
 import threading
-import time
 from contextlib import ExitStack
 
 import pytest
@@ -243,10 +242,9 @@ def test_several_servers_share_the_requests_and_one_may_die(tiny, backend, short
         assert [[item.text for item in row] for row in found] == [[item.text for item in row] for row in expected]
         assert abs(len(first.requests) - len(second.requests)) <= 2 and first.requests and second.requests
         caplog.clear()
-        started = time.perf_counter()
         found = make(tiny, [dying.url, first.url, second.url], backend).generate(PROMPTS, 4, 0)
         assert [[item.text for item in row] for row in found] == [[item.text for item in row] for row in expected]
-        assert 1 <= len(dying.requests) <= 4 and time.perf_counter() - started < 60
+        assert 1 <= len(dying.requests) <= 4
         assert f"The server at {dying.url} failed with" in caplog.text and "requests go to the others" in caplog.text
     with serving(vllm_like(tiny), cards(str(tiny))) as alone:  # the others were ended
         caplog.clear()
