@@ -40,8 +40,7 @@ API = {
         "Rejection sampling and best of n",
         "rejection_sample best_of_n RejectionSamplingTrainer RejectionSamplingConfig",
     ),
-    "labels": ("Choosing what to label", "choose"),
-    "feedback": ("Tasks and labels by models", "label_preferences JudgeReward label_steps self_instruct"),
+    "labels": ("Labels and tasks", "label_preferences JudgeReward label_steps choose self_instruct"),
     "policies": (
         "Policies",
         "DenseGRPOTrainer DenseGRPOConfig PPOTrainer PPOConfig RankedDPOTrainer RankedDPOConfig",

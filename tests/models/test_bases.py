@@ -56,7 +56,7 @@ def test_a_base_is_compared_with_what_its_path_holds(base, tmp_path, kind):
 def test_every_way_to_an_adapter_on_a_changed_base_is_refused(base, tmp_path):
     merged = with_merged_adapter(in_memory(base))
     adapted = get_peft_model(merged, LoraConfig(target_modules=["q_proj"], modules_to_save=["score"]))
-    with pytest.raises(BaseMismatchError, match="Save the model without the adapter.*and train on that folder"):
+    with pytest.raises(BaseMismatchError, match="Save the model without an adapter.*and train on that folder"):
         make_trainer(adapted, tmp_path)
     args = RewardEnsembleConfig(str(tmp_path), num_members=2, report_to="none", bf16=False, use_cpu=True)
     rows = Dataset.from_list(pair_rows(4))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from trl_ext.cli.common.generation import (
-    GenerationArguments,
+    WriterArguments,
     described,
     model_init_kwargs,
     sampling_kwargs,
@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class LabelStepsArguments(GenerationArguments):
+class LabelStepsArguments(WriterArguments):
     """Arguments of `trl-ext label-steps`. `--reward_funcs` names the verifier."""
 
     dataset_name: str = field(
         metadata=described("Hub id, folder or file of rows with a prompt, and with completions (steps) if they exist")
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata=described(
+            "the verifier, exactly one: a folder or Hub id of a reward model, a name of trl.rewards (accuracy_reward "
+            "...), a judge (judge.yaml), or a function: package.module.function or file.py:function"
+        ),
     )
     dataset_config: str | None = field(default=None, metadata=described("configuration of a Hub dataset"))
     dataset_split: str = field(default="train", metadata=described("split of the dataset"))
@@ -62,7 +69,9 @@ class LabelStepsArguments(GenerationArguments):
     )
     tolerance: int = field(default=2, metadata=described("denoise: soft labels for so many steps before an error"))
     num_solutions: int = field(default=4, metadata=described("solutions to generate for each prompt without steps"))
-    step_separator: str = field(default="\n", metadata=described("text after each step, as for trl-ext prm"))
+    step_separator: str = field(
+        default="\n", metadata=described("text after each step (a line break), as for prm")
+    )
     segmenter: str = field(default="steps", metadata=described("how generated solutions are split into steps"))
     label_end: bool = field(
         default=False, metadata=described("add an empty step for the end of each generated solution")
@@ -76,8 +85,6 @@ class LabelStepsArguments(GenerationArguments):
         super().__post_init__()
         if self.reward_funcs is None or len(self.reward_funcs) != 1:
             raise ValueError(f"--reward_funcs is {self.reward_funcs}; needed: one reward function, the verifier.")
-        if self.reward_weights is not None:
-            raise ValueError("--reward_weights does not go with a verifier; leave it out, or set --right_above.")
 
 
 # Arguments that reach `label_steps_with_report` under their own name.

@@ -52,8 +52,8 @@ QUIET = {"trl-ext demo", "trl-ext bench", "trl-ext weak-to-strong"}
 _AGAIN = "What is finished is kept. Run the same command again to continue."
 _FROM_CHECKPOINT = "Saved checkpoints are kept: --resume_from_checkpoint true goes on from the last one."
 AFTER_INTERRUPT = {
-    **{f"trl-ext {name}": _AGAIN for name in ("score", "rejection-sample", "best-of-n", "self-instruct")},
-    **{f"trl-ext {name}": _AGAIN for name in ("weak-to-strong", "demo")},
+    **{f"trl-ext {name}": _AGAIN for name in ("score", "rejection-sample", "best-of-n", "weak-to-strong", "demo")},
+    **{f"trl-ext {name}": _AGAIN for name in ("label-preferences", "label-steps", "self-instruct")},
     **{f"trl-ext {name}": _FROM_CHECKPOINT for name in ("reward", "orm", "prm", "segment", "ensemble")},
     **{f"trl-ext {name}": _FROM_CHECKPOINT for name in ("dense-grpo", "ppo", "ranked-dpo")},
 }

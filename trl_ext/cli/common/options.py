@@ -55,7 +55,7 @@ USED_MOST = {
     "learning_rate": "the highest learning rate",
     "num_train_epochs": "passes over the data",
     "max_steps": "optimizer steps, in place of epochs",
-    "use_peft": "train LoRA adapters and the head in place of all weights",
+    "use_peft": "train LoRA adapters (and the head of a reward model) in place of all weights",
     "lora_r": "rank of LoRA",
     "lora_target_modules": "layers with adapters, e.g. all-linear",
     "load_in_4bit": "NF4 base (QLoRA)",
@@ -70,7 +70,7 @@ USED_MOST = {
     "run_name": "name of the run there",
     "log_level": "what is logged: warning, info, debug",
     "resume_from_checkpoint": "checkpoint-<step> folder to go on from",
-    "seed": "of the head, the order of rows and dropout",
+    "seed": "of new weights, the order of rows and dropout",
 }
 
 
