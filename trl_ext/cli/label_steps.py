@@ -69,9 +69,7 @@ class LabelStepsArguments(WriterArguments):
     )
     tolerance: int = field(default=2, metadata=described("denoise: soft labels for so many steps before an error"))
     num_solutions: int = field(default=4, metadata=described("solutions to generate for each prompt without steps"))
-    step_separator: str = field(
-        default="\n", metadata=described("text after each step (a line break), as for prm")
-    )
+    step_separator: str = field(default="\n", metadata=described("text after each step (a line break), as for prm"))
     segmenter: str = field(default="steps", metadata=described("how generated solutions are split into steps"))
     label_end: bool = field(
         default=False, metadata=described("add an empty step for the end of each generated solution")
