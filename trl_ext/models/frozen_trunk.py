@@ -35,6 +35,8 @@ class FrozenTrunk:
     """
     Runs the first layers of a model without a gradient, and skips them for batches that it knows.
 
+    It does so between [`FrozenTrunk.install`] and [`FrozenTrunk.remove`].
+
     Args:
         backbone (`nn.Module`): the model without its head. It takes `input_ids` and, if rows are padded,
             `attention_mask`.
@@ -48,19 +50,25 @@ class FrozenTrunk:
 
     def __init__(self, backbone: nn.Module, layers: nn.ModuleList, first: int, store: "MemoryStates | StoredStates"):
         self.passes = self.skipped = 0
-        self._layers, self._first, self._store = layers, first, store
+        self._backbone, self._layers, self._first, self.store = backbone, layers, first, store
         self._pieces: list[Piece] = []
         self._known: torch.Tensor | None = None
-        self._handle = backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._plain = [layer.forward for layer in layers[:first]]
-        for number, layer in enumerate(layers[:first]):
+        self._undo: list[Callable[[], Any]] = []
+
+    def install(self) -> None:
+        """Let the layers of the trunk keep and use states, until [`FrozenTrunk.remove`]."""
+        if self._undo:
+            return
+        self._undo.append(self._backbone.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        for number, layer in enumerate(self._layers[: self._first]):
+            self._undo.append(partial(setattr, layer, "forward", layer.forward))
             layer.forward = partial(self._run, number, layer.forward)
 
     def remove(self) -> None:
         """Give the layers their own forward passes back."""
-        self._handle.remove()
-        for layer, forward in zip(self._layers[: self._first], self._plain, strict=True):
-            layer.forward = forward
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
 
     def _begin(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._layers[: self._first]:
@@ -75,7 +83,7 @@ class FrozenTrunk:
         """The states of all tokens of the batch (padding gets 0), or `None` if a piece is not known."""
         found = []
         for piece in self._pieces:
-            states = self._store.get(piece.key)
+            states = self.store.get(piece.key)
             if states is None:
                 return None
             found.append(states)
@@ -94,7 +102,7 @@ class FrozenTrunk:
                 states = forward(*args, **kwargs)
             if last:
                 for piece in self._pieces:
-                    self._store.put(piece.key, states[piece.row, piece.start : piece.end])
+                    self.store.put(piece.key, states[piece.row, piece.start : piece.end])
         if last and torch.is_grad_enabled() and getattr(self._layers[self._first], "gradient_checkpointing", False):
             states = states.detach().requires_grad_()  # reentrant checkpointing needs an input with a gradient
         return states

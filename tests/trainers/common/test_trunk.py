@@ -10,7 +10,6 @@ from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history, states
 from tests.trainers.table import tiny_trainer
 from trl_ext.models.frozen_trunk import FrozenTrunk, StoredStates
-from trl_ext.trainers.common.trunk import _TrunkCallback
 
 
 UPPER = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=4, layers_to_transform=[1])
@@ -34,7 +33,7 @@ def run(kind: str, base: Path, folder: Path, cache: str | None, **arguments):
 
 
 def trunk_of(trainer) -> FrozenTrunk:
-    return next(one.trunk for one in trainer.callback_handler.callbacks if isinstance(one, _TrunkCallback))
+    return trainer._trunk
 
 
 @pytest.mark.parametrize(
@@ -57,6 +56,29 @@ def test_training_is_the_same_and_later_epochs_skip_the_trunk(base, tmp_path, ki
             torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=1e-5)
     trunk = trunk_of(kept)
     assert (trunk.passes, trunk.skipped) == (6, 4)
+
+
+def test_after_training_the_model_is_the_users_again(base, tmp_path):
+    """What runs through it then is not kept, and weights that change below the adapters count."""
+    trainer, _ = run("reward", base, tmp_path, "memory", num_train_epochs=1)
+    passes, size = trunk_of(trainer).passes, trunk_of(trainer).store.size
+    ids = torch.tensor([trainer.train_dataset[0]["candidate_ids"][0]])
+    with torch.no_grad():
+        before = trainer.model(input_ids=ids).logits
+        trainer.model.get_base_model().model.layers[0].mlp.up_proj.weight.mul_(2)
+        after = trainer.model(input_ids=ids).logits
+    assert not torch.equal(before, after)
+    assert (trunk_of(trainer).passes, trunk_of(trainer).store.size) == (passes, size) and size > 0
+
+
+def test_a_run_that_fails_takes_the_cache_off_too(base, tmp_path):
+    trainer = tiny_trainer("reward", base, tmp_path, trainer_kwargs={"peft_config": UPPER}, trunk_cache="memory")
+    layer = trainer.model.get_base_model().model.layers[0]
+    plain = layer.forward
+    trainer.compute_loss = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert layer.forward == plain
 
 
 def test_a_folder_serves_the_next_run_and_another_base_has_its_own(base, tmp_path):

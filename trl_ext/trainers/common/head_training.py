@@ -40,6 +40,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_ext.logs import follow_transformers
+from trl_ext.models.frozen_trunk import FrozenTrunk
 from trl_ext.models.heads import check_head_trains, unwrap
 from trl_ext.models.rope import original_context
 from trl_ext.models.shared_prefix import SharedPrefixSupport, current_attention, select_attention
@@ -62,7 +63,7 @@ from trl_ext.trainers.common.model_card import name_in_card, reward_card, write_
 from trl_ext.trainers.common.setup import TrainableModel, set_up_model
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
-from trl_ext.trainers.common.trunk import keep_trunk_states
+from trl_ext.trainers.common.trunk import keep_trunk_states, trunk_states
 from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
 
 
@@ -110,6 +111,7 @@ class HeadTraining:
     _writer_class = SidecarWriter
     _shared_prefix = SharedPrefixSupport(False, "the data collator is not ours")  # until the trainer makes its own
     _told_start = False
+    _trunk: FrozenTrunk | None = None  # with `trunk_cache`
 
     dataset_name: str | list[str] | None = None
     """Hub id or file of the training data, for the model card."""
@@ -183,7 +185,8 @@ class HeadTraining:
             self._told_start = True
             log_start(self, self._facts())
         open_run(self)
-        return super().train(*args, **kwargs)
+        with trunk_states(self._trunk):
+            return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation. It restores the model's mode afterwards, because `log` reads it."""

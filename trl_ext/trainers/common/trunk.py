@@ -5,12 +5,14 @@ It knows trainers and adapters. [`FrozenTrunk`] knows how states are kept and la
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from trl_ext.models.ensemble.branching import find_layers
 from trl_ext.models.frozen_trunk import FrozenTrunk, MemoryStates, StoredStates
@@ -21,9 +23,30 @@ from trl_ext.models.rope import original_context
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def trunk_states(trunk: FrozenTrunk | None) -> Iterator[None]:
+    """
+    Keep and use states while a trainer trains, evaluations in between included, and say at the end what that saved.
+
+    The model is the user's before and after: what runs through it then must neither be kept nor read from the cache.
+    """
+    if trunk is None:
+        yield
+        return
+    trunk.install()
+    try:
+        yield
+    finally:
+        trunk.remove()
+    logger.info(
+        f"{trunk.skipped} of {trunk.passes} batches found all their states kept. These take "
+        f"{trunk.store.size / 2**20:.0f} MiB."
+    )
+
+
 def keep_trunk_states(trainer: Trainer) -> None:
     """
-    Follow the trainer's `trunk_cache`; the last step but one of a trainer's `__init__`.
+    Follow the trainer's `trunk_cache`; the last step but one of a trainer's `__init__`. See [`trunk_states`].
 
     Raises:
         ValueError: the layers below the adapters do not give the same states in every epoch, or nothing is below them.
@@ -37,8 +60,7 @@ def keep_trunk_states(trainer: Trainer) -> None:
     _refuse_what_changes(trainer, backbone, layers, first)
     _check(trainer.model, backbone, layers, first)
     store = MemoryStates() if wish == "memory" else StoredStates(Path(wish) / _key_of(backbone, layers, first))
-    trunk = FrozenTrunk(backbone, layers, first, store)
-    trainer.add_callback(_TrunkCallback(trunk, store))
+    trainer._trunk = FrozenTrunk(backbone, layers, first, store)
     place = "in memory" if wish == "memory" else f"in {wish}"
     logger.info(
         f"Layers 0 to {first - 1} of {len(layers)} are not trained: each text runs through them once, and their "
@@ -97,6 +119,7 @@ def _check(model: nn.Module, backbone: nn.Module, layers: nn.ModuleList, first: 
     try:
         model(input_ids=ids, attention_mask=mask)
         trunk = FrozenTrunk(backbone, layers, first, MemoryStates())
+        trunk.install()
         for _ in range(2):
             model(input_ids=ids, attention_mask=mask)
         plain, kept = outputs[0].float(), outputs[-1].float()
@@ -135,16 +158,3 @@ def _key_of(backbone: nn.Module, layers: nn.ModuleList, first: int) -> str:
             digest.update(f"{name}.{own} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class _TrunkCallback(TrainerCallback):
-    """Says at the end of training what the kept states saved and how large they are."""
-
-    def __init__(self, trunk: FrozenTrunk, store: MemoryStates | StoredStates):
-        self.trunk, self._store = trunk, store
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        logger.info(
-            f"{self.trunk.skipped} of {self.trunk.passes} batches found all their states kept. These take "
-            f"{self._store.size / 2**20:.0f} MiB."
-        )
