@@ -16,7 +16,7 @@ from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from trl_ext.cli import main as cli
 from trl_ext.cli.common.train import load_data
 from trl_ext.data.sources import file_format, load_source, select_split
-from trl_ext.trainers.common.command_line import DataArguments
+from trl_ext.trainers.common.command_line import ArgumentsError, DataArguments
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,13 @@ def tiny_base(tmp_path_factory):
 
 
 # Top level
+
+
+@pytest.mark.parametrize("command", ["choose", "evaluate", "label_preferences", "label_steps", "self_instruct"])
+def test_a_misspelt_tracker_is_refused(command):
+    parser = importlib.import_module(f"trl_ext.cli.{command}").make_parser()
+    with pytest.raises(ArgumentsError, match="invalid choice: 'wandbb'"):
+        parser.parse_args(["--report_to", "wandbb"])
 
 
 def test_help_names_every_command_and_does_not_import_torch():

@@ -72,7 +72,9 @@ class ChooseArguments:
     device: str | None = field(default=None, metadata={"help": "e.g. cpu or cuda:1"})
     base_model: str | None = field(default=None, metadata={"help": "where the base of an adapter is now, if it moved"})
     seed: int = field(default=0, metadata={"help": "seed of the strategy random"})
-    report_to: str = field(default="none", metadata={"help": "wandb: put the report and the chosen rows on a run"})
+    report_to: Literal["none", "wandb"] = field(
+        default="none", metadata={"help": "wandb: put the report and the chosen rows on a run"}
+    )
 
     def __post_init__(self) -> None:
         if self.model is None and (self.strategy != "random" or self.fit_uncertainty is not None):

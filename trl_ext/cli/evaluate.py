@@ -96,7 +96,9 @@ class EvaluateArguments(SamplingFields):
     update_model_card: bool = field(
         default=False, metadata={"help": "put the results into the model card (README.md) of --model"}
     )
-    report_to: str = field(default="none", metadata={"help": "wandb: put numbers and tables on a run"})
+    report_to: Literal["none", "wandb"] = field(
+        default="none", metadata={"help": "wandb: put numbers and tables on a run"}
+    )
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.reward_funcs is None):

@@ -41,13 +41,18 @@ class LabelPreferencesArguments(JudgeFields):
     )
     tie_band: float = field(
         default=0.0,
-        metadata={"help": "a probability at most this far from 1/2 is a tie; of rankings: a span of ratings"},
+        metadata={
+            "help": "pairs: a probability at most this far from 1/2 is a tie; rankings: a row whose ratings span at "
+            "most this much is a tie"
+        },
     )
     ties: Literal["keep", "drop"] = field(
         default="keep", metadata={"help": "keep ties, with the probability 1/2 or equal ratings, or leave them out"}
     )
     resamples: int = field(default=2_000, metadata={"help": "bootstrap resamples for the intervals of the report"})
-    report_to: str = field(default="none", metadata={"help": "wandb: put numbers and tables on a run"})
+    report_to: Literal["none", "wandb"] = field(
+        default="none", metadata={"help": "wandb: put numbers and tables on a run"}
+    )
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)

@@ -77,7 +77,9 @@ class LabelStepsArguments(WriterArguments):
     chunk_size: int = field(
         default=64, metadata=described("prompts, or given solutions, that are labelled together and stored at a time")
     )
-    report_to: str = field(default="none", metadata=described("wandb: put numbers and a table of rows on a run"))
+    report_to: Literal["none", "wandb"] = field(
+        default="none", metadata=described("wandb: put numbers and a table of rows on a run")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -134,6 +134,16 @@ def test_a_label_that_begins_another_is_not_confused():
     assert read_label("Answer: 1", ["1", "10"], "Answer:") == 0
 
 
+@pytest.mark.parametrize("text", ["-1", "4.5", "1.8", "3,5", ".5", "−2", "12"])
+def test_a_part_of_a_number_is_no_label(text):
+    grades = ["1", "2", "3", "4", "5"]
+    assert read_label(text, grades, "Answer:") is None
+    assert read_label(f"Answer: {text}", grades, "Answer:") is None
+    assert read_label(f"Answer: {text}. Answer:\n- **4**.", grades, "Answer:") == 3
+    assert read_label("Answer: -1", ["1", "0", "-1"], "Answer:") == read_label("-1", ["1", "0", "-1"], None) == 2
+    assert read_label("Answer: -B", ["A", "B"], "Answer:") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "order"),
     [("C > A > B", [2, 0, 1]), ("A, B. Answer: B>C>A", [1, 2, 0]), ("A > B", None), ("A > B > B", None)],

@@ -152,12 +152,18 @@ def test_what_prompts_show():
             ["Do a.", "Do b.", "Do c."],
             {"surplus": 1},
         ),
+        ("chat", "1. Sort these:\n3) b\n1) a\n2. Do b.", False, ["Sort these: 3) b 1) a", "Do b."], {}),
         ("chat", "I cannot do that.", False, [], {"no_list": 1}),
         ("chat", "1. In 2024. or so\n2. Do 3. things", True, ["In 2024. or so"], {"cut": 1}),
     ],
 )
 def test_instructions_of_an_answer(style, text, cut, found, spoilt):
     assert prompts(style).read_instructions(text, cut, 3) == (found, Counter(spoilt))
+
+
+def test_a_list_inside_the_first_item_of_a_completion():
+    found, _ = prompts("completion").read_instructions(" Sort:\n1) b\n2) a\n10. Do b.", False, 3, demonstrations=8)
+    assert found == ["Sort: 1) b 2) a", "Do b."]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +182,8 @@ def test_instructions_of_an_answer(style, text, cut, found, spoilt):
         ("completion", True, " good\nInput: I like it", False, [("I like it", "good")], None),
         ("chat", False, "Of course.\n**Input:** <none>\n**Output:** c", False, [("", "c")], None),
         ("chat", False, "Output: c", False, [("", "c")], None),
+        ("chat", False, "Output: c\nExample: d\nTask force: e", False, [("", "c\nExample: d\nTask force: e")], None),
+        ("chat", False, "Output: c\n\n**Task 2:** d\nOutput: e", False, [("", "c")], None),
         ("chat", True, "The label is good.", False, [], "no_instance"),
     ],
 )

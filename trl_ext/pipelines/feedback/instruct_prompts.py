@@ -29,9 +29,9 @@ FIELDS = {
     "output_first": (("instruction",), ("examples",)),
 }
 
-_NUMBERED = re.compile(r"^[ \t]*\d+[.)][ \t]*", re.MULTILINE)
+_NUMBERED = re.compile(r"^[ \t]*(\d+)[.)][ \t]*", re.MULTILINE)
 _KEY = re.compile(r"^[ \t*#]*(input|output|label)[ \t*]*:[ \t*]*", re.MULTILINE | re.IGNORECASE)
-_END = re.compile(r"\n[ \t*#]*(?:task|example)\b[^\n]*:", re.IGNORECASE)
+_END = re.compile(r"\n[ \t*#]*task[ \t]*\d*[ \t*]*:", re.IGNORECASE)
 _LABEL = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 _NO_INPUT = {"", "none", "no input", "n/a", "not applicable", "noinput"}
 
@@ -98,16 +98,22 @@ class InstructPrompts:
         return text if self.style == "completion" else [{"role": "user", "content": text}]
 
     # ----------------------------------------------------------------------------------------------------- answers
-    def read_instructions(self, text: str, cut: bool, number: int) -> tuple[list[str], Counter[str]]:
+    def read_instructions(
+        self, text: str, cut: bool, number: int, demonstrations: int | None = None
+    ) -> tuple[list[str], Counter[str]]:
         """
         The instructions of an answer, and the number of those that it spoils, by reason.
+
+        A line begins an item only if it has the next number of the list. An item may so contain a list.
 
         Args:
             text (`str`): a numbered list. After a completion prompt it begins within the first item.
             cut (`bool`): whether the answer was cut at `max_completion_length`, so that its last item is not whole.
             number (`int`): how many were asked for.
+            demonstrations (`int`, *optional*): how many the prompt showed. A completion goes on with their numbers.
         """
-        preface, *items = _NUMBERED.split(text)
+        goes_on = self.style == "completion" and demonstrations is not None
+        preface, *items = _split(text, demonstrations + 2 if goes_on else None)
         if self.style == "completion":
             items = [preface, *items]
         if not items:
@@ -155,6 +161,16 @@ class InstructPrompts:
         if cut and end is None:
             found = found[:-1]
         return found, None if found else "cut"
+
+
+def _split(text: str, number: int | None) -> list[str]:
+    """A text at the items of its numbered list. The first item has this number, by default that of the first line."""
+    pieces, start = [], 0
+    for match in _NUMBERED.finditer(text):
+        if number in (None, int(match[1])):
+            pieces.append(text[start : match.start()])
+            start, number = match.end(), int(match[1]) + 1
+    return [*pieces, text[start:]]
 
 
 def read_templates(style: Style, folder: str | Path | None = None) -> dict[str, PromptTemplate]:

@@ -268,7 +268,7 @@ class Judge:
 
     @property
     def _begun(self) -> str:
-        """With what the judge's answer begins when it is first asked."""
+        """The text that the judge's first answer begins with."""
         if self.settings.reasoning:
             return ""  # the prefix comes after the reasoning
         return self.settings.answer_prefix or ("" if self._generator.chats else _PREFIX)
@@ -333,7 +333,7 @@ class Judge:
 
 def transcript(value: Any, answer: bool = False) -> str:
     """
-    A prompt or a completion as text. The messages of a chat get their roles, but for one answer alone.
+    A prompt or a completion as text. Each message is shown with its role; a single answer is shown without one.
 
     Args:
         value (`str`, message, list of messages or `None`): a prompt or a completion.

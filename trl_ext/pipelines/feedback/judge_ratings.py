@@ -129,6 +129,8 @@ def read_label(text: str, labels: Sequence[str], prefix: str | None) -> int | No
     """
     The index of the label that an answer gives: the last one after the prefix, or the whole answer.
 
+    A label that is part of another number is none: -1, 4.5 and .5 are neither 1, 4 nor 5.
+
     Example:
 
     ```python
@@ -137,8 +139,9 @@ def read_label(text: str, labels: Sequence[str], prefix: str | None) -> int | No
     ```
     """
     named = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    found = re.findall(rf"(?i:{re.escape(prefix)})\W*({named})(?!\w)", text) if prefix else []
-    whole = re.fullmatch(rf"\W*({named})\W*", text)
+    pattern = rf"\W*?(?!(?<=[-−.,])\d)({named})(?!\w|[.,]\d)"
+    found = re.findall(rf"(?i:{re.escape(prefix)}){pattern}", text) if prefix else []
+    whole = re.fullmatch(rf"{pattern}\W*", text)
     label = found[-1] if found else whole[1] if whole else None
     return None if label is None else list(labels).index(label)
 

@@ -1,6 +1,6 @@
 """Self-instruct: a language model makes up tasks with inputs and outputs, starting from a few seed tasks.
 
-Every round shows tasks that are there to the model, asks for new instructions, drops those that the filters refuse,
+Every round shows existing tasks to the model, asks for new instructions, drops those that the filters refuse,
 and asks for an input and an output of the others. A round is one shard of a store, so a rerun continues after the last
 whole round. This module knows the order of the steps. `instruct_prompts` knows the texts, `instruct_pool` the filters,
 and `instruct_report` what the report says.
@@ -298,7 +298,7 @@ class _Run:
         records = []
         for texts, answer in zip(drawn, self.writers("instruction", prompts, seed), strict=True):
             cut = answer.finish_reason == "length"
-            found, spoilt = self.prompts.read_instructions(answer.text, cut, self.asked)
+            found, spoilt = self.prompts.read_instructions(answer.text, cut, self.asked, len(texts))
             candidates = [{"instruction": text} for text in found]
             records.append(
                 {"demonstrations": texts, "answer": answer.text, "unread": dict(spoilt), "candidates": candidates}
