@@ -248,6 +248,10 @@ def test_saved_and_loaded(members, tmp_path):
     nested = RewardEnsemble([tmp_path / "ensemble", by_length], normalize=False)
     assert nested.members == ["ensemble", "by_length"]
     assert [row[0] for row in nested.score_members(*rows())] == pytest.approx(want, abs=1e-6)
+    options = {"max_length": 3}  # they reach the members of the inner ensemble
+    cut = RewardEnsemble([tmp_path / "ensemble"], scorer_kwargs=options, normalize=False)(*rows())
+    assert cut == pytest.approx(RewardEnsemble(tmp_path / "ensemble", scorer_kwargs=options)(*rows()), abs=1e-6)
+    assert cut != pytest.approx(want, abs=1e-6)
     # each member is an ordinary reward model
     assert RewardScorer(tmp_path / "ensemble" / "member-1")(*rows()) == RewardScorer(members[1])(*rows())
 
@@ -342,6 +346,7 @@ def test_a_fusion_that_turns_the_members_round_is_said(caplog):
         (dict(members=[by_length], reduce="weighted", weights=[1.0, 2.0]), ValueError, "1 finite numbers"),
         (dict(members=[by_length], coefficient=1.0), TypeError, "coefficient"),
         (dict(members=[by_length], reduce="mean_minus_std", coefficient=-1.0), ValueError, ">= 0"),
+        (dict(members=[by_length], scorer_kwargs={"max_length": 3}), TypeError, "max_length.*no member uses"),
         (dict(members=[by_length], base_model=torch.nn.Linear(1, 1)), ValueError, "no member is an adapter"),
     ],
 )

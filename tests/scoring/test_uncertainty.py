@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 
 from tests.scoring.conftest import save_reward_model
@@ -247,6 +248,26 @@ def test_a_named_data_set_is_read_once(reward_path, tmp_path, caplog):
         assert RewardScorer(folder).fit_uncertainty(str(rows)) == first
     assert "already" in caplog.text
     assert RewardScorer(folder).fit_uncertainty(rows, prior_precision=1.0)["chosen_by"] == "given"
+
+
+def test_a_folder_of_data_is_its_files_and_a_changed_model_or_limit_is_fitted_again(reward_path, tmp_path):
+    folder = shutil.copytree(reward_path("llama"), tmp_path / "model")
+    for name, count in (("one", 4), ("two", 6)):
+        Dataset.from_list(PAIRS[:count]).save_to_disk(tmp_path / name)
+    scorer = RewardScorer(folder)
+    assert scorer.fit_uncertainty(tmp_path / "one")["rows"] == 4
+    assert scorer.fit_uncertainty(tmp_path / "two")["rows"] == 6
+    first = scorer.posterior
+    assert scorer.fit_uncertainty(tmp_path / "two") and scorer.posterior is first
+    RewardScorer(folder, max_length=4).fit_uncertainty(tmp_path / "two")
+    assert read_posterior(folder).digest() != first.digest()  # cut rows have other features
+    with torch.no_grad():
+        output_layer(scorer.model).weight += 0.01
+    scorer.fit_uncertainty(tmp_path / "two")  # as the error of the old posterior says
+    assert scorer.posterior.fits(scorer.last_weight()) and not first.fits(scorer.last_weight())
+    DatasetDict({"test": Dataset.from_list(PAIRS[:2])}).save_to_disk(tmp_path / "three")
+    with pytest.raises(ValueError, match="no split 'train'.*'test'"):
+        scorer.fit_uncertainty(tmp_path / "three")
 
 
 def test_rows_that_say_nothing_are_refused(reward_path):

@@ -3,6 +3,7 @@
 It knows where rows are stored and in which file format. It does not know what their columns mean.
 """
 
+import hashlib
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -87,6 +88,24 @@ def load_source(name: str, config: str | None = None, streaming: bool = False) -
             f"'{name}' is neither a folder nor a file here (seen from {Path.cwd()}), and could not be loaded "
             f"from the Hub as a data set of that name: {error}"
         ) from error
+
+
+def content_key(name: str | Path) -> str | None:
+    """
+    The cache key of a local data set: a hash of the names (in the folder) and the contents of its files.
+
+    `None` if there is no file or folder of this name, as for the id of a data set on the Hub.
+    """
+    path = Path(name)
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        relative = file.name if path.is_file() else file.relative_to(path).as_posix()
+        with open(file, "rb") as content:
+            digest.update(f"{relative} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def select_split(splits: DatasetDict | IterableDatasetDict, split: str, argument: str) -> Dataset | IterableDataset:

@@ -49,7 +49,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def path_identity(path: str | Path) -> str:
-    """The cache key of a path: a hash of the content of a file or folder; any other name is returned as it is."""
+    """The cache key of a file or of a model's folder: a hash of its content. Any other name is returned as it is."""
     if Path(path).is_file():
         return _hash_of_file(Path(path))
     return fingerprint(Path(path)) if Path(path).is_dir() else str(path)

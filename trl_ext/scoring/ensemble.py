@@ -140,12 +140,19 @@ class RewardEnsemble:
         members = list(members)
         if not members:
             raise ValueError("The ensemble has no members; needed: at least one.")
+        if scorer_kwargs and not any(isinstance(member, (str, Path, nn.Module)) for member in members):
+            raise TypeError(
+                f"scorer_kwargs has {sorted(scorer_kwargs)}, and no member uses them. Needed: a member that is a path "
+                "or a model, because the arguments are for the RewardScorer that the ensemble makes of it."
+            )
         self.normalize = self._file.normalize if normalize is None else normalize
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
         moved_to = None if isinstance(base_model, nn.Module) else base_model
         nested = [
-            RewardEnsemble(m, name=Path(files_of(m)).name, base_model=moved_to) if _is_ensemble(m) else m
+            RewardEnsemble(m, name=Path(files_of(m)).name, base_model=moved_to, scorer_kwargs=scorer_kwargs)
+            if _is_ensemble(m)
+            else m
             for m in members
         ]
         self._sources = make_sources(nested, base_model, scorer_kwargs or {})

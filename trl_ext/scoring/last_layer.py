@@ -54,7 +54,7 @@ class LastLayerPosterior:
         chosen_by (`str`): `"marginal_likelihood"` or `"given"`.
         kind (`str`): kind of the reward model.
         rows (`int`): comparisons, rankings or outcomes that it was fitted on.
-        data (`str`, *optional*): the cache key of these rows, if the caller gave one.
+        data (`str`, *optional*): the cache key of these rows and of the model, if the caller gave one.
     """
 
     weight: torch.Tensor
@@ -93,9 +93,13 @@ class LastLayerPosterior:
         """
         return self.whiten(features - self.reference).norm(dim=-1)
 
+    def fits(self, weight: torch.Tensor) -> bool:
+        """Whether a model's last layer is the one that the posterior was fitted on."""
+        return weight.shape == self.weight.shape and torch.allclose(weight, self.weight, rtol=1e-5, atol=1e-7)
+
     def check_weight(self, weight: torch.Tensor, whose: str) -> None:
         """Raise [`PosteriorError`] unless a model's last layer is the one that the posterior was fitted on."""
-        if weight.shape != self.weight.shape or not torch.allclose(weight, self.weight, rtol=1e-5, atol=1e-7):
+        if not self.fits(weight):
             raise PosteriorError(
                 f"The stored uncertainty of {whose} belongs to another model, or the model was trained further: its "
                 "last layer differs. Call `scorer.fit_uncertainty(dataset)` again."

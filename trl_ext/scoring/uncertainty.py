@@ -3,6 +3,8 @@
 It reads rows, gets their features from the scorer, and hands them to `last_layer`, which knows the mathematics.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -14,11 +16,11 @@ import torch
 from datasets import Dataset
 
 from trl_ext.data.schema import check_row, find_schema, template_arguments
-from trl_ext.data.sources import load_source
+from trl_ext.data.sources import content_key, load_source, select_split
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.data.validation import DataError, RowChecks
 from trl_ext.losses import bradley_terry, plackett_luce
-from trl_ext.models.fingerprint import path_identity
+from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.heads import output_layer
 from trl_ext.scoring.calibration import calibrated_scores
 from trl_ext.scoring.last_layer import (
@@ -96,8 +98,8 @@ class Uncertainty:
         Args:
             dataset (`Dataset`, iterable of rows, or `str`):
                 The rows that the model was trained on: preference or ranked rows for a scalar model, outcome rows for
-                an outcome model. Or the name of a data set (file, folder or Hub id), whose split `train` is read
-                unless the stored posterior was fitted on it already.
+                an outcome model. Or the name of a data set (file, folder or Hub id), whose split `train` is used. If
+                the stored posterior was fitted on the same rows with the same model, it is used again.
             prior_precision (`float`, *optional*):
                 Precision of the Gaussian prior of each weight, above 0. By default the one with the largest marginal
                 likelihood.
@@ -111,17 +113,17 @@ class Uncertainty:
                 with a likelihood (an outcome model with a loss other than `bce`), or the rows say nothing.
         """
         self._check_kind()
-        data = None
+        weight, data = self.last_weight(), None
         if isinstance(dataset, (str, Path)):
-            data = path_identity(dataset)
+            name = dataset
+            dataset = select_split(load_source(str(name)), "train", "fit_uncertainty(load_dataset(...)[SPLIT])")
+            data = self._data_key(content_key(name) or dataset._fingerprint)  # of a Hub id: its commit and split
             posterior = self._read_posterior() if self._posterior is None else self._posterior
-            if posterior is not None and posterior.data == data and _same_prior(posterior, prior_precision):
-                posterior.check_weight(self.last_weight(), self.__name__)
+            found = posterior is not None and posterior.data == data and posterior.fits(weight)
+            if found and _same_prior(posterior, prior_precision):
                 self._posterior = posterior
-                logger.info(f"{self.__name__}: its stored uncertainty was fitted on {dataset} already.")
+                logger.info(f"{self.__name__}: its stored uncertainty was fitted on {name} already.")
                 return self._about()
-            dataset = load_source(str(dataset))["train"]
-        weight = self.last_weight()
         information = Information(len(weight))
         for groups, loss in _batches(dataset, self.kind):
             try:
@@ -224,6 +226,12 @@ class Uncertainty:
 
     def _read_posterior(self) -> LastLayerPosterior | None:
         return None if self.folder is None else read_posterior(self.folder)
+
+    def _data_key(self, rows: str) -> str:
+        """The cache key of what the posterior is fitted on: the features of some rows."""
+        made_by = [model_identity(self.model), tokenizer_identity(self.processing_class)]
+        parts = [rows, self.choices["max_length"], *made_by]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _about(self) -> dict[str, Any]:
         return {name: getattr(self._posterior, name) for name in ("prior_precision", "chosen_by", "rows")}

@@ -82,6 +82,12 @@ def test_an_adapter_that_changes_the_base_is_not_put_on_a_policy(members, tmp_pa
     assert all(torch.equal(before[name], weight) for name, weight in policy.named_parameters())
 
 
+def test_arguments_of_loading_are_not_for_a_base_in_memory(members):
+    policy = AutoModelForCausalLM.from_pretrained(members[0].parent / "base").requires_grad_(False)
+    with pytest.raises(TypeError, match="dtype"):
+        load_adapters(members, policy, dtype="bfloat16")
+
+
 def test_a_policy_that_loading_changes_is_noticed(members, monkeypatch):
     policy = AutoModelForCausalLM.from_pretrained(members[0].parent / "base").requires_grad_(False)
     monkeypatch.setattr("trl_ext.models.ensemble.shared_base.changes_of", lambda folder: [])  # as if PEFT hid it

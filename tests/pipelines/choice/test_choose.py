@@ -215,6 +215,9 @@ def test_what_a_model_cannot_do_is_refused(scorer):
         choose_rows(ensemble, POOL, 1, "fisher")
     with pytest.raises(ValueError, match="NoneType"):
         choose_rows(None, POOL, 1, "entropy")
+    for model in (scorer, ensemble, None):
+        with pytest.raises(TypeError, match="diversety"):
+            choose_rows(model, POOL, 1, "random", diversety="none")
 
 
 def test_of_equal_values_the_earlier_rows_are_chosen():

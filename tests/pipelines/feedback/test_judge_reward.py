@@ -138,6 +138,20 @@ def test_a_file_names_a_judge(judge_path, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"mode": "rank", "orders": "one"}, True),
+        ({"mode": "rank"}, False),
+        ({"orders": "one"}, False),  # a grade has no order
+        ({"reasoning": True}, True),
+    ],
+)
+def test_a_seed_that_changes_scores_is_in_the_key(settings, differs):
+    one, other = (JudgeReward(by_length, seed=seed, **settings).identity() for seed in (0, 1))
+    assert (one != other) == differs
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("criteria: x", "no key 'judge'"),

@@ -84,6 +84,9 @@ def test_a_file_that_is_missing_or_wrong_is_named(tmp_path):
         JudgeSettings.of(template="which one is better? " * 100)
     with pytest.raises(FileNotFoundError, match="rubric.md"):
         JudgeSettings.of(rubric=str(tmp_path / "rubric.md"))
+    (tmp_path / "my rubric.md").write_text("1 is bad.\n")
+    assert JudgeSettings.of(rubric=str(tmp_path / "my rubric.md")).rubric == "1 is bad."
+    assert JudgeSettings.of(rubric="1 is bad.\nSee notes.md").rubric.endswith("notes.md")
     assert JudgeSettings.of(rubric="1 is bad. " * 100).rubric.startswith("1 is bad.")
     (tmp_path / "shots.jsonl").write_text("{")
     with pytest.raises(ValueError, match="shots.jsonl is not a JSONL file"):
@@ -110,6 +113,16 @@ def test_every_slot_is_in_the_question(mode, reasoning, tmp_path):
         assert part in question
     assert ("Answer: " in question) == reasoning
     assert question == question.strip()
+
+
+def test_the_examples_of_a_list_have_the_labels_of_the_judge():
+    example = {"prompt": "asked", "completions": ["one", "two", "three"], "label": "2 > 1 > 3"}
+    settings = JudgeSettings.of(mode="list", labels=["1", "2", "3", "4"], few_shot=[example])
+    shown = settings.render("p", ["x", "y"], settings.labels_of(2))
+    assert [line for line in shown.split("\n") if "Example: answer" in line] == [
+        f"### Example: answer {label}" for label in "123"
+    ]
+    assert "all of 1, 2 from best" in shown
 
 
 @pytest.mark.parametrize(

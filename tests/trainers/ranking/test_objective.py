@@ -195,7 +195,10 @@ def test_values_out_of_range_are_refused(tmp_path):
 
 def test_margins_from_ratings_need_ratings(base, tmp_path):
     args = config(tmp_path, loss_kwargs={"margin_from_ratings": True})
-    with pytest.raises(DataError, match="every margin would be 1.*chosen_rating"):
+    with pytest.raises(DataError, match="margin_from_ratings=True, which needs them.*chosen_rating"):
         trainer_for(base, args, pair_rows(8))
+    pairs = Dataset.from_dict({"chosen": [" a"], "rejected": [" b"]})
+    with pytest.raises(DataError, match="good_from=0.5, which needs them"):
+        RankingObjective("rao_kupper", {"good_from": 0.5}).check_data(pairs, "train")
     rows = [{**row, "chosen_rating": 3.0, "rejected_rating": 1.5} for row in pair_rows(8)]
     trainer_for(base, args, rows)

@@ -82,7 +82,10 @@ def load_adapters(
             were trained on another base.
         [`SidecarError`]: a folder is not an adapter with a sidecar, or they do not share a base.
         `ValueError`: the base of the model in memory is trainable, or an adapter would change its weights.
+        `TypeError`: `load_kwargs` are given, and the base is in memory.
     """
+    if load_kwargs and isinstance(base_model, nn.Module):
+        raise TypeError(f"Found the arguments {sorted(load_kwargs)}. They are only for a base that is loaded here.")
     keys = {base_key(folder) for folder in folders}
     if len(keys) != 1 or None in keys:
         raise SidecarError(

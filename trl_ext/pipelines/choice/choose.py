@@ -161,6 +161,11 @@ def choose_rows(
         raise ValueError(f"The pool has a column {taken[0]!r} already. Rename or remove it.")
     if isinstance(model, (str, Path)):
         model = load_scorer(model, **scorer_kwargs)
+    elif scorer_kwargs:
+        raise TypeError(
+            f"Unknown arguments: {sorted(scorer_kwargs)}. Arguments of RewardScorer are only for a model given by its "
+            "path."
+        )
     valuer = make_valuer(model, strategy, diversity, prior_precision, seed)
     kept = n if diversity == "none" else shortlist or SHORTLIST * n
     best = Shortlist(kept)

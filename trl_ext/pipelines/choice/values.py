@@ -1,4 +1,4 @@
-"""What a row of a pool is worth to an annotator's time, and the vectors by which rows resemble each other.
+"""How much a label of each row would tell the model, and the vectors by which rows resemble each other.
 
 It knows scorers and candidates. It does not know where rows come from, or how a batch is picked.
 """

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.pipelines.feedback.judge import Judge, JudgeModel
-from trl_ext.pipelines.feedback.judge_settings import read_judge_file, reward_settings
+from trl_ext.pipelines.feedback.judge_settings import OF_THE_QUESTIONS, read_judge_file, reward_settings
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,10 @@ class JudgeReward:
     def identity(self) -> dict[str, Any]:
         """Everything that the scores depend on, for cache keys."""
         settings = self._judge.settings
-        made = {name: getattr(settings, name) for name in _MADE_OF}
+        made_of = [name for name in OF_THE_QUESTIONS if name != "template"]  # its text is in the key
+        if settings.shows_several and settings.orders == "one":
+            made_of.append("seed")  # draws the order
+        made = {name: getattr(settings, name) for name in made_of}
         judge = self._judge.identity()
         unseen = judge["judge"].get("unseen")  # of a function; the pipelines warn about it
         return {**judge, **made, "question": settings.question.text} | ({"unseen": unseen} if unseen else {})
@@ -135,8 +138,3 @@ class JudgeReward:
         if log_metric is not None and scores:
             log_metric(f"{self.__name__}/without_score", missing / len(scores))
         return scores
-
-
-# Settings that change the scores and are not in the judge's own key.
-_MADE_OF = ("mode", "criteria", "rubric", "few_shot", "labels", "values", "num_samples", "orders", "average")
-_MADE_OF += ("max_length",)

@@ -30,7 +30,7 @@ _TEMPLATES = {
     "list": ("list.jinja", {"prompt", "completions"}),
     "score": ("score.jinja", {"prompt", "completion"}),
 }
-_OPTIONAL = {"labels", "criteria", "rubric", "few_shot", "reasoning", "answer_prefix"}
+_OPTIONAL = {"labels", "all_labels", "criteria", "rubric", "few_shot", "reasoning", "answer_prefix"}
 
 
 @dataclass(kw_only=True)
@@ -121,8 +121,8 @@ class JudgeSettings(JudgeFields):
         values (`list[float]`, *optional*): with `"score"` the value of each label; defaults to the label as a number.
         template (`str`, *optional*):
             A Jinja file, or the text of one. It gets `prompt` (text), `completions` (a list, each with `label` and
-            `text`; with `"score"` it is `completion`, a text), `labels`, `criteria`, `rubric`, `few_shot`, `reasoning`
-            and `answer_prefix`.
+            `text`; with `"score"` it is `completion`, a text), `labels` (of the completions that it shows),
+            `all_labels`, `criteria`, `rubric`, `few_shot`, `reasoning` and `answer_prefix`.
         criteria (`str`, *optional*): what makes an answer good.
         rubric (`str`, *optional*): longer instructions, or the path of a file (`.txt` or `.md`).
         few_shot (`list[dict]` or `str`, *optional*):
@@ -167,7 +167,7 @@ class JudgeSettings(JudgeFields):
 
     def __post_init__(self) -> None:
         self.few_shot = _examples(self.few_shot)
-        if self.rubric is not None and self.rubric.endswith((".txt", ".md")) and len(self.rubric.split()) == 1:
+        if self.rubric is not None and "\n" not in self.rubric and self.rubric.endswith((".txt", ".md")):
             self.rubric = Path(self.rubric).read_text(encoding="utf-8").strip()
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
@@ -316,6 +316,7 @@ class JudgeSettings(JudgeFields):
             .render(
                 prompt=prompt,
                 labels=labels,
+                all_labels=self.labels,
                 criteria=self.criteria,
                 rubric=self.rubric,
                 few_shot=self.few_shot or [],

@@ -162,7 +162,7 @@ class RankingObjective:
         on = isinstance(switch, str) and self.needs_ratings
         if on and columns & PAIR_COLUMNS and not columns & RATING_COLUMNS:
             raise DataError(
-                f"pairs without ratings, and {switch}=True (every margin would be 1)",
+                f"pairs without ratings, and {switch}={self._arguments()[switch]!r}, which needs them",
                 "`chosen_rating` and `rejected_rating`",
                 f"Add the two columns, or leave `{switch}` out of loss_kwargs.",
                 column="chosen_rating",
