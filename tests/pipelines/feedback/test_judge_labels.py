@@ -63,6 +63,28 @@ def test_a_planted_position_bias_is_measured_and_removed_by_both_orders():
     assert "position_bias" not in one.metrics and one.answers == {"asked": 60, "reused": 0}
 
 
+@pytest.mark.parametrize(
+    ("columns", "known"),
+    [
+        ({"preference_probability": 0.1}, True),
+        ({"chosen_rating": 2.0, "rejected_rating": 4.5}, True),
+        ({"preference_probability": 0.5}, False),
+        ({"chosen_rating": 3, "rejected_rating": 3}, False),
+    ],
+)
+def test_people_may_say_that_the_rejected_one_is_better(columns, known):
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"], **columns} for row in pair_rows(10)]
+    metrics = judge_rows(FAIR, rows, resamples=20).report.metrics
+    assert metrics.get("accuracy") == (1.0 if known else None)
+
+
+def test_an_error_names_the_column_that_a_ranked_row_has():
+    row = {"prompt": "q", "completions": ["a", [{"role": "assistant", "content": "b"}]], "ratings": [1.0, 0.0]}
+    with pytest.raises(DataError) as caught:
+        quick(FAIR, [row])
+    assert caught.value.column == "completions"
+
+
 def test_a_reward_model_trains_on_the_rows_as_they_are(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     for name, rows, mode in (("pairs", pair_rows(8), "compare"), ("ranked", ranked_rows(8, k=3), "score")):

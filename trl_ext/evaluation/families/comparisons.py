@@ -79,7 +79,7 @@ class Comparisons:
 
     def _won(self, item: Item, scores: np.ndarray, ratings: np.ndarray) -> float:
         """1 where every chosen completion beats every rejected one; RewardBench 2 shares the credit of a tie."""
-        chosen, rejected = scores[ratings > 0], scores[ratings <= 0]
+        chosen, rejected = scores[ratings > 0.5], scores[ratings <= 0.5]
         if item.subset is not None and item.subset.lower() == "ties":
             kind, _, prompt = str(item.columns.get("id", "")).partition(":")
             margins = tie_margins(chosen.tolist(), rejected.tolist())

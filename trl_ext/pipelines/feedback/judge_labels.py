@@ -118,7 +118,8 @@ def label_preferences(
         dataset (`Dataset`, `IterableDataset` or list of rows):
             Rows with `chosen` and `rejected`, or with `completions`; and `prompt`, unless chats contain it. `chosen`
             and `rejected`, `ratings`, `ranks` or `gold` count as what people say: the judge does not see it, and the
-            report says how well it agrees.
+            report says how well it agrees. Where a pair has `preference_probability`, or `chosen_rating` and
+            `rejected_rating`, these say which one people prefer.
         output_dir (`str` or `Path`, *optional*):
             Folder for `answers`, `preferences.jsonl` and `report.json`. Without it nothing is kept.
         min_confidence (`float`, *optional*, defaults to `0.5`):
@@ -236,7 +237,7 @@ class _Labeller:
             family = family or self._family(chunk[0])
             self.tally.report.rows += len(chunk)
             items = [read_item(row, first + place, family) for place, row in enumerate(chunk)]
-            yield from self._label_items([item for item in items if self._usable(item)])
+            yield from self._label_items([item for item in items if self._usable(item, family)])
         if family is None:
             raise DataError("no row", "at least one row with completions", "Check the data set and its split.")
 
@@ -250,7 +251,7 @@ class _Labeller:
             )
         return family
 
-    def _usable(self, item: Item) -> bool:
+    def _usable(self, item: Item, family: str) -> bool:
         """Whether a row can be judged. Raises [`DataError`] for a malformed one, and counts the others."""
         checks = RowChecks(item.row, "judge")
         reason = None
@@ -259,7 +260,7 @@ class _Labeller:
         elif any(map(_is_empty, item.completions)):
             reason = "empty_completion"
         else:
-            column = "chosen" if item.ratings == [1.0, 0.0] else "completions"
+            column = "chosen" if family == "preference" else "completions"
             checks.one_kind(checks.prompt(item.prompt), item.completions, [column] * len(item.completions))
             limit = len(self._judge.settings.labels)
             if self._judge.settings.mode == "compare" and len(item.completions) > 2:
