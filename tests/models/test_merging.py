@@ -1,6 +1,7 @@
 """Merging keeps the scores and proves it; merged models load anywhere, also in a stock GRPOTrainer."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from tests.models.helpers import (
     tiny_base,
     train,
 )
+from tests.scoring.conftest import save_reward_model
 from tests.tiny import pair_rows
-from trl_ext.models import MergeError, load_reward_model, merge_reward_model, read_sidecar
+from trl_ext.models import MergeError, load_reward_model, merge_reward_model, merging, read_sidecar
 
 
 # Change in standard deviations, 1e-4 elsewhere. An int8 base rounds activations to 8 bits too at run time, which no
@@ -40,6 +42,21 @@ def test_tuners_that_cannot_be_merged_say_so_and_others_merge(tmp_path):
     trainer = train(base, tmp_path / "norms", peft_config=LNTuningConfig(), learning_rate=1e-2)
     merge_reward_model(tmp_path / "norms", tmp_path / "norms-merged")
     assert max_change(scores_of(trainer.model), scores_of(load_reward_model(tmp_path / "norms-merged"))) <= 1e-5
+
+
+def test_the_merged_model_is_gone_before_the_saved_one_is_loaded(tmp_path, monkeypatch):
+    adapter = save_reward_model(tmp_path / "adapter", lora=True)
+    seen, load = [], merging.load_reward_model
+
+    def watched(*args, **kwargs):
+        assert all(model() is None for model in seen)
+        model = load(*args, **kwargs)
+        seen.extend(map(weakref.ref, (model, getattr(model, "base_model", model), model.get_submodule("model"))))
+        return model
+
+    monkeypatch.setattr(merging, "load_reward_model", watched)
+    merge_reward_model(adapter, tmp_path / "merged")
+    assert len(seen) == 6
 
 
 @pytest.fixture(scope="module")

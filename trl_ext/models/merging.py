@@ -110,7 +110,10 @@ def merge_reward_model(
     merged.config.dtype = target
 
     with new_folder(output) as staging:
-        return _save_and_compare(merged, staging, path, sidecar, ids, before, tolerance, prequantized, load_kwargs)
+        _save(merged, staging, path, sidecar, prequantized, load_kwargs)
+        del model, merged, head  # so that the merged model and the loaded one are not in memory together
+        gc.collect()
+        return _compare(staging, path, sidecar, ids, before, tolerance, load_kwargs)
 
 
 def check_empty(output: Path) -> None:
@@ -151,11 +154,15 @@ def _merge(model: PeftModel, folder: str, head: list[str]) -> nn.Module:
     return merged
 
 
-def _save_and_compare(
-    merged: nn.Module, folder: Path, path: str | Path, sidecar: Sidecar, ids: list[list[int]], before: torch.Tensor,
-    tolerance: float, prequantized: bool, load_kwargs: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Save the merged model, load it as a new process would, and compare its scores with the adapter's."""
+def _save(
+    merged: nn.Module,
+    folder: Path,
+    path: str | Path,
+    sidecar: Sidecar,
+    prequantized: bool,
+    load_kwargs: dict[str, Any],
+) -> None:
+    """Save the merged model with its tokenizer and everything that is stored beside the adapter at `path`."""
     source = local_folder(path, load_kwargs.get("revision"))
     # transformers cannot restore the original format of weights that were 4-bit on disk, and they do not need it
     merged.save_pretrained(folder, save_original_format=not prequantized)
@@ -170,15 +177,25 @@ def _save_and_compare(
     if Path(source, POSTERIOR_FILE).is_file():  # the head is the same, so the posterior is too
         Path(folder, POSTERIOR_FILE).parent.mkdir()
         shutil.copy(Path(source, POSTERIOR_FILE), Path(folder, POSTERIOR_FILE))
-    del merged
-    gc.collect()
 
+
+def _compare(
+    folder: Path,
+    path: str | Path,
+    adapter: Sidecar,
+    ids: list[list[int]],
+    before: torch.Tensor,
+    tolerance: float,
+    load_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Load the merged model as a new process would, and compare its scores with the adapter's at `path`."""
     kept = {
         key: load_kwargs[key]
         for key in ("device_map", "attn_implementation", "trust_remote_code")
         if key in load_kwargs
     }
     loaded = load_reward_model(folder, **kept)
+    sidecar = get_sidecar(loaded)
     after = torch.tensor(probe_scores(loaded, ids), dtype=torch.float64)
     change, std = (after - before).abs(), before.std().item()
     report = {
@@ -188,7 +205,7 @@ def _save_and_compare(
         "relative_change": change.max().item() / max(std, 1e-12),
         "spearman": spearman(before, after),
         "num_sequences": len(ids),
-        "dtype": described.dtype,
+        "dtype": sidecar.base.dtype,
         "tolerance": tolerance,
         "source": str(path),
     }
@@ -196,11 +213,11 @@ def _save_and_compare(
         rounding = (
             " An int8 base also rounds activations to 8 bits in every pass, and a merged model does not. Allow this "
             "with a larger `tolerance`."
-            if (sidecar.base.quantization or {}).get("load_in_8bit")
+            if (adapter.base.quantization or {}).get("load_in_8bit")
             else ""
         )
         raise MergeError(
-            f"Merging {path} in {described.dtype} moves a score by {report['max_change']:.3g}, which is "
+            f"Merging {path} in {sidecar.base.dtype} moves a score by {report['max_change']:.3g}, which is "
             f"{report['relative_change']:.1%} of the scores' standard deviation {std:.3g}; at most {tolerance:.1%} is "
             "allowed. Nothing was written. Store it in float32, calibrate on real texts (`calibration_ids`), or keep "
             f"using the adapter.{rounding}"
@@ -208,7 +225,7 @@ def _save_and_compare(
     probes = make_probes(loaded)
     save_sidecar(
         loaded,
-        dataclasses.replace(get_sidecar(loaded), probes={"input_ids": probes, "scores": probe_scores(loaded, probes)}),
+        dataclasses.replace(sidecar, probes={"input_ids": probes, "scores": probe_scores(loaded, probes)}),
         folder,
     )
     Path(folder, REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
