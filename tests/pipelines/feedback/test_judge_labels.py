@@ -193,6 +193,13 @@ def test_a_judge_must_be_a_model_or_a_function():
         quick(3, pair_rows(2))
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="label-preferences runs in one process"):
+        quick(FAIR, pair_rows(2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_streams_and_data_sets_give_the_same(tmp_path):
     rows = pair_rows(5)
     plain = quick(FAIR, rows).to_list()

@@ -325,6 +325,27 @@ def test_arguments_that_cannot_be_meant(policy, tmp_path):
     assert caught.value.row == 3
 
 
+def test_a_prefix_that_leaves_no_room_for_a_rollout_is_counted(policy, tmp_path):
+    rows = [*solutions(2), {"prompt": "a:", "completions": ["1"] * 400}]
+    for _ in range(2):  # the second run reads what the first one kept
+        found = label_steps_with_report(policy, rows, ones, tmp_path, num_rollouts=1, chunk_size=2, **QUICK)
+        assert found.report["omitted"] == {"too_long_prefix": 1} and len(found.dataset) == 2
+
+
+def test_chunks_of_one_prompt_get_different_rollouts(policy, tmp_path):
+    rows = [{"prompt": "a:", "completions": ["1", "1", "1", "0"]}] * 6
+    options = {"num_rollouts": 8, "chunk_size": 1, "reuse": False}
+    found = label_steps_with_report(policy, rows, ones, tmp_path, **options, **QUICK)
+    assert len({tuple(labels) for labels in found.dataset["labels"]}) > 1
+
+
+def test_several_processes_are_refused(policy, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="label-steps runs in one process"):
+        label_steps(policy, solutions(1), ones, output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # The command
 
 

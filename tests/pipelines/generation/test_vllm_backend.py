@@ -141,6 +141,17 @@ def test_every_argument_is_sent_also_one_that_is_off(tiny):
     assert all(path == "/v1/completions" for path, *_ in server.requests)
 
 
+@pytest.mark.parametrize("backend", ["vllm", "openai"])
+def test_equal_prompts_of_a_call_get_different_seeds(tiny, backend):
+    with serving(vllm_like(tiny), cards(str(tiny))) as server:
+        generator = make(tiny, server.url, backend)
+        found = generator.generate(["one", "two", "one", "one"], [2, 1, 1, 2], seed=0)
+        alone = generator.generate(["one"], 2, seed=0)
+    seeds = [[item.seed for item in row] for row in found]
+    assert seeds[0] == [item.seed for item in alone[0]]
+    assert len({seed for row in seeds for seed in row}) == (4 if backend == "vllm" else 6)
+
+
 def test_an_openai_client_of_vllm_sends_and_asks_for_the_same():
     """By its card the server is vLLM: nothing is left to its defaults, ids come back and end before the stop text."""
     choice = {"token_ids": [5, 6, 7, 8], "stop_reason": ";", "finish_reason": "stop"}

@@ -35,7 +35,7 @@ from trl_ext.pipelines.feedback.judge_settings import (
     JudgeSettings,
 )
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
-from trl_ext.pipelines.generation.generator import Generator, sample_seed
+from trl_ext.pipelines.generation.generator import Generator, sample_seed, too_long
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 from trl_ext.pipelines.stages.values import callable_key, plain
 
@@ -238,8 +238,8 @@ class Judge:
 
     def _answer_of_model(self, jobs: Sequence[tuple[Question, int]]) -> list[Answer]:
         prompts = [self._prompt(question.text, self._begun) for question, _ in jobs]
-        too_long = self._too_long(prompts)
-        kept = [place for place, long in enumerate(too_long) if not long]
+        long = too_long(self._generator, prompts, self.settings.max_length)
+        kept = [place for place, is_long in enumerate(long) if not is_long]
         answers: list[Answer] = [{"failed": TOO_LONG} for _ in jobs]
         if kept:
             found = self._ask_generator([jobs[place] for place in kept], [prompts[place] for place in kept])
@@ -280,15 +280,6 @@ class Judge:
             return [{"role": "user", "content": text}, *answer]
         system = f"{self.settings.system_prompt}\n\n" if self.settings.system_prompt else ""
         return f"{system}{text}\n\n{begun}"
-
-    def _too_long(self, prompts: list[str | Chat]) -> list[bool]:
-        # only backends with a tokenizer can count
-        lengths_of = getattr(self._generator, "prompt_lengths", None)
-        if lengths_of is None:
-            return [False] * len(prompts)
-        limits = (self.settings.max_length, self._generator.longest_prompt)
-        limit = min((one for one in limits if one is not None), default=math.inf)
-        return [length > limit for length in lengths_of(prompts)]
 
     def _read(self, question: Question, text: str, begun: bool = False) -> Answer:
         """The answer that a text gives. With `begun` the prefix stands before the text."""

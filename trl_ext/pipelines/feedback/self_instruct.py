@@ -8,7 +8,6 @@ and `instruct_report` what the report says.
 
 import logging
 import math
-import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from trl_ext.pipelines.feedback.instruct_pool import (
 )
 from trl_ext.pipelines.feedback.instruct_prompts import STYLES, InstructPrompts, Style, read_templates
 from trl_ext.pipelines.feedback.instruct_report import log_to_wandb, report_of, write_html
+from trl_ext.pipelines.feedback.one_process import check_one_process
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
 from trl_ext.pipelines.generation.generator import Generator, sample_seed
 from trl_ext.pipelines.generation.records import Completion
@@ -139,11 +139,7 @@ def self_instruct(
     ```
     """
     check_rapidfuzz()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            "self-instruct runs in one process, because each round builds on the one before. Start it without a "
-            "launcher; for speed use backend='vllm', which answers the prompts of a round side by side."
-        )
+    check_one_process("self-instruct")
     counts = {
         "num_tasks": (num_tasks, 1),
         "num_seed_demonstrations": (num_seed_demonstrations, 1),

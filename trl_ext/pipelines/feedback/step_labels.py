@@ -22,6 +22,7 @@ from trl_ext.data.segmentation import CharSpan, segmenters
 from trl_ext.data.segmentation import steps as split_steps
 from trl_ext.data.span_rows import SpanFormat, check_span_row
 from trl_ext.data.validation import DataError, RowChecks
+from trl_ext.pipelines.feedback.one_process import check_one_process
 from trl_ext.pipelines.feedback.step_methods import Method, StepSettings
 from trl_ext.pipelines.feedback.step_rollouts import Solution, StepLabeller
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
@@ -186,6 +187,7 @@ def label_steps_with_report(
     **options: Any,
 ) -> StepLabels:
     """[`label_steps`], which explains the arguments, with the report of the run."""
+    check_one_process("label-steps")
     settings, sampling = _settings(options)
     check_request(settings.num_rollouts, backend, sampling)
     for name, value in (("num_solutions", num_solutions), ("chunk_size", chunk_size)):

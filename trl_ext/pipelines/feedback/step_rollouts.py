@@ -5,13 +5,14 @@ verifiers. It does not know where solutions come from or where labels are kept.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.feedback.step_methods import StepSettings, Tally, labels_of, wanted
-from trl_ext.pipelines.generation.generator import Generator, sample_seed
+from trl_ext.pipelines.generation.generator import Generator, sample_seed, too_long
 from trl_ext.pipelines.generation.records import Completion, Sample, with_completion
 from trl_ext.pipelines.generation.sampling import Chat
 from trl_ext.pipelines.rejection_sampling.generate_and_score import length_of
@@ -57,6 +58,7 @@ class Prefix:
     tokens: int = 0
     rollouts: int = 0
     truncated: int = 0
+    too_long: bool | None = None  # whether it leaves no room for a rollout; None until it needs one
 
 
 @dataclass(eq=False)
@@ -122,7 +124,8 @@ class StepLabeller:
         states = self._open(solutions)
         number = 0
         while requests := self._requests(states):
-            self._roll_out(requests, sample_seed(self._seed, states[0].solution.prompt_id, number), states)
+            name = f"{states[0].solution.row} {states[0].solution.prompt_id}"  # a prompt may be in several chunks
+            self._roll_out(requests, sample_seed(self._seed, name, number), states)
             number += 1
         return [self._record(state) for state in states]
 
@@ -170,8 +173,8 @@ class StepLabeller:
         return states
 
     def _requests(self, states: list[_Open]) -> dict[Prefix, int]:
-        """How many rollouts each prefix needs now. Omits solutions with a low confidence on the way."""
-        requests: dict[Prefix, int] = defaultdict(int)
+        """How many rollouts each prefix needs now. Omits solutions of low confidence and those with long prefixes."""
+        needs: list[tuple[_Open, dict[Prefix, int]]] = []
         settings = self._settings
         for state in states:
             if state.solution.omitted is not None:
@@ -179,26 +182,45 @@ class StepLabeller:
             if settings.denoise:
                 missing = settings.num_rollouts - state.root.tally.seen
                 if missing > 0:
-                    requests[state.root] = missing
+                    needs.append((state, {state.root: missing}))
                     continue
                 if (state.root.tally.share or 0.0) <= settings.min_confidence:
                     state.solution.omitted = "low_confidence"
                     continue
-            for place, count in wanted(state.tallies, state.solution.right, settings).items():
-                prefix = state.prefixes[place]
+            counts = wanted(state.tallies, state.solution.right, settings)
+            needs.append((state, {state.prefixes[place]: count for place, count in counts.items()}))
+        self._measure(dict.fromkeys(prefix for _, need in needs for prefix in need))
+        requests: dict[Prefix, int] = defaultdict(int)
+        for state, need in needs:
+            if any(prefix.too_long for prefix in need):
+                state.solution.omitted = "too_long_prefix"
+                continue
+            for prefix, count in need.items():
                 requests[prefix] = max(requests[prefix], count)
         return dict(requests)
+
+    def _measure(self, prefixes: Iterable[Prefix]) -> None:
+        """Note which prefixes are too long. Where the prompt alone is, the generator says so and names the row."""
+        new = [prefix for prefix in prefixes if prefix.too_long is None]
+        for prefix, long in zip(new, self._too_long(new), strict=True):
+            prefix.too_long = long
+        found = [prefix for prefix in new if prefix.too_long]
+        for prefix, long in zip(found, self._too_long([replace(prefix, text="") for prefix in found]), strict=True):
+            prefix.too_long = not long
+
+    def _too_long(self, prefixes: Sequence[Prefix]) -> list[bool]:
+        if not prefixes:
+            return []
+        prompts, columns = _inputs(prefixes)
+        with _rows_named(prefixes):
+            return too_long(self._generator, prompts, columns=columns)
 
     def _roll_out(self, requests: dict[Prefix, int], seed: int, states: list[_Open]) -> None:
         """Generate and verify the rollouts of one round, and count them."""
         prefixes = list(requests)
-        prompts = [_begun(prefix.solution.prompt, prefix.text) for prefix in prefixes]
-        columns = [prefix.solution.columns for prefix in prefixes]
-        try:
+        prompts, columns = _inputs(prefixes)
+        with _rows_named(prefixes):
             found = self._generator.generate(prompts, list(requests.values()), seed, columns)
-        except DataError as error:
-            row = prefixes[error.row].solution.row
-            raise DataError(error.found, error.needed, error.fix, row=row, column=error.column) from None
         pairs = [(prefix, rollout) for prefix, own in zip(prefixes, found, strict=True) for rollout in own]
         samples = [
             _sample(prefix.solution, replace(rollout, text=prefix.text + rollout.text, token_ids=None))
@@ -258,6 +280,22 @@ def _credit(prefixes: Sequence[Prefix], start: str, text: str, verdict: bool | N
     for prefix in prefixes:
         if len(prefix.text) > len(start) and text.startswith(prefix.text):
             prefix.tally.add(verdict)
+
+
+def _inputs(prefixes: Sequence[Prefix]) -> tuple[list[str | Chat], list[dict[str, Any]]]:
+    """What a generator needs to continue each prefix: the prompts, and the columns of their rows."""
+    prompts = [_begun(prefix.solution.prompt, prefix.text) for prefix in prefixes]
+    return prompts, [prefix.solution.columns for prefix in prefixes]
+
+
+@contextmanager
+def _rows_named(prefixes: Sequence[Prefix]) -> Iterator[None]:
+    """An error that names a prefix by its index names its row instead."""
+    try:
+        yield
+    except DataError as error:
+        row = prefixes[error.row].solution.row
+        raise DataError(error.found, error.needed, error.fix, row=row, column=error.column) from None
 
 
 def _begun(prompt: str | Chat, text: str) -> str | Chat:

@@ -53,6 +53,7 @@ class Generator(Protocol):
             prompts (sequence of `str` or lists of messages): none of them empty.
             num_generations (`int` or sequence of `int`): completions of each, or one number for each prompt.
             seed (`int`): the same call with the same seed gives the same completions, if the backend supports it.
+                Equal prompts in one call get different ones.
             columns (sequence of `dict`, *optional*): each prompt's `tools` and `chat_template_kwargs`.
 
         Returns:
@@ -253,6 +254,28 @@ class PromptEncoder:
         whole = self.tokenizer.decode([*before, *ids], skip_special_tokens=True)
         start = self.tokenizer.decode(before, skip_special_tokens=True) if before else ""
         return whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def too_long(
+    generator: Generator,
+    prompts: Sequence[str | Chat],
+    max_length: int | None = None,
+    columns: Sequence[Columns] | None = None,
+) -> list[bool]:
+    """
+    Which prompts have more than `max_length` tokens, or leave no room for the longest completion.
+
+    Only backends with a tokenizer can count. For the others no prompt is too long.
+
+    Raises:
+        [`DataError`]: a prompt cannot be encoded; names its index.
+    """
+    lengths_of = getattr(generator, "prompt_lengths", None)
+    if lengths_of is None:
+        return [False] * len(prompts)
+    limits = (max_length, generator.longest_prompt)
+    limit = min((one for one in limits if one is not None), default=math.inf)
+    return [length > limit for length in lengths_of(prompts, columns)]
 
 
 def cut_at_stop(text: str, stop: Sequence[str] | None) -> str:

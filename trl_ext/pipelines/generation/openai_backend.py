@@ -6,6 +6,7 @@ or scores.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -90,7 +91,7 @@ class OpenAIGenerator:
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]. After a final failure every call fails."""
-        jobs = []
+        jobs, before = [], Counter()  # completions of equal prompts earlier in this call
         prompts = list(prompts)
         numbers = number_for_each(prompts, num_generations)
         for row, prompt in enumerate(prompts):
@@ -98,9 +99,10 @@ class OpenAIGenerator:
             path, body = self._request(row, prompt, given)
             name = prompt_id(prompt, given)
             for index in range(numbers[row]):
-                request_seed = sample_seed(seed, name, index)
+                request_seed = sample_seed(seed, name, before[name] + index)
                 full = body | {"seed": request_seed} | (self._sampling.generation_kwargs or {})
                 jobs.append(partial(self._servers.ask, path, full, partial(self._read, request_seed)))
+            before[name] += numbers[row]
         found = iter(self._servers.map(jobs))
         return [list(islice(found, number)) for number in numbers]
 

@@ -144,9 +144,9 @@ class TransformersGenerator:
         given = self._sampling.chat_template or getattr(self._encoder.tokenizer, "chat_template", None)
         return bool(given)  # tokenizers from outside transformers may not have the attribute
 
-    def prompt_lengths(self, prompts: Sequence[str | Chat]) -> list[int]:
+    def prompt_lengths(self, prompts: Sequence[str | Chat], columns: Sequence[Columns] | None = None) -> list[int]:
         """How many tokens each prompt has."""
-        return [len(ids) for ids in self._encoder.ids(prompts, None)]
+        return [len(ids) for ids in self._encoder.ids(prompts, columns)]
 
     @property
     def longest_prompt(self) -> int | None:

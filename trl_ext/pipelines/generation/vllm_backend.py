@@ -8,6 +8,7 @@ not imported. This module knows nothing of shards or scores.
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,11 @@ class VLLMGenerator:
         encoded = self._encoder.ids(prompts, columns)
         longest = (self._sampling.generation_kwargs or {}).get("max_tokens", self._sampling.max_completion_length)
         self._encoder.check_lengths(encoded, longest, self._limit)
-        jobs = []
+        jobs, before = [], Counter()  # completions of equal prompts earlier in this call
         for row, (ids, number) in enumerate(zip(encoded, number_for_each(prompts, num_generations), strict=True)):
-            request_seed = sample_seed(seed, prompt_id(prompts[row], None if columns is None else columns[row]), 0)
+            name = prompt_id(prompts[row], None if columns is None else columns[row])
+            request_seed = sample_seed(seed, name, before[name])
+            before[name] += number
             body = self._body(ids, number, request_seed)
             read = partial(self._read, prompts[row], ids, number, longest, request_seed)
             jobs.append(partial(self._servers.ask, "/v1/completions", body, read))
@@ -108,9 +111,9 @@ class VLLMGenerator:
         given = self._sampling.chat_template or getattr(self._encoder.tokenizer, "chat_template", None)
         return bool(given)  # tokenizers from outside transformers may not have the attribute
 
-    def prompt_lengths(self, prompts: Sequence[str | Chat]) -> list[int]:
+    def prompt_lengths(self, prompts: Sequence[str | Chat], columns: Sequence[Columns] | None = None) -> list[int]:
         """How many tokens each prompt has."""
-        return [len(ids) for ids in self._encoder.ids(prompts, None)]
+        return [len(ids) for ids in self._encoder.ids(prompts, columns)]
 
     @property
     def longest_prompt(self) -> int | None:
