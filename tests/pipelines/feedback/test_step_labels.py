@@ -326,15 +326,15 @@ def test_arguments_that_cannot_be_meant(policy, tmp_path):
 
 
 def test_a_prefix_that_leaves_no_room_for_a_rollout_is_counted(policy, tmp_path):
-    rows = [*solutions(2), {"prompt": "a:", "completions": ["1"] * 400}]
+    rows = [*solutions(2), {"prompt": "a:", "completions": ["1"] * 600 + ["0"]}]
     for _ in range(2):  # the second run reads what the first one kept
-        found = label_steps_with_report(policy, rows, ones, tmp_path, num_rollouts=1, chunk_size=2, **QUICK)
+        found = label_steps_with_report(policy, rows, ones, tmp_path, num_rollouts=1, method="binary", **QUICK)
         assert found.report["omitted"] == {"too_long_prefix": 1} and len(found.dataset) == 2
 
 
 def test_chunks_of_one_prompt_get_different_rollouts(policy, tmp_path):
-    rows = [{"prompt": "a:", "completions": ["1", "1", "1", "0"]}] * 6
-    options = {"num_rollouts": 8, "chunk_size": 1, "reuse": False}
+    rows = [{"prompt": "a:", "completions": ["1", "1", "1", "0"]}] * 3
+    options = {"num_rollouts": 4, "chunk_size": 1, "reuse": False}
     found = label_steps_with_report(policy, rows, ones, tmp_path, **options, **QUICK)
     assert len({tuple(labels) for labels in found.dataset["labels"]}) > 1
 
