@@ -34,7 +34,7 @@ def test_columns_reach_a_reward_function_and_rows_may_be_streamed():
     assert evaluate_reward_model(function, rows, probes=False, resamples=20, max_rows=7).settings["rows"] == 7
 
 
-def test_pairs_count_as_their_probability_or_their_ratings_say():
+def test_pairs_count_as_their_probability_says_and_ratings_are_metadata():
     def accuracy(*columns):
         rows = [{"prompt": "q", "chosen": "1", "rejected": "2", **more} for more in columns]
         found = evaluate_reward_model(
@@ -43,9 +43,10 @@ def test_pairs_count_as_their_probability_or_their_ratings_say():
         return found.metrics.get("accuracy", math.nan)
 
     assert accuracy({}) == accuracy({"preference_probability": 0.9}) == 0.0
-    assert accuracy({"preference_probability": 0.1}) == accuracy({"chosen_rating": 2, "rejected_rating": 3.5}) == 1.0
+    assert accuracy({"preference_probability": 0.1}) == 1.0
     assert accuracy({"preference_probability": 0.1}, {"preference_probability": 0.5}) == 1.0
-    assert accuracy({"chosen_rating": 2, "rejected_rating": 2}, {"chosen_rating": 5, "rejected_rating": 2}) == 0.0
+    # as in training, where one null or two equal ratings must not change what a pair means
+    assert accuracy({"chosen_rating": None, "rejected_rating": 2}, {"chosen_rating": 2, "rejected_rating": 2}) == 0.0
     with pytest.raises(DataError, match="preference_probability"):
         accuracy({"preference_probability": 1.5})
 

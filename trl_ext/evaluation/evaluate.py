@@ -56,8 +56,7 @@ def evaluate_reward_model(
 
     - **preference** (`chosen`, `rejected`, each one completion or a list; `prompt`, `subset`): accuracy by subset and
       section beside length alone, and calibration. RewardBench, RewardBench 2 and RM-Bench are recognised. A pair
-      with `preference_probability` below 1/2 counts the other way round. At 1/2, or with equal `chosen_rating` and
-      `rejected_rating`, it has no order.
+      with `preference_probability` below 1/2 counts the other way round. At 1/2 it has no order.
     - **ranked** (`completions`, `ratings` or `ranks`): Kendall's tau, NDCG, top-1, pair accuracy.
     - **outcome** (`completion`, `label`): AUC over all and within a prompt, ECE, Brier.
     - **stepwise** (`completions`, `labels`; or the columns of ProcessBench or PRMBench): F1 of the first wrong step,

@@ -44,9 +44,8 @@ class Item:
         completions (`list`): the candidates; for a stepwise item the steps.
         ratings (`list[float]`):
             One for each candidate, higher is better: 1 and 0 for chosen and rejected (of a pair with
-            `preference_probability` p: p and 1 - p; with equal `chosen_rating` and `rejected_rating`: 1/2 both), the
-            label of an outcome, the gold score of a sample; for a stepwise item the label of each step (1 right, 0
-            wrong, NaN unknown). Empty where nothing is known.
+            `preference_probability` p: p and 1 - p), the label of an outcome, the gold score of a sample; for a
+            stepwise item the label of each step (1 right, 0 wrong, NaN unknown). Empty where nothing is known.
         subset (`str`, *optional*): the part of the data set it belongs to.
         cluster (`Hashable`): items of equal clusters are not independent.
         columns (`dict`): the row's other columns, for the chat template and for reward functions.
@@ -185,20 +184,10 @@ def _preference(row: dict[str, Any], checks: RowChecks) -> Parts:
         if not candidates:
             raise checks.error(name, "an empty list", "at least one completion", "Remove the row.")
     ratings = [1.0] * len(chosen) + [0.0] * len(rejected)
-    if len(ratings) == 2:
-        better = _chosen_is_better(row, checks)
+    if len(ratings) == 2 and "preference_probability" in row:
+        better = checks.number(row["preference_probability"], "preference_probability", minimum=0, maximum=1)
         ratings = [better, 1 - better]
     return prompt, chosen + rejected, ratings, ["chosen", "rejected"]
-
-
-def _chosen_is_better(row: dict[str, Any], checks: RowChecks) -> float:
-    """The probability that the chosen completion of a pair is better, from 0 to 1. Ratings only give 0, 1/2 or 1."""
-    if "preference_probability" in row:
-        return checks.number(row["preference_probability"], "preference_probability", minimum=0, maximum=1)
-    if "chosen_rating" not in row or "rejected_rating" not in row:
-        return 1.0
-    chosen, rejected = (checks.number(row[name], name) for name in ("chosen_rating", "rejected_rating"))
-    return 0.5 if chosen == rejected else float(chosen > rejected)
 
 
 def _ranked(row: dict[str, Any], checks: RowChecks) -> Parts:
