@@ -135,7 +135,7 @@ def test_evaluate_measures_the_scorer_beside_the_evaluation(tmp_path, capsys):
 
 
 def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):
-    size = ["--num_pairs", "30", "--prompt_words", "8", "--completion_words", "6", "--repeats", "1"]
+    size = ["--num_pairs", "30", "--prompt_words", "8", "--completion_words", "6", "--repeats", "1", "--large", "40"]
     assert main(["bench", "data", *size, "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
     assert [case["name"] for case in report["cases"]] == ["text", "chat"]
@@ -143,7 +143,10 @@ def test_data_measures_both_preparations_on_equal_ids(tmp_path, capsys):
         theirs, ours = case["sides"]["trl"], case["sides"]["trl_ext"]
         assert case["same_ids"] and case["pairs"] == 30 and case["tokens"] > 2 * 30 * 7
         assert case["cpu_ratio"] == pytest.approx(ours["cpu_seconds"] / theirs["cpu_seconds"])
-    assert "token ids of both sides: equal" in capsys.readouterr().out
+    large = report["large"]
+    assert large["pairs"] == 40 and large["cpu_seconds"] > 0 and large["own_memory_mib"] >= 0
+    printed = capsys.readouterr().out
+    assert "token ids of both sides: equal" in printed and "40 short pairs" in printed
     rows = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}", "source": "me"} for n in range(9)]
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,9 +8,12 @@ random words, or yours. The case knows trainers and data sets. It runs no model.
 import argparse
 import copy
 import json
+import os
 import random
 import statistics
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--completion_words", type=int, default=80, help="words of the longest completion, likewise")
     parser.add_argument("--dataset_file", help="JSON lines with prompt, chosen and rejected; default: random words")
     parser.add_argument("--tokenizer", help="folder or Hub id; default: byte-level BPE that is trained on the pairs")
+    parser.add_argument(
+        "--large", type=int, default=0, help="also prepare this many short pairs once, ours only, and watch the memory"
+    )
+    parser.add_argument("--num_proc", type=int, help="dataset_num_proc of --large")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side, in turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/bench_data", help="where bench.json and bench.png go")
@@ -81,14 +88,68 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         `dict` with `cases`, one for each kind of pair: `sides` (seconds, CPU seconds, pairs per second, peak memory in
         MiB), `ratio` and `cpu_ratio` (ours over TRL's, the median over the turns), `cpu_ratios` (of each turn) and
-        `same_ids`; and the circumstances.
+        `same_ids`; with `--large` the report of [`measure_large`] as `large`; and the circumstances.
     """
-    check_counts(args, num_pairs=2, prompt_words=1, completion_words=1, repeats=1)
+    check_counts(args, num_pairs=2, prompt_words=1, completion_words=1, repeats=1, large=0)
     pairs = (
         {kind: synthetic_pairs(kind, args) for kind in KINDS} if args.dataset_file is None else _pairs_of_file(args)
     )
     cases = [_measure_kind(kind, rows, args) for kind, rows in pairs.items()]
-    return {"cases": cases, **circumstances(args)}
+    large = {"large": measure_large(args)} if args.large else {}
+    return {"cases": cases, **large, **circumstances(args)}
+
+
+def measure_large(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    Prepare many short pairs that lie on disk, and watch the memory.
+
+    Returns:
+        `dict` with `pairs`, `seconds`, `cpu_seconds` and, where the system reports it, `own_memory_mib`: by how much
+        the process's own memory (without files that are mapped) rose at its peak.
+    """
+    from datasets import Dataset, load_from_disk
+
+    def rows() -> Iterator[dict[str, str]]:
+        rng = random.Random(args.seed)
+        for _ in range(args.large):
+            texts = {name: random_words(8, WORDS, rng) for name in ("chosen", "rejected")}
+            yield {"prompt": f"{random_words(6, WORDS, rng)}\n", **texts}
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Dataset.from_generator(rows, cache_dir=f"{folder}/made")
+        made.save_to_disk(f"{folder}/rows")
+        stored = load_from_disk(f"{folder}/rows")
+        tokenizer = tokenizer_of(stored.select(range(min(LEARNED_FROM, len(stored)))))
+        trainer = _trainers(stored.select(range(2)), tokenizer, args)["trl_ext"]
+        trainer.args.dataset_num_proc = args.num_proc
+        seen, done = [], threading.Event()
+        watcher = threading.Thread(target=_watch_own_memory, args=(seen, done))
+        watcher.start()
+        before = _cpu_of_children()
+        try:
+            run = timed(lambda: trainer._prepare_dataset(stored, tokenizer, trainer.args, "train"))
+        finally:
+            done.set()
+            watcher.join()
+    rise = {"own_memory_mib": max(seen) - seen[0]} if seen else {}
+    cpu = run.cpu[0] + _cpu_of_children() - before
+    return {"pairs": args.large, "seconds": run.wall[0], "cpu_seconds": cpu, **rise}
+
+
+def _cpu_of_children() -> float:
+    """CPU seconds of processes that have ended, such as those of `dataset_num_proc`."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _watch_own_memory(seen: list[float], done: threading.Event) -> None:
+    """Note the process's anonymous memory in MiB ten times a second, as far as the system reports it."""
+    status = Path("/proc/self/status")
+    while status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        seen += [int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")]
+        if done.wait(0.1):
+            return
 
 
 def _pairs_of_file(args: argparse.Namespace) -> "dict[str, Dataset]":
@@ -186,12 +247,17 @@ def table(report: dict[str, Any]) -> str:
                     f"{case['cpu_ratio']:.2f}" if ours else "",
                 ]
             )
+    large = ""
+    if "large" in report:
+        found = report["large"]
+        memory = f", own memory +{mib(found['own_memory_mib'])} MiB" if "own_memory_mib" in found else ""
+        large = f"\n{found['pairs']:,} short pairs: {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} s CPU{memory}"
     same = all(case["same_ids"] for case in report["cases"])
     sizes = ", ".join(f"{case['tokens']:,} tokens of {case['name']}" for case in report["cases"])
     return (
         f"{formatted(rows)}\nwall and CPU: time of RewardTrainer over that of trl.RewardTrainer; "
         f"{report['cases'][0]['pairs']:,} pairs, {sizes}\n"
-        f"token ids of both sides: {'equal' if same else 'DIFFERENT'}; {report['machine']}"
+        f"token ids of both sides: {'equal' if same else 'DIFFERENT'}; {report['machine']}{large}"
     )
 
 
