@@ -14,23 +14,43 @@ from trl_ext import RewardConfig, RewardTrainer
 from trl_ext.models.heads import head_parameters
 
 
+# Arguments that take effect in code of transformers or TRL, which our trainers call and do not replace.
+_APPLIED = """
+    output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim
+    optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps bf16
+    fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
+    use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size logging_strategy
+    logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to run_name
+    project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
+    per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps save_on_each_node
+    save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy
+    hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint full_determinism use_cpu parallelism_config ddp_find_unused_parameters
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp_config debug
+    skip_memory_metrics remove_unused_columns
+"""
+APPLIED_BY_TRAINER = _APPLIED.split()
+
+SMALL: dict[str, Any] = dict(
+    per_device_train_batch_size=4,
+    logging_steps=1,
+    learning_rate=1e-3,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+)
+"""What every small run on a CPU sets, whatever its trainer: it logs each step, and neither saves nor reports."""
+
+
 def config(folder: Path, config_class: type = RewardConfig, **kwargs: Any) -> trl.RewardConfig:
     """A small fp32 CPU configuration that logs every step."""
-    defaults: dict[str, Any] = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        max_steps=4,
-        logging_steps=1,
-        learning_rate=1e-3,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+    return config_class(
+        **(SMALL | {"output_dir": str(folder), "per_device_eval_batch_size": 4, "max_steps": 4} | kwargs)
     )
-    return config_class(**(defaults | kwargs))
 
 
 def lora(**kwargs: Any) -> LoraConfig:

@@ -119,7 +119,7 @@ def measure_large(args: argparse.Namespace) -> dict[str, Any]:
         made = Dataset.from_generator(rows, cache_dir=f"{folder}/made")
         made.save_to_disk(f"{folder}/rows")
         stored = load_from_disk(f"{folder}/rows")
-        tokenizer = tokenizer_of(stored.select(range(min(LEARNED_FROM, len(stored)))))
+        tokenizer = _tokenizer(stored, args)
         trainer = _trainers(stored.select(range(2)), tokenizer, args)["trl_ext"]
         trainer.args.dataset_num_proc = args.num_proc
         seen, done = [], threading.Event()

@@ -28,6 +28,7 @@ from trl_ext.bench.runner import (
 from trl_ext.bench.synthetic import (
     FIRST_WORD,
     VOCABULARY,
+    as_pair,
     save_model,
     synthetic_groups,
     tokenizer_of,
@@ -168,7 +169,7 @@ def _train(case: Case, side: str, model: str, args: argparse.Namespace, profiled
 
     library, rows = trl_ext, case.rows
     if case.pairs:
-        rows = rows.map(_as_pair, remove_columns=rows.column_names, load_from_cache_file=False)
+        rows = rows.map(as_pair, remove_columns=rows.column_names, load_from_cache_file=False)
     if side == "padded" and case.pairs:
         library = trl
     else:
@@ -183,11 +184,6 @@ def _train(case: Case, side: str, model: str, args: argparse.Namespace, profiled
         peft_config=LoraConfig(**adapter) if args.lora_r else None,
     )
     return timed_training(trainer, args.warmup, profiled)
-
-
-def _as_pair(row: dict[str, Any]) -> dict[str, list[int]]:
-    ids = [ids for _, ids in sorted(zip(row["ratings"], row["candidate_ids"], strict=True), reverse=True)]
-    return {"chosen_ids": ids[0], "rejected_ids": ids[1]}
 
 
 def table(report: dict[str, Any]) -> str:

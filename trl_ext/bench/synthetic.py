@@ -152,3 +152,9 @@ def _texts(value: Any) -> Iterator[str]:
     elif value is not None:
         for item in value:
             yield from _texts(item)
+
+
+def as_pair(row: dict[str, Any]) -> dict[str, list[int]]:
+    """A group of two as the pair of token ids that trainers of pairs take."""
+    ids = [ids for _, ids in sorted(zip(row["ratings"], row["candidate_ids"], strict=True), reverse=True)]
+    return {"chosen_ids": ids[0], "rejected_ids": ids[1]}

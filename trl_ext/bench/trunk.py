@@ -33,7 +33,7 @@ from trl_ext.bench.runner import (
     timed_training,
     training_arguments,
 )
-from trl_ext.bench.synthetic import save_model, synthetic_groups, words_tokenizer
+from trl_ext.bench.synthetic import as_pair, save_model, synthetic_groups, words_tokenizer
 
 
 if TYPE_CHECKING:
@@ -71,15 +71,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
           cache over its own: medians over turns, with the intervals
         - `loss_max_difference` of the filled cache from no cache, and the [`circumstances`]
     """
-    check_counts(args, warmup=1, steps=1, repeats=1, batch_size=1, num_layers=2)
+    check_counts(args, warmup=1, steps=1, repeats=1, batch_size=1, num_layers=2, lora_r=1)
     p, c = shape_of(args.shape, "P,C", (0, 1), "P >= 0 and C >= 1")
     trained = args.trained_layers or max(1, args.num_layers // 4)
     if not 1 <= trained < args.num_layers:
         raise ValueError(f"--trained_layers is {trained}; needed: 1 to {args.num_layers - 1}, below --num_layers.")
-    rows = synthetic_groups(args.batch_size * (args.warmup + args.steps), p, c, 2, args.seed).map(
-        lambda row: {"chosen_ids": row["candidate_ids"][0], "rejected_ids": row["candidate_ids"][1]},
-        remove_columns=["candidate_ids", "ratings"],
-    )
+    groups = synthetic_groups(args.batch_size * (args.warmup + args.steps), p, c, 2, args.seed)
+    rows = groups.map(as_pair, remove_columns=groups.column_names)
     with tempfile.TemporaryDirectory() as folder:
         save_model(f"{folder}/model", args, p + c, words_tokenizer())
         train = {side: partial(_train, side, rows, trained, Path(folder), args) for side in SIDES}
@@ -114,7 +112,7 @@ def _train(side: str, rows: "Dataset", trained: int, folder: Path, args: argpars
         more["trunk_cache"] = caches[side]
     library = trl if side == "trl" else trl_ext
     layers = list(range(args.num_layers - trained, args.num_layers))
-    adapter = {"r": args.lora_r or 16, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    adapter = {"r": args.lora_r, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     trainer = library.RewardTrainer(
         model=str(folder / "model"),

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse, report_to_wandb
 
 
 if TYPE_CHECKING:
@@ -113,11 +113,7 @@ def run(args: ChooseArguments) -> dict[str, Any]:
     chosen = chosen_rows(pool, choice)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     chosen.to_json(args.output, force_ascii=False)
-    if args.report_to == "wandb":
-        import wandb
-
-        with wandb.init(job_type="choose", config=vars(args)):
-            log_to_wandb(choice.report, chosen)
+    report_to_wandb("choose", args, lambda: log_to_wandb(choice.report, chosen))
     return {**choice.report, "output": args.output}
 
 

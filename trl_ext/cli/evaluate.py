@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trl_ext.cli.common.generation import json_object, sampling_kwargs
-from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse, report_to_wandb
 from trl_ext.pipelines.generation.sampling import SamplingFields
 
 
@@ -220,11 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = parse(make_parser(), argv)
     report = run(args)
     report.print()
-    if args.report_to == "wandb":
-        import wandb
-
-        with wandb.init(job_type="evaluate", config=vars(args)):
-            report.log_to_wandb()
+    report_to_wandb("evaluate", args, report.log_to_wandb)
     print(f"\nThe report is in {args.output_dir}: open evaluation.html in a browser.")
     return 0
 

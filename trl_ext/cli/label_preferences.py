@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from trl_ext.cli.common.generation import json_object
-from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse, report_to_wandb
 from trl_ext.pipelines.feedback.judge_settings import JudgeFields
 
 
@@ -89,11 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = parse(make_parser(), argv)
     judged = run(args)
     judged.report.print()
-    if args.report_to == "wandb":
-        import wandb
-
-        with wandb.init(job_type="label-preferences", config=vars(args)):
-            judged.report.log_to_wandb()
+    report_to_wandb("label-preferences", args, judged.report.log_to_wandb)
     print(f"\nThe rows are in {judged.path}: trl-ext reward --dataset_name {judged.path}")
     return 0
 

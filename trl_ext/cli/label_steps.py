@@ -16,7 +16,7 @@ from trl_ext.cli.common.generation import (
     sampling_kwargs,
     server_kwargs,
 )
-from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.cli.common.options import command_parser, parse, report_to_wandb
 
 
 if TYPE_CHECKING:
@@ -114,11 +114,7 @@ def run(args: LabelStepsArguments) -> dict[str, Any]:
         **{name: getattr(args, name) for name in _SAME},
         **sampling_kwargs(args),
     )
-    if args.report_to == "wandb":
-        import wandb
-
-        with wandb.init(job_type="label-steps", config=vars(args)):
-            found.log_to_wandb()
+    report_to_wandb("label-steps", args, found.log_to_wandb)
     return found.report
 
 

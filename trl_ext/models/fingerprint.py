@@ -6,6 +6,7 @@ It knows folders and tensors. A model keeps its key when it moves, and gets a ne
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -80,6 +81,12 @@ def fingerprint(folder: Path, base_model: str | Path | None = None) -> str:
     return digest.hexdigest()
 
 
+def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    """Let a hash of `hashlib` cover a named tensor: its dtype, shape and content."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def fingerprint_in_memory(model: nn.Module) -> str:
     """The cache key of a model in memory: a hash of its tensors and LoRA state. It differs from its folder's key."""
     digest = hashlib.sha256(type(model).__name__.encode())
@@ -91,8 +98,7 @@ def fingerprint_in_memory(model: nn.Module) -> str:
     )
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor) and not name.startswith(unused):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            add_tensor(digest, name, tensor)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             digest.update(f"{name} {module.disable_adapters} {module.active_adapters} {module.scaling}\n".encode())

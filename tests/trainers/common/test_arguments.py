@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import trl
 
-from tests.trainers.helpers import config
+from tests.trainers.helpers import APPLIED_BY_TRAINER, config
 from tests.trainers.table import TABLE, TOKEN, tiny_trainer
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_EFFECT
 
@@ -16,23 +16,8 @@ def names(text):
 
 
 # Where an argument takes effect. "Trainer": in code of transformers or TRL that our trainers call and do not replace.
-TRAINER = names(
-    """
-    output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim
-    optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
-    bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
-    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
-    use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size logging_strategy
-    logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to
-    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
-    eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
-    eval_use_gather_object eval_accumulation_steps batch_eval_metrics save_only_model save_strategy save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
-    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
-    ignore_data_skip restore_callback_states_from_checkpoint full_determinism use_cpu parallelism_config
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-    fsdp_config debug skip_memory_metrics remove_unused_columns
-    """
+TRAINER = APPLIED_BY_TRAINER + names(
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps batch_eval_metrics"
 )
 # Read by our code too, which has tests of its own.
 OURS = names(

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import pair_rows, save_tiny_model
+from tests.trainers.helpers import APPLIED_BY_TRAINER, SMALL
 from trl_ext import (
     DenseGRPOConfig,
     DenseGRPOTrainer,
@@ -29,19 +30,7 @@ from trl_ext.trainers.policy import config as grpo_config
 from trl_ext.trainers.policy import ranked_dpo_config
 
 
-COMMON = dict(
-    per_device_train_batch_size=4,
-    max_steps=1,
-    logging_steps=1,
-    learning_rate=1e-3,
-    report_to="none",
-    save_strategy="no",
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-    seed=3,
-)
+COMMON = SMALL | {"max_steps": 1, "seed": 3}
 SAMPLED = {"num_generations": 4, "max_completion_length": 6}
 TEXTS = Dataset.from_list([{"prompt": text, "completion": " yes"} for text in ("one", "two", "three", "four")])
 CLASSES = {
@@ -255,26 +244,13 @@ def names(text):
 
 
 # Where an argument takes effect: in code of transformers or TRL that our trainers call and do not replace.
-TRAINER = names(
+TRAINER = APPLIED_BY_TRAINER + names(
     """
-    output_dir num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim
-    optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
-    bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
-    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
-    use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size logging_strategy
-    logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to
-    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
-    eval_delay per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
-    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
-    ignore_data_skip restore_callback_states_from_checkpoint full_determinism use_cpu parallelism_config
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-    fsdp_config debug skip_memory_metrics remove_unused_columns per_device_train_batch_size max_grad_norm
-    neftune_noise_alpha include_num_input_tokens_seen seed data_seed accelerator_config dataloader_drop_last
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context dataloader_in_order length_column_name fsdp deepspeed model_init_kwargs
-    trust_remote_code router_aux_loss_coef disable_dropout pad_to_multiple_of beta sync_ref_model ref_model_mixup_alpha
-    ref_model_sync_steps
+    per_device_train_batch_size max_grad_norm neftune_noise_alpha include_num_input_tokens_seen seed data_seed
+    accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    length_column_name fsdp deepspeed model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout
+    pad_to_multiple_of beta sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
     """
 )
 SCRIPTS = ["do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"]  # for scripts to read

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import pair_rows, save_tiny_model
+from tests.trainers.helpers import SMALL, lora, trainer_for
 from tests.trainers.helpers import config as reward_config
-from tests.trainers.helpers import lora, trainer_for
 from trl_ext import RewardEnsemble, RewardScorer
 from trl_ext.evaluation.policy_report import policy_report
 from trl_ext.losses.advantages import gae, td_errors, whiten
@@ -25,21 +25,7 @@ from trl_ext.trainers.policy.watch import SAMPLES
 
 
 PROMPTS = Dataset.from_list([{"prompt": text} for text in ("one", "two", "three", "four")])
-COMMON = dict(
-    per_device_train_batch_size=4,
-    num_generations=4,
-    max_completion_length=6,
-    max_steps=2,
-    logging_steps=1,
-    learning_rate=1e-3,
-    report_to="none",
-    save_strategy="no",
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-    seed=3,
-)
+COMMON = SMALL | {"num_generations": 4, "max_completion_length": 6, "max_steps": 2, "seed": 3}
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 

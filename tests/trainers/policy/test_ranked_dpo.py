@@ -8,26 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
+from tests.trainers.helpers import SMALL
 from trl_ext import RankedDPOConfig, RankedDPOTrainer
 from trl_ext.data.validation import DataError
 from trl_ext.losses import plackett_luce
 from trl_ext.models.shared_prefix import ATTENTION_NAME, current_attention
 
 
-COMMON = dict(
-    per_device_train_batch_size=4,
-    max_steps=1,
-    logging_steps=1,
-    learning_rate=1e-3,
-    report_to="none",
-    save_strategy="no",
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-    seed=3,
-    beta=0.5,
-)
+COMMON = SMALL | {"max_steps": 1, "seed": 3, "beta": 0.5}
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
 

@@ -5,7 +5,6 @@ dataclass; whatever it cannot judge passes, and the command itself says what is 
 """
 
 import ast
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +111,6 @@ def check_format(name: str) -> None:
     ]
     known = [ast.literal_eval(key) for key in table.keys]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"No data set format {name!r} is known.{hint} Known: {', '.join(known)}.")
+        raise UsageError(
+            f"No data set format {name!r} is known.{did_you_mean(name, known)} Known: {', '.join(known)}."
+        )

@@ -9,7 +9,7 @@ import argparse
 import ast
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,3 +274,12 @@ def _option(name: str, annotation: ast.expr, call: ast.Call) -> Option:
             choices = ast.literal_eval(node.slice)
             choices = choices if isinstance(choices, tuple) else (choices,)
     return Option(name, text, default, choices)
+
+
+def report_to_wandb(job_type: str, args: Any, log: Callable[[], Any]) -> None:
+    """With `--report_to wandb`, call `log` while a Weights & Biases run of the command with its arguments is open."""
+    if args.report_to == "wandb":
+        import wandb
+
+        with wandb.init(job_type=job_type, config=vars(args)):
+            log()

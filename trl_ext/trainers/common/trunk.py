@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from trl_ext.models.ensemble.branching import find_layers
+from trl_ext.models.fingerprint import add_tensor
 from trl_ext.models.frozen_trunk import FrozenTrunk, MemoryStates, StoredStates
 from trl_ext.models.heads import last_head_module, unwrap
 from trl_ext.models.rope import original_context
@@ -155,6 +156,5 @@ def _key_of(backbone: nn.Module, layers: nn.ModuleList, first: int) -> str:
         if id(module) in above:
             continue
         for own, weight in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            digest.update(f"{name}.{own} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            add_tensor(digest, f"{name}.{own}", weight)
     return digest.hexdigest()[:16]
