@@ -11,7 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SWAPPED = "from trl_ext import RewardConfig, RewardTrainer"
-FILES = sorted(EXAMPLES.glob("*.py"))
+FILES = sorted([*EXAMPLES.glob("*.py"), *EXAMPLES.glob("studies/*.py")])
 
 
 def run(path: Path, monkeypatch, capsys, *arguments: str) -> list[str]:
@@ -41,7 +41,7 @@ def rewards(lines: list[str]) -> list[float]:
 
 def test_there_are_examples():
     named = {"reward_trl_swap.py", "reward_rankings.py", "orm_gsm8k.py", "prm_stepwise.py", "segment_rewards.py"}
-    named |= {"study_rankings.py", "study_token_rewards.py"}
+    named |= {"rankings.py", "token_rewards.py"}
     assert named <= {path.name for path in FILES}
 
 
@@ -106,9 +106,9 @@ def test_segment_example_tells_the_categories_apart(monkeypatch, capsys):
 
 
 def test_prompts_of_one_conversation_stay_in_one_fold(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    ranked = runpy.run_path(str(EXAMPLES / "study_rankings.py"))["ranked"]
-    group = runpy.run_path(str(EXAMPLES / "study_ensemble.py"))["group"]
+    monkeypatch.syspath_prepend(str(EXAMPLES / "studies"))
+    ranked = runpy.run_path(str(EXAMPLES / "studies/rankings.py"))["ranked"]
+    group = runpy.run_path(str(EXAMPLES / "studies/ensembles.py"))["group"]
     judged = {"completions": ["a", "b"], "scores": [2.0, 1.0]}
     begun = {"id": "one", "prompt": "do you like films ? \n yes .\n", **judged}
     later = {"id": "two", "prompt": "do you like films ? \n yes .\n which ? \n old ones .\n", **judged}
@@ -154,7 +154,7 @@ def test_judge_example_removes_the_position_bias_and_trains(monkeypatch, capsys)
 @pytest.mark.slow
 def test_judge_study_asks_in_every_way(data_dir, monkeypatch, capsys):
     monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
-    (table,) = tables(["", *run(EXAMPLES / "study_judge.py", monkeypatch, capsys)])
+    (table,) = tables(["", *run(EXAMPLES / "studies/judge.py", monkeypatch, capsys)])
     assert [row[0] for row in table] == [
         "asked",
         "---",
@@ -175,11 +175,11 @@ def test_dpo_example_trains_on_pairs(monkeypatch, capsys):
 @pytest.mark.slow
 def test_rejection_sampling_study(monkeypatch, capsys, data_dir):
     monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
-    picks = run(EXAMPLES / "study_rejection_sampling.py", monkeypatch, capsys, "picks")
+    picks = run(EXAMPLES / "studies/rejection_sampling.py", monkeypatch, capsys, "picks")
     right = {line.split()[0]: float(line.split()[1]) for line in picks[2:]}
     assert right["random"] == pytest.approx(0.379, abs=1e-3) and right["oracle"] == pytest.approx(0.672, abs=1e-3)
     assert right["random"] < right["majority"] < right["oracle"]
-    rounds = run(EXAMPLES / "study_rejection_sampling.py", monkeypatch, capsys, "rounds")
+    rounds = run(EXAMPLES / "studies/rejection_sampling.py", monkeypatch, capsys, "rounds")
     arms = [line.split()[1] for line in rounds if line.split()[:1] in (["0"], ["1"])]
     assert arms == ["before", "verifier", "random"]
 
@@ -188,22 +188,22 @@ def test_rejection_sampling_study(monkeypatch, capsys, data_dir):
     ("script", "arguments", "titles", "methods"),
     [
         pytest.param(
-            "study_rankings.py",
+            "studies/rankings.py",
             ["--data", "topical_chat"],
             ["topical_chat"],
             ["longer wins", "n-grams", "plackett_luce", "pairwise", "bradley_terry, all pairs"],
             marks=pytest.mark.slow,
         ),
-        ("study_token_rewards.py", ["orm"], ["orm_gsm8k"], ["length", "n-grams", "ORM"]),
+        ("studies/token_rewards.py", ["orm"], ["orm_gsm8k"], ["length", "n-grams", "ORM"]),
         pytest.param(
-            "study_token_rewards.py",
+            "studies/token_rewards.py",
             ["prm"],
             ["AUC, steps up to the first mistake", "AUC, all steps: do not report"],
             ["step number", "length", "n-grams", "PRM, masked after the first mistake"],
             marks=pytest.mark.slow,
         ),
         (
-            "study_token_rewards.py",
+            "studies/token_rewards.py",
             ["segment"],
             ["relevance of a subsentence", "factuality of a sentence"],
             ["length", "position", "n-grams", "segment model"],
@@ -224,7 +224,7 @@ def test_studies_print_each_method_beside_the_baselines(
 @pytest.mark.slow
 def test_ensemble_study_prints_members_reducers_and_aspects(data_dir, monkeypatch, capsys):
     monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
-    lines = run(EXAMPLES / "study_ensemble.py", monkeypatch, capsys, "--data", "topical_chat", "--members", "2")
+    lines = run(EXAMPLES / "studies/ensembles.py", monkeypatch, capsys, "--data", "topical_chat", "--members", "2")
     seeds, aspects = tables(["", *lines])
     assert (seeds[0][0], aspects[0][0]) == ("topical_chat (6 prompts)", "topical_chat, aspects (6 prompts)")
     assert {"single member", "mean", "fusion, BMA", "branched at 0.6: mean"} <= {row[0] for row in seeds}
@@ -235,7 +235,7 @@ def test_ensemble_study_prints_members_reducers_and_aspects(data_dir, monkeypatc
 def test_studies_say_which_data_are_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TRL_EXT_DATA", str(tmp_path))
     with pytest.raises(SystemExit, match="has no orm_gsm8k, stories260K. Set TRL_EXT_DATA"):
-        run(EXAMPLES / "study_token_rewards.py", monkeypatch, capsys, "orm")
+        run(EXAMPLES / "studies/token_rewards.py", monkeypatch, capsys, "orm")
 
 
 def test_ensemble_example_scores_with_its_interval(monkeypatch, capsys):
@@ -258,7 +258,7 @@ def test_policy_and_reward_models_share_one_base(monkeypatch, capsys):
 
 
 def test_overoptimisation_example_runs(monkeypatch, capsys):
-    lines = run(EXAMPLES / "overoptimisation.py", monkeypatch, capsys)
+    lines = run(EXAMPLES / "studies/overoptimisation.py", monkeypatch, capsys)
     table = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
     assert {"oracle", "mean", "min (WCO)", "mean - 0.5 var (UWO)"} <= set(table)
 
@@ -273,11 +273,11 @@ def test_weak_to_strong_example_reports_four_experiments(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_selection_study_keeps_and_trains(monkeypatch, capsys):
-    (table,) = tables(["", *run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "selection")])
+    (table,) = tables(["", *run(EXAMPLES / "studies/weak_supervision.py", monkeypatch, capsys, "selection")])
     assert [row[0] for row in table] == ["kept", "25%", "50%", "70%", "100%"]
     assert all(0 <= float(cell) <= 1 for row in table[1:] for cell in row[1:])
     with pytest.raises(SystemExit, match="has no runs"):
-        run(EXAMPLES / "study_weak_to_strong.py", monkeypatch, capsys, "cascade", "--output_dir", "nowhere")
+        run(EXAMPLES / "studies/weak_supervision.py", monkeypatch, capsys, "cascade", "--output_dir", "nowhere")
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_dense_grpo_example_reports_steps_and_credit(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_study_of_policies_compares_every_arm(monkeypatch, capsys):
-    lines = run(EXAMPLES / "study_policies.py", monkeypatch, capsys)
+    lines = run(EXAMPLES / "studies/policies.py", monkeypatch, capsys)
     rows = [line for line in lines if re.match(r"\| [\w, -]+ \| \d", line)]
     assert len(rows) == 9
 
@@ -314,13 +314,13 @@ def test_active_choice_example_labels_in_rounds(monkeypatch, capsys):
 @pytest.mark.slow
 def test_study_of_choice_compares_strategies(monkeypatch, capsys, tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--json", str(tmp_path / "choice.json")]
-    (table,) = tables(["", *run(EXAMPLES / "study_choice.py", monkeypatch, capsys, *arguments)])
+    (table,) = tables(["", *run(EXAMPLES / "studies/choice.py", monkeypatch, capsys, *arguments)])
     assert [row[0] for row in table[2:]][:2] == ["random", "entropy"] and len(table) == 9
     assert all(0.5 < float(cell) <= 1 for row in table[2:] for cell in row[1:7])
     result = json.loads((tmp_path / "choice.json").read_text())
     assert len(result["columns"]) == len(result["rows"][0])
     runs = (tmp_path / "runs.jsonl").read_text()
-    run(EXAMPLES / "study_choice.py", monkeypatch, capsys, *arguments)  # nothing is left to do
+    run(EXAMPLES / "studies/choice.py", monkeypatch, capsys, *arguments)  # nothing is left to do
     assert (tmp_path / "runs.jsonl").read_text() == runs
 
 
@@ -335,7 +335,7 @@ def test_label_steps_example_labels_and_trains(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_study_of_step_labels_compares_every_arm(monkeypatch, capsys):
-    (table,) = tables(["", *run(EXAMPLES / "study_step_labels.py", monkeypatch, capsys)])
+    (table,) = tables(["", *run(EXAMPLES / "studies/step_labels.py", monkeypatch, capsys)])
     rows = [row for row in table if row[0] != "---"]
     assert [row[0] for row in rows[:3]] == ["labels", "exact labels", "full, 8 rollouts, hard"] and len(rows) == 12
     assert all(0 <= float(row[4]) <= 1 for row in rows[1:-1]) and rows[3][8] and not rows[4][8]

@@ -1,7 +1,7 @@
 """How many labels does each strategy of `choose` save? Label-cost curves on real preferences, beside random choice.
 
-    python examples/study_choice.py --model FOLDER --output_dir outputs/study_choice
-    python examples/study_choice.py --smoke    # made-up features, seconds
+    python examples/studies/choice.py --model FOLDER --output_dir outputs/study_choice
+    python examples/studies/choice.py --smoke    # made-up features, seconds
 
 Needs the data of docs/results/real_data.md. FOLDER is an encoder such as all-MiniLM-L6-v2. It stays frozen: its
 features of every completion (the mean of the last layer, and the logarithm of the length) are computed once and kept
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from study_tools import data_folder, folds, read
+from tools import data_folder, folds, read
 
 from trl_ext.losses import plackett_luce
 from trl_ext.metrics.bootstrap import bootstrap_means, group_numbers
@@ -346,7 +346,7 @@ def main() -> None:
     for row in [columns, *rows]:
         print("| " + " | ".join(row) + " |")
     if args.json:
-        command = f"python examples/study_choice.py --model all-MiniLM-L6-v2 --seeds {args.seeds}"
+        command = f"python examples/studies/choice.py --model all-MiniLM-L6-v2 --seeds {args.seeds}"
         result = {
             "title": "Choosing what to label: pair accuracy by share of the labels",
             "date": str(date.today()),

@@ -1,7 +1,7 @@
 """Study: how well does a small language model judge? Human preferences of HH-harmless, in several ways of asking.
 
-    TRL_EXT_DATA=DATA python examples/study_judge.py --model HuggingFaceTB/SmolLM2-135M-Instruct
-    TRL_EXT_DATA=DATA python examples/study_judge.py --smoke
+    TRL_EXT_DATA=DATA python examples/studies/judge.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+    TRL_EXT_DATA=DATA python examples/studies/judge.py --smoke
 
 Every way of asking labels the same pairs, in both orders. The table has the agreement with people, and the position
 bias before and after both orders are averaged. An interrupted study continues, because `label_preferences` does.
@@ -14,7 +14,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from study_tools import data_folder, read
+from tools import data_folder, read
 
 from trl_ext.evaluation.statistics import mean_estimate
 from trl_ext.pipelines.feedback.judge_labels import judge_rows
@@ -100,7 +100,7 @@ def main() -> None:
             "title": "A judge of 135 million parameters on human preferences (HH-harmless)",
             "date": datetime.date.today().isoformat(),
             "machine": "two-core machine, no GPU",
-            "command": ["python examples/study_judge.py --arms " + " ".join(f'"{arm}"' for arm in args.arms)],
+            "command": ["python examples/studies/judge.py --arms " + " ".join(f'"{arm}"' for arm in args.arms)],
             "note": f"{Path(model).name}, {len(rows)} pairs with answers of at most {LONGEST} characters, prompts "
             f"cut to their last {LONGEST}; 95 % bootstrap intervals over pairs. Position bias: by how much the "
             "probability of the answer that is shown first exceeds 1/2. Accuracy in one order: the mean over both "

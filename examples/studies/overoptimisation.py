@@ -1,7 +1,7 @@
 """Compare the gold reward of best-of-n with one reward model and with an ensemble of four (over-optimisation).
 
-    python examples/overoptimisation.py            # three seeds, minutes on two CPU cores
-    python examples/overoptimisation.py --smoke    # checks that it runs; the figures mean nothing
+    python examples/studies/overoptimisation.py            # three seeds, minutes on two CPU cores
+    python examples/studies/overoptimisation.py --smoke    # checks that it runs; the figures mean nothing
 
 The setting is that of *Reward Model Ensembles Help Mitigate Overoptimization* by T. Coste et al.
 (https://huggingface.co/papers/2310.02743) at a small scale. The policy solves the demo's task (sorting digits). The

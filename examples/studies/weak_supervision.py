@@ -1,8 +1,8 @@
 """Weak-to-strong training on real preferences, and other uses of small models on `weak_to_strong.py`'s digits.
 
-    python examples/study_weak_to_strong.py pairs --strong PATH    # HH harmless: stories260K labels for a larger model
-    python examples/study_weak_to_strong.py cascade                # after weak_to_strong.py has run in this folder
-    python examples/study_weak_to_strong.py selection
+    python examples/studies/weak_supervision.py pairs --strong PATH  # stories260K labels for a larger model
+    python examples/studies/weak_supervision.py cascade                # after weak_to_strong.py has run in this folder
+    python examples/studies/weak_supervision.py selection
 
 `pairs` needs data (see docs/results/real_data.md). `cascade` takes the weak judge of `weak_to_strong.py` and defers
 the pairs that it is least sure of to the ceiling. `selection` corrupts 30 % of the solutions in a training set, keeps
@@ -12,13 +12,13 @@ number of rows drawn at random. Add `--smoke` for a few rows and steps.
 
 import argparse
 import random
+import sys
 import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from study_tools import Results, data_folder, read, train_quietly
+from tools import Results, data_folder, read, train_quietly
 from transformers import AutoTokenizer
-from weak_to_strong import COMMON, corrupted, pretrained, solution_rows
 
 from trl_ext import RewardConfig, WeakToStrongArguments, WeakToStrongConfig, WeakToStrongTrainer, weak_to_strong
 from trl_ext.demo.model import tiny_reward_base
@@ -28,6 +28,10 @@ from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.likelihood_selection import select_by_likelihood
 from trl_ext.pipelines.weak_to_strong.runs import read_judgements
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the folder of the next one
+from weak_to_strong import COMMON, corrupted, pretrained, solution_rows
 
 
 PAIRS, CHARACTERS = "pairs_hh_harmless/split_test.jsonl", 300

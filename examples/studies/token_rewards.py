@@ -1,8 +1,8 @@
 """Compare outcome, process and segment reward models with simple baselines on real annotations.
 
-    python examples/study_token_rewards.py orm           # or prm, or segment; docs/results/real_data.md has the tables
-    python examples/study_token_rewards.py prm --model PATH --folds 1 --steps 20 --learning_rate 1e-4
-    python examples/study_token_rewards.py prm --smoke   # a few rows and steps
+    python examples/studies/token_rewards.py orm         # or prm, segment; tables: docs/results/real_data.md
+    python examples/studies/token_rewards.py prm --model PATH --folds 1 --steps 20 --learning_rate 1e-4
+    python examples/studies/token_rewards.py prm --smoke   # a few rows and steps
 
 A small model trains all weights and is tested on unseen questions. The baselines on the same folds are the length of
 the judged text, a logistic regression on its n-grams, and its position (the number of a step, the first character of a
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.metrics import f1_score, roc_auc_score
-from study_tools import Results, by_ngrams, by_number, data_folder, folds, read, settings, train_quietly
+from tools import Results, by_ngrams, by_number, data_folder, folds, read, settings, train_quietly
 
 from trl_ext import (
     ORMConfig,

@@ -1,12 +1,12 @@
 """Compare rejection sampling with controls: rounds on the demo's task, and picks among real GSM8K solutions.
 
-    python examples/study_rejection_sampling.py rounds           # three seeds, offline
-    python examples/study_rejection_sampling.py picks            # needs the data of docs/results/real_data.md
-    python examples/study_rejection_sampling.py rounds --smoke   # checks that it runs
+    python examples/studies/rejection_sampling.py rounds           # three seeds, offline
+    python examples/studies/rejection_sampling.py picks            # needs the data of docs/results/real_data.md
+    python examples/studies/rejection_sampling.py rounds --smoke   # checks that it runs
 
 `rounds` trains a mediocre policy that sorts digits. Each of three rounds keeps samples that the exact verifier
 finds right. The control keeps the same number of samples of the same prompts, drawn at random from all samples.
-`picks` picks the best of 4 given solutions of a question with rules that need no training (`study_token_rewards.py
+`picks` picks the best of 4 given solutions of a question with rules that need no training (`studies/token_rewards.py
 orm` has the figure of a trained verifier).
 """
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from study_tools import data_folder, read
+from tools import data_folder, read
 
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
 from trl_ext.demo.policy import train_policy

@@ -1,8 +1,8 @@
 """Compare losses on real rankings: Plackett-Luce, pairs within a prompt, and Bradley-Terry on all pairs.
 
-    python examples/study_rankings.py                    # minutes on a CPU; docs/results/real_data.md has the table
-    python examples/study_rankings.py --model PATH --folds 1
-    python examples/study_rankings.py --smoke            # a few rows and steps
+    python examples/studies/rankings.py                    # minutes on a CPU; docs/results/real_data.md has the table
+    python examples/studies/rankings.py --model PATH --folds 1
+    python examples/studies/rankings.py --smoke            # a few rows and steps
 
 The same small model trains all weights with each loss and the same number of completions in a step. The test prompts
 are unseen. The model reads the end of the prompt and the beginning of a completion, as much as fits into 512 tokens of
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
-from study_tools import Results, data_folder, folds, ngrams, read, settings, train_quietly
+from tools import Results, data_folder, folds, ngrams, read, settings, train_quietly
 
 from trl_ext import RewardConfig, RewardScorer, RewardTrainer
 from trl_ext.metrics.ranking import pair_accuracy

@@ -1,7 +1,7 @@
 """Compare ways to train a policy on an exact task at equal samples: outcome, process rewards, PPO, rejection sampling.
 
-    python examples/study_policies.py --seeds 5 --output_dir outputs/study_policies    # run it again to go on
-    python examples/study_policies.py --smoke                                          # a few steps each
+    python examples/studies/policies.py --seeds 5 --output_dir outputs/study_policies    # run it again to go on
+    python examples/studies/policies.py --smoke                                          # a few steps each
 
 The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. For each seed a
 tiny policy is fine-tuned until about a quarter of its samples is right, and a process model learns from its samples.

@@ -25,7 +25,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer
 def data_folder(needed: Sequence[str]) -> Path:
     """The folder in TRL_EXT_DATA, or shared/data next to the project. Exits if a needed file is missing."""
     named = os.environ.get("TRL_EXT_DATA")
-    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         sys.exit(

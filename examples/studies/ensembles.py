@@ -1,8 +1,8 @@
 """Compare ensembles of reward models with their members on real data; also branched and aspect ensembles.
 
-    python examples/study_ensemble.py --data topical_chat     # minutes on a CPU; table: docs/results/real_data.md
-    python examples/study_ensemble.py --data hh_harmless --folds 1
-    python examples/study_ensemble.py --smoke                 # a few rows and steps
+    python examples/studies/ensembles.py --data topical_chat     # minutes on a CPU; table: docs/results/real_data.md
+    python examples/studies/ensembles.py --data hh_harmless --folds 1
+    python examples/studies/ensembles.py --smoke                 # a few rows and steps
 
 Four members (LoRA on stories260K with different seeds and the same rows) train in one run on four fifths of the
 training prompts. The last fifth calibrates their scales and fits the fusion. `accuracy` is the share of a prompt's
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from study_rankings import FILES, pairs, ranked
-from study_tools import data_folder, folds, read, settings, train_quietly
+from rankings import FILES, pairs, ranked
+from tools import data_folder, folds, read, settings, train_quietly
 
 from trl_ext import RewardConfig, RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer, RewardTrainer
 from trl_ext.metrics.disagreement import error_auc, error_by_disagreement, pair_disagreement, relative_disagreement

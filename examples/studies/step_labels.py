@@ -1,7 +1,7 @@
 """Compare ways to label steps by rollouts: generated tokens against the quality of labels and of the process model.
 
-    python examples/study_step_labels.py --seeds 3 --output_dir outputs/study_step_labels    # run it again to go on
-    python examples/study_step_labels.py --smoke                                             # four arms, a few steps
+    python examples/studies/step_labels.py --seeds 3 --output_dir outputs/study_step_labels    # run it again to go on
+    python examples/studies/step_labels.py --smoke                                             # four arms, a few steps
 
 The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. The lists have
 three or four digits. The tiny policy learnt from lists of five to eight, and about a quarter of its samples is right.
