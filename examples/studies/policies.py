@@ -7,9 +7,9 @@ The task is that of `trl-ext demo`: sort digits, one line a step, with a verifie
 tiny policy is fine-tuned until about a quarter of its samples is right, and a process model learns from its samples.
 Every arm then starts from that policy and sees the same number of prompts and samples, no prompt twice. The outcome
 reward is the verifier's: 1 for a right answer. The dense rewards are the process model's P(correct) of each line; the
-last line's is that of ending there. Two arms take the verifier's verdicts of the lines instead: what a process model
-without faults would give. Results of finished arms, with the verifier's mean at every tenth of the training, are kept
-in `<output_dir>/seed-<n>/<arm>.json`.
+last line's is that of ending there. Some arms take the verifier's verdicts of the lines instead: what a process model
+without faults would give. Results of finished arms are kept in `<output_dir>/seed-<n>/<arm>.json`: the share of right
+samples on held-out prompts, and what the trainer logged at every tenth of the training.
 """
 
 import argparse
@@ -42,20 +42,25 @@ from trl_ext.demo.policy import sample_solutions, train_policy
 from trl_ext.demo.task import Problem, make_problems, verify
 
 
-# What differs between the arms that are trained by policy gradients. `dense`: whose rewards of lines they get.
+# What differs between the arms that are trained by policy gradients. Those called "exact" get the verifier's verdicts.
 ARMS: dict[str, dict[str, Any]] = {
     "outcome": {"advantage": "outcome"},
     "process": {"advantage": "process"},
-    "process, mean": {"advantage": "process", "length_control": True},
-    "process, light": {"advantage": "process", "dense_weight": 0.2},
     "min-form": {"advantage": "min_form"},
-    "shaped": {"advantage": "shaped", "potential": "min", "gae_lambda": 0.8},
+    "shaped": {"advantage": "shaped", "potential": "min"},
     "shrunken": {"advantage": "shrunken"},
     "PPO": {"advantage": "gae", "value_learning_rate": 1e-3, "beta": 0.0},
     "process, exact": {"advantage": "process"},
-    "shaped, exact": {"advantage": "shaped", "potential": "min", "gae_lambda": 0.8},
+    "shaped, exact": {"advantage": "shaped", "potential": "min"},
+    "shaped, exact, lambda 0.8": {"advantage": "shaped", "potential": "min", "gae_lambda": 0.8},
 }
 REJECTION = "rejection sampling"
+LOGGED = {
+    "rewards/exact/mean": "right",
+    "rewards/dense/mean": "dense reward",
+    "dense/rewards_per_completion": "lines",
+    "completions/clipped_ratio": "cut",
+}
 GROUP = 8
 QUIET = dict(
     use_cpu=True,
@@ -160,8 +165,8 @@ def accuracy(model: Any, tokenizer: Any, args: argparse.Namespace, seed: int) ->
 
 def train_arm(
     name: str, policy: Path, prm: Path, folder: Path, seed: int, args: argparse.Namespace
-) -> tuple[Any, list[float]]:
-    """Train one arm; return the policy and the share of right samples at every tenth of the training."""
+) -> tuple[Any, dict[str, list[float]]]:
+    """Train one arm; return the policy and what was logged at every tenth of the training."""
     # the process model learned from the first prompts of the split
     problems = make_problems(args.prm_prompts + args.steps * args.prompts, "train", seed)[args.prm_prompts :]
     prompts = Dataset.from_list([{"prompt": problem.prompt} for problem in problems])
@@ -186,7 +191,7 @@ def train_arm(
         )
         trainer = quiet(SFTTrainer(str(policy), config, train_dataset=rows.select_columns(["prompt", "completion"])))
         trainer.train()
-        return trainer.model, []
+        return trainer.model, {}
     options = dict(
         output_dir=str(folder),
         max_steps=args.steps,
@@ -206,7 +211,7 @@ def train_arm(
     )
     ppo = ARMS[name]["advantage"] == "gae"
     dense = None
-    if name.endswith("exact"):
+    if "exact" in name:
         dense = exact_steps
     elif not ppo and name != "outcome":
         dense = process_rewards(RewardScorer(prm, device="cpu"))
@@ -216,8 +221,10 @@ def train_arm(
     )
     trainer.train()
     trainer.save_state()
-    curve = [row["rewards/exact/mean"] for row in trainer.state.log_history if "rewards/exact/mean" in row]
-    return trainer.model, curve
+    logged = [row for row in trainer.state.log_history if "rewards/exact/mean" in row]
+    return trainer.model, {
+        title: [round(row[name], 4) for row in logged] for name, title in LOGGED.items() if name in logged[0]
+    }
 
 
 def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -231,13 +238,13 @@ def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, dict[
         file = place.with_suffix(".json")
         if not file.is_file():
             start = time.perf_counter()
-            model, curve = AutoModelForCausalLM.from_pretrained(policy), []
+            model, curves = AutoModelForCausalLM.from_pretrained(policy), {}
             if name != "before":
-                model, curve = train_arm(name, policy, prm, place, seed, args)
+                model, curves = train_arm(name, policy, prm, place, seed, args)
             with torch.random.fork_rng(devices=[]):
                 share = accuracy(model, AutoTokenizer.from_pretrained(policy), args, seed)
             seconds = round(time.perf_counter() - start, 1)
-            result = {"accuracy": share, "curve": [round(value, 4) for value in curve], "seconds": seconds}
+            result = {"accuracy": share, "curves": curves, "seconds": seconds}
             file.write_text(json.dumps(result) + "\n", encoding="utf-8")
             print(f"seed {seed}, {name}: {share:.3f} ({seconds} s)", file=sys.stderr, flush=True)
         found[name] = json.loads(file.read_text(encoding="utf-8"))
@@ -277,10 +284,12 @@ def main(arguments: list[str]) -> None:
     arms = {
         name: {
             "accuracy": statistics.fmean(result[name]["accuracy"] for result in results),
-            "curve": [
-                round(statistics.fmean(shares), 4)
-                for shares in zip(*(result[name]["curve"] for result in results), strict=True)
-            ],
+            "each seed": [result[name]["accuracy"] for result in results],
+            "curves": {
+                title: [round(statistics.fmean(values), 4) for values in zip(*of_seeds, strict=True)]
+                for title in results[0][name]["curves"]
+                for of_seeds in [[result[name]["curves"][title] for result in results]]
+            },
             "less outcome": gain_over(name, "outcome", results),
         }
         for name in results[0]
@@ -294,7 +303,7 @@ def main(arguments: list[str]) -> None:
     for name, arm in arms.items():
         gain = arm["less outcome"]
         interval = f" ({gain['low']:+.3f} to {gain['high']:+.3f})" if "low" in gain else ""
-        curve = " ".join(f"{value:.2f}" for value in arm["curve"])
+        curve = " ".join(f"{value:.2f}" for value in arm["curves"].get("right", []))
         print(f"| {name} | {arm['accuracy']:.3f} | {gain['mean']:+.3f}{interval} | {curve} |")
 
 
