@@ -13,7 +13,7 @@ import tempfile
 from datasets import Dataset, load_dataset
 
 from trl_ext import DenseGRPOConfig, DenseGRPOTrainer, RewardScorer
-from trl_ext.evaluation.policy_report import policy_report
+from trl_ext.trainers.policy.report import policy_report
 
 
 def exact(completions: list, solution: list[str], **columns) -> list[float]:

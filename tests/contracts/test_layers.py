@@ -16,7 +16,7 @@ PACKAGE = ROOT / "trl_ext"
 
 # From the bottom up: a layer may import those below it, and itself. Layers of one line do not import each other.
 ORDER = (
-    ("registry", "upstream", "logs"),
+    ("registry", "upstream", "logs", "style"),
     ("losses", "metrics"),
     ("data",),
     ("models",),
@@ -30,13 +30,14 @@ ORDER = (
 )
 BELOW = {layer: {low for line in ORDER[:place] for low in line} for place, line in enumerate(ORDER) for layer in line}
 for pure in ("losses", "metrics"):
-    BELOW[pure] -= {"upstream", "logs"}
+    BELOW[pure] -= {"upstream", "logs", "style"}
 # The layers that may import the bare package, which leads to every public name: for the others that is an arrow up.
 MAY_IMPORT_THE_PACKAGE = {"demo", "bench", "fit", "cli"}
 
 # Layer -> the only third-party packages it may import. The layers that are not here may import any dependency.
 THIRD_PARTY = {
     "registry": set(),
+    "style": set(),
     "logs": {"transformers"},
     "upstream": {"packaging", "trl", "transformers", "peft"},
     "losses": {"torch"},

@@ -7,6 +7,7 @@
                       -> ensemble      three members in one run, LoRA on the last layer of the policy
     policy -> weak_to_strong           the policy learns from a smaller model's solutions
     samples, reward, orm -> rejection  fine-tunes the policy on its best samples, and on random ones
+    policy, prm -> dense               trains the policy by GRPO, with the outcome alone and with rewards for lines
 
 To add a stage, append a [`Stage`] to [`plan`]. A stage names the stages that it needs, and finds their files in
 `context.folders`. This module knows names and numbers. The `..._stages` modules know what a stage does.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_ext.demo.dense_stages import run_dense
 from trl_ext.demo.ensemble_stages import run_ensemble
 from trl_ext.demo.policy_stages import run_policy, run_samples
 from trl_ext.demo.rejection_stages import run_rejection
@@ -45,6 +47,8 @@ class Sizes:
     student_steps: int = 60
     rejection_prompts: int = 1500
     kept: int = 2
+    dense_steps: int = 80
+    dense_prompts: int = 8
     eval_samples: int = 4
 
 
@@ -64,6 +68,8 @@ SMOKE = Sizes(
     weak_steps=150,  # until its texts end: the student learns from finished texts only
     student_steps=2,
     rejection_prompts=16,
+    dense_steps=2,
+    dense_prompts=2,
     eval_samples=1,
 )
 
@@ -74,6 +80,7 @@ LORA_RANK = 16
 TOKEN_BATCH_SIZE = {"orm": 64, "prm": 32}  # completions; with half as many, an outcome model picks far worse
 TOKEN_LEARNING_RATE = 1e-3
 WEAK_TO_STRONG = {"batch_size": 32, "learning_rate": 1e-4}  # low, because the policy knows the task already
+DENSE_LEARNING_RATE = 1e-4
 ENSEMBLE = {"learning_rate": 2e-3, "lora_rank": LORA_RANK, "members": 3, "branch_at": 0.5}
 
 
@@ -181,5 +188,20 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
             },
             needs=("policy", "samples", "reward", "orm"),
             seconds=6 if smoke else 50,
+        ),
+        Stage(
+            "dense",
+            "GRPO with the process model",
+            run_dense,
+            {
+                **common,
+                **chosen("train_prompts", "held_out_prompts", "num_samples", "eval_samples"),
+                "steps": sizes["dense_steps"],
+                "batch_size": sizes["dense_prompts"],
+                "learning_rate": DENSE_LEARNING_RATE,
+            },
+            needs=("policy", "prm"),
+            seconds=4 if smoke else 90,
+            trains=True,
         ),
     ]

@@ -58,7 +58,7 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
     }
     select = _selections(context, policy, problems, rewards)
 
-    before = _exact_match(policy, held_out, settings)
+    before = exact_match(policy, held_out, settings)
     context.progress(0.1)
     arms: dict[str, Any] = {}
     found: dict[str, list[float]] = {}
@@ -67,7 +67,7 @@ def run_rejection(context: StageContext) -> dict[str, Any]:
         context.progress(0.1 + 0.9 * (number + 0.4) / (1 + len(rewards)))
         target = context.folder / name
         _fine_tune(policy, rows, target, settings)
-        found[name] = _exact_match(target, held_out, settings)
+        found[name] = exact_match(target, held_out, settings)
         right = [rating > 1 for rating in verifier_rating(rows["prompt"], rows["completion"])]
         arms[name] = {
             "exact_match": mean_and_error(found[name]),
@@ -134,7 +134,7 @@ def _fine_tune(policy: Path, rows: Dataset, target: Path, settings: dict[str, An
     trainer.save_model(str(target))
 
 
-def _exact_match(policy: Path, problems: Sequence[Problem], settings: dict[str, Any]) -> list[float]:
+def exact_match(policy: Path, problems: Sequence[Problem], settings: dict[str, Any]) -> list[float]:
     """The share of right samples for each problem."""
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     tokenizer = AutoTokenizer.from_pretrained(policy)

@@ -22,6 +22,9 @@ ARMS = {
     "reward": "the reward model (Plackett-Luce)",
 }
 
+# What rewards each arm of the stage `dense`.
+DENSE_ARMS = {"outcome": "the outcome alone", "shaped": "the outcome, shaped by the process model"}
+
 # A gain counts if it is larger than this many standard errors (two-sided 95 %).
 SAMPLING_ERROR = 1.96
 
@@ -137,6 +140,8 @@ def format_table(report: Mapping[str, Any]) -> str:
         "",
         *_rejection_lines(report["stages"]["rejection"]),
         "",
+        *_dense_lines(report["stages"]["dense"]),
+        "",
         *_weak_to_strong_lines(report["stages"]["weak_to_strong"]),
         "",
         f"  {'stage':<50}{'time':>6}",
@@ -150,21 +155,24 @@ def format_table(report: Mapping[str, Any]) -> str:
 
 def save_plot(report: Mapping[str, Any], path: Path) -> bool:
     """
-    Draws three panels: best of n by each reward model against the number of samples, the policy before and after
-    fine-tuning on its samples, and weak to strong. Returns `False` if matplotlib is not installed.
+    Draws four panels: best of n by each reward model against the number of samples, the policy before and after
+    fine-tuning on its samples, the same for GRPO, and weak to strong. Returns `False` if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(13, 5.2), layout="constrained", facecolor="white")
-    curves, arms, models = figure.subplots(1, 3, width_ratios=(5, 4, 3))
+    figure = Figure(figsize=(16, 5.2), layout="constrained", facecolor="white")
+    curves, arms, dense, models = figure.subplots(1, 4, width_ratios=(5, 4, 3, 3))
     run = "smoke run, figures mean nothing" if report["smoke"] else f"seed {report['seed']}"
     figure.suptitle(f"trl-ext demo: sorting digits with a mediocre policy ({run}; bars: 95 % intervals)")
     _plot_picks(curves, report)
-    _plot_arms(arms, report["stages"]["rejection"])
+    labels = {"orm": "outcome\nmodel", "reward": "reward\nmodel", "random": "random\nchoice"}
+    _plot_arms(arms, report["stages"]["rejection"], labels, "Fine-tuned on its own samples, chosen by")
+    labels = {"outcome": "outcome\nalone", "shaped": "shaped by\nprocess model"}
+    _plot_arms(dense, report["stages"]["dense"], labels, "GRPO with rewards from")
     _plot_weak_to_strong(models, report["stages"]["weak_to_strong"])
-    for axes in (curves, arms, models):
+    for axes in (curves, arms, dense, models):
         axes.set_ylim(0, min(1.02, max(0.1, 1.05 * axes.get_ylim()[1])))
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -191,15 +199,14 @@ def _plot_picks(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set(xlabel="samples n", ylabel="right answers on held-out prompts", title="Which answer is picked")
 
 
-def _plot_arms(axes: Any, result: Mapping[str, Any]) -> None:
+def _plot_arms(axes: Any, result: Mapping[str, Any], labels: Mapping[str, str], title: str) -> None:
     figures = {"before": result["before"], **{name: arm["exact_match"] for name, arm in result["arms"].items()}}
     means = [figure["mean"] for figure in figures.values()]
     errors = [SAMPLING_ERROR * figure["standard_error"] for figure in figures.values()]
-    colors = ["#9aa5b1" if name in ("before", "random") else "#3b7dd8" for name in figures]
+    colors = ["#9aa5b1" if name in ("before", "random", "outcome") else "#3b7dd8" for name in figures]
     axes.bar(range(len(figures)), means, yerr=errors, capsize=3, color=colors)
-    labels = {"orm": "outcome\nmodel", "reward": "reward\nmodel", "random": "random\nchoice"}
     axes.set_xticks(range(len(figures)), [labels.get(name, name) for name in figures])
-    axes.set(ylabel="right samples of the policy", title="Fine-tuned on its own samples, chosen by")
+    axes.set(ylabel="right samples of the policy", title=title)
 
 
 def _plot_weak_to_strong(axes: Any, result: Mapping[str, Any]) -> None:
@@ -234,6 +241,19 @@ def _rejection_lines(result: Mapping[str, Any]) -> list[str]:
         line = _pick_line(ARMS[name], arm["exact_match"]) + f"   of its {arm['rows']} rows {arm['right']:.2f} right"
         if name != "random":
             line += f"; gain over random {_with_error(arm['over_random'], '+')}"
+        lines.append(line)
+    return lines
+
+
+def _dense_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"Right samples of the policy on the same prompts, after GRPO on {result['samples']} samples, rewarded by"
+    ]
+    lines += ["", _pick_line("nothing yet: before", result["before"])]
+    for name, arm in result["arms"].items():
+        line = _pick_line(DENSE_ARMS[name], arm["exact_match"])
+        if "over_outcome" in arm:
+            line += f"   gain over the outcome alone {_with_error(arm['over_outcome'], '+')}"
         lines.append(line)
     return lines
 

@@ -78,7 +78,7 @@ def run_prm(context: StageContext) -> dict[str, Any]:
     def dataset(rows: Rows) -> Dataset:
         return Dataset.from_list(
             [
-                {"prompt": row["prompt"], "completions": _lines(text), "labels": [*steps, answer]}
+                {"prompt": row["prompt"], "completions": lines(text), "labels": [*steps, answer]}
                 for row in rows
                 for text, steps, answer in zip(*(row[name] for name in columns), strict=True)
             ]
@@ -110,8 +110,9 @@ def _log_odds(scorer: RewardScorer, prompts: list[str], completions: list[str]) 
 
 
 def _steps(scorer: RewardScorer, prompts: list[str], completions: list[str]) -> list[list[float]]:
-    return scorer.score_steps(prompts, [_lines(text) for text in completions])
+    return scorer.score_steps(prompts, [lines(text) for text in completions])
 
 
-def _lines(completion: str) -> list[str]:
+def lines(completion: str) -> list[str]:
+    """The steps of a solution: its lines, and an empty one for ending there."""
     return [*completion.splitlines(), ""]

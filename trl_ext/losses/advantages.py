@@ -267,8 +267,11 @@ def shrunken_steps(
     times the share of the variance at the state that lies between actions.
 
     See *When Denser Credit Is Not Enough: Evidence-Calibrated Policy Optimization for Long-Horizon LLM Agent Training*
-    by Y. Li et al. (https://huggingface.co/papers/2606.05885): advantages of actions shrunken by their count, and a
-    weight for the noise within actions. The two factors here are the common ones, not taken from the paper.
+    by Y. Li et al. (https://huggingface.co/papers/2606.05885). Both factors are the paper's ECPO, as summaries of it
+    give the equations (we did not see the paper itself): an action's mean return is drawn to that of its state with
+    the weight k, and a state counts by the variance between its actions. Of ECPO this function leaves out three parts:
+    the factor \( \tanh(n_s / \tau) \) of a state that n_s completions reach, the scaling by the standard deviation
+    of the actions of a state, and the advantage of GRPO that ECPO adds. The summaries name k = 2 as its default.
 
     Args:
         returns (`torch.Tensor` of shape `(N, T)`): rewards to go.
@@ -276,7 +279,7 @@ def shrunken_steps(
         given (`torch.BoolTensor` of shape `(N, T)`): the last token of each step.
         mask (`torch.BoolTensor` of shape `(N, T)`).
         group_size (`int`): G.
-        prior (`float`, *optional*, defaults to `1.0`): k, at least 0; ours.
+        prior (`float`, *optional*, defaults to `1.0`): k, at least 0; the default is ours.
 
     Returns:
         `torch.Tensor` of shape `(N, T)`: all tokens of a step have its advantage.

@@ -10,32 +10,14 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Literal, NamedTuple
 
+from trl_ext.style import PAGE_STYLE, colour, colour_bar
+
 
 Kind = Literal["probability", "log_odds", "score"]
 
-_RED, _MIDDLE, _GREEN = (244, 143, 137), (255, 244, 200), (142, 206, 141)
 # By default the scores are written after the pieces if there are at most so many pieces: our choice.
 _MOST_NUMBERS = 60
 _NAMES = {"probability": "probability", "log_odds": "log-odds", "score": "score"}
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #ffffff; --faint: #666666; --line: #d0d0d0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #16181d; --faint: #a0a0a0; --line: #3a3d45; }
-}
-body { margin: 2rem auto; padding: 0 1rem; max-width: 60em; background: var(--paper); color: var(--ink);
-  font: 1rem/1.9 system-ui, sans-serif; }
-h1 { font-size: 1.2rem; line-height: 1.3; margin: 0 0 .8rem; }
-.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .7rem; font-size: .85rem; line-height: 1.4;
-  color: var(--faint); border-bottom: 1px solid var(--line); padding-bottom: .8rem; margin-bottom: 1rem; }
-.bar { width: 14rem; max-width: 60vw; height: .9rem; border-radius: .2rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.prompt { color: var(--faint); }
-.piece { color: #1c1c1c; border-radius: .2rem; padding: .1em 0; -webkit-box-decoration-break: clone;
-  box-decoration-break: clone; }
-.numbers .piece::after { content: attr(data-score); font-size: .7em; font-variant-numeric: tabular-nums;
-  vertical-align: .35em; padding: 0 .35em; color: #444444; }
-"""
 
 
 class Scale(NamedTuple):
@@ -142,7 +124,7 @@ def to_html(
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{html.escape(title)}</title><style>{PAGE_STYLE}</style></head>\n"
         f"<body><h1>{html.escape(title)}</h1>\n{_legend(scale, bool(prompt), None in scores)}\n"
         f'<div class="text{" numbers" if shown else ""}">{front}{"".join(spans)}</div></body></html>\n'
     )
@@ -187,20 +169,11 @@ def shares(pieces: Sequence[str], scores: Sequence[float | None], low: float, hi
     return [None if score is None else (min(max(score, low), high) - low) / (high - low) for score in scores]
 
 
-def colour(share: float) -> tuple[int, int, int]:
-    """A colour from red through pale yellow to green, as red, green and blue from 0 to 255."""
-    start, end, part = (_RED, _MIDDLE, 2 * share) if share < 0.5 else (_MIDDLE, _GREEN, 2 * share - 1)
-    red, green, blue = (round(a + part * (b - a)) for a, b in zip(start, end, strict=True))
-    return red, green, blue
-
-
 def _legend(scale: Scale, has_prompt: bool, has_gaps: bool) -> str:
     """The colour bar with the ends of the scale, and the meaning of grey and uncoloured text."""
-    stops = ", ".join("#{:02x}{:02x}{:02x}".format(*stop) for stop in (_RED, _MIDDLE, _GREEN))
     parts = [
         f"<span>{_NAMES[scale.kind]}</span><span>{scale.low:g}</span>",
-        f'<span class="bar" role="img" aria-label="red is low, green is high" '
-        f'style="background: linear-gradient(90deg, {stops})"></span>',
+        colour_bar(),
         f"<span>{scale.high:g}</span>",
     ]
     parts += ["<span>no colour: no score</span>"] if has_gaps else []

@@ -13,8 +13,9 @@ from wandb.sdk.wandb_run import Run
 
 from tests.program import run_offline_wandb
 from tests.tiny import pair_rows, save_tiny_model
-from tests.trainers.helpers import config, trainer_for
+from tests.trainers.helpers import SMALL, config, lora, trainer_for
 from tests.trainers.table import TOKEN, rows_of, tiny_trainer
+from trl_ext import PPOConfig, PPOTrainer
 from trl_ext.trainers.common import tracking
 
 
@@ -51,6 +52,26 @@ def points_of(directory):
 
 def finished(directory):
     return any(record.HasField("exit") for record in records_of(directory))
+
+
+def policy_trainer(base, folder):
+    """PPO with dense rewards, a checkpoint at step 2 of 3, and completions that are kept."""
+
+    def thirds(completions, **columns):
+        return [[(n, n + 1, n / 3) for n in range(min(3, len(text)))] for text in completions]
+
+    args = PPOConfig(
+        str(folder),
+        **SMALL | {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "report_to": "wandb"},
+        run_name="policy",
+        num_generations=4,
+        max_completion_length=6,
+        log_completions=True,
+        num_completions_to_print=0,
+    )
+    prompts = Dataset.from_list([{"prompt": text} for text in ("one", "two", "three", "four")])
+    lengths = lambda completions, **columns: [float(len(text)) for text in completions]  # noqa: E731
+    return PPOTrainer(str(base), lengths, thirds, args, train_dataset=prompts, peft_config=lora(r=2))
 
 
 def report(folder):
@@ -171,6 +192,10 @@ def report(folder):
         entry.train()
         assert entry.args.max_grad_norm == 0.75
         told[kind] = {"name": wandb.run.name, "id": wandb.run.id, "directory": wandb.run.dir}
+
+    policy = policy_trainer(save_tiny_model(folder / "language model", "qwen2"), folder / "policy")
+    policy.train()
+    told["policy"] = {"directory": wandb.run.dir, "history": policy.state.log_history}
 
     last = trainer("last")
     last.train()  # and the program ends
@@ -338,3 +363,21 @@ def test_disagreement_is_logged_as_histogram_and_by_decile_and_the_config_as_giv
     assert list(folder.rglob("*disagreement_deciles*.table.json"))
     noted = [u for record in records_of(folder) if record.HasField("config") for u in record.config.update]
     assert {json.loads(update.value_json) for update in noted if update.key == "max_grad_norm"} == {0.75}
+
+
+# --------------------------------------------------------------------------------------------------------- policies
+def test_a_policy_shows_its_completions_and_pictures(told):
+    directory = Path(told["policy"]["directory"])
+    pages = sorted(directory.glob("media/html/train/completions/advantages_*.html"))
+    assert len(pages) == 3  # of each step
+    text = pages[-1].read_text(encoding="utf-8")
+    assert text.count('<p class="note">Completion ') == 4 and "piece rewarded" in text and "value before it" in text
+    for name in ("reward", "dense", "critic", "kl", "steps", "first_low"):
+        found = list(directory.glob(f"media/images/train/pictures/policy_{name}_*.png"))
+        assert len(found) == 2, name  # of the checkpoint and of the end
+    points = points_of(directory)
+    names = {name.split("/_type")[0] for point in points for name in point}
+    assert {"train/completions/advantages", "train/pictures/policy_first_low"} <= {n.split("/size")[0] for n in names}
+    (last,) = [point for point in points if any("pictures/" in name for name in point)][1:]
+    assert last["train/global_step"] == 3
+    assert {f"train/{name}" for name in told["policy"]["history"][0] if name.startswith("dense/")} <= names

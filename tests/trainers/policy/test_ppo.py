@@ -14,13 +14,13 @@ from tests.tiny import pair_rows, save_tiny_model
 from tests.trainers.helpers import SMALL, lora, trainer_for
 from tests.trainers.helpers import config as reward_config
 from trl_ext import RewardEnsemble, RewardScorer
-from trl_ext.evaluation.policy_report import policy_report
 from trl_ext.losses.advantages import gae, td_errors, whiten
 from trl_ext.models import BaseMismatchError
 from trl_ext.trainers.common.health import NotFiniteError
 from trl_ext.trainers.policy.critic import CRITIC_FOLDER
 from trl_ext.trainers.policy.ppo_config import PPOConfig
 from trl_ext.trainers.policy.ppo_trainer import PPOTrainer
+from trl_ext.trainers.policy.report import policy_report
 from trl_ext.trainers.policy.watch import SAMPLES
 
 
@@ -151,18 +151,26 @@ def test_policy_and_critic_move_and_the_base_does_not(trained):
 
 
 def test_a_report_shows_the_credit_of_every_token(trained):
+    """`train` wrote it, because completions were kept."""
     trainer, _, folder = trained
-    page = policy_report(folder).read_text(encoding="utf-8")
+    page = (folder / "policy.html").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (folder / "completions" / SAMPLES).read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [1] * 4 + [2] * 4
     for row, ids, mask in zip(
         rows[4:], trainer.output["completion_ids"], trainer.output["completion_mask"], strict=True
     ):
-        assert "".join(row["pieces"]) == trainer.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
+        text = "".join(row["pieces"])
+        assert text == trainer.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
         assert len(row["pieces"]) == len(row["advantages"]) == len(row["values"]) == len(row["rewards"]) == mask.sum()
+        assert row["reward"] == letters(None, [text])[0]
         assert page.count(f'title="advantage {row["advantages"][0]:.3g}') >= 1
     assert page.count("piece rewarded") >= sum(reward is not None for row in rows[4:] for reward in row["rewards"]) > 0
     assert (folder / "policy_reward.png").stat().st_size > 1000
+    assert "<td>Critic (1 is perfect, 0 is a constant)</td>" in page
+    (folder / "policy.html").unlink()
+    assert policy_report(folder) == folder / "policy.html"  # from the files that were saved
+    with pytest.raises(FileNotFoundError, match="trainer.save_state"):
+        policy_report(folder / "completions")
 
 
 def test_the_base_is_held_once_and_each_backward_pass_reaches_its_own_adapter(trained):

@@ -25,10 +25,10 @@ def policy_parser(arguments: type, config_class: type, prog: str | None) -> "Par
 
 def train_policy(parser: "Parser", trainer_class: "type[Trainer]", argv: list[str] | None) -> int:
     """Parse, train, save, and write the report page. Returns the exit status."""
-    from trl_ext.evaluation.policy_report import policy_report
     from trl_ext.logs import show_logs
     from trl_ext.trainers.common.command_line import build_trainer, check_resume
     from trl_ext.trainers.common.console import show_important_metrics
+    from trl_ext.trainers.policy.report import policy_report
 
     script_args, training_args, model_args, dataset_args = parse(parser, argv)
     if model_args.model_name_or_path is None:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_ext.evaluation.report.figures import draw, matplotlib_is_there
+from trl_ext.evaluation.report.figures import draw
 from trl_ext.evaluation.report.findings import Findings
 from trl_ext.evaluation.report.page import to_html
+from trl_ext.style import matplotlib_is_there
 from trl_ext.trainers.common.model_card import CARD_NAME, put_evaluation
 
 

@@ -4,8 +4,6 @@ They have grey text and no background, so that they can stand on a light and on 
 numbers.
 """
 
-import importlib.util
-import io
 import math
 import re
 from collections.abc import Callable
@@ -14,31 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trl_ext.evaluation.report.findings import Findings
-
-
-GREY = "#808590"
-BLUE, ORANGE, GREEN = "#3b7dd8", "#e08a3c", "#3f9b63"
-
-STYLE = {
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": GREY,
-    "axes.titlesize": 11,
-    "font.size": 10,
-    "legend.frameon": False,
-    "legend.labelcolor": GREY,
-    "svg.hashsalt": "trl_ext",  # the same report gives the same file
-    "text.color": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
-
-
-def matplotlib_is_there() -> bool:
-    """Whether pictures can be made: matplotlib comes with `pip install "trl-ext[plots]"`."""
-    return importlib.util.find_spec("matplotlib") is not None
+from trl_ext.style import BLUE, GREEN, GREY, ORANGE, PICTURE_STYLE, as_file
 
 
 def draw(report: Findings, kind: Literal["png", "svg"]) -> dict[str, bytes]:
@@ -47,7 +21,7 @@ def draw(report: Findings, kind: Literal["png", "svg"]) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     pictures = {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PICTURE_STYLE):
         for prefix in report.prefixes():
             for name, make in _PICTURES.items():
                 figure = Figure(figsize=(5.4, 3.6), layout="constrained")
@@ -66,13 +40,6 @@ def _suffix(prefix: str) -> str:
 
 def _title(what: str, prefix: str) -> str:
     return f"{what}: {prefix[:-1]}" if prefix else what
-
-
-def as_file(figure: Any, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    options = {"dpi": 144, "facecolor": "white"} if kind == "png" else {"transparent": True}
-    figure.savefig(buffer, format=kind, metadata=None if kind == "png" else {"Date": None}, **options)
-    return buffer.getvalue()
 
 
 def _reliability(figure: Any, report: Findings, prefix: str) -> bool:

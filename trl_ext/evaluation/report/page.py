@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trl_ext.evaluation.report.figures import draw, matplotlib_is_there
+from trl_ext.evaluation.report.figures import draw
 from trl_ext.evaluation.report.findings import Findings, Mistake, number
+from trl_ext.style import matplotlib_is_there
 
 
 _STYLE = """

@@ -34,7 +34,7 @@ from trl_ext.trainers.common.model_card import metrics_section, name_in_card, ru
 from trl_ext.trainers.common.policy_card import policy_card
 from trl_ext.trainers.common.setup import check_offloading
 from trl_ext.trainers.common.summary import base_name, log_start
-from trl_ext.trainers.common.tracking import open_run, use_safe_callback
+from trl_ext.trainers.common.tracking import open_run, use_safe_callback, without_missing_wandb
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class PolicyTraining:
 
         Args:
             model (`str`, `PreTrainedModel` or `PeftModel`): the policy, as the user gave it.
-            args (`TrainingArguments`): not changed; the result is a copy where it has to differ.
+            args (`TrainingArguments`): not changed; the result is a copy.
             kwargs (`dict`): the trainer's other arguments. `processing_class` and `quantization_config` may change.
             reference (`bool`): whether the loss compares with a reference that the trainer makes itself. For a policy
                 with an adapter this is its base with the adapters off.
@@ -74,6 +74,8 @@ class PolicyTraining:
         """
         follow_transformers(args.get_process_log_level())
         check_offloading(args)
+        args = copy.copy(args)
+        without_missing_wandb(args)
         peft_config = kwargs.get("peft_config")
         if isinstance(peft_config, PeftConfig):
             check_policy_adapter(peft_config, initialised=False, reference=reference)
@@ -81,7 +83,6 @@ class PolicyTraining:
             model = str(model)
             if _has_adapter(model):
                 model = _load_adapter(model, args, kwargs)
-                args = copy.copy(args)
                 args.model_init_kwargs = None  # they have been used
         for config in getattr(model, "peft_config", {}).values():  # a PeftModel holds a config for each adapter
             check_policy_adapter(config, reference=reference)

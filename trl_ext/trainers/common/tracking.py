@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per trainer, and a sample table and histograms of each evaluation. It never crashes.
+"""Weights & Biases: one run per trainer, and tables, histograms, pages and pictures on it. It never crashes.
 
 It knows runs, tables and the trainer's arguments. It knows nothing of models or losses. It opens and sends nothing
 unless `report_to` names `wandb`. It never passes a step number, because several trainers may share a run.
@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import WandbCallback, is_wandb_available, rewrite_logs
@@ -121,7 +122,7 @@ def log_evaluation(trainer: Trainer, groups: list[ScoredGroup], scores: list[flo
     """
     Log a table of sample groups (prompt, completion, score, rank by score, rating) and a histogram of all scores.
 
-    It does nothing unless `report_to` names `wandb` and a run is open. A failure only gives a warning.
+    See `log_media` for when it does nothing.
     """
     rows = []
     for number, group in enumerate(groups):
@@ -132,20 +133,14 @@ def log_evaluation(trainer: Trainer, groups: list[ScoredGroup], scores: list[flo
 
 
 def log_table(trainer: Trainer, columns: list[str], rows: list[list], scores: list[float], prefix: str) -> None:
-    """Log the histogram `<prefix>_scores`, and the table `<prefix>_samples` if it has rows. See `log_evaluation`."""
-    if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero() or not scores:
-        return
-    try:
-        import wandb
+    """Log the histogram `<prefix>_scores`, and the table `<prefix>_samples` if it has rows. See `log_media`."""
 
-        if wandb.run is None:
-            return
-        content = {f"{prefix}_scores": wandb.Histogram(scores)}
-        if rows:
-            content[f"{prefix}_samples"] = wandb.Table(columns=columns, data=rows)
-        wandb.log({**rewrite_logs(content), "train/global_step": trainer.state.global_step})
-    except Exception as error:
-        logger.warning(f"The evaluation's table could not be logged to Weights & Biases: {error!r}")
+    def content(wandb: Any) -> dict[str, Any]:
+        table = {f"{prefix}_samples": wandb.Table(columns=columns, data=rows)} if rows else {}
+        return {f"{prefix}_scores": wandb.Histogram(scores)} | table
+
+    if scores:
+        log_media(trainer, content)
 
 
 def log_disagreement(trainer: Trainer, groups: list[tuple[float, float]], prefix: str) -> None:
@@ -153,26 +148,46 @@ def log_disagreement(trainer: Trainer, groups: list[tuple[float, float]], prefix
     Log how the disagreement of an ensemble relates to its errors.
 
     It logs `<prefix>_disagreement_histogram` and the table `<prefix>_disagreement_deciles`, which splits the groups
-    into ten parts by disagreement and has the error rate of each part. See `log_evaluation` for when it does nothing.
+    into ten parts by disagreement and has the error rate of each part. See `log_media` for when it does nothing.
 
     Args:
         trainer (`Trainer`): its run is used.
         groups (`list[tuple[float, float]]`): of each group, the disagreement and the share of wrong pairs.
         prefix (`str`): of the names, e.g. `"eval"`.
     """
-    if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero() or not groups:
+
+    def content(wandb: Any) -> dict[str, Any]:
+        columns = ["decile", "groups", "mean_disagreement", "error_rate"]
+        return {
+            f"{prefix}_disagreement_histogram": wandb.Histogram([spread for spread, _ in groups]),
+            f"{prefix}_disagreement_deciles": wandb.Table(columns=columns, data=error_by_decile(groups)),
+        }
+
+    if groups:
+        log_media(trainer, content)
+
+
+def log_media(trainer: Trainer, make: Callable[[Any], dict[str, Any]]) -> None:
+    """
+    Log tables, histograms, pages and pictures at the trainer's step.
+
+    It does nothing unless `report_to` names `wandb`, a run is open and this is the main process. A failure only gives
+    a warning.
+
+    Args:
+        trainer (`Trainer`): its run is used.
+        make (`Callable`): gets the module `wandb` and returns the content by name. It is called only where there is a
+            run. `train/` goes before names that do not begin with `eval_` or `test_`, as for metrics.
+    """
+    if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero():
         return
     try:
         import wandb
 
         if wandb.run is None:
             return
-        content = {
-            f"{prefix}_disagreement_histogram": wandb.Histogram([spread for spread, _ in groups]),
-            f"{prefix}_disagreement_deciles": wandb.Table(
-                columns=["decile", "groups", "mean_disagreement", "error_rate"], data=error_by_decile(groups)
-            ),
-        }
-        wandb.log({**rewrite_logs(content), "train/global_step": trainer.state.global_step})
+        content = make(wandb)
+        if content:
+            wandb.log({**rewrite_logs(content), "train/global_step": trainer.state.global_step})
     except Exception as error:
-        logger.warning(f"The ensemble's disagreement could not be logged to Weights & Biases: {error!r}")
+        logger.warning(f"Tables or pictures could not be logged to Weights & Biases: {error!r}")

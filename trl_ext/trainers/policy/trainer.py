@@ -6,12 +6,15 @@ multi-process run works as in TRL.
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from trl_ext.losses.advantages import (
@@ -32,11 +35,18 @@ from trl_ext.trainers.common.health import NotFiniteError
 from trl_ext.trainers.common.policy_card import sampling_section
 from trl_ext.trainers.common.policy_training import PolicyTraining
 from trl_ext.trainers.common.summary import run_facts
+from trl_ext.trainers.common.tracking import log_media
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
-from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, step_metrics, write_samples
+from trl_ext.trainers.policy.pictures import draw
+from trl_ext.trainers.policy.report import completions_page, policy_report
+from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, samples_of, step_metrics, write_samples
 
 
+logger = logging.getLogger(__name__)
+
+# Completions on each page that goes to W&B: a page of long ones has some hundred KB.
+SHOWN_ON_WANDB = 4
 _ADAPTER_FILES = ("adapter_config.json", ENSEMBLE_NAME)
 
 
@@ -119,6 +129,7 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
         if len(weights) != len(dense):
             raise ValueError(f"{len(weights)} dense_reward_weights for {len(dense)} functions; needed: one for each.")
         self._sample: dict[str, Any] | None = None
+        self._pictured = -1  # the step of the last pictures
         self._scalar_rewards: tuple[torch.Tensor, torch.Tensor] | None = None  # and where there is one
         self._dense: DenseRewards | None = None
         if dense:
@@ -193,15 +204,49 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
         for name, value in found.items():
             metrics[name].append(value)
         if self.log_completions and self.model.training:
-            self._sample = output | {"rewards": rewards, "given": given}
+            scalar, scored = self._scalar_rewards
+            self._sample = output | {"rewards": rewards, "given": given, "scalar": scalar, "scored": scored}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log. With `log_completions=True`, completions and their advantages are kept, and shown on W&B."""
         super().log(logs, start_time)
         if self._sample is not None and self.is_world_process_zero():
-            folder = Path(self.args.output_dir, "completions")
             tokenizer = text_tokenizer(self.processing_class)
-            write_samples(folder, self.state.global_step, tokenizer, self._sample, self.num_generations)
+            samples = samples_of(self.state.global_step, tokenizer, self._sample, self.num_generations)
+            write_samples(Path(self.args.output_dir, "completions"), samples)
+            page = completions_page(samples[:SHOWN_ON_WANDB])
+            log_media(self, lambda wandb: {"completions/advantages": wandb.Html(page, inject=False)})
         self._sample = None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's training. At the end W&B gets pictures, and `log_completions=True` writes a report."""
+        output = super().train(*args, **kwargs)
+        self._log_pictures()
+        if self.log_completions and self.is_world_process_zero():
+            try:
+                policy_report(self.args.output_dir, self.state.log_history)
+            except Exception as error:  # a report that fails must not cost a trained policy
+                logger.warning(f"The report of the training could not be written: {error!r}")
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy. With a checkpoint, the pictures on W&B are renewed."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            self._log_pictures()
+
+    def _log_pictures(self) -> None:
+        def pictures(wandb: Any) -> dict[str, Any]:
+            from PIL import Image  # comes with matplotlib, without which nothing was drawn
+
+            found = draw(self.state.log_history, "png")
+            return {
+                f"pictures/{name}": wandb.Image(Image.open(BytesIO(files["png"]))) for name, files in found.items()
+            }
+
+        if self._pictured != self.state.global_step:
+            self._pictured = self.state.global_step
+            log_media(self, pictures)
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,31 +94,49 @@ class HackingWatch:
         }
 
 
-def write_samples(
-    folder: str | Path, step: int, tokenizer: PreTrainedTokenizerBase, output: dict[str, Any], rows: int
-) -> None:
+def samples_of(
+    step: int, tokenizer: PreTrainedTokenizerBase, output: dict[str, Any], rows: int
+) -> list[dict[str, Any]]:
     """
-    Append completions with the credit of each token to `advantages.jsonl`, one JSON object a line.
+    Completions with the credit of each token.
 
-    Its keys: `step`, `prompt`, `pieces` (the text that each token adds), `advantages`, `rewards` (`null` for tokens
-    without one), and with a critic `values`. `trl_ext.evaluation.policy_report` shows them.
+    Args:
+        step (`int`): the training step that they belong to.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the policy's.
+        output (`dict`): what the trainer knows of a batch of N completions: `prompt_ids`, `prompt_mask`,
+            `completion_ids`, `completion_mask`, `rewards` and `given` of the shape `(N, T)`; `advantages` `(N, T)` or
+            `(N,)`; `scalar` and `scored` `(N,)`, the scalar rewards and where there is one; perhaps `values` `(N, T)`.
+        rows (`int`): how many of the N to take.
+
+    Returns:
+        `list[dict]`: each with `step`, `prompt`, `pieces` (the text that each token adds), `advantages`, `rewards`
+        (`None` for tokens without one), `reward` (the scalar one, or `None`), and with a critic `values`.
     """
+    samples = []
+    for row in range(min(rows, len(output["completion_ids"]))):
+        real = output["completion_mask"][row].bool()
+        text, ends = token_ends(tokenizer, output["completion_ids"][row][real].tolist())
+        credit = output["advantages"][row]
+        credit = credit.expand(len(real)) if credit.dim() == 0 else credit
+        rewards = output["rewards"][row].masked_fill(~output["given"][row], torch.nan)[real].tolist()
+        sample = {
+            "step": step,
+            "prompt": tokenizer.decode(output["prompt_ids"][row][output["prompt_mask"][row].bool()]),
+            "pieces": [text[start:end] for start, end in zip([0, *ends], ends, strict=False)],
+            "advantages": credit[real].tolist(),
+            "rewards": [None if math.isnan(reward) else reward for reward in rewards],
+            "reward": output["scalar"][row].item() if output["scored"][row] else None,
+        }
+        if "values" in output:
+            sample["values"] = output["values"][row][real].tolist()
+        samples.append(sample)
+    return samples
+
+
+def write_samples(folder: str | Path, samples: Sequence[dict[str, Any]]) -> None:
+    """Append the result of [`samples_of`] to `advantages.jsonl`, one JSON object a line. `policy_report` shows it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        for row in range(min(rows, len(output["completion_ids"]))):
-            real = output["completion_mask"][row].bool()
-            text, ends = token_ends(tokenizer, output["completion_ids"][row][real].tolist())
-            credit = output["advantages"][row]
-            credit = credit.expand(len(real)) if credit.dim() == 0 else credit
-            rewards = output["rewards"][row].masked_fill(~output["given"][row], torch.nan)[real].tolist()
-            sample = {
-                "step": step,
-                "prompt": tokenizer.decode(output["prompt_ids"][row][output["prompt_mask"][row].bool()]),
-                "pieces": [text[start:end] for start, end in zip([0, *ends], ends, strict=False)],
-                "advantages": credit[real].tolist(),
-                "rewards": [None if math.isnan(reward) else reward for reward in rewards],
-            }
-            if "values" in output:
-                sample["values"] = output["values"][row][real].tolist()
+        for sample in samples:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
