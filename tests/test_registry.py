@@ -91,6 +91,14 @@ def test_a_plugin_is_imported_when_it_is_named_and_not_before(registry, install)
     assert registry.get("good") is registry.get("good")
 
 
+def test_a_name_that_was_found_is_not_looked_up_again(registry, install, monkeypatch):
+    """A lookup reads the metadata of all installed distributions, which takes milliseconds."""
+    install("good-plugin", "good", "def thing(): return 'plugged in'")
+    found = registry.get("built_in"), registry.get("good")
+    monkeypatch.setattr(registry_module, "entry_points", None)
+    assert (registry.get("built_in"), registry.get("good")) == found
+
+
 def test_a_broken_plugin_fails_only_when_it_is_named(registry, install):
     install("broken-plugin", "broken", "import no_such_module_anywhere")
     assert registry.get("built_in")() == "built in"

@@ -63,7 +63,7 @@ class Registry:
         self.group = group
         self._properties = properties
         self._callables: dict[str, Callable] = {}
-        self._loaded: dict[str, Callable] = {}
+        self._loaded: dict[str, Callable] = {}  # by `get`, which would read all entry points each time
         _REGISTRIES.append(self)
 
     def __repr__(self) -> str:
@@ -157,6 +157,8 @@ class Registry:
             return name
         if not isinstance(name, str):
             raise TypeError(f"A {self.kind} is chosen by its name or is a callable, found {type(name).__name__}.")
+        if name in self._loaded:
+            return self._loaded[name]
         plugins = [plugin for plugin in self._plugins() if plugin.name == name]
         claims = [self._origin(name)] if name in self._callables else []
         claims += [_distribution(plugin) for plugin in plugins]
@@ -167,10 +169,7 @@ class Registry:
                 f"The {self.kind} '{name}' is claimed by {' and by '.join(claims)}. Uninstall all but one, ask the "
                 f"plugin's author to rename its entry point in '{self.group}', or pass the callable itself."
             )
-        if name in self._callables:
-            return self._callables[name]
-        if name not in self._loaded:
-            self._loaded[name] = self._load(plugins[0])
+        self._loaded[name] = self._callables[name] if name in self._callables else self._load(plugins[0])
         return self._loaded[name]
 
     def available(self) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ the names of metrics. It does not know trainers.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_ext.style import BLUE, GREEN, GREY, ORANGE, PICTURE_STYLE, as_file, colour, matplotlib_is_there
@@ -72,6 +73,15 @@ def draw(history: Sequence[Entry], *kinds: str) -> dict[str, dict[str, bytes]]:
 
     with matplotlib.rc_context(PICTURE_STYLE):
         return {name: {kind: as_file(figure, kind) for kind in kinds} for name, figure in _figures(history)}
+
+
+def write_pictures(folder: Path, history: Sequence[Entry]) -> list[Path]:
+    """Write each picture as a PNG into a folder, and return the files."""
+    files = []
+    for name, content in draw(history, "png").items():
+        files.append(folder / f"{name}.png")
+        files[-1].write_bytes(content["png"])
+    return files
 
 
 def curve(history: Sequence[Entry], name: str) -> list[tuple[int, float]]:

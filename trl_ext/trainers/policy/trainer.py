@@ -9,7 +9,6 @@ import copy
 import logging
 from collections.abc import Callable
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from trl_ext.trainers.common.summary import run_facts
 from trl_ext.trainers.common.tracking import log_media
 from trl_ext.trainers.policy.config import DenseGRPOConfig
 from trl_ext.trainers.policy.dense_rewards import DenseRewards
-from trl_ext.trainers.policy.pictures import draw
+from trl_ext.trainers.policy.pictures import write_pictures
 from trl_ext.trainers.policy.report import completions_page, policy_report
 from trl_ext.trainers.policy.watch import HackingWatch, repetition_metric, samples_of, step_metrics, write_samples
 
@@ -237,12 +236,8 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
 
     def _log_pictures(self) -> None:
         def pictures(wandb: Any) -> dict[str, Any]:
-            from PIL import Image  # comes with matplotlib, without which nothing was drawn
-
-            found = draw(self.state.log_history, "png")
-            return {
-                f"pictures/{name}": wandb.Image(Image.open(BytesIO(files["png"]))) for name, files in found.items()
-            }
+            files = write_pictures(Path(self.args.output_dir), self.state.log_history)
+            return {f"pictures/{file.stem}": wandb.Image(str(file)) for file in files}
 
         if self._pictured != self.state.global_step:
             self._pictured = self.state.global_step
