@@ -299,7 +299,7 @@ def test_dense_grpo_example_reports_steps_and_credit(monkeypatch, capsys):
 def test_study_of_policies_compares_every_arm(monkeypatch, capsys):
     lines = run(EXAMPLES / "studies/policies.py", monkeypatch, capsys)
     rows = [line for line in lines if re.match(r"\| [\w, .-]+ \| \d", line)]
-    assert len(rows) == 11  # before, ten arms
+    assert len(rows) == 10  # before, and nine arms
 
 
 def test_active_choice_example_labels_in_rounds(monkeypatch, capsys):

@@ -52,7 +52,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "PPO": {"advantage": "gae", "value_learning_rate": 1e-3, "beta": 0.0},
     "process, exact": {"advantage": "process"},
     "shaped, exact": {"advantage": "shaped", "potential": "min"},
-    "shaped, exact, lambda 0.8": {"advantage": "shaped", "potential": "min", "gae_lambda": 0.8},
 }
 REJECTION = "rejection sampling"
 LOGGED = {
