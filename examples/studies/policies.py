@@ -14,11 +14,13 @@ samples on held-out prompts, and what the trainer logged at every tenth of the t
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "process": {"advantage": "process"},
     "min-form": {"advantage": "min_form"},
     "shaped": {"advantage": "shaped", "potential": "min"},
-    "shrunken": {"advantage": "shrunken"},
+    "shrunken": {"advantage": "shrunken", "dense_weight": 0.0},
     "PPO": {"advantage": "gae", "value_learning_rate": 1e-3, "beta": 0.0},
     "process, exact": {"advantage": "process"},
     "shaped, exact": {"advantage": "shaped", "potential": "min"},
 }
 REJECTION = "rejection sampling"
+COLUMNS = [
+    "arm",
+    "right on held-out prompts",
+    "less the first arm",
+    "right in training, by tenths",
+    "lines of a sample, first to last tenth",
+    "samples cut, last tenth",
+]
 LOGGED = {
     "rewards/exact/mean": "right",
     "rewards/dense/mean": "dense reward",
@@ -232,7 +242,7 @@ def run_seed(seed: int, root: Path, args: argparse.Namespace) -> dict[str, dict[
     folder.mkdir(parents=True, exist_ok=True)
     policy, prm = prepare(folder, seed, args)
     found: dict[str, dict[str, Any]] = {}
-    for name in ("before", *ARMS, REJECTION):
+    for name in ("before", *args.arms):
         place = folder / name.replace(" ", "_").replace(",", "")
         file = place.with_suffix(".json")
         if not file.is_file():
@@ -267,12 +277,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each arm")
     parser.add_argument("--prompts", type=int, default=8, help="prompts in a step, with 8 samples each")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--policy_steps", type=int, default=1000, help="fine-tuning before; fewer is a worse start")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, REJECTION], default=[*ARMS, REJECTION])
     parser.add_argument("--eval_prompts", type=int, default=500, help="held-out prompts, with 2 samples each")
     parser.add_argument("--output_dir", default="outputs/study_policies")
     parser.add_argument("--json", help="file for the table's figures")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(arguments)
-    sizes = dict(policy_prompts=8000, policy_steps=1000, trial_prompts=200, prm_prompts=1500, prm_steps=400)
+    sizes = dict(policy_prompts=8000, trial_prompts=200, prm_prompts=1500, prm_steps=400)
     if args.smoke:
         sizes = dict(policy_prompts=200, policy_steps=30, trial_prompts=10, prm_prompts=8, prm_steps=2)
         args.seeds, args.steps, args.prompts, args.eval_prompts = 1, 2, 1, 8
@@ -289,21 +301,40 @@ def main(arguments: list[str]) -> None:
                 for title in results[0][name]["curves"]
                 for of_seeds in [[result[name]["curves"][title] for result in results]]
             },
-            "less outcome": gain_over(name, "outcome", results),
+            "less the first arm": gain_over(name, args.arms[0], results),
         }
         for name in results[0]
     }
-    report = {"steps": args.steps, "prompts": args.prompts, "samples": GROUP, "seeds": len(results), "arms": arms}
+    lines = [table_line(name, arm) for name, arm in arms.items()]
     if args.json:
+        command = f"python examples/studies/policies.py --seeds {args.seeds} --steps {args.steps}"
+        command += "" if args.policy_steps == 1000 else f" --policy_steps {args.policy_steps}"
+        if len(args.arms) < len(ARMS) + 1:
+            command += " --arms " + " ".join(f'"{name}"' if " " in name else name for name in args.arms)
+        note = (
+            f"{len(results)} seeds, {args.steps} steps of {args.prompts} prompts with {GROUP} samples; rejection "
+            "sampling gets as many. Differences are paired by seed, with 95 % intervals (Student's t). What is in "
+            "training is that of the policy as it samples, at temperature 0.8."
+        )
+        report = {"title": "Ways to train a policy on the demo's task", "date": date.today().isoformat()}
+        report |= {"machine": f"{os.cpu_count()} CPU cores, no GPU", "command": [command], "note": note}
+        report |= {"columns": COLUMNS, "rows": lines, "arms": arms}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(
-        "| arm | right on held-out prompts | less outcome | right in training, by tenths |\n| --- | --- | --- | --- |"
-    )
-    for name, arm in arms.items():
-        gain = arm["less outcome"]
-        interval = f" ({gain['low']:+.3f} to {gain['high']:+.3f})" if "low" in gain else ""
-        curve = " ".join(f"{value:.2f}" for value in arm["curves"].get("right", []))
-        print(f"| {name} | {arm['accuracy']:.3f} | {gain['mean']:+.3f}{interval} | {curve} |")
+    print("\n".join("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *lines]))
+
+
+def table_line(name: str, arm: dict[str, Any]) -> list[str]:
+    gain, curves = arm["less the first arm"], arm["curves"]
+    line = [name, f"{arm['accuracy']:.3f}"]
+    if gain["mean"] == gain.get("low", 0.0) == 0.0:
+        line.append("")
+    else:
+        line.append(
+            f"{gain['mean']:+.3f}" + (f" ({gain['low']:+.3f} to {gain['high']:+.3f})" if "low" in gain else "")
+        )
+    line.append(" ".join(f"{value:.2f}" for value in curves.get("right", [])))
+    ends = [f"{values[0]:.1f} to {values[-1]:.1f}" for values in [curves.get("lines")] if values]
+    return [*line, *(ends or [""]), f"{curves['cut'][-1]:.0%}" if "cut" in curves else ""]
 
 
 if __name__ == "__main__":
