@@ -62,3 +62,23 @@ def test_a_reward_that_rises_alone_is_said_once(caplog):
             found = alone.add(reward, 0.5 + 0.1 * (n % 2))
     assert found["watch/hacking_suspected"] == 1
     assert caplog.text.count("may exploit the reward") == 1
+
+
+def test_a_dense_reward_that_rises_alone_is_said(caplog):
+    """The scalar reward is the verifier itself, so it cannot part from it; the dense rewards can."""
+    watched = HackingWatch("truth")
+    with caplog.at_level(logging.WARNING):
+        for n in range(watch.WINDOW + 5):
+            truth = 0.5 + 0.1 * (n % 2)
+            found = watched.add(truth, truth, dense=5 + 0.1 * n + 0.01 * (n % 3))
+    assert found["watch/hacking_suspected"] == 1 and found["watch/dense_reward_trend"] > watch.RISES
+    assert caplog.text.count("the dense reward rose") == 1
+
+
+def test_a_verifier_that_falls_is_said_whatever_the_rewards_do(caplog):
+    watched = HackingWatch("truth")
+    with caplog.at_level(logging.WARNING):
+        for n in range(watch.WINDOW + 5):
+            found = watched.add(1 - 0.01 * n + 0.001 * (n % 3), 1 - 0.01 * n + 0.001 * (n % 2))
+    assert found["watch/hacking_suspected"] == 0 and "watch/dense_reward_trend" not in found
+    assert caplog.text.count("makes it worse") == 1

@@ -43,7 +43,11 @@ CURVES = {
     "hacking": Curves(
         "Watch for reward hacking",
         "trend in standard errors",
-        {"watch/reward_trend": "reward", "watch/verifier_trend": "verifier"},
+        {
+            "watch/reward_trend": "reward",
+            "watch/dense_reward_trend": "dense reward",
+            "watch/verifier_trend": "verifier",
+        },
     ),
     "length": Curves("Length of completions", "tokens", {"completions/mean_length": "tokens"}),
     "count": Curves("Rewards in a completion", "rewards (of steps)", {"dense/rewards_per_completion": "rewards"}),

@@ -199,7 +199,9 @@ class DenseGRPOTrainer(PolicyTraining, GRPOTrainer):
         if self._dense is not None:
             found |= step_metrics(rewards, given, mask, self.args.low_reward, reduce)
         if self._hacking is not None and self.model.training:
-            found |= self._hacking.add(metrics["reward"][-1], metrics[f"rewards/{self._hacking.verifier}/mean"][-1])
+            dense = {} if self._dense is None else {"dense": metrics["rewards/dense/mean"][-1]}
+            truth = metrics[f"rewards/{self._hacking.verifier}/mean"][-1]
+            found |= self._hacking.add(metrics["reward"][-1], truth, **dense)
         for name, value in found.items():
             metrics[name].append(value)
         if self.log_completions and self.model.training:

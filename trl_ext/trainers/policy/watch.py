@@ -61,7 +61,9 @@ def repetition_metric(ids: torch.Tensor, mask: torch.Tensor, reduce: Callable) -
 
 class HackingWatch:
     """
-    Compares the trend of the reward with that of a verifier, and warns once when only the reward rises.
+    Compares the trends of the rewards with that of a verifier, and warns once when only a reward rises.
+
+    It also warns once when the verifier falls, whatever the rewards do.
 
     Args:
         verifier (`str`): name of the reward function that tells the truth.
@@ -69,29 +71,54 @@ class HackingWatch:
 
     def __init__(self, verifier: str):
         self.verifier = verifier
-        self._rewards: deque[float] = deque(maxlen=WINDOW)
-        self._truths: deque[float] = deque(maxlen=WINDOW)
-        self._warned = False
-
-    def add(self, reward: float, truth: float) -> dict[str, float]:
-        """Add the means of a batch of completions; returns the trends in standard errors."""
-        if math.isfinite(reward) and math.isfinite(truth):
-            self._rewards.append(reward)
-            self._truths.append(truth)
-        up, follows = trend(self._rewards), trend(self._truths)
-        suspected = up > RISES and not follows > FOLLOWS
-        if suspected and len(self._rewards) == WINDOW and not self._warned:
-            self._warned = True
-            logger.warning(
-                f"Over the last {WINDOW} batches the reward rose (slope of {up:.1f} standard errors) and the verifier "
-                f"{self.verifier!r} did not ({follows:.1f}). The policy may exploit the reward. Look at completions, "
-                "raise `beta`, or stop here."
-            )
-        return {
-            "watch/reward_trend": up,
-            "watch/verifier_trend": follows,
-            "watch/hacking_suspected": float(suspected),
+        self._means: dict[str, deque[float]] = {
+            name: deque(maxlen=WINDOW) for name in ("reward", "dense_reward", "verifier")
         }
+        self._warned: set[str] = set()
+
+    def add(self, reward: float, truth: float, dense: float = math.nan) -> dict[str, float]:
+        """
+        Add the means of a batch of completions; returns the trends in standard errors.
+
+        Args:
+            reward, truth (`float`): the scalar reward, and what the verifier says.
+            dense (`float`, *optional*): the sum of a completion's dense rewards. It is not part of `reward`.
+        """
+        if math.isfinite(reward) and math.isfinite(truth):
+            for name, mean in (("reward", reward), ("verifier", truth), ("dense_reward", dense)):
+                if math.isfinite(mean):
+                    self._means[name].append(mean)
+        trends = {name: trend(means) for name, means in self._means.items()}
+        follows = trends["verifier"]
+        risen = [name for name in ("reward", "dense_reward") if trends[name] > RISES]
+        suspected = bool(risen) and not follows > FOLLOWS
+        if len(self._means["verifier"]) == WINDOW:
+            if suspected:
+                words = risen[0].replace("_", " ")
+                self._warn(
+                    "only the reward rises",
+                    f"the {words} rose (slope of {trends[risen[0]]:.1f} standard errors) and the verifier "
+                    f"{self.verifier!r} did not ({follows:.1f}). The policy may exploit the reward.",
+                )
+            elif follows < -RISES:
+                self._warn(
+                    "the verifier falls",
+                    f"the verifier {self.verifier!r} fell (slope of {follows:.1f} standard errors). What the policy "
+                    "is trained on makes it worse.",
+                )
+        found = {f"watch/{name}_trend": value for name, value in trends.items()}
+        if not self._means["dense_reward"]:
+            del found["watch/dense_reward_trend"]
+        return found | {"watch/hacking_suspected": float(suspected)}
+
+    def _warn(self, kind: str, what: str) -> None:
+        """Warn once of each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(
+                f"Over the last {WINDOW} batches {what} Look at completions, raise `beta`, lower `dense_weight`, or "
+                "stop here."
+            )
 
 
 def samples_of(
