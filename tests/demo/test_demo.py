@@ -6,8 +6,10 @@ import pytest
 
 from trl_ext.cli import demo
 from trl_ext.demo import token_stages
+from trl_ext.demo.dense_stages import LineRewards, right
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.demo.picking import compare_picks
+from trl_ext.demo.report import _dense_lines
 from trl_ext.demo.task import SPLITS, Problem, final_answer, make_problems, verify
 from trl_ext.pipelines.stages.cached_stages import StageContext
 
@@ -55,7 +57,7 @@ def test_picks_by_hand():
 def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, capsys):
     assert demo.main(["--smoke", "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["stages"]) == ["policy", "samples", *MODELS, "weak_to_strong", "rejection"]
+    assert list(report["stages"]) == ["policy", "samples", *MODELS, "weak_to_strong", "rejection", "dense"]
     assert report["passed"] is None  # a smoke run gives no verdict
     assert not any(stage["cached"] for stage in report["stages"].values())
     for name in MODELS:
@@ -65,7 +67,7 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
         assert stage["reload_difference"] <= 1e-2 * max(1.0, stage["score_std"])
         sidecar = "member-0/reward_model.json" if name == "ensemble" else "reward_model.json"
         assert (tmp_path / name / sidecar).is_file()
-    assert len(list((tmp_path / "wandb").rglob("*.wandb"))) == 1 + len(MODELS)  # with the policy, all offline
+    assert len(list((tmp_path / "wandb").rglob("*.wandb"))) == 2 + len(MODELS)  # with policy and dense, all offline
     kinds = {name: json.loads((tmp_path / name / "reward_model.json").read_text())["kind"] for name in MODELS[:-1]}
     assert kinds == {"reward": "scalar", "reward_nf4": "scalar", "orm": "outcome", "prm": "process"}
     assert {"mean", "standard_error"} == set(report["stages"]["prm"]["best_of_n_prod"])
@@ -73,6 +75,11 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
     arms = report["stages"]["rejection"]["arms"]
     assert list(arms) == ["random", "verifier", "orm", "reward"] and {arm["rows"] for arm in arms.values()} == {32}
     assert arms["random"]["right"] <= arms["verifier"]["right"]
+    dense = report["stages"]["dense"]
+    assert list(dense["arms"]) == ["outcome", "shaped"] and dense["samples"] == 2 * 2 * 8
+    assert {"mean", "standard_error"} == set(dense["before"]) == set(dense["arms"]["shaped"]["over_outcome"])
+    assert "piece rewarded" in (tmp_path / "dense" / "shaped" / "policy.html").read_text(encoding="utf-8")
+    assert list((tmp_path / "wandb").rglob("media/html/train/completions/*.html"))
     models = report["stages"]["weak_to_strong"]
     assert models["test_rows"] == 12 and all(0 <= models[name] <= 1 for name in ("weak", "student", "ceiling"))
     printed = capsys.readouterr().out
@@ -81,6 +88,7 @@ def test_a_smoke_run_reports_every_stage_and_the_next_one_reuses_them(tmp_path, 
         "by outcome model (all weights)",
         "by process model (all weights), prod",
         "vote weighted by process model",
+        "the outcome, shaped by the process model",
     ):
         assert line in printed
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -133,3 +141,22 @@ def test_the_verdicts_become_labels_of_answers_and_lines(tmp_path, monkeypatch):
     for row, other, problem in zip(*[iter(seen["process"])] * 2, problems, strict=True):
         assert row["label_values"] == [1.0] * (len(problem.digits) + 1)  # to end there is right as well
         assert other["label_values"] == [0.0]  # the first line is wrong, and no other counts
+
+
+def test_the_last_line_of_a_solution_gets_the_reward_of_ending_there():
+    class Scorer:
+        def score_steps(self, prompts, steps):
+            assert steps == [["2", "7", ""], [""], ["2", ""]]
+            return [[0.9, 0.8, 0.1], [0.5], [0.7, 0.3]]
+
+    rewards = LineRewards(Scorer())(["72:\n"] * 3, ["2\n7\n", "", "2"])
+    assert rewards == [[(0, 2, 0.9), (2, 4, 0.1)], None, [(0, 1, 0.3)]]
+    assert right(["72:\n"] * 3, ["2\n7\n", "7\n2\n", ""]) == [1.0, 0.0, 0.0]
+
+
+def test_a_table_of_grpo_compares_it_with_the_outcome_alone():
+    figure = {"mean": 0.5, "standard_error": 0.01}
+    arms = {"outcome": {"exact_match": figure}, "shaped": {"exact_match": figure, "over_outcome": figure}}
+    lines = _dense_lines({"before": figure, "samples": 5120, "arms": arms})
+    assert "5120 samples" in lines[0] and len(lines) == 5
+    assert lines[-1].endswith("gain over the outcome alone +0.500 ± 0.010")

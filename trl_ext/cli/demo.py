@@ -21,7 +21,8 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
         description="Train a tiny policy to sort digits, and sample and rate its solutions. Train reward models on "
         "the rankings, on right and wrong answers, and on right and wrong lines. Reload the models, and compare the "
         "answers that they pick with a random pick, a majority vote and an oracle. Then fine-tune the policy on its "
-        "own samples, chosen by the verifier and by the models. The demo runs offline on two CPU cores in a few "
+        "own samples, chosen by the verifier and by the models, and train it by GRPO with and without the verdicts "
+        "of the model of lines. The demo runs offline on two CPU cores in a few "
         "minutes. It writes a table, report.json, a plot (if matplotlib is installed) and offline runs of Weights & "
         "Biases.",
         epilog="Exit status: 0 if every reward model beat the random pick by more than the sampling error (1.96 "
@@ -141,6 +142,7 @@ def _run(output_dir: Path, name: str, seed: int, smoke: bool, fresh: bool, worke
     print(f"  report:  {output_dir / 'report.json'}")
     plot = output_dir / "plot.png" if drawn else "none (matplotlib is not installed: pip install 'trl-ext[plots]')"
     print(f"  plot:    {plot}")
+    print(f"  GRPO:    {output_dir / 'dense' / 'shaped' / 'policy.html'}")
     print(f"  W&B:     {found or 'no run was recorded'}{' (offline; wandb sync sends it)' if found else ''}")
     if smoke:
         print("\nSmoke run: everything ran. Its figures mean nothing, so there is no verdict.")

@@ -159,7 +159,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
             quantized=True,
         ),
         token_model("orm", "outcome model (all weights)", run_orm, 2 if smoke else 130),
-        token_model("prm", "process model (all weights)", run_prm, 2 if smoke else 115),
+        token_model("prm", "process model (all weights)", run_prm, 2 if smoke else 70),
         model("ensemble", "ensemble of three", run_ensemble, sizes["ensemble_steps"], 2 if smoke else 60, **ENSEMBLE),
         Stage(
             "weak_to_strong",
@@ -201,7 +201,7 @@ def plan(seed: int = 0, smoke: bool = False) -> list[Stage]:
                 "learning_rate": DENSE_LEARNING_RATE,
             },
             needs=("policy", "prm"),
-            seconds=4 if smoke else 90,
+            seconds=4 if smoke else 35,
             trains=True,
         ),
     ]

@@ -230,6 +230,13 @@ def test_it_says_once_what_it_trains_and_writes_a_card(kind, policy, tmp_path, c
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+def test_a_wandb_that_is_switched_off_stops_no_policy(kind, policy, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    trainer = make(kind, policy, tmp_path, report_to="wandb")
+    assert trainer.args.report_to == [] and "Nothing goes to it" in caplog.text
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_a_loss_that_is_nan_stops(kind, policy, tmp_path):
     trainer = make(kind, AutoModelForCausalLM.from_pretrained(policy), tmp_path)
     with torch.no_grad():
