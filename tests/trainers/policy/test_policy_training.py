@@ -25,6 +25,7 @@ from trl_ext import (
     WeakToStrongTrainer,
 )
 from trl_ext.models.bases import BaseMismatchError
+from trl_ext.trainers.common import tracking
 from trl_ext.trainers.common.health import NotFiniteError
 from trl_ext.trainers.policy import config as grpo_config
 from trl_ext.trainers.policy import ranked_dpo_config
@@ -230,8 +231,8 @@ def test_it_says_once_what_it_trains_and_writes_a_card(kind, policy, tmp_path, c
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_wandb_that_is_switched_off_stops_no_policy(kind, policy, tmp_path, caplog, monkeypatch):
-    monkeypatch.setenv("WANDB_DISABLED", "true")
+def test_a_wandb_that_is_missing_stops_no_policy(kind, policy, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(tracking, "is_wandb_available", lambda: False)
     trainer = make(kind, policy, tmp_path, report_to="wandb")
     assert trainer.args.report_to == [] and "Nothing goes to it" in caplog.text
 
