@@ -80,7 +80,8 @@ def draw(history: Sequence[Entry], *kinds: str) -> dict[str, dict[str, bytes]]:
 
 
 def write_pictures(folder: Path, history: Sequence[Entry]) -> list[Path]:
-    """Write each picture as a PNG into a folder, and return the files."""
+    """Write each picture as a PNG into a folder, which is made, and return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, content in draw(history, "png").items():
         files.append(folder / f"{name}.png")
