@@ -59,6 +59,37 @@ def changes(command: str, training: Any, model: Any) -> Iterator[Change]:
         yield Change("half the max_length", {"max_length": training.max_length // 2}, False)
 
 
+def policy_changes(training: Any, model: Any) -> Iterator[Change]:
+    """The changes that are possible for a policy. A step learns from as many completions as before."""
+    rows, steps, at_once = (
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        training.steps_per_generation,
+    )
+    if training.gradient_checkpointing:
+        yield Change("no gradient checkpointing", {"gradient_checkpointing": False}, True)
+    else:
+        yield Change("gradient checkpointing", {"gradient_checkpointing": True}, True)
+    if rows % 2 == 0:
+        halves = {
+            "per_device_train_batch_size": rows // 2,
+            "gradient_accumulation_steps": 2 * steps,
+            "steps_per_generation": 2 * at_once,
+        }
+        yield Change("half the completions in a batch, twice the accumulation", halves, True)
+    prompts = at_once % 2 == 0 and rows * at_once // 2 % training.num_generations == 0
+    if prompts and training.num_iterations == 1 and not training.use_vllm:
+        fewer = {"steps_per_generation": at_once // 2, "generation_batch_size": None}
+        yield Change("half the completions generated at a time", fewer, True)
+    if "8bit" not in str(training.optim):
+        yield Change("8-bit optimizer", {"optim": "paged_adamw_8bit"}, False)
+    if model.use_peft and not model.load_in_4bit:
+        yield Change("4-bit base", {"load_in_4bit": True}, False)
+    if training.max_completion_length > 2:
+        half = {"max_completion_length": training.max_completion_length // 2}
+        yield Change("half the max_completion_length", half, False)
+
+
 def advise(cases: list[dict[str, Any]], now: dict[str, Any]) -> str:
     """
     The advice which change to make, as a sentence.

@@ -16,28 +16,35 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.bench.runner import circumstances, formatted
-from trl_ext.fit.changes import advise, changes
+from trl_ext.fit.changes import advise, changes, policy_changes
 from trl_ext.fit.config import (
+    POLICIES,
     TRAINERS,
     Parsed,
-    attention_note,
     changed,
     check_attention,
+    dtype_of,
+    estimate_of,
+    notes,
     parse,
     sizes_of,
-    training_step,
     values_of,
 )
-from trl_ext.fit.limits import Knob, knobs, largest, sentence
+from trl_ext.fit.limits import Knob, knobs, largest, policy_knobs, sentence
+from trl_ext.fit.policy_runs import run_policy
 from trl_ext.fit.rows import Sizes, write_random_model
 from trl_ext.fit.runs import GIB, measured, run_training, too_much_here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `trl-ext bench fit`."""
-    parser.add_argument("--config", required=True, help="YAML file of a command that trains reward models")
+    parser.add_argument("--config", required=True, help="YAML file of a command that trains reward models or policies")
     parser.add_argument(
-        "--trainer", choices=list(TRAINERS), default=None, help="default: the name of the config's folder"
+        "--trainer",
+        type=lambda name: name.replace("-", "_"),
+        choices=list(TRAINERS),
+        default=None,
+        help="default: the name of the config's folder",
     )
     parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="e.g. max_length=512")
     parser.add_argument("--gpu_memory", type=float, default=24.0, help="GiB of the card")
@@ -48,8 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no_changes", action="store_true", help="do not estimate what single changes would do, and what still fits"
     )
-    parser.add_argument("--prompt_length", type=int, default=None, help="tokens; default: half of max_length")
-    parser.add_argument("--completion_length", type=int, default=None, help="tokens; default: the rest of max_length")
+    parser.add_argument(
+        "--prompt_length", type=int, default=None, help="tokens; default: half of max_length, and 256 for a policy"
+    )
+    parser.add_argument(
+        "--completion_length",
+        type=int,
+        default=None,
+        help="tokens; default: the rest of max_length, and max_completion_length for a policy",
+    )
     parser.add_argument(
         "--candidates", type=int, default=None, help="of a group; default: 2 for bradley_terry, 4 for other losses"
     )
@@ -63,9 +77,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Estimate the memory, and measure it where that is possible.
 
     Returns:
-        `dict` with the `batch`, the `estimate` (GiB of each part and of the whole, operations), `fits`, `dominates`,
-        `changes`, `advice`, `limits` (the largest batch, length, group and rank that fit), `measured` (`None`, and why
-        under `not_measured`) with the estimate's `error`, and the circumstances.
+        `dict` with the `batch`, the `estimate` (GiB of each part and of the whole, for a policy also of each phase;
+        operations), `fits`, `dominates`, `changes`, `advice`, `limits` (the largest batch, length, group and rank that
+        fit), `measured` (`None`, and why under `not_measured`) with the estimate's `error`, and the circumstances.
     """
     import transformers
 
@@ -86,8 +100,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     if command not in TRAINERS:
         raise ValueError(
-            f"The folder {command!r} does not name a trainer of reward models, and only their memory is estimated. "
-            f"Give --trainer: {', '.join(TRAINERS)}."
+            f"The folder {command!r} does not name a trainer of reward models or of policies by rewards, and only "
+            f"their memory is estimated. Give --trainer: {', '.join(TRAINERS)}."
         )
     parsed = parse(command, args)
     config, source = config_of(parsed.model.model_name_or_path)
@@ -108,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "reserve": args.reserve,
         "fits": found["fits"],
         "dominates": dominates(estimate.parts()),
-        "note": attention_note(attention),
+        "note": notes(command, parsed),
         "changes": [],
         "advice": None,
         "limits": [],
@@ -118,7 +132,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not args.no_changes:
         minutes = "Estimating what other settings would take and the largest that fit (minutes for a large model; "
         print(f"{minutes}--no_changes leaves it out) ...", file=sys.stderr)
-        for change in changes(command, parsed.training, parsed.model):
+        options = policy_changes if command in POLICIES else partial(changes, command)
+        for change in options(parsed.training, parsed.model):
             case = change._asdict()
             try:
                 new = changed(parsed, change.values)
@@ -140,9 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _case(command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
-    from trl_ext.fit.memory_estimate import estimate
-
-    found = estimate(training_step(command, parsed, config, sizes))
+    found = estimate_of(command, parsed, config, sizes, args)
     gib = found.peak / GIB
     return {
         "estimate": found,
@@ -156,7 +169,8 @@ def _limits(
     command: str, parsed: Parsed, config: Any, sizes: Sizes, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """The largest value that fits, for each argument that can be enlarged."""
-    for knob in knobs(command, parsed, sizes, config):
+    options = policy_knobs(parsed, sizes) if command in POLICIES else knobs(command, parsed, sizes, config)
+    for knob in options:
 
         def gib(value: int, knob: Knob = knob) -> float:
             new, larger = knob.set(value)
@@ -169,14 +183,15 @@ def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: An
     """Measure real steps of the trainer on random weights, and compare them with the estimate."""
     import torch
 
-    from trl_ext.fit.memory_estimate import estimate
-
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        step = training_step(command, parsed, config, sizes, torch.cuda.is_available())
-        write_random_model(model, copy.deepcopy(config), step.dtype, sizes.words, args.seed)
-        run = partial(run_training, command, parsed, model, sizes, args)
-        return measured(run, args.gpu_memory, estimate(step).activations)
+        found = estimate_of(command, parsed, config, sizes, args, torch.cuda.is_available())
+        dtype = dtype_of(parsed, config)
+        write_random_model(model, copy.deepcopy(config), dtype, sizes.words, args.seed, command in POLICIES)
+        train = run_policy if command in POLICIES else run_training
+        run = partial(train, command, parsed, model, sizes, args)
+        gradients = found.gradients if command in POLICIES else 0  # a policy's largest phase may have none
+        return measured(run, args.gpu_memory, found.activations + gradients)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -186,10 +201,18 @@ def table(report: dict[str, Any]) -> str:
     rows.append(["the most at one time", f"{estimate['total_gib']:,.3f}"])
     parts = [formatted(rows)]
     verdict = "fits" if report["fits"] else "does not fit"
+    if estimate["phases_gib"]:
+        phases = [[name, f"{gib:,.3f}"] for name, gib in estimate["phases_gib"].items()]
+        parts.append(formatted([["while it is in the phase", "GiB"], *phases]))
+    lengths = f"{batch['prompt']} + {batch['completion']}"
+    rows = f"{batch['rows']} row(s) of {batch['candidates']} x ({lengths}) tokens"
+    if "generated" in batch:
+        rows = (
+            f"{batch['rows']} completion(s) of {lengths} tokens, of {batch['generated']} that are generated at a time"
+        )
     parts.append(
-        f"{report['command']} {report['config']}: {report['model']} ({report['shape']}), {batch['rows']} row(s) of "
-        f"{batch['candidates']} x ({batch['prompt']} + {batch['completion']}) tokens, {batch['model_tokens']:,} "
-        f"through the model.\nBy the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which "
+        f"{report['command']} {report['config']}: {report['model']} ({report['shape']}), {rows}, "
+        f"{batch['model_tokens']:,} through the model.\nBy the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which "
         f"{report['reserve']:g} are left to CUDA and the allocator (not estimated). Most of it: {report['dominates']}."
     )
     if report["note"]:
@@ -211,9 +234,14 @@ def table(report: dict[str, Any]) -> str:
     elif "out_of_memory" in found:
         parts.append(f"Measured: {found['out_of_memory']}")
     else:
-        rows = [["measured", ""], *([name, _cell(value)] for name, value in found.items() if value is not None)]
+        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        rows = [["measured", ""], *([name, _cell(value)] for name, value in numbers.items())]
         parts.append(formatted(rows))
         parts.append(f"The estimate of the activations is {found['error']:+.1%} off.")
+        weights = sum(gib for name, gib in estimate["gib"].items() if name.startswith("weights"))
+        for name, gib in found.get("phases_gib", {}).items():
+            expected = estimate["phases_gib"][name] - weights
+            parts.append(f"{name}: counted {gib:.4f} GiB beside the weights, estimated {expected:.4f}.")
     return "\n\n".join(parts) + f"\n{report['machine']}"
 
 
@@ -226,6 +254,7 @@ def in_gib(estimate: Any) -> dict[str, Any]:
     return {
         "gib": {name: size / GIB for name, size in estimate.parts().items()},
         "total_gib": estimate.peak / GIB,
+        "phases_gib": {name: size / GIB for name, size in estimate.phases.items()},
         "saved_for_backward_gib": estimate.saved / GIB,
         "flops": estimate.flops,
         "trained_parameters": estimate.trained_parameters,

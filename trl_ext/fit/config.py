@@ -8,9 +8,16 @@ import argparse
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trl_ext.fit.policy_config import assumed, policy_sizes, policy_step
 from trl_ext.fit.rows import Sizes, batch_for
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from trl_ext.fit.memory_count import Estimate
 
 
 TRAINERS = {
@@ -19,7 +26,11 @@ TRAINERS = {
     "orm": "ORMTrainer",
     "prm": "PRMTrainer",
     "segment": "SegmentRewardTrainer",
+    "dense_grpo": "DenseGRPOTrainer",
+    "ppo": "PPOTrainer",
 }
+POLICIES = ("dense_grpo", "ppo")
+"""The trainers of policies; the others train reward models."""
 
 
 PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
@@ -27,23 +38,26 @@ PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
 
 
 class Parsed(argparse.Namespace):
-    """A config as objects: `training` and `model`."""
+    """A config as objects: `training` and `model`; for a policy `rewards` too, the names of its reward models."""
 
 
 def parse(command: str, args: argparse.Namespace) -> Parsed:
     """Parse the config of a command, with the overrides, as the command does."""
     import torch
 
-    from trl_ext import trainers
-    from trl_ext.trainers.common.command_line import Parser, types_of
+    import trl_ext
+    from trl_ext.trainers.common.command_line import Parser, PolicyArguments, PPOArguments, types_of
 
-    config_class = getattr(trainers, TRAINERS[command].replace("Trainer", "Config"))
+    config_class = getattr(trl_ext, TRAINERS[command].replace("Trainer", "Config"))
     flags = [] if torch.cuda.is_available() else ["--use_cpu"]
-    parser = Parser(types_of(config_class), prog=f"trl-ext {command}", allow_abbrev=False)
-    _, training, model, _ = parser.parse_values(values_of(args), flags, args.config)
+    types = types_of(config_class)
+    if command in POLICIES:
+        types = (PPOArguments if command == "ppo" else PolicyArguments, *types[1:])
+    parser = Parser(types, prog=f"trl-ext {command}", allow_abbrev=False)
+    script, training, model, _ = parser.parse_values(values_of(args), flags, args.config)
     if model.model_name_or_path is None:
         raise ValueError(f"{args.config} names no model. Needed: model_name_or_path.")
-    return Parsed(training=training, model=model)
+    return Parsed(training=training, model=model, rewards=script if command in POLICIES else None)
 
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +80,7 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
     """A copy with other values of some arguments."""
-    new = Parsed(training=copy.copy(parsed.training), model=copy.copy(parsed.model))
+    new = Parsed(training=copy.copy(parsed.training), model=copy.copy(parsed.model), rewards=parsed.rewards)
     for name, value in values.items():
         vars(new.training if name in vars(new.training) else new.model)[name] = value
     return new
@@ -74,6 +88,8 @@ def changed(parsed: Parsed, values: dict[str, Any]) -> Parsed:
 
 def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace) -> Sizes:
     """The rows that fill the config's `max_length`, and how many make up a batch."""
+    if command in POLICIES:
+        return policy_sizes(parsed.training, config, args)
     from trl_ext.losses.ranking import ranking_losses
 
     longest, training = parsed.training.max_length, parsed.training
@@ -112,19 +128,41 @@ def sizes_of(command: str, parsed: Parsed, config: Any, args: argparse.Namespace
     return Sizes(prompt, completion, candidates, rows, words)
 
 
+def estimate_of(
+    command: str, parsed: Parsed, config: Any, sizes: Any, args: argparse.Namespace, on_gpu: bool = True
+) -> "Estimate":
+    """The estimate for the step of a command."""
+    if command in POLICIES:
+        from trl_ext.fit.policy_estimate import estimate_policy
+
+        check(command, parsed)
+        attention = estimated_attention(parsed.model.attn_implementation)
+        dtype = dtype_of(parsed, config)
+        return estimate_policy(policy_step(parsed, config, sizes, dtype, attention, args.gpu_memory, on_gpu))
+    from trl_ext.fit.memory_estimate import estimate
+
+    return estimate(training_step(command, parsed, config, sizes, on_gpu))
+
+
+def dtype_of(parsed: Parsed, config: Any) -> "torch.dtype":
+    """The dtype in which the base is loaded."""
+    import torch
+
+    from trl_ext.models.building import as_dtype
+
+    wanted = as_dtype(parsed.model.dtype)
+    return wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32
+
+
 def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gpu: bool = True) -> Any:
     """The training step of a command, in the form that the estimate needs."""
-    import torch
     from transformers.training_args import OptimizerNames
     from trl import get_peft_config
 
     from trl_ext.fit.memory_estimate import TrainingStep
-    from trl_ext.models.building import as_dtype
 
     training, model = parsed.training, parsed.model
     check(command, parsed)
-    if model.load_in_8bit:
-        raise ValueError("8-bit bases are not estimated. Use load_in_4bit, or measure on the device.")
     flat = _flat_rows(training, config, model.attn_implementation or "sdpa")
     members = training.num_members if command == "ensemble" else None
     own_batches = command == "ensemble" and training.data_strategy == "shuffle"
@@ -133,13 +171,12 @@ def training_step(command: str, parsed: Parsed, config: Any, sizes: Sizes, on_gp
         labels = training.num_labels
     if command == "segment":
         labels *= max(1, len(training.categories or []))
-    wanted = as_dtype(model.dtype)
     return TrainingStep(
         config=config,
         batch=batch_for(command, sizes, flat, training.pad_to_multiple_of, members if own_batches else 1),
         num_labels=labels,
         token_level=command in ("orm", "prm", "segment"),
-        dtype=wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32,
+        dtype=dtype_of(parsed, config),
         bf16=bool(training.bf16),
         four_bit=model.load_in_4bit,
         nested=model.use_bnb_nested_quant,
@@ -167,11 +204,22 @@ def check(command: str, parsed: Parsed) -> None:
     from trl_ext.trainers.ensemble.member_training import check_adapter
 
     training = parsed.training
-    getattr(trainers, TRAINERS[command]).check_arguments(training)
+    if parsed.model.load_in_8bit:
+        raise ValueError("8-bit bases are not estimated. Use load_in_4bit, or measure on the device.")
+    if command not in POLICIES:
+        getattr(trainers, TRAINERS[command]).check_arguments(training)
     if command == "ensemble":
         check_adapter(get_peft_config(parsed.model))
     check_sharding(uses_fsdp(training), 0, get_quantization_config(parsed.model))
     get_reporting_integration_callbacks([name for name in training.report_to if name != "wandb"])
+
+
+def notes(command: str, parsed: Parsed) -> str | None:
+    """What the estimate assumes, in words, or `None`."""
+    found = [attention_note(parsed.model.attn_implementation)]
+    if command in POLICIES:
+        found.append(assumed(parsed))
+    return " ".join(filter(None, found)) or None
 
 
 def estimated_attention(wanted: str | None) -> str:

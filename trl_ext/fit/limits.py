@@ -5,12 +5,13 @@ with each of them, so the next guess is the value at which the line through two 
 It does not know how an estimate is made.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trl_ext.fit.config import Parsed, changed
-from trl_ext.fit.rows import Sizes
+from trl_ext.fit.rows import PolicySizes, Sizes
 
 
 ESTIMATES = 6
@@ -67,6 +68,22 @@ def knobs(command: str, parsed: Parsed, sizes: Sizes, config: Any) -> Iterator[K
             "rank of LoRA", parsed.model.lora_r, 8, RANK_LIMIT,
             lambda value: (changed(parsed, {"lora_r": value}), sizes),
         )  # fmt: skip
+
+
+def policy_knobs(parsed: Parsed, sizes: PolicySizes) -> Iterator[Knob]:
+    """What can be enlarged in the config of a policy."""
+    training = parsed.training
+
+    def generated(value: int) -> tuple[Parsed, PolicySizes]:
+        return changed(parsed, {"steps_per_generation": value // sizes.rows}), replace(sizes, generated=value)
+
+    def length(value: int) -> tuple[Parsed, PolicySizes]:
+        longer = {"max_completion_length": max(value, training.max_completion_length)}
+        return changed(parsed, longer), replace(sizes, completion=value)
+
+    whole = math.lcm(sizes.rows, sizes.candidates)  # whole micro-batches and whole prompts
+    yield Knob("completions generated at a time", sizes.generated, whole, 64 * sizes.generated, generated)
+    yield Knob("tokens of a completion", sizes.completion, 16, 2**20, length)
 
 
 def largest(gib: Callable[[int], float], knob: Knob, room: float) -> dict[str, Any]:

@@ -5,9 +5,9 @@ the same size and make the same tensors. This module knows models, optimizers an
 or losses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import bitsandbytes as bnb
@@ -51,7 +51,8 @@ class Estimate:
     Bytes: `weights` by kind, `gradients` and `optimizer` of the trained parameters, and `activations`, the most that
     was alive at one time besides these. `saved` is the part of the activations that the backward pass still needs
     after the forward pass, and `logits` is the head's output. `peak` is the total. `flops` counts matrix products and
-    attention.
+    attention. A step of several phases, such as generation and training, has the total of each in `phases`, and the
+    other sizes are those of the largest.
     """
 
     weights: dict[str, int]
@@ -64,6 +65,7 @@ class Estimate:
     flops: int
     model_tokens: int
     trained_parameters: int
+    phases: dict[str, int] = field(default_factory=dict)
 
     def parts(self) -> dict[str, int]:
         """The parts of the peak, in bytes."""
@@ -76,7 +78,7 @@ class Estimate:
         }
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """Counts operations of matrix products and attention. (torch's counter keeps tensors that checkpointing frees.)"""
 
     def __init__(self):
@@ -127,6 +129,7 @@ class StandIn4bit(bnb.nn.Linear4bit):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scales", linear.weight.new_empty(scales + 4 * 16, dtype=torch.uint8))
         self.weight.compress_statistics, self.weight.quant_type = nested, "nf4"  # PEFT reads them
+        self.weight.quant_state = None  # `keep_4bit_exact_on_cpu` reads it
         self.bias = linear.bias
         self.compute_dtype = compute_dtype
         self._blocks = blocks if nested else 0
@@ -167,21 +170,21 @@ def count_training(
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
-        weights = _weights(model)
+        weights = weights_of(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        gradients = sum(p.numel() * p.element_size() for p in trained)
+        gradients = bytes_of(trained)
         if accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
         there = [*model.parameters(), *model.buffers()]
         there += [p.grad for p in trained if p.grad is not None]
-        flops = _Flops()
+        flops = Flops()
         with LiveBytes(there) as count, flops:
             loss, logits = loss_of()
             saved = count.live
             loss.backward()
     grown = 0 if accumulates else gradients  # gradients that the pass has created
-    states = _optimizer_bytes(model, optimizer)
+    states = optimizer_bytes(model, trained, optimizer)
     own = sum(weights.values()) + states
     peak = own + max(count.peak + (gradients - grown), gradients)
     return Estimate(
@@ -236,23 +239,31 @@ def make_fake(model: nn.Module) -> None:
             setattr(module, name, new[id(tensor)])
 
 
-def _weights(model: nn.Module) -> dict[str, int]:
-    """Bytes of the base (4-bit and other weights), and of the trained parameters."""
-    sizes = {"base, 4-bit": 0, "base": 0, "trained": 0}
+def weights_of(model: nn.Module, others: Mapping[str, Iterable[torch.Tensor]] | None = None) -> dict[str, int]:
+    """
+    Bytes of the base (4-bit and other weights), and of the trained parameters.
+
+    `others` are tensors that count under a name of their own, such as those of a second adapter.
+    """
+    sizes = {"base, 4-bit": 0, "base": 0, "trained": 0} | dict.fromkeys(others or {}, 0)
     packed = {id(t) for m in model.modules() if isinstance(m, StandIn4bit) for t in (m.weight, m.scales)}
+    named = {id(tensor): name for name, tensors in (others or {}).items() for tensor in tensors}
     for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values():
         kind = "base, 4-bit" if id(tensor) in packed else "trained" if tensor.requires_grad else "base"
-        sizes[kind] += tensor.numel() * tensor.element_size()
+        sizes[named.get(id(tensor), kind)] += bytes_of([tensor])
     return sizes
 
 
-def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
-    """Bytes of the optimizer's states for all trained parameters."""
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the elements of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_bytes(model: nn.Module, trained: Iterable[nn.Parameter], optimizer: str) -> int:
+    """Bytes of the optimizer's states for the `trained` parameters of a model."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     size = 0.0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in trained:
         each = STATE_BYTES[optimizer]
         if optimizer.startswith("adamw_torch"):  # states have the parameter's dtype
             each = 2.0 * parameter.element_size()

@@ -50,6 +50,18 @@ class Sizes:
         return self.prompt + self.completion
 
 
+@dataclass(frozen=True)
+class PolicySizes(Sizes):
+    """
+    Sizes of a policy's step: `rows` are the completions of a micro-batch, and `candidates` those of a prompt.
+
+    Args:
+        generated (`int`): completions that are generated and scored at one time.
+    """
+
+    generated: int = 0
+
+
 def rows_for(command: str, sizes: Sizes, number: int, categories: list[str] | None = None, seed: int = 0) -> "Dataset":
     """Make `number` rows of the type that the trainer of a command reads."""
     from datasets import Dataset
@@ -122,17 +134,23 @@ def batch_for(command: str, sizes: Sizes, flat: bool, multiple: int | None = Non
     return SpanCollator(0, 1, multiple, flat)(rows[: sizes.rows])
 
 
-def write_random_model(folder: Path, config: "PretrainedConfig", dtype: "dtype", words: int, seed: int = 0) -> None:
-    """Write a checkpoint without a head, in files of up to 4 GiB, and a tokenizer with `words` tokens."""
+def write_random_model(
+    folder: Path, config: "PretrainedConfig", dtype: "dtype", words: int, seed: int = 0, language: bool = False
+) -> None:
+    """
+    Write a checkpoint in files of up to 4 GiB, and a tokenizer with `words` tokens.
+
+    The model has no head, or that of a `language` model.
+    """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
     tokenizer = words_tokenizer(words)
     tokenizer.save_pretrained(folder)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=dtype)
+        model = (AutoModelForCausalLM if language else AutoModel).from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -47,7 +47,8 @@ def measured(run: Callable[[bool], dict[str, Any]], gpu_memory: float, activatio
     try:
         found = run(False)
         if not on_gpu:
-            found["activations_gib"] = run(True)["activations_gib"]
+            counted = run(True)
+            found |= {name: counted[name] for name in ("activations_gib", "phases_gib") if name in counted}
     except torch.OutOfMemoryError as error:
         return {"fits": False, "out_of_memory": str(error).splitlines()[0]}
     finally:
@@ -66,7 +67,7 @@ def run_training(
     from trl_ext import trainers
     from trl_ext.trainers.common.command_line import build_trainer
 
-    parsed = _for_a_run(parsed, model, args)
+    parsed = for_a_run(parsed, model, args)
     training = parsed.training
     if command == "prm":
         training.step_separator = SEPARATOR
@@ -81,7 +82,8 @@ def run_training(
     return _train(trainer, args, tokens, count)
 
 
-def _for_a_run(parsed: Parsed, model: Path, args: argparse.Namespace) -> Parsed:
+def for_a_run(parsed: Parsed, model: Path, args: argparse.Namespace) -> Parsed:
+    """The arguments of a short run that saves and reports nothing."""
     training = parsed.training
     steps = min(2, training.gradient_accumulation_steps)  # 2 covers steps with and without earlier gradients
     new = {
@@ -123,10 +125,10 @@ def _train(trainer: Any, args: argparse.Namespace, tokens: int, count: bool) -> 
     found["model_tokens_per_second"] = run.model_tokens * accumulation / seconds
     found["text_tokens_per_second"] = tokens * accumulation / seconds
     found["flat_batches"] = run.flat_batches
-    return found | _memory(tensors, optimizer + gradients, None if live is None else live.peak)
+    return found | peaks(tensors, optimizer + gradients, None if live is None else live.peak)
 
 
-def _memory(tensors: Sequence[Any], beside: int, live: int | None) -> dict[str, Any]:
+def peaks(tensors: Sequence[Any], beside: int, live: int | None) -> dict[str, Any]:
     """Peaks in GiB, and the activations: the peak without the model's tensors and without the bytes `beside`."""
     import torch
 

@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from trl import ModelConfig, get_quantization_config
 
 from trl_ext.data.tokenization import Completion, Prompt
+from trl_ext.models.bases import as_recorded, base_differences, same_source
 from trl_ext.models.ensemble.shared_base import load_adapters, use_adapter
 from trl_ext.models.inputs import load_tokenizer
 from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import SidecarError, read_sidecar
 from trl_ext.scoring.scorer import RewardScorer
+
+
+def shares_base(spec: str, model: ModelConfig) -> bool:
+    """Whether a reward model in a local folder is an adapter on the base of a policy with an adapter."""
+    sidecar = read_sidecar(spec) if Path(spec).is_dir() else None
+    if sidecar is None or not sidecar.is_adapter or not model.use_peft:
+        return False
+    quantization = as_recorded(get_quantization_config(model))
+    same = same_source(model.model_name_or_path, sidecar.base.id)
+    return same and not base_differences(sidecar.base, model.dtype, quantization)
 
 
 class SharedBaseScorer:

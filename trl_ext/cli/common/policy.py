@@ -68,17 +68,9 @@ def load_policy_reward(spec: str, model_args: Any, share_base: bool) -> Any:
 
     With `share_base`, an adapter that was trained on the policy's base in the same quantization is put on that base.
     """
-    from trl import get_quantization_config
-
-    from trl_ext.models.bases import as_recorded, base_differences, same_source
-    from trl_ext.models.sidecar import read_sidecar
     from trl_ext.pipelines.reward_functions import load_reward
-    from trl_ext.scoring.shared_base_scorer import SharedBaseScorer
+    from trl_ext.scoring.shared_base_scorer import SharedBaseScorer, shares_base
 
-    sidecar = read_sidecar(spec) if share_base and Path(spec).is_dir() else None
-    if sidecar is not None and sidecar.is_adapter and model_args.use_peft:
-        quantization = as_recorded(get_quantization_config(model_args))
-        same = same_source(model_args.model_name_or_path, sidecar.base.id)
-        if same and not base_differences(sidecar.base, model_args.dtype, quantization):
-            return SharedBaseScorer(spec)
+    if share_base and shares_base(spec, model_args):
+        return SharedBaseScorer(spec)
     return load_reward(spec)
