@@ -205,14 +205,13 @@ def table(report: dict[str, Any]) -> str:
         phases = [[name, f"{gib:,.3f}"] for name, gib in estimate["phases_gib"].items()]
         parts.append(formatted([["while it is in the phase", "GiB"], *phases]))
     lengths = f"{batch['prompt']} + {batch['completion']}"
-    rows = f"{batch['rows']} row(s) of {batch['candidates']} x ({lengths}) tokens"
+    batches = f"{batch['rows']} row(s) of {batch['candidates']} x ({lengths}) tokens"
     if "generated" in batch:
-        rows = (
-            f"{batch['rows']} completion(s) of {lengths} tokens, of {batch['generated']} that are generated at a time"
-        )
+        batches = f"{batch['rows']} completion(s) of {lengths} tokens, {batch['generated']} generated at a time"
     parts.append(
-        f"{report['command']} {report['config']}: {report['model']} ({report['shape']}), {rows}, "
-        f"{batch['model_tokens']:,} through the model.\nBy the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which "
+        f"{report['command']} {report['config']}: {report['model']} ({report['shape']}), {batches}, "
+        f"{batch['model_tokens']:,} through the model.\n"
+        f"By the estimate it {verdict} in {report['gpu_memory']:g} GiB, of which "
         f"{report['reserve']:g} are left to CUDA and the allocator (not estimated). Most of it: {report['dominates']}."
     )
     if report["note"]:

