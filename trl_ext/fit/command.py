@@ -191,7 +191,11 @@ def _measured(command: str, parsed: Parsed, args: argparse.Namespace, config: An
         train = run_policy if command in POLICIES else run_training
         run = partial(train, command, parsed, model, sizes, args)
         gradients = found.gradients if command in POLICIES else 0  # a policy's largest phase may have none
-        return measured(run, args.gpu_memory, found.activations + gradients)
+        report = measured(run, args.gpu_memory, found.activations + gradients)
+    weights = sum(found.weights.values())
+    if "phases_gib" in report:
+        report["estimated_phases_gib"] = {name: (size - weights) / GIB for name, size in found.phases.items()}
+    return report
 
 
 def table(report: dict[str, Any]) -> str:
@@ -237,9 +241,8 @@ def table(report: dict[str, Any]) -> str:
         rows = [["measured", ""], *([name, _cell(value)] for name, value in numbers.items())]
         parts.append(formatted(rows))
         parts.append(f"The estimate of the activations is {found['error']:+.1%} off.")
-        weights = sum(gib for name, gib in estimate["gib"].items() if name.startswith("weights"))
         for name, gib in found.get("phases_gib", {}).items():
-            expected = estimate["phases_gib"][name] - weights
+            expected = found["estimated_phases_gib"][name]
             parts.append(f"{name}: counted {gib:.4f} GiB beside the weights, estimated {expected:.4f}.")
     return "\n\n".join(parts) + f"\n{report['machine']}"
 

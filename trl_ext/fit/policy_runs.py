@@ -54,6 +54,7 @@ def run_policy(
         "reward_weights": None,
         "dense_reward_weights": None,
         "verifier": None,
+        "num_iterations": 1,  # so that every step generates
         "log_completions": False,
         # neither an early end nor a token that decoding drops
         "generation_kwargs": {"min_new_tokens": sizes.completion, "suppress_tokens": [0, 1]},
