@@ -21,8 +21,9 @@ from trl_ext.fit.runs import GIB, WARMUP, for_a_run, peaks
 
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from torch import nn
+
+    from trl_ext.fit.policy_models import RewardAdapter
 
 
 def run_policy(
@@ -43,7 +44,7 @@ def run_policy(
 
     adapters = reward_adapters(parsed, AutoConfig.from_pretrained(model), sizes)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    scorers = [AdapterOnBase(adapter.peft_config, f"reward-{n}", tokenizer) for n, adapter in enumerate(adapters)]
+    scorers = [AdapterOnBase(adapter, f"reward-{number}", tokenizer) for number, adapter in enumerate(adapters)]
     more: dict[str, Any] = {
         "reward_funcs": [_length, *(s for s, adapter in zip(scorers, adapters, strict=True) if not adapter.dense)],
         "dense_reward_funcs": [s for s, adapter in zip(scorers, adapters, strict=True) if adapter.dense],
@@ -134,24 +135,29 @@ class AdapterOnBase:
     A reward model with random weights: an adapter on the policy's base, for scalar and for dense rewards.
 
     Args:
-        peft_config (`LoraConfig`): the adapter.
+        adapter (`RewardAdapter`): what it is.
         name (`str`): its name in metrics.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
     """
 
-    kind = "outcome"
     model: "nn.Module | None" = None
 
-    def __init__(self, peft_config: "LoraConfig", name: str, tokenizer: Any):
+    def __init__(self, adapter: "RewardAdapter", name: str, tokenizer: Any):
         self.__name__ = name
-        self._config, self._tokenizer = peft_config, tokenizer
+        self.kind = "outcome" if adapter.dense else "scalar"
+        self._config, self._tokenizer = adapter.peft_config, tokenizer
 
     def use_base(self, policy: "nn.Module") -> None:
         """Put the adapter on the policy's base."""
+        from trl_ext.data.tokenization import TokenizationSettings
+        from trl_ext.models.bases import describe_base
         from trl_ext.models.ensemble.shared_base import new_adapter
+        from trl_ext.models.sidecar import Sidecar
         from trl_ext.scoring import RewardScorer
 
-        self.model, self._adapter, _ = new_adapter(policy, self._config, self.__name__)
+        self.model, self._adapter, head = new_adapter(policy, self._config, self.__name__)
+        settings = TokenizationSettings(append_eos=False).to_dict()
+        self._sidecar = Sidecar(describe_base(self.model), True, head, settings, kind=self.kind, label_placement="all")
         with self._active():
             self._scorer = RewardScorer(self.model, self._tokenizer)
 
@@ -171,4 +177,4 @@ class AdapterOnBase:
     def _active(self) -> Any:
         from trl_ext.models.ensemble.shared_base import use_adapter
 
-        return use_adapter(self.model, self._adapter)
+        return use_adapter(self.model, self._adapter, self._sidecar)
