@@ -9,6 +9,7 @@ from peft import LoraConfig
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import history, states
 from tests.trainers.table import tiny_trainer
+from trl_ext import RewardScorer
 from trl_ext.models.frozen_trunk import FrozenTrunk, StoredStates
 
 
@@ -69,6 +70,20 @@ def test_after_training_the_model_is_the_users_again(base, tmp_path):
         after = trainer.model(input_ids=ids).logits
     assert not torch.equal(before, after)
     assert (trunk_of(trainer).passes, trunk_of(trainer).store.size) == (passes, size) and size > 0
+
+
+def test_a_scorer_in_the_context_uses_and_keeps_states(base, tmp_path):
+    trainer, _ = run("reward", base, tmp_path, "memory", num_train_epochs=1)
+    scorer = RewardScorer(trainer.model, trainer.processing_class)
+    asked = ["1 + 1 =", "2 + 2 ="], [" 2", " 5"]
+    alone = scorer(*asked)
+    with trainer.trunk_states():
+        first, again = scorer(*asked), scorer(*asked)
+    passes = trunk_of(trainer).passes
+    assert first == again == pytest.approx(alone, abs=1e-5)
+    assert trunk_of(trainer).skipped >= 1
+    scorer(*asked)
+    assert trunk_of(trainer).passes == passes
 
 
 def test_a_run_that_fails_takes_the_cache_off_too(base, tmp_path):

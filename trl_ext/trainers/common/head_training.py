@@ -28,7 +28,7 @@ sets `_shared_prefix` beside `_flat_rows`.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +185,16 @@ class HeadTraining:
             self._told_start = True
             log_start(self, self._facts())
         open_run(self)
-        with trunk_states(self._trunk):
+        with self.trunk_states():
             return super().train(*args, **kwargs)
+
+    def trunk_states(self) -> AbstractContextManager[None]:
+        """
+        A context in which the states of `trunk_cache` are used and kept, by a scorer of `trainer.model` for example.
+
+        `train` opens it. Without `trunk_cache` it changes nothing.
+        """
+        return trunk_states(self._trunk)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation. It restores the model's mode afterwards, because `log` reads it."""

@@ -1,0 +1,349 @@
+"""Reward models of a real pretrained language model on real preferences, beside baselines, with intervals.
+
+    python examples/studies/real_data.py --model FOLDER --hours 6        # run it again to go on
+    python examples/studies/real_data.py --model FOLDER --study losses --sets oasst topical --folds 5
+    python examples/studies/real_data.py --model FOLDER --report         # the table of what is finished
+    python examples/studies/real_data.py --model FOLDER --device cuda
+    python examples/studies/real_data.py --smoke                         # a random model, a few rows
+
+FOLDER is a small instruct model such as SmolLM2-135M-Instruct; docs/results/real_data.md describes the data. Folds are
+by conversation or question. Adapters sit on the last quarter of the layers, and the layers below run once for each
+text. Each fold of each arm is a stage whose result is kept in the output folder, so an interrupted study goes on, and
+two processes with different `--sets` can share the folder. No stage begins that would end after `--hours`, as far as
+the stages before it tell. Every figure is of rows that the model did not see, with a 95 % interval over conversations
+or questions (2,000 bootstrap resamples); differences are paired.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from real_baselines import baselines, untrained
+from real_measures import Judged, compared, interval
+from real_sets import SETS, Row, load
+from real_training import Arm, Budget, train_and_score
+from tools import data_folder, folds
+
+from trl_ext.demo.model import tiny_reward_base
+from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageContext, find_done, run_stages
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms on data sets. The first arm is the one that the others are compared with."""
+
+    title: str
+    sets: tuple[str, ...]
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...] = (0,)
+
+
+PLAIN = Arm("LoRA, bf16")
+RANKED = ("topical", "oasst", "fine-grained")
+STUDIES = {
+    "main": Study(
+        "Reward models of a 135M language model beside their baselines",
+        tuple(SETS),
+        {"lora": PLAIN, "qlora": Arm("QLoRA, NF4", nf4=True)},
+    ),
+    "losses": Study(
+        "Losses for rankings, as many texts read",
+        RANKED,
+        {
+            "lora": Arm("`plackett_luce`"),
+            "bradley-terry": Arm("`bradley_terry` on random pairs", data="pairs"),
+            "pairwise": Arm("`pairwise`", {"loss_type": "pairwise"}),
+            "margins": Arm(
+                "`pairwise`, margins from ratings",
+                {"loss_type": "pairwise", "loss_kwargs": {"margin_from_ratings": True}},
+            ),
+            "listnet": Arm("`listnet` (soft labels)", {"loss_type": "listnet"}),
+            "lambda": Arm("`lambda_loss`", {"loss_type": "lambda_loss"}),
+        },
+    ),
+    "options": Study(
+        "Cheap improvements",
+        ("harmless", "oasst"),
+        {
+            "lora": PLAIN,
+            "bsr": Arm("batch sum to zero (BSR), 0.01", {"batch_sum_to_zero_coefficient": 0.01}),
+            "grm": Arm("SFT loss through the frozen head (GRM), 0.01", {"sft_coefficient": 0.01}),
+            "longer": Arm("four times the epochs", epochs=4.0),
+            "ensemble": Arm("ensemble of four, mean", members=4),
+            "warm": Arm("four merged (WARM)", members=4, reduce="merge"),
+        },
+    ),
+    "noise": Study(
+        "A quarter of the labels flipped",
+        ("harmless",),
+        {
+            "flipped": Arm("`bradley_terry`", data="flipped"),
+            "robust": Arm(
+                "`robust_bradley_terry`, flip probability given",
+                {"loss_type": "robust_bradley_terry", "loss_kwargs": {"flip_probability": 0.25}},
+                data="flipped",
+            ),
+        },
+    ),
+    "ties": Study(
+        "Pairs with ties, as many texts read",
+        ("topical", "fine-grained"),
+        {
+            "bradley-terry": Arm("`bradley_terry` on decided pairs", data="pairs"),
+            "ties": Arm("`rao_kupper` on all pairs", {"loss_type": "rao_kupper"}, data="ties"),
+        },
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the stages
+def split(rows: list[Row], fold: int) -> tuple[list[int], list[int]]:
+    """Training and test rows of a fold. Rows of training are shuffled."""
+    training, test = list(folds([row.group for row in rows], fold + 1))[fold]
+    return np.random.default_rng(fold).permutation(training).tolist(), test
+
+
+def run_features(context: StageContext, rows: list[Row], name: str, args: argparse.Namespace) -> dict[str, Any]:
+    np.savez(context.folder / "features.npz", **untrained(rows, SETS[name], args.model, args.device))
+    return {"items": sum(len(row.labels) for row in rows)}
+
+
+def run_baselines(context: StageContext, rows: list[Row], name: str, fold: int) -> dict[str, Any]:
+    features = context.folders[f"{name}-features"] / "features.npz"
+    return {"scores": baselines(rows, SETS[name], features, *split(rows, fold))}
+
+
+def run_arm(
+    context: StageContext, rows: list[Row], name: str, fold: int, arm: Arm, seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    training, test = split(rows, fold)
+    # the states of a text are the same in every fold and arm
+    states = args.output_dir / ("states-nf4" if arm.nf4 else "states")
+    inputs = [rows[n] for n in training], [rows[n] for n in test], SETS[name], arm, Budget(**args.budget), seed
+    return train_and_score(*inputs, args.model, states, args.device)
+
+
+def stages_of(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace) -> Iterator[tuple[Stage, ...]]:
+    """Each stage behind those that it needs: all sets of a fold before the next fold."""
+    common = {"model": Path(args.model).name, "device": args.device}
+    content = {name: hashlib.sha256(repr(own).encode()).hexdigest()[:16] for name, own in rows.items()}
+    features = {
+        name: Stage(
+            f"{name}-features",
+            f"{name}: the untrained model",
+            partial(run_features, rows=own, name=name, args=args),
+            {**common, "rows": content[name]},
+        )
+        for name, own in rows.items()
+    }
+    for fold in range(args.folds):
+        for name, own in rows.items():
+            yield (
+                features[name],
+                Stage(
+                    f"{name}-{fold}-baselines",
+                    f"{name}, fold {fold}: baselines",
+                    partial(run_baselines, rows=own, name=name, fold=fold),
+                    {"rows": content[name]},
+                    needs=(features[name].name,),
+                ),
+            )
+            for key, arm in study.arms.items():
+                for seed in study.seeds:
+                    settings = {k: v for k, v in asdict(arm).items() if k != "title"}
+                    settings |= {**common, "rows": content[name], "seed": seed, "budget": args.budget}
+                    work = partial(run_arm, rows=own, name=name, fold=fold, arm=arm, seed=seed, args=args)
+                    yield (Stage(f"{name}-{fold}-{key}-{seed}", f"{name}, fold {fold}: {arm.title}", work, settings),)
+
+
+def run_all(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace) -> dict[str, Outcome]:
+    """Run the stages until the time is over; the outcomes of those that are finished."""
+    begun, done, left = time.monotonic(), {}, 0
+    for stages in stages_of(study, rows, args):
+        last = stages[-1]
+        known = find_done(stages, args.output_dir)
+        if last.name not in known and args.report:
+            left += 1
+            continue
+        if last.name not in known and args.hours is not None:
+            alike = [o.seconds for n, o in done.items() if n.split("-")[0] == last.name.split("-")[0]]
+            if time.monotonic() - begun + max(alike, default=0.0) > 3600 * args.hours:
+                left += 1
+                continue
+        done |= run_stages(stages, args.output_dir)
+        outcome = done[last.name]
+        if not outcome.cached:
+            print(f"{last.title} ({outcome.seconds:.0f} s)", file=sys.stderr, flush=True)
+    if left:
+        print(f"{left} stages are left. Run the command again to go on.", file=sys.stderr)
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome]) -> dict[str, Any] | None:
+    """What came of a data set: of the folds in which every arm is finished. `None` if there is none."""
+    needed = {
+        fold: [f"{name}-{fold}-{key}-{seed}" for key in study.arms for seed in study.seeds]
+        + [f"{name}-{fold}-baselines"]
+        for fold in range(5)
+    }
+    whole = [fold for fold, names in needed.items() if all(own in done for own in names)]
+    if not whole:
+        return None
+    tests = {fold: split(rows, fold)[1] for fold in whole}
+    order = [(fold, n) for fold in whole for n in tests[fold]]
+    judged = Judged(
+        [rows[n].labels for _, n in order],
+        [rows[n].group for _, n in order],
+        [f"{fold} {rows[n].stratum}" for fold, n in order],
+        SETS[name].measure,
+    )
+    base = {
+        method: judged.values(
+            [own for fold in whole for own in done[f"{name}-{fold}-baselines"].result["scores"][method]]
+        )
+        for method in done[f"{name}-{whole[0]}-baselines"].result["scores"]
+    }
+    trained, costs = {}, {}
+    for key in study.arms:
+        runs = [[done[f"{name}-{fold}-{key}-{seed}"].result for fold in whole] for seed in study.seeds]
+        trained[key] = np.mean(
+            [judged.values([s for own in of_seed for s in own["scores"]]) for of_seed in runs], axis=0
+        )
+        flat = [own for of_seed in runs for own in of_seed]
+        costs[key] = {
+            cost: statistics.fmean(own[cost] for own in flat) for cost in ("steps", "tokens", "seconds", "cpu_seconds")
+        }
+    first = next(iter(study.arms))
+    return {
+        "rows": len(order),
+        "groups": len(set(judged.groups)),
+        "folds": len(whole),
+        "baselines": {method: interval(values) for method, values in base.items()},
+        "arms": {
+            key: {
+                **interval(values),
+                "beside baselines": compared({**base, key: values}, key, list(base)),
+                "beside the first arm": interval(values - trained[first]) if key != first else None,
+                "costs of a fold": costs[key],
+            }
+            for key, values in trained.items()
+        },
+    }
+
+
+def cell(found: dict[str, float], sign: str = "") -> str:
+    return f"{found['value']:{sign}.3f} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
+
+
+def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the report: a line for each data set, or for each arm where arms are compared."""
+    if study is STUDIES["main"]:
+        baselines_ = list(dict.fromkeys(method for own in figures.values() for method in own["baselines"]))
+        columns = ["data", "tested rows", *baselines_, *(arm.title for arm in study.arms.values())]
+        columns += [f"{arm.title} less the best baseline" for arm in study.arms.values()]
+        lines = []
+        for name, own in figures.items():
+            values = [own["baselines"].get(method) for method in baselines_]
+            line = [SETS[name].title, f"{own['rows']:,} ({own['folds']} of 5 folds)"]
+            line += [f"{value['value']:.3f}" if value else "" for value in values]
+            line += [cell(own["arms"][key]) for key in study.arms]
+            line += [cell(own["arms"][key]["beside baselines"]["gain"], "+") for key in study.arms]
+            lines.append(line)
+        return columns, lines
+    columns = ["arm", *(SETS[name].title for name in figures), *(f"less the first: {SETS[n].title}" for n in figures)]
+    lines = []
+    for key, arm in study.arms.items():
+        beside = [own["arms"][key]["beside the first arm"] for own in figures.values()]
+        lines.append(
+            [arm.title, *(cell(own["arms"][key]) for own in figures.values())]
+            + [cell(gain, "+") if gain else "" for gain in beside]
+        )
+    return columns, lines
+
+
+def report(study: Study, figures: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """The report as docs/results wants it."""
+    columns, lines = table(study, figures)
+    place = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores, no GPU"
+    minutes = sum(
+        arm["costs of a fold"]["cpu_seconds"] * own["folds"] / 60
+        for own in figures.values()
+        for arm in own["arms"].values()
+    )
+    budget = Budget(**args.budget)
+    note = (
+        "Pair accuracy within a prompt or question, or AUC for steps and segments, of rows in folds that the model "
+        "did not train on; 95 % intervals over conversations or questions; differences are paired. "
+        f"{Path(args.model).name}; LoRA of rank {budget.rank} on the last quarter of the layers, {budget.epochs:g} "
+        f"epochs, learning rate {budget.learning_rate:g}. Training and scoring took {minutes:.0f} CPU minutes."
+    )
+    command = f"python examples/studies/real_data.py --model FOLDER --study {args.study} --folds {args.folds}"
+    return {
+        "title": study.title,
+        "date": date.today().isoformat(),
+        "machine": f"{place}, {platform.machine()}",
+        "command": [command],
+        "note": note,
+        "columns": columns,
+        "rows": lines,
+        "figures": figures,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a language model, such as SmolLM2-135M-Instruct")
+    parser.add_argument("--study", choices=STUDIES, default="main")
+    parser.add_argument("--sets", nargs="+", choices=SETS, help="default: all sets of the study")
+    parser.add_argument("--folds", type=int, default=5, choices=range(1, 6), help="folds to run, of five")
+    parser.add_argument("--hours", type=float, help="begin nothing that would end later; default: no limit")
+    parser.add_argument("--epochs", type=float, default=Budget.epochs)
+    parser.add_argument("--learning_rate", type=float, default=Budget.learning_rate)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/real_data"))
+    parser.add_argument("--json", type=Path, help="file for the report")
+    parser.add_argument("--report", action="store_true", help="run nothing; report what is finished")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args(arguments)
+    study = STUDIES[args.study]
+    sets = [name for name in args.sets or study.sets if name in study.sets]
+    if not sets:
+        parser.error(f"--sets {' '.join(args.sets)} has none of this study: {', '.join(study.sets)}.")
+    folder = data_folder([file for name in sets for file in SETS[name].files])
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.smoke:
+            args.folds, args.output_dir = 1, Path(temporary, "out")
+            args.epochs = 0.5
+            args.model = args.model or tiny_reward_base(f"{temporary}/model", hidden_size=32, num_layers=4)
+        if not args.model:
+            parser.error("--model is needed: the folder of a language model.")
+        args.budget = asdict(Budget(epochs=args.epochs, learning_rate=args.learning_rate))
+        rows = {name: load(name, folder, args.smoke) for name in sets}
+        done = run_all(study, rows, args)
+        figures = {name: figures_of(study, name, own, done) for name, own in rows.items()}
+        figures = {name: own for name, own in figures.items() if own is not None}
+    if not figures:
+        sys.exit("No fold is finished.")
+    found = report(study, figures, args)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n".join("| " + " | ".join(line) + " |" for line in [found["columns"], *found["rows"]]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,269 @@
+"""Trains the reward models of `real_data.py` and scores unseen rows with them.
+
+An arm is a way to train: its quantization, the trainer's arguments, which rows it sees, how many models it makes. All
+arms of a data set see the same texts for as many tokens. Adapters sit on the last quarter of the layers, and the
+layers below run once for each text (`trunk_cache`).
+"""
+
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from real_sets import Row, StudySet
+from tools import train_quietly
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from trl_ext import (
+    ORMConfig,
+    ORMTrainer,
+    PRMConfig,
+    PRMTrainer,
+    RewardConfig,
+    RewardScorer,
+    RewardTrainer,
+    SegmentRewardConfig,
+    SegmentRewardTrainer,
+    merge_reward_models,
+)
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TRAINERS = {
+    "ranked": (RewardTrainer, RewardConfig),
+    "outcome": (ORMTrainer, ORMConfig),
+    "steps": (PRMTrainer, PRMConfig),
+    "segments": (SegmentRewardTrainer, SegmentRewardConfig),
+}
+ITEMS_A_STEP = 32  # texts in a batch: candidates or whole solutions
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    A way to train a reward model.
+
+    Args:
+        title (`str`): for the report.
+        config (`dict`): arguments of the trainer's config.
+        nf4 (`bool`): the base in 4 bits.
+        data (`str`): what the rows become: `"rows"`; `"pairs"`, random pairs of a row's candidates that read each
+            candidate as often as a ranking does; `"ties"`, the same with ties; `"flipped"`, rankings of which a
+            quarter is turned round.
+        members (`int`): models that differ in the order of their rows, and in their seed unless they are merged.
+        reduce (`str`): how members become one: the `"mean"` of their scores, or `"merge"`d weights (WARM).
+        epochs (`float`): how many times the budget's epochs.
+    """
+
+    title: str
+    config: dict[str, Any] = field(default_factory=dict)
+    nf4: bool = False
+    data: str = "rows"
+    members: int = 1
+    reduce: str = "mean"
+    epochs: float = 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The settings that all arms share."""
+
+    epochs: float = 2.0
+    learning_rate: float = 3e-4
+    rank: int = 16
+    max_length: int = 2048
+
+
+def examples(rows: list[Row], study: StudySet, arm: Arm, seed: int) -> list[dict[str, Any]]:
+    """The rows as the trainer reads them."""
+    draw = np.random.default_rng(seed)
+    if study.kind == "outcome":
+        return [
+            {"prompt": row.prompt, "completion": text, "label": label > 0.5}
+            for row in rows
+            for text, label in zip(row.texts, row.labels, strict=True)
+        ]
+    if study.kind == "steps":
+        return [
+            {"prompt": row.prompt, "completions": row.texts, "labels": [label > 0.5 for label in row.labels]}
+            for row in rows
+        ]
+    if study.kind == "segments":
+        return [
+            {
+                "prompt": row.prompt,
+                "completion": row.texts[0],
+                "segments": [
+                    {"start": start, "end": end, "label": bool(label), "category": "right"}
+                    for (start, end), label in zip(row.spans, row.labels, strict=True)
+                ],
+            }
+            for row in rows
+        ]
+    found, only_pairs = [], all(len(row.texts) == 2 for row in rows)
+    for row in rows:
+        labels = list(row.labels)
+        if arm.data == "flipped" and draw.random() < 0.25:
+            labels = [-label for label in labels]
+        if arm.data in ("pairs", "ties"):
+            found += pairs_of(row, labels, draw, arm.data == "ties")
+        elif only_pairs:
+            better, worse = (0, 1) if labels[0] > labels[1] else (1, 0)
+            found.append({"prompt": row.prompt, "chosen": row.texts[better], "rejected": row.texts[worse]})
+        else:
+            found.append({"prompt": row.prompt, "completions": row.texts, "ratings": labels})
+    return found
+
+
+def pairs_of(row: Row, labels: list[float], draw: np.random.Generator, ties: bool) -> list[dict[str, Any]]:
+    """Random pairs of a row's candidates, K / 2 of them, so that as many texts are read as in the ranking."""
+    pairs = [(a, b) for a, b in combinations(range(len(labels)), 2) if ties or labels[a] != labels[b]]
+    wanted = len(labels) / 2
+    number = min(len(pairs), int(wanted) + int(draw.random() < wanted % 1))
+    found = []
+    for place in draw.permutation(len(pairs))[:number]:
+        a, b = pairs[place]
+        if ties:
+            found.append(
+                {"prompt": row.prompt, "completions": [row.texts[a], row.texts[b]], "ratings": [labels[a], labels[b]]}
+            )
+        else:
+            a, b = (a, b) if labels[a] > labels[b] else (b, a)
+            found.append({"prompt": row.prompt, "chosen": row.texts[a], "rejected": row.texts[b]})
+    return found
+
+
+def train(
+    rows: list[Row],
+    study: StudySet,
+    arm: Arm,
+    budget: Budget,
+    seed: int,
+    model: str,
+    folder: Path,
+    states: Path | None,
+    device: str,
+) -> Any:
+    """A trained trainer; its model's adapter and tokenizer are in `folder`."""
+    trainer_class, config_class = TRAINERS[study.kind]
+    data = Dataset.from_list(examples(rows, study, arm, seed))
+    texts = len(rows[0].texts) if study.kind == "ranked" else 1
+    if study.kind == "ranked":
+        texts = 2 if "chosen" in data.column_names else np.mean([len(own) for own in data["completions"]])
+    loss = {} if study.kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
+    more = {"loss_type": "bce"} if study.kind == "segments" else loss
+    cpu = device == "cpu"
+    config = config_class(
+        output_dir=str(folder),
+        num_train_epochs=budget.epochs * arm.epochs,
+        per_device_train_batch_size=max(1, round(ITEMS_A_STEP / texts)),
+        learning_rate=budget.learning_rate,
+        warmup_steps=0.1,
+        lr_scheduler_type="cosine",
+        max_length=budget.max_length,
+        min_survival=0.0,
+        trunk_cache=None if states is None else str(states),
+        seed=seed,
+        use_cpu=cpu,
+        bf16=False,
+        model_init_kwargs={"dtype": "bfloat16"},
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="epoch",
+        report_to="none",
+        dataloader_pin_memory=False,
+        **{**more, **arm.config},
+    )
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    adapter = LoraConfig(
+        r=budget.rank,
+        lora_alpha=2 * budget.rank,
+        target_modules=TARGETS,
+        layers_to_transform=list(range(layers - max(1, layers // 4), layers)),
+    )
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    trainer = trainer_class(
+        model=model,
+        args=config,
+        train_dataset=data,
+        peft_config=adapter,
+        quantization_config=quantization if arm.nf4 else None,
+    )
+    train_quietly(trainer)
+    return trainer
+
+
+def scores_of(scorer: RewardScorer, rows: list[Row], study: StudySet) -> list[list[float]]:
+    """A score of every item of the rows."""
+    prompts = [row.prompt for row in rows]
+    if study.kind == "steps":
+        return scorer.score_steps(prompts, [row.texts for row in rows])
+    if study.kind == "segments":
+        found = scorer.score_segments(prompts, [row.texts[0] for row in rows], [list(row.spans) for row in rows])
+        return [[value["right"] for value in own] for own in found]
+    flat = iter(scorer([row.prompt for row in rows for _ in row.texts], [text for row in rows for text in row.texts]))
+    return [[next(flat) for _ in row.texts] for row in rows]
+
+
+def train_and_score(
+    training: list[Row],
+    test: list[Row],
+    study: StudySet,
+    arm: Arm,
+    budget: Budget,
+    seed: int,
+    model: str,
+    states: Path | None,
+    device: str,
+) -> dict[str, Any]:
+    """
+    Train an arm and score the test rows.
+
+    Returns:
+        `dict`: `scores` of the test rows' items, and `steps`, `tokens`, `seconds` and `cpu_seconds` of all members.
+    """
+    start, cpu = time.perf_counter(), cpu_seconds()
+    found, steps, tokens = [], 0, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary, str(member)) for member in range(arm.members)]
+        for member, folder in enumerate(folders):
+            own = replace(arm, config={**arm.config, "data_seed": 1000 * seed + member})
+            # weights that are merged must begin as the same head
+            number = seed if arm.reduce == "merge" else 100 * seed + member
+            trainer = train(training, study, own, budget, number, model, folder, states, device)
+            steps += trainer.state.global_step
+            tokens += int([row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row][-1])
+            if arm.reduce == "merge":
+                trainer.save_model(str(folder))
+                continue
+            scorer = RewardScorer(trainer.model, trainer.processing_class, max_length=budget.max_length)
+            with trainer.trunk_states():
+                found.append(scores_of(scorer, test, study))
+            del trainer, scorer
+        if arm.reduce == "merge":
+            merge_reward_models(folders, Path(temporary, "merged"))
+            scorer = RewardScorer(Path(temporary, "merged"), max_length=budget.max_length, device=device)
+            found = [scores_of(scorer, test, study)]
+    mean = [np.mean(own, axis=0).tolist() for own in zip(*found, strict=True)]
+    return {
+        "scores": mean,
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": cpu_seconds() - cpu,
+    }
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
