@@ -111,9 +111,9 @@ STUDIES = {
 
 
 # ---------------------------------------------------------------------------------------------------------- the stages
-def split(rows: list[Row], fold: int) -> tuple[list[int], list[int]]:
+def split(rows: list[Row], name: str, fold: int) -> tuple[list[int], list[int]]:
     """Training and test rows of a fold. Rows of training are shuffled."""
-    training, test = list(folds([row.group for row in rows], fold + 1))[fold]
+    training, test = list(folds([row.group for row in rows], fold + 1, of=SETS[name].folds))[fold]
     return np.random.default_rng(fold).permutation(training).tolist(), test
 
 
@@ -124,13 +124,13 @@ def run_features(context: StageContext, rows: list[Row], name: str, args: argpar
 
 def run_baselines(context: StageContext, rows: list[Row], name: str, fold: int) -> dict[str, Any]:
     features = context.folders[f"{name}-features"] / "features.npz"
-    return {"scores": baselines(rows, SETS[name], features, *split(rows, fold))}
+    return {"scores": baselines(rows, SETS[name], features, *split(rows, name, fold))}
 
 
 def run_arm(
     context: StageContext, rows: list[Row], name: str, fold: int, arm: Arm, seed: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    training, test = split(rows, fold)
+    training, test = split(rows, name, fold)
     # the states of a text are the same in every fold and arm
     states = args.output_dir / ("states-nf4" if arm.nf4 else "states")
     inputs = [rows[n] for n in training], [rows[n] for n in test], SETS[name], arm, Budget(**args.budget), seed
@@ -152,6 +152,8 @@ def stages_of(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace
     }
     for fold in range(args.folds):
         for name, own in rows.items():
+            if fold >= SETS[name].folds:
+                continue
             yield (
                 features[name],
                 Stage(
@@ -165,7 +167,8 @@ def stages_of(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace
             for key, arm in study.arms.items():
                 for seed in study.seeds:
                     settings = {k: v for k, v in asdict(arm).items() if k != "title"}
-                    settings |= {**common, "rows": content[name], "seed": seed, "budget": args.budget}
+                    settings |= {**common, "rows": content[name], "folds": SETS[name].folds, "seed": seed}
+                    settings["budget"] = args.budget
                     work = partial(run_arm, rows=own, name=name, fold=fold, arm=arm, seed=seed, args=args)
                     yield (Stage(f"{name}-{fold}-{key}-{seed}", f"{name}, fold {fold}: {arm.title}", work, settings),)
 
@@ -199,12 +202,12 @@ def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome
     needed = {
         fold: [f"{name}-{fold}-{key}-{seed}" for key in study.arms for seed in study.seeds]
         + [f"{name}-{fold}-baselines"]
-        for fold in range(5)
+        for fold in range(SETS[name].folds)
     }
     whole = [fold for fold, names in needed.items() if all(own in done for own in names)]
     if not whole:
         return None
-    tests = {fold: split(rows, fold)[1] for fold in whole}
+    tests = {fold: split(rows, name, fold)[1] for fold in whole}
     order = [(fold, n) for fold in whole for n in tests[fold]]
     judged = Judged(
         [rows[n].labels for _, n in order],
@@ -259,7 +262,7 @@ def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], 
         lines = []
         for name, own in figures.items():
             values = [own["baselines"].get(method) for method in baselines_]
-            line = [SETS[name].title, f"{own['rows']:,} ({own['folds']} of 5 folds)"]
+            line = [SETS[name].title, f"{own['rows']:,} ({own['folds']} of {SETS[name].folds} folds)"]
             line += [f"{value['value']:.3f}" if value else "" for value in values]
             line += [cell(own["arms"][key]) for key in study.arms]
             line += [cell(own["arms"][key]["beside baselines"]["gain"], "+") for key in study.arms]
@@ -310,7 +313,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", help="folder of a language model, such as SmolLM2-135M-Instruct")
     parser.add_argument("--study", choices=STUDIES, default="main")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="default: all sets of the study")
-    parser.add_argument("--folds", type=int, default=5, choices=range(1, 6), help="folds to run, of five")
+    parser.add_argument(
+        "--folds", type=int, default=5, choices=range(1, 6), help="the most folds of a data set to run"
+    )
     parser.add_argument("--hours", type=float, help="begin nothing that would end later; default: no limit")
     parser.add_argument("--epochs", type=float, default=Budget.epochs)
     parser.add_argument("--learning_rate", type=float, default=Budget.learning_rate)

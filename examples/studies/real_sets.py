@@ -50,6 +50,8 @@ class StudySet:
         load (`Callable[[Path], Iterator[Row]]`): reads the rows from the folder of the data.
         files (`tuple[str, ...]`): what must be in that folder.
         rows (`int`, *optional*): the most rows of a full run; all by default.
+        folds (`int`): each row is tested in one of them by a model that trained on the others. Two for all but the
+            smallest sets, so that every row is tested at the price of two trainings on half of the rows.
     """
 
     title: str
@@ -58,6 +60,7 @@ class StudySet:
     load: Callable[[Path], Iterator[Row]]
     files: tuple[str, ...]
     rows: int | None = None
+    folds: int = 2
 
     @property
     def measure(self) -> Literal["order", "auc"]:
@@ -164,6 +167,7 @@ SETS = {
         "ranked",
         topical_chat,
         ("rankings_topical_chat/rankings.jsonl",),
+        folds=5,
     ),
     "oasst": StudySet(
         "Open-Assistant, 2 to 9 answers",
@@ -171,6 +175,7 @@ SETS = {
         "ranked",
         open_assistant,
         ("rankings_oasst_en100/rankings.jsonl",),
+        folds=5,
     ),
     "fine-grained": StudySet(
         "Fine-Grained RLHF, four answers",
@@ -185,7 +190,7 @@ SETS = {
         "outcome",
         gsm8k,
         ("orm_gsm8k/model_solutions.jsonl",),
-        rows=400,
+        rows=250,
     ),
     "mistakes": StudySet(
         "BIG-Bench Mistake, steps up to the first mistake",
