@@ -126,6 +126,8 @@ def by_line(
     scores: dict[int, list[float]] = {}
     for stratum in {"" if wide else rows[n].stratum for n in test}:
         inside = [n for n in training if wide or rows[n].stratum == stratum]
+        if study.kind != "ranked" and len({label for n in inside for label in rows[n].labels}) < 2:
+            inside = training  # too few rows of this stratum to learn from
         inputs, labels = examples(rows, study, view, first, inside)
         paired = study.kind == "ranked"
         if wide:
