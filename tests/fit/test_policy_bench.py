@@ -19,3 +19,7 @@ def test_every_side_is_timed_and_memory_is_counted(tmp_path, capsys):
     memory = case["memory"]
     assert memory["ppo_weights"] > memory["sft_weights"] > 0  # the critic's adapter and head
     assert memory["ppo_peak"] > 0 and memory["ratio"] > 0
+    more = ["--memory_only", "--load_in_4bit", "--vocab_size", "5000", "--output_dir", str(tmp_path)]
+    assert main(["bench", "policy", *arguments, *more]) == 0
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert set(case) == {"name", "memory"} and case["memory"]["sft_weights"] < memory["sft_weights"] * 5000 / 4096

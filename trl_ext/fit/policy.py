@@ -1,7 +1,7 @@
 """`trl-ext bench policy`: steps of `DenseGRPOTrainer` and `PPOTrainer` beside TRL's `GRPOTrainer`, and PPO's memory.
 
 All sides sample as many tokens, with a reward function that costs nothing, so the difference is that of the trainers.
-The memory is that of live tensors in one step, beside a step of `trl.SFTTrainer` on as many tokens.
+The memory is that of live tensors in the first two steps, beside those of `trl.SFTTrainer` on as many tokens.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from trl_ext.bench.runner import (
     timed_training,
     training_arguments,
 )
-from trl_ext.bench.synthetic import labelled_rows, save_model, words_tokenizer
+from trl_ext.bench.synthetic import VOCABULARY, labelled_rows, save_model, words_tokenizer
 
 
 SIDES = ("grpo", "dense", "ppo")
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `trl-ext bench policy`."""
     parser.add_argument("--shapes", nargs="*", default=["64,64,8"], help="P,C,G: prompt and new tokens, completions")
     parser.add_argument("--num_iterations", type=int, default=1, help="optimizer steps on each batch of completions")
+    parser.add_argument("--vocab_size", type=int, default=VOCABULARY, help="tokens of the model")
+    parser.add_argument("--memory_only", action="store_true", help="do not measure time")
     parser.add_argument("--output_dir", default="outputs/bench_policy", help="where bench.json and bench.png go")
     add_run_arguments(parser, steps=3, repeats=3)
     add_memory_arguments(parser)
@@ -57,20 +59,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         `dict` with `cases` and the [`circumstances`]. A case has `sides` (seconds and CPU seconds of a step of each),
         `own_share` (the part of a step of `DenseGRPOTrainer` that is spent in its own code), `dense_ratio` and
         `ppo_ratio` (step time over that of `GRPOTrainer`, CPU time, median of the turns), and `memory`: weights and
-        peak of live tensors in MiB of a step of PPO and of SFT, and `ratio`.
+        peak of live tensors in MiB of a step of PPO and of SFT, and `ratio`. With `memory_only` it has `name` and
+        `memory`.
     """
-    check_counts(args, warmup=1, steps=1, repeats=1, num_iterations=1, lora_r=1)
+    check_counts(args, warmup=1, steps=1, repeats=1, num_iterations=1, lora_r=1, vocab_size=VOCABULARY)
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for number, shape in enumerate(args.shapes):
             p, c, g = shape_of(shape, "P,C,G", (1, 1, 2), "P >= 1, C >= 1 and G >= 2")
             model = f"{folder}/{number}"
-            save_model(model, args, p + c, words_tokenizer())
+            save_model(model, args, p + c, words_tokenizer(args.vocab_size))
             cases.append(_measure_case(model, args, p, c, g))
     return {"cases": cases, **circumstances(args)}
 
 
 def _measure_case(model: str, args: argparse.Namespace, p: int, c: int, g: int) -> dict[str, Any]:
+    if args.memory_only:
+        return {"name": f"({p}, {c}, {g})", "memory": _memory(model, args, p, c, g)}
     shares: list[float] = []
 
     def train(side: str) -> Run:
@@ -160,7 +165,7 @@ def _watched(trainer: Any) -> list[float]:
 
 
 def _memory(model: str, args: argparse.Namespace, p: int, c: int, g: int) -> dict[str, float]:
-    """Weights and peak of live tensors in MiB, of a step of PPO and of SFT on as many tokens."""
+    """Weights and peak of live tensors in MiB, in steps of PPO and of SFT on as many tokens."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, PrinterCallback
@@ -168,7 +173,8 @@ def _memory(model: str, args: argparse.Namespace, p: int, c: int, g: int) -> dic
 
     from trl_ext.fit.live_bytes import LiveBytes
 
-    short = argparse.Namespace(**{**vars(args), "warmup": 0, "steps": args.num_iterations})
+    # after the first step there are states of the optimizer
+    short = argparse.Namespace(**{**vars(args), "warmup": 0, "steps": args.num_iterations + 1})
     ids = {"input_ids": [[5] * (p + c)] * g, "labels": [[5] * (p + c)] * g}
     sft = SFTTrainer(
         model=model,
@@ -194,6 +200,10 @@ def _memory(model: str, args: argparse.Namespace, p: int, c: int, g: int) -> dic
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table for the terminal."""
+    if "sides" not in report["cases"][0]:
+        memory = [[case["name"], *(f"{value:,.2f}" for value in case["memory"].values())] for case in report["cases"]]
+        names = [name.replace("_", " ") for name in report["cases"][0]["memory"]]
+        return f"{formatted([['(P, C, G)', *names], *memory])}\nMiB: weights and live tensors.\n{place(report)}"
     rows = [["(P, C, G)", *(f"{side} s" for side in SIDES), "dense/grpo", "own share", "ppo/grpo", "MiB ppo/sft"]]
     for case in report["cases"]:
         times = [f"{case['sides'][side]['cpu_seconds_per_step']:.3f}" for side in SIDES]
@@ -203,7 +213,9 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """Plot the step times over GRPO's as bars. Returns `False` if matplotlib is not installed."""
+    """Plot the step times over GRPO's as bars. Returns `False` if matplotlib is not installed or nothing was timed."""
+    if "sides" not in report["cases"][0]:
+        return False
     labels = [case["name"] for case in report["cases"]]
     series = {side: [case[f"{side}_ratio"] for case in report["cases"]] for side in ("dense", "ppo")}
     return plot_bars(
