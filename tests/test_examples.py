@@ -302,6 +302,18 @@ def test_study_of_policies_compares_every_arm(monkeypatch, capsys):
     assert len(rows) == 10  # before, and nine arms
 
 
+def test_dense_credit_wins_on_a_chain_where_the_outcome_is_rare(monkeypatch, capsys):
+    """Six steps with four choices: one of 4,096 random answers is right, so the outcome alone says nothing."""
+    chain = runpy.run_path(str(EXAMPLES / "studies/chain.py"))
+    learnt = {
+        name: chain["train"](chain["ARMS"][name], length=6, steps=40, learning_rate=8.0, seed=0)
+        for name in ("outcome", "process", "shaped, lambda 0")
+    }
+    assert learnt["outcome"] < 0.01
+    assert learnt["process"] > 0.9 and learnt["shaped, lambda 0"] > 0.9
+    assert len(run(EXAMPLES / "studies/chain.py", monkeypatch, capsys)) == 7
+
+
 def test_active_choice_example_labels_in_rounds(monkeypatch, capsys):
     lines = [line for line in run(EXAMPLES / "active_choice.py", monkeypatch, capsys) if line.startswith("round ")]
     assert [re.search(r": (\w+), (\d+) labelled, (\d+) left", line).groups() for line in lines] == [
