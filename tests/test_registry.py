@@ -185,3 +185,14 @@ def test_a_property_that_does_not_exist_is_refused_where_it_is_declared(with_pro
     install("wrong-plugin", "wrong", "def thing(): pass\nthing.trl_ext_properties = {'weight': 3}")
     with pytest.raises(ValueError, match="function thing.*'weight'"):
         with_properties.properties_of("wrong")
+
+
+def test_a_conflict_on_a_new_path_is_found_although_the_name_was_used_before(registry, tmp_path, monkeypatch):
+    assert registry.get("built_in")() == "built in"
+    info = tmp_path / "greedy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: greedy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nbuilt_in = greedy:thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="claimed by"):
+        registry.get("built_in")

@@ -6,6 +6,7 @@ plugin is imported when you ask for its name, never before.
 """
 
 import difflib
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -64,6 +65,7 @@ class Registry:
         self._properties = properties
         self._callables: dict[str, Callable] = {}
         self._loaded: dict[str, Callable] = {}  # by `get`, which would read all entry points each time
+        self._searched: list[str] = []  # the `sys.path` that they were found on
         _REGISTRIES.append(self)
 
     def __repr__(self) -> str:
@@ -157,6 +159,9 @@ class Registry:
             return name
         if not isinstance(name, str):
             raise TypeError(f"A {self.kind} is chosen by its name or is a callable, found {type(name).__name__}.")
+        if self._searched != sys.path:  # another path may hold other plugins, and conflicts
+            self._searched = list(sys.path)
+            self._loaded.clear()
         if name in self._loaded:
             return self._loaded[name]
         plugins = [plugin for plugin in self._plugins() if plugin.name == name]
