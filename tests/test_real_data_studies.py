@@ -120,6 +120,8 @@ def test_an_interrupted_study_goes_on_and_keeps_to_its_hours(run, data_dir, tmp_
     report = tmp_path / "report.json"
     lines, said = run("real_data.py", *common, "--folds", "1", "--epochs", "0.3", "--json", str(report))
     assert "rao_kupper" in said and len(lines) == 3
+    (_, arm), _ = run("real_data.py", *common, "--folds", "1", "--epochs", "0.3", "--arms", "ties")
+    assert arm.split("|")[2] == lines[2].split("|")[2]  # the one arm, from what is kept
     again, said = run("real_data.py", *common, "--folds", "2", "--epochs", "0.3", "--report")
     assert again == lines and "left" in said and "s)" not in said  # nothing ran
     found = json.loads(report.read_text())

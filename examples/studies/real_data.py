@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -255,7 +255,7 @@ def cell(found: dict[str, float], sign: str = "") -> str:
 
 def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the report: a line for each data set, or for each arm where arms are compared."""
-    if study is STUDIES["main"]:
+    if study.title == STUDIES["main"].title:
         baselines_ = list(dict.fromkeys(method for own in figures.values() for method in own["baselines"]))
         columns = ["data", "tested rows", *baselines_, *(arm.title for arm in study.arms.values())]
         columns += [f"{arm.title} less the best baseline" for arm in study.arms.values()]
@@ -296,6 +296,7 @@ def report(study: Study, figures: dict[str, dict[str, Any]], args: argparse.Name
         f"epochs, learning rate {budget.learning_rate:g}. Training and scoring took {minutes:.0f} CPU minutes."
     )
     command = f"python examples/studies/real_data.py --model FOLDER --study {args.study} --folds {args.folds}"
+    command += f" --arms {' '.join(args.arms)}" if args.arms else ""
     return {
         "title": study.title,
         "date": date.today().isoformat(),
@@ -313,6 +314,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", help="folder of a language model, such as SmolLM2-135M-Instruct")
     parser.add_argument("--study", choices=STUDIES, default="main")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="default: all sets of the study")
+    parser.add_argument("--arms", nargs="+", help="default: all arms of the study")
     parser.add_argument(
         "--folds", type=int, default=5, choices=range(1, 6), help="the most folds of a data set to run"
     )
@@ -329,6 +331,10 @@ def main(arguments: list[str]) -> None:
     sets = [name for name in args.sets or study.sets if name in study.sets]
     if not sets:
         parser.error(f"--sets {' '.join(args.sets)} has none of this study: {', '.join(study.sets)}.")
+    unknown = [key for key in args.arms or () if key not in study.arms]
+    if unknown:
+        parser.error(f"--arms {' '.join(unknown)}: the arms of this study are {', '.join(study.arms)}.")
+    study = replace(study, arms={key: arm for key, arm in study.arms.items() if key in (args.arms or study.arms)})
     folder = data_folder([file for name in sets for file in SETS[name].files])
     with tempfile.TemporaryDirectory() as temporary:
         if args.smoke:
