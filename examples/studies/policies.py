@@ -323,7 +323,7 @@ def main(arguments: list[str]) -> None:
         )
         report = {"title": "Ways to train a policy on the demo's task", "date": date.today().isoformat()}
         report |= {"machine": f"{os.cpu_count()} CPU cores, no GPU", "command": [command], "note": note}
-        report |= {"columns": COLUMNS, "rows": lines, "arms": arms}
+        report |= {"columns": COLUMNS, "rows": lines, "figures": arms}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *lines]))
 
