@@ -296,6 +296,7 @@ def main(arguments: list[str]) -> None:
     args.arms = args.arms or usual
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) if args.smoke else Path(args.output_dir)
+        keep_settings(root, {name: vars(args)[name] for name in ("steps", "prompts", "learning_rate", "policy_steps")})
         results = [run_seed(seed, root, args) for seed in range(args.first_seed, args.first_seed + args.seeds)]
     arms = {
         name: {
@@ -326,6 +327,16 @@ def main(arguments: list[str]) -> None:
         report |= {"columns": COLUMNS, "rows": lines, "figures": arms}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *lines]))
+
+
+def keep_settings(root: Path, settings: dict[str, Any]) -> None:
+    """Refuse to mix results of different settings in one folder."""
+    file = root / "settings.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
+    if known != settings:
+        sys.exit(f"{root} holds results of {known}, and these are {settings}. Give another --output_dir.")
+    root.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def table_line(name: str, arm: dict[str, Any]) -> list[str]:

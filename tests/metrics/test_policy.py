@@ -72,6 +72,7 @@ def test_a_dense_reward_that_rises_alone_is_said(caplog):
             truth = 0.5 + 0.1 * (n % 2)
             found = watched.add(truth, truth, dense=5 + 0.1 * n + 0.01 * (n % 3))
     assert found["watch/hacking_suspected"] == 1 and found["watch/dense_reward_trend"] > watch.RISES
+    assert watched.add(0.5, 0.5)["watch/hacking_suspected"] == 0  # no dense reward: another window begins
     assert caplog.text.count("the dense reward rose") == 1
 
 
@@ -82,3 +83,12 @@ def test_a_verifier_that_falls_is_said_whatever_the_rewards_do(caplog):
             found = watched.add(1 - 0.01 * n + 0.001 * (n % 3), 1 - 0.01 * n + 0.001 * (n % 2))
     assert found["watch/hacking_suspected"] == 0 and "watch/dense_reward_trend" not in found
     assert caplog.text.count("makes it worse") == 1
+
+
+def test_a_verifier_that_falls_while_the_reward_rises_is_said_too(caplog):
+    watched = HackingWatch("truth")
+    with caplog.at_level(logging.WARNING):
+        for n in range(watch.WINDOW):
+            found = watched.add(n + 0.1 * (n % 3), 1 - 0.01 * n + 0.001 * (n % 2))
+            assert found["watch/hacking_suspected"] == float(n == watch.WINDOW - 1)  # not from a few batches
+    assert "may exploit the reward" in caplog.text and "makes it worse" in caplog.text

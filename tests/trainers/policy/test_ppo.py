@@ -373,3 +373,11 @@ def test_what_cannot_work_is_refused(policy_path, reward_path, tmp_path):
             config(tmp_path, **wrong)
     with pytest.raises(NotFiniteError):
         made(policy_path, tmp_path, lambda completions, **c: [float("inf")] * len(completions)).train()
+
+
+def test_shaping_uses_lambda_without_a_critic_and_the_other_forms_do_not(tmp_path):
+    shaped, process = (
+        PPOConfig(str(tmp_path), advantage=form, use_cpu=True, bf16=False) for form in ("shaped", "process")
+    )
+    assert "gae_lambda" not in shaped.without_effect(dense=True)
+    assert {"gae_lambda", "value_learning_rate"} <= set(process.without_effect(dense=True))

@@ -92,7 +92,8 @@ class PPOConfig(DenseGRPOConfig):
     def without_effect(self, dense: bool) -> dict[str, str]:
         if self.advantage != "gae":
             reason = f"it belongs to the critic, and advantage={self.advantage!r} has none"
-            return super().without_effect(dense) | dict.fromkeys(_OF_THE_CRITIC, reason)
+            unused = [name for name in _OF_THE_CRITIC if (name, self.advantage) != ("gae_lambda", "shaped")]
+            return super().without_effect(dense) | dict.fromkeys(unused, reason)
         found = WITHOUT_EFFECT | {
             "scale_rewards": "the critic's advantages are normalised by `whiten_advantages`",
             "multi_objective_aggregation": "the critic learns the weighted sum of the rewards",

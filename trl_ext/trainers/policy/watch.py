@@ -88,24 +88,26 @@ class HackingWatch:
             for name, mean in (("reward", reward), ("verifier", truth), ("dense_reward", dense)):
                 if math.isfinite(mean):
                     self._means[name].append(mean)
+                else:
+                    self._means[name].clear()  # a window is of batches that follow each other
         trends = {name: trend(means) for name, means in self._means.items()}
         follows = trends["verifier"]
-        risen = [name for name in ("reward", "dense_reward") if trends[name] > RISES]
+        full = {name for name, means in self._means.items() if len(means) == WINDOW}
+        risen = [name for name in ("reward", "dense_reward") if name in full and trends[name] > RISES]
         suspected = bool(risen) and not follows > FOLLOWS
-        if len(self._means["verifier"]) == WINDOW:
-            if suspected:
-                words = risen[0].replace("_", " ")
-                self._warn(
-                    "only the reward rises",
-                    f"the {words} rose (slope of {trends[risen[0]]:.1f} standard errors) and the verifier "
-                    f"{self.verifier!r} did not ({follows:.1f}). The policy may exploit the reward.",
-                )
-            elif follows < -RISES:
-                self._warn(
-                    "the verifier falls",
-                    f"the verifier {self.verifier!r} fell (slope of {follows:.1f} standard errors). What the policy "
-                    "is trained on makes it worse.",
-                )
+        if suspected:
+            words = risen[0].replace("_", " ")
+            self._warn(
+                "only the reward rises",
+                f"the {words} rose (slope of {trends[risen[0]]:.1f} standard errors) and the verifier "
+                f"{self.verifier!r} did not ({follows:.1f}). The policy may exploit the reward.",
+            )
+        if "verifier" in full and follows < -RISES:
+            self._warn(
+                "the verifier falls",
+                f"the verifier {self.verifier!r} fell (slope of {follows:.1f} standard errors). What the policy is "
+                "trained on makes it worse.",
+            )
         found = {f"watch/{name}_trend": value for name, value in trends.items()}
         if not self._means["dense_reward"]:
             del found["watch/dense_reward_trend"]
@@ -115,9 +117,9 @@ class HackingWatch:
         """Warn once of each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
+            less = "lower `dense_weight`, " if self._means["dense_reward"] else ""
             logger.warning(
-                f"Over the last {WINDOW} batches {what} Look at completions, raise `beta`, lower `dense_weight`, or "
-                "stop here."
+                f"Over the last {WINDOW} batches {what} Look at completions, raise `beta`, {less}or stop here."
             )
 
 
