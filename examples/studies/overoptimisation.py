@@ -20,6 +20,7 @@ import tempfile
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from quiet import QUIET
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from trl_ext import RewardEnsemble, RewardEnsembleConfig, RewardEnsembleTrainer
@@ -62,13 +63,8 @@ def train_members(base: str, rows: list[dict], folder: str, args: argparse.Names
         per_device_train_batch_size=16,
         learning_rate=1e-3,
         seed=1000 * seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
         logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **QUIET,
     )
     trainer = RewardEnsembleTrainer(
         model=base,

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from quiet import QUIET
 from scipy.stats import t as student_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -74,15 +75,6 @@ LOGGED = {
     "completions/clipped_ratio": "cut",
 }
 GROUP = 8
-QUIET = dict(
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    dataloader_pin_memory=False,
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
-)
 
 
 def problem_of(prompt: str) -> Problem:

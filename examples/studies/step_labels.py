@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from quiet import QUIET
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
@@ -177,14 +178,8 @@ def train_and_measure(
         warmup_steps=min(20, args.steps // 2),
         lr_scheduler_type="cosine",
         seed=seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        report_to="none",
-        save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
     )
     trainer = PRMTrainer(str(root / "base"), config, train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoConfig
 from transformers.utils import is_flash_attn_2_available
 
+from tests.fit.shape import SHAPE
 from trl_ext.cli.main import main
 from trl_ext.fit import runs as fit_runs
 from trl_ext.fit.changes import advise, changes
@@ -19,16 +20,6 @@ from trl_ext.fit.limits import ESTIMATES, Knob, largest, sentence
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-SHAPE = dict(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-)
 
 
 @pytest.fixture(scope="module")

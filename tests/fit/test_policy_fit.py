@@ -7,27 +7,18 @@ import pytest
 from peft import LoraConfig
 from transformers import AutoConfig
 
+from tests.fit.shape import SHAPE
 from trl_ext.cli.main import main
 from trl_ext.fit.policy_estimate import estimate_policy
 from trl_ext.fit.policy_models import PolicyStep, RewardAdapter
 
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-)
 SMALL = ("gradient_accumulation_steps=2", "max_completion_length=12", "num_generations=2")
 
 
 def shape_config(layers=2):
-    return AutoConfig.for_model("qwen3", **SHAPE | {"num_hidden_layers": layers})
+    return AutoConfig.for_model("qwen3", **SHAPE | {"vocab_size": 256, "num_hidden_layers": layers})
 
 
 @pytest.fixture(scope="module")

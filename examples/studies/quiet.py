@@ -1,0 +1,11 @@
+"""Arguments of the trainers in the studies of the demo's task: on the CPU, with nothing saved or reported."""
+
+QUIET = dict(
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    dataloader_pin_memory=False,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+)
