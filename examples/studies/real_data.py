@@ -58,6 +58,11 @@ STUDIES = {
     "main": Study(
         "Reward models of a 135M language model beside their baselines",
         tuple(SETS),
+        {"lora": PLAIN},
+    ),
+    "quantized": Study(
+        "The base in 4 bits",
+        tuple(SETS),
         {"lora": PLAIN, "qlora": Arm("QLoRA, NF4", nf4=True)},
     ),
     "losses": Study(
@@ -268,8 +273,18 @@ def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], 
             line += [cell(own["arms"][key]["beside baselines"]["gain"], "+") for key in study.arms]
             lines.append(line)
         return columns, lines
-    columns = ["arm", *(SETS[name].title for name in figures), *(f"less the first: {SETS[n].title}" for n in figures)]
+    first, *others = study.arms
     lines = []
+    if len(figures) > len(study.arms):
+        columns = ["data", "tested rows", *(arm.title for arm in study.arms.values())]
+        columns += [f"{study.arms[key].title} less {study.arms[first].title}" for key in others]
+        for name, own in figures.items():
+            line = [SETS[name].title, f"{own['rows']:,} ({own['folds']} of {SETS[name].folds} folds)"]
+            line += [cell(own["arms"][key]) for key in study.arms]
+            line += [cell(own["arms"][key]["beside the first arm"], "+") for key in others]
+            lines.append(line)
+        return columns, lines
+    columns = ["arm", *(SETS[name].title for name in figures), *(f"less the first: {SETS[n].title}" for n in figures)]
     for key, arm in study.arms.items():
         beside = [own["arms"][key]["beside the first arm"] for own in figures.values()]
         lines.append(
@@ -288,12 +303,19 @@ def report(study: Study, figures: dict[str, dict[str, Any]], args: argparse.Name
         for own in figures.values()
         for arm in own["arms"].values()
     )
-    budget = Budget(**args.budget)
+    budget, first = Budget(**args.budget), next(iter(study.arms))
+    costs = "; ".join(
+        "{} {:.0f}, {:,.0f}k, {:.0f}".format(
+            name, cost["steps"], cost["tokens"] / 1000, max(1, round(cost["cpu_seconds"] / 60))
+        )
+        for name, cost in ((name, own["arms"][first]["costs of a fold"]) for name, own in figures.items())
+    )
     note = (
         "Pair accuracy within a prompt or question, or AUC for steps and segments, of rows in folds that the model "
         "did not train on; 95 % intervals over conversations or questions; differences are paired. "
         f"{Path(args.model).name}; LoRA of rank {budget.rank} on the last quarter of the layers, {budget.epochs:g} "
-        f"epochs, learning rate {budget.learning_rate:g}. Training and scoring took {minutes:.0f} CPU minutes."
+        f"epochs and at least {budget.least_steps} steps, learning rate {budget.learning_rate:g}. Steps, tokens and "
+        f"CPU minutes of a fold of {study.arms[first].title}: {costs}. All: {minutes:,.0f} CPU minutes."
     )
     command = f"python examples/studies/real_data.py --model FOLDER --study {args.study} --folds {args.folds}"
     command += f" --arms {' '.join(args.arms)}" if args.arms else ""
@@ -343,7 +365,8 @@ def main(arguments: list[str]) -> None:
             args.model = args.model or tiny_reward_base(f"{temporary}/model", hidden_size=32, num_layers=4)
         if not args.model:
             parser.error("--model is needed: the folder of a language model.")
-        args.budget = asdict(Budget(epochs=args.epochs, learning_rate=args.learning_rate))
+        least = 0 if args.smoke else Budget.least_steps
+        args.budget = asdict(Budget(args.epochs, least, args.learning_rate))
         rows = {name: load(name, folder, args.smoke) for name in sets}
         done = run_all(study, rows, args)
         figures = {name: figures_of(study, name, own, done) for name, own in rows.items()}

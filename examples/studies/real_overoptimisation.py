@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> None:
             args.model = args.model or tiny_reward_base(f"{temporary}/model", hidden_size=32, num_layers=4)
         if not args.model:
             parser.error("--model is needed: the folder of a language model.")
-        args.budget = asdict(Budget(epochs=args.epochs, learning_rate=args.learning_rate))
+        args.budget = asdict(Budget(args.epochs, 0 if args.smoke else Budget.least_steps, args.learning_rate))
         found = figures(run_all(args))
     if args.json:
         command = f"python examples/studies/real_overoptimisation.py --model FOLDER --samples {args.samples}"

@@ -5,6 +5,7 @@ arms of a data set see the same texts for as many tokens. Adapters sit on the la
 layers below run once for each text (`trunk_cache`).
 """
 
+import math
 import resource
 import tempfile
 import time
@@ -42,7 +43,7 @@ TRAINERS = {
     "steps": (PRMTrainer, PRMConfig),
     "segments": (SegmentRewardTrainer, SegmentRewardConfig),
 }
-ITEMS_A_STEP = 32  # texts in a batch: candidates or whole solutions
+ITEMS_A_STEP = 32  # judged items in a batch: candidates, steps or segments
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Arm:
             quarter is turned round.
         members (`int`): models that differ in the order of their rows, and in their seed unless they are merged.
         reduce (`str`): how members become one: the `"mean"` of their scores, or `"merge"`d weights (WARM).
-        epochs (`float`): how many times the budget's epochs.
+        epochs (`float`): how many times the budget.
     """
 
     title: str
@@ -73,9 +74,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Budget:
-    """The settings that all arms share."""
+    """
+    The settings that all arms share.
+
+    Args:
+        epochs (`float`): of every training.
+        least_steps (`int`): a small data set is read more often, until it has made so many steps.
+    """
 
     epochs: float = 2.0
+    least_steps: int = 50
     learning_rate: float = 3e-4
     rank: int = 16
     max_length: int = 2048
@@ -154,16 +162,18 @@ def train(
     """A trained trainer; its model's adapter and tokenizer are in `folder`."""
     trainer_class, config_class = TRAINERS[study.kind]
     data = Dataset.from_list(examples(rows, study, arm, seed))
-    texts = len(rows[0].texts) if study.kind == "ranked" else 1
+    items = sum(len(row.labels) for row in rows) / len(data)  # of an example
     if study.kind == "ranked":
-        texts = 2 if "chosen" in data.column_names else np.mean([len(own) for own in data["completions"]])
+        items = 2 if "chosen" in data.column_names else np.mean([len(own) for own in data["completions"]])
+    batch = max(1, round(ITEMS_A_STEP / items))
+    epochs = arm.epochs * max(budget.epochs, budget.least_steps / math.ceil(len(data) / batch))
     loss = {} if study.kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
     more = {"loss_type": "bce"} if study.kind == "segments" else loss
     cpu = device == "cpu"
     config = config_class(
         output_dir=str(folder),
-        num_train_epochs=budget.epochs * arm.epochs,
-        per_device_train_batch_size=max(1, round(ITEMS_A_STEP / texts)),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch,
         learning_rate=budget.learning_rate,
         warmup_steps=0.1,
         lr_scheduler_type="cosine",
