@@ -41,7 +41,7 @@ def rewards(lines: list[str]) -> list[float]:
 
 def test_there_are_examples():
     named = {"reward_trl_swap.py", "reward_rankings.py", "orm_gsm8k.py", "prm_stepwise.py", "segment_rewards.py"}
-    named |= {"rankings.py", "token_rewards.py"}
+    named |= {"real_data.py", "real_overoptimisation.py"}
     assert named <= {path.name for path in FILES}
 
 
@@ -103,20 +103,6 @@ def test_segment_example_tells_the_categories_apart(monkeypatch, capsys):
     assert min(values(lines).values()) > 0.9
     right, wrong = rewards(lines)
     assert right > wrong + 0.2
-
-
-def test_prompts_of_one_conversation_stay_in_one_fold(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "studies"))
-    ranked = runpy.run_path(str(EXAMPLES / "studies/rankings.py"))["ranked"]
-    group = runpy.run_path(str(EXAMPLES / "studies/ensembles.py"))["group"]
-    judged = {"completions": ["a", "b"], "scores": [2.0, 1.0]}
-    begun = {"id": "one", "prompt": "do you like films ? \n yes .\n", **judged}
-    later = {"id": "two", "prompt": "do you like films ? \n yes .\n which ? \n old ones .\n", **judged}
-    assert ranked(begun)["group"] == ranked(later)["group"] != ranked({**begun, "prompt": "hello\n"})["group"]
-    turns = [{"role": "user", "content": text} for text in ("first", "last")]
-    assert ranked({**begun, "prompt": turns, "tree": "t"})["group"] == "t"
-    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
-    assert group({"prompt": turns, **answers})["group"] == "first"
 
 
 def tables(lines: list[str]) -> list[list[list[str]]]:
@@ -184,58 +170,10 @@ def test_rejection_sampling_study(monkeypatch, capsys, data_dir):
     assert arms == ["before", "verifier", "random"]
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "titles", "methods"),
-    [
-        pytest.param(
-            "studies/rankings.py",
-            ["--data", "topical_chat"],
-            ["topical_chat"],
-            ["longer wins", "n-grams", "plackett_luce", "pairwise", "bradley_terry, all pairs"],
-            marks=pytest.mark.slow,
-        ),
-        ("studies/token_rewards.py", ["orm"], ["orm_gsm8k"], ["length", "n-grams", "ORM"]),
-        pytest.param(
-            "studies/token_rewards.py",
-            ["prm"],
-            ["AUC, steps up to the first mistake", "AUC, all steps: do not report"],
-            ["step number", "length", "n-grams", "PRM, masked after the first mistake"],
-            marks=pytest.mark.slow,
-        ),
-        (
-            "studies/token_rewards.py",
-            ["segment"],
-            ["relevance of a subsentence", "factuality of a sentence"],
-            ["length", "position", "n-grams", "segment model"],
-        ),
-    ],
-)
-def test_studies_print_each_method_beside_the_baselines(
-    script, arguments, titles, methods, data_dir, monkeypatch, capsys
-):
-    monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
-    found = tables(["", *run(EXAMPLES / script, monkeypatch, capsys, *arguments)])
-    assert [table[0][0] for table in found] == titles
-    for (_, *names), *rows in found:
-        assert [row[0] for row in rows][: len(methods)] == methods
-        assert names and all(0 <= float(cell) <= 1 for _, *cells in rows for cell in cells)
-
-
-@pytest.mark.slow
-def test_ensemble_study_prints_members_reducers_and_aspects(data_dir, monkeypatch, capsys):
-    monkeypatch.setenv("TRL_EXT_DATA", str(data_dir))
-    lines = run(EXAMPLES / "studies/ensembles.py", monkeypatch, capsys, "--data", "topical_chat", "--members", "2")
-    seeds, aspects = tables(["", *lines])
-    assert (seeds[0][0], aspects[0][0]) == ("topical_chat (6 prompts)", "topical_chat, aspects (6 prompts)")
-    assert {"single member", "mean", "fusion, BMA", "branched at 0.6: mean"} <= {row[0] for row in seeds}
-    assert aspects[1][0] == "one model of the overall rating" and aspects[-1][0] == "fusion of aspects"
-    assert all(0 <= float(row[1].split()[0]) <= 1 for row in [*seeds[1:], *aspects[1:]])
-
-
 def test_studies_say_which_data_are_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TRL_EXT_DATA", str(tmp_path))
-    with pytest.raises(SystemExit, match="has no orm_gsm8k, stories260K. Set TRL_EXT_DATA"):
-        run(EXAMPLES / "studies/token_rewards.py", monkeypatch, capsys, "orm")
+    with pytest.raises(SystemExit, match="has no orm_gsm8k/model_solutions.jsonl. Set TRL_EXT_DATA"):
+        run(EXAMPLES / "studies/real_data.py", monkeypatch, capsys, "--sets", "gsm8k")
 
 
 def test_ensemble_example_scores_with_its_interval(monkeypatch, capsys):

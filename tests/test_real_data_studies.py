@@ -100,6 +100,25 @@ def test_every_set_has_rows_with_something_to_compare(studies, data_dir):
             assert all(row.texts[0][start:end].strip() for start, end in row.spans)
 
 
+def test_prompts_of_one_conversation_are_one_group(studies, tmp_path):
+    sets, judged = studies("real_sets"), {"completions": ["a", "b"], "scores": [2.0, 1.0], "ranks": [0, 1]}
+    begun = "do you like films ?\n yes ."
+    turns = [{"role": "user", "content": text} for text in ("first", "last")]
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = {
+        "topical": [{"prompt": begun}, {"prompt": begun + "\n which ?\n old ones ."}, {"prompt": "hello"}],
+        "oasst": [{"prompt": turns, "tree": "t"}, {"prompt": turns[:1], "tree": "t"}, {"prompt": turns, "tree": "u"}],
+        "harmless": [{"prompt": turns}, {"prompt": turns[:1]}, {"prompt": turns[1:]}],
+    }
+    for name, own in rows.items():
+        (file,) = sets.SETS[name].files
+        (tmp_path / file).parent.mkdir()
+        lines = [json.dumps({**judged, **answers, "clean": True, **row}) + "\n" for row in own]
+        (tmp_path / file).write_text("".join(lines))
+        first, second, other = (row.group for row in sets.load(name, tmp_path))
+        assert first == second != other
+
+
 @pytest.mark.slow
 def test_the_runner_reports_every_kind_of_labels(run, data_dir):
     lines, _ = run("real_data.py", "--smoke", "--sets", "topical", "gsm8k", "mistakes", "relevance")
@@ -109,6 +128,16 @@ def test_the_runner_reports_every_kind_of_labels(run, data_dir):
         for cell in row[columns.index("LoRA, bf16") :]:
             value, low, high = map(float, re.findall(r"[+-]?\d\.\d+", cell))
             assert low <= value <= high
+
+
+@pytest.mark.slow
+def test_members_are_trained_once_for_their_mean_and_their_merger(run, data_dir):
+    lines, said = run("real_data.py", "--smoke", "--study", "options", "--sets", "topical", "--arms", "ensemble")
+    assert [line.split("|")[1].strip() for line in lines[1:]] == [
+        "three members, mean",
+        "the same three, merged (WARM)",
+    ]
+    assert said.count("RewardTrainer:") == 3
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 Each gives every item of a test row a score, after a logistic regression on the training rows of the fold: on
 differences of a row's candidates where these are ranked (Bradley-Terry with a linear score), else on the items. What
-they read: the length of an item, its position, its n-grams, the hidden states of the untrained model at the item
-(frozen features), and how likely the untrained model finds it.
+they read: the length of an item, its position, how likely the untrained model finds it, its n-grams, all of these
+together, and the hidden states of the untrained model at the item (frozen features). The strength of the
+regularisation is chosen by cross-validation, by group.
 """
 
 from collections.abc import Iterator
@@ -12,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from real_sets import Row, StudySet
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from tools import ngrams
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 TOKENS = 2048  # of a batch in the pass of the untrained model
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the regularisation of frozen features, chosen by cross-validation
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse; of the regularisation
+RECIPE = {"strengths": STRENGTHS, "n-grams": repr(ngrams()), "scikit-learn": sklearn.__version__}
+LIKELIHOOD, STATES = "untrained model: likelihood", "untrained model: hidden states"
 
 
 def item_texts(row: Row) -> list[str]:
@@ -99,15 +104,22 @@ def baselines(
     """
     known = np.load(features)
     vectors = ngrams().fit([text for n in training for text in item_texts(rows[n])])
-    views: dict[str, Any] = {
-        "length": column([float(len(text)) for row in rows for text in item_texts(row)]),
-        "n-grams": vectors.transform([text for row in rows for text in item_texts(row)]),
-        "untrained model: likelihood": known["likelihoods"],
-        "untrained model: hidden states": known["states"],
-    }
+    numbers = {"length": column([float(len(text)) for row in rows for text in item_texts(row)])}
     if study.measure == "auc":
-        views["position"] = column([place for row in rows for place in positions(row, study)])
-    return {name: by_line(rows, study, view, name, training, test) for name, view in views.items()}
+        numbers["position"] = column([place for row in rows for place in positions(row, study)])
+    numbers[LIKELIHOOD] = known["likelihoods"]
+    first = np.cumsum([0, *(len(row.labels) for row in rows)])
+    fitted = [place for n in training for place in range(first[n], first[n + 1])]
+    views: dict[str, Any] = {
+        name: StandardScaler().fit(view[fitted]).transform(view)
+        for name, view in {**numbers, STATES: known["states"]}.items()
+    }
+    views["n-grams"] = vectors.transform([text for row in rows for text in item_texts(row)])
+    parts = [sparse.csr_matrix(views[name]) for name in numbers]
+    views[f"{', '.join(numbers)} and n-grams".replace(LIKELIHOOD, "likelihood")] = sparse.hstack(
+        [*parts, views["n-grams"]], format="csr"
+    )
+    return {name: by_line(rows, study, view, first, name == STATES, training, test) for name, view in views.items()}
 
 
 def column(values: list[float]) -> np.ndarray:
@@ -115,49 +127,60 @@ def column(values: list[float]) -> np.ndarray:
 
 
 def by_line(
-    rows: list[Row], study: StudySet, view: Any, name: str, training: list[int], test: list[int]
+    rows: list[Row],
+    study: StudySet,
+    view: Any,
+    first: np.ndarray,
+    one_line: bool,
+    training: list[int],
+    test: list[int],
 ) -> list[list[float]]:
-    """Scores of a linear model on a view (items, features); apart for each stratum, unless it reads hidden states."""
-    first = np.cumsum([0, *(len(row.labels) for row in rows)])
-    wide = name.endswith("states")
-    if not sparse.issparse(view):
-        fitted = [place for n in training for place in range(first[n], first[n + 1])]
-        view = StandardScaler().fit(view[fitted]).transform(view)
+    """
+    Scores of a linear model on a view (items, features).
+
+    Args:
+        first (`np.ndarray`): the place of each row's first item.
+        one_line (`bool`): one model for all strata, and not one for each.
+    """
     scores: dict[int, list[float]] = {}
-    for stratum in {"" if wide else rows[n].stratum for n in test}:
-        inside = [n for n in training if wide or rows[n].stratum == stratum]
-        if study.kind != "ranked" and len({label for n in inside for label in rows[n].labels}) < 2:
+    for stratum in {"" if one_line else rows[n].stratum for n in test}:
+        inside = [n for n in training if one_line or rows[n].stratum == stratum]
+        if study.measure == "auc" and len({label for n in inside for label in rows[n].labels}) < 2:
             inside = training  # too few rows of this stratum to learn from
-        inputs, labels = examples(rows, study, view, first, inside)
-        paired = study.kind == "ranked"
-        if wide:
+        inputs, labels, groups = examples(rows, study, view, first, inside)
+        splits = list(GroupKFold(3).split(inputs, labels, groups)) if len(set(groups)) > 2 else []
+        common = {"fit_intercept": study.measure == "auc", "max_iter": 500}
+        if splits and all(len({labels[n] for n in side}) == 2 for split in splits for side in split):
             model = LogisticRegressionCV(
                 Cs=STRENGTHS,
-                cv=3,
-                fit_intercept=not paired,
-                max_iter=500,
+                cv=splits,
                 l1_ratios=(0.0,),
                 scoring="neg_log_loss",
                 use_legacy_attributes=False,
+                **common,
             )
         else:
-            model = LogisticRegression(fit_intercept=not paired, max_iter=1000)
+            model = LogisticRegression(**common)
         model.fit(inputs, labels)
         weights = model.coef_[0]
         for n in test:
-            if wide or rows[n].stratum == stratum:
+            if one_line or rows[n].stratum == stratum:
                 scores[n] = np.asarray(view[first[n] : first[n + 1]] @ weights).ravel().tolist()
     return [scores[n] for n in test]
 
 
 def examples(
     rows: list[Row], study: StudySet, view: Any, first: np.ndarray, inside: list[int]
-) -> tuple[Any, list[int]]:
-    """What the regression reads: the items, or the differences of a row's candidates, every other one turned round."""
-    if study.kind != "ranked":
+) -> tuple[Any, list[int], list[str]]:
+    """
+    What the regression reads, with labels and groups: the items, or, where a row's items are compared, their
+    differences, every other one turned round.
+    """
+    if study.measure == "auc":
         places = [place for n in inside for place in range(first[n], first[n + 1])]
-        return view[places], [int(label) for n in inside for label in rows[n].labels]
-    better, worse = [], []
+        groups = [rows[n].group for n in inside for _ in rows[n].labels]
+        return view[places], [int(label) for n in inside for label in rows[n].labels], groups
+    better, worse, groups = [], [], []
     for n in inside:
         labels = rows[n].labels
         for a, b in combinations(range(len(labels)), 2):
@@ -165,7 +188,8 @@ def examples(
                 a, b = (a, b) if labels[a] > labels[b] else (b, a)
                 better.append(first[n] + a)
                 worse.append(first[n] + b)
+                groups.append(rows[n].group)
     sign = np.where(np.arange(len(better)) % 2, 1, -1)
     differences = view[better] - view[worse]
     turned = differences.multiply(sign[:, None]).tocsr() if sparse.issparse(view) else differences * sign[:, None]
-    return turned, sign.tolist()
+    return turned, sign.tolist(), groups

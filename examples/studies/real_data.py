@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_baselines import baselines, untrained
+from real_baselines import RECIPE, baselines, untrained
 from real_measures import Judged, compared, interval
 from real_sets import SETS, Row, load
 from real_training import Arm, Budget, train_and_score
@@ -50,6 +50,11 @@ class Study:
     sets: tuple[str, ...]
     arms: dict[str, Arm]
     seeds: tuple[int, ...] = (0,)
+
+    def source(self, key: str) -> tuple[str, Arm]:
+        """The arm whose training an arm is made from: itself, or the one whose members it is the mean of."""
+        key = self.arms[key].mean_of or key
+        return key, self.arms[key]
 
 
 PLAIN = Arm("LoRA, bf16")
@@ -70,10 +75,10 @@ STUDIES = {
         RANKED,
         {
             "lora": Arm("`plackett_luce`"),
-            "bradley-terry": Arm("`bradley_terry` on random pairs", data="pairs"),
+            "bradley-terry": Arm("`bradley_terry`, K / 2 pairs of each ranking", data="pairs"),
             "pairwise": Arm("`pairwise`", {"loss_type": "pairwise"}),
             "margins": Arm(
-                "`pairwise`, margins from ratings",
+                "`pairwise`, margins from ratings or ranks",
                 {"loss_type": "pairwise", "loss_kwargs": {"margin_from_ratings": True}},
             ),
             "listnet": Arm("`listnet` (soft labels)", {"loss_type": "listnet"}),
@@ -82,14 +87,14 @@ STUDIES = {
     ),
     "options": Study(
         "Cheap improvements",
-        ("harmless", "oasst"),
+        ("topical", "harmless"),
         {
             "lora": PLAIN,
             "bsr": Arm("batch sum to zero (BSR), 0.01", {"batch_sum_to_zero_coefficient": 0.01}),
             "grm": Arm("SFT loss through the frozen head (GRM), 0.01", {"sft_coefficient": 0.01}),
-            "longer": Arm("four times the epochs", epochs=4.0),
-            "ensemble": Arm("ensemble of four, mean", members=4),
-            "warm": Arm("four merged (WARM)", members=4, reduce="merge"),
+            "longer": Arm("three times the epochs", epochs=3.0),
+            "ensemble": Arm("three members, mean", mean_of="warm"),
+            "warm": Arm("the same three, merged (WARM)", members=3),
         },
     ),
     "noise": Study(
@@ -165,13 +170,14 @@ def stages_of(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace
                     f"{name}-{fold}-baselines",
                     f"{name}, fold {fold}: baselines",
                     partial(run_baselines, rows=own, name=name, fold=fold),
-                    {"rows": content[name]},
+                    {"rows": content[name], "folds": SETS[name].folds, **RECIPE},
                     needs=(features[name].name,),
                 ),
             )
-            for key, arm in study.arms.items():
+            trained = dict(study.source(key) for key in study.arms)
+            for key, arm in trained.items():
                 for seed in study.seeds:
-                    settings = {k: v for k, v in asdict(arm).items() if k != "title"}
+                    settings = {k: v for k, v in asdict(arm).items() if k not in ("title", "mean_of")}
                     settings |= {**common, "rows": content[name], "folds": SETS[name].folds, "seed": seed}
                     settings["budget"] = args.budget
                     work = partial(run_arm, rows=own, name=name, fold=fold, arm=arm, seed=seed, args=args)
@@ -205,7 +211,7 @@ def run_all(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace) 
 def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome]) -> dict[str, Any] | None:
     """What came of a data set: of the folds in which every arm is finished. `None` if there is none."""
     needed = {
-        fold: [f"{name}-{fold}-{key}-{seed}" for key in study.arms for seed in study.seeds]
+        fold: [f"{name}-{fold}-{study.source(key)[0]}-{seed}" for key in study.arms for seed in study.seeds]
         + [f"{name}-{fold}-baselines"]
         for fold in range(SETS[name].folds)
     }
@@ -227,11 +233,10 @@ def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome
         for method in done[f"{name}-{whole[0]}-baselines"].result["scores"]
     }
     trained, costs = {}, {}
-    for key in study.arms:
-        runs = [[done[f"{name}-{fold}-{key}-{seed}"].result for fold in whole] for seed in study.seeds]
-        trained[key] = np.mean(
-            [judged.values([s for own in of_seed for s in own["scores"]]) for of_seed in runs], axis=0
-        )
+    for key, arm in study.arms.items():
+        source, which = study.source(key)[0], "member_mean" if arm.mean_of else "scores"
+        runs = [[done[f"{name}-{fold}-{source}-{seed}"].result for fold in whole] for seed in study.seeds]
+        trained[key] = np.mean([judged.values([s for own in of_seed for s in own[which]]) for of_seed in runs], axis=0)
         flat = [own for of_seed in runs for own in of_seed]
         costs[key] = {
             cost: statistics.fmean(own[cost] for own in flat) for cost in ("steps", "tokens", "seconds", "cpu_seconds")
@@ -270,7 +275,8 @@ def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], 
             line = [SETS[name].title, f"{own['rows']:,} ({own['folds']} of {SETS[name].folds} folds)"]
             line += [f"{value['value']:.3f}" if value else "" for value in values]
             line += [cell(own["arms"][key]) for key in study.arms]
-            line += [cell(own["arms"][key]["beside baselines"]["gain"], "+") for key in study.arms]
+            beside = [own["arms"][key]["beside baselines"] for key in study.arms]
+            line += [f"{cell(found['gain'], '+')}, {found['over']}" for found in beside]
             lines.append(line)
         return columns, lines
     first, *others = study.arms
@@ -284,41 +290,45 @@ def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], 
             line += [cell(own["arms"][key]["beside the first arm"], "+") for key in others]
             lines.append(line)
         return columns, lines
-    columns = ["arm", *(SETS[name].title for name in figures), *(f"less the first: {SETS[n].title}" for n in figures)]
+    columns = ["arm", "tokens read, times those of the first"]
+    columns += [*(SETS[name].title for name in figures), *(f"less the first: {SETS[n].title}" for n in figures)]
     for key, arm in study.arms.items():
         beside = [own["arms"][key]["beside the first arm"] for own in figures.values()]
+        read = [own["arms"][k]["costs of a fold"]["tokens"] for own in figures.values() for k in (key, first)]
         lines.append(
-            [arm.title, *(cell(own["arms"][key]) for own in figures.values())]
+            [arm.title, f"{sum(read[::2]) / sum(read[1::2]):.2f}"]
+            + [cell(own["arms"][key]) for own in figures.values()]
             + [cell(gain, "+") if gain else "" for gain in beside]
         )
     return columns, lines
 
 
-def report(study: Study, figures: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """The report as docs/results wants it."""
+def report(
+    study: Study, figures: dict[str, dict[str, Any]], seconds: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The report as docs/results wants it. `seconds`: of all stages behind it."""
     columns, lines = table(study, figures)
     place = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores, no GPU"
-    minutes = sum(
-        arm["costs of a fold"]["cpu_seconds"] * own["folds"] / 60
-        for own in figures.values()
-        for arm in own["arms"].values()
-    )
     budget, first = Budget(**args.budget), next(iter(study.arms))
     costs = "; ".join(
-        "{} {:.0f}, {:,.0f}k, {:.0f}".format(
-            name, cost["steps"], cost["tokens"] / 1000, max(1, round(cost["cpu_seconds"] / 60))
-        )
+        f"{name} {cost['steps']:.0f}, {cost['tokens'] / 1000:,.0f}k"
         for name, cost in ((name, own["arms"][first]["costs of a fold"]) for name, own in figures.items())
     )
     note = (
-        "Pair accuracy within a prompt or question, or AUC for steps and segments, of rows in folds that the model "
-        "did not train on; 95 % intervals over conversations or questions; differences are paired. "
-        f"{Path(args.model).name}; LoRA of rank {budget.rank} on the last quarter of the layers, {budget.epochs:g} "
-        f"epochs and at least {budget.least_steps} steps, learning rate {budget.learning_rate:g}. Steps, tokens and "
-        f"CPU minutes of a fold of {study.arms[first].title}: {costs}. All: {minutes:,.0f} CPU minutes."
+        "Accuracy of the decided pairs of a prompt, averaged over prompts, or AUC of steps and segments, averaged "
+        "over folds and tasks, of rows that the model did not train on. 95 % intervals over conversations or "
+        "questions, paired where differences are given; each training was run once, so they do not tell how much "
+        f"depends on its seed. {Path(args.model).name}; LoRA of rank {budget.rank} on the last quarter of the layers, "
+        f"learning rate {budget.learning_rate:g}, {budget.items_a_step} judged items a step, {budget.epochs:g} "
+        f"epochs, and more until about {budget.least_steps} steps. Steps and tokens of a fold of "
+        f"{study.arms[first].title}: {costs}. All stages, with baselines and passes through the frozen layers: "
+        f"{seconds / 60:,.0f} minutes."
     )
     command = f"python examples/studies/real_data.py --model FOLDER --study {args.study} --folds {args.folds}"
-    command += f" --arms {' '.join(args.arms)}" if args.arms else ""
+    for name in ("sets", "arms"):
+        command += f" --{name} {' '.join(getattr(args, name))}" if getattr(args, name) else ""
+    for name, default in (("epochs", Budget.epochs), ("learning_rate", Budget.learning_rate), ("device", "cpu")):
+        command += f" --{name} {getattr(args, name)}" if getattr(args, name) != default else ""
     return {
         "title": study.title,
         "date": date.today().isoformat(),
@@ -356,7 +366,8 @@ def main(arguments: list[str]) -> None:
     unknown = [key for key in args.arms or () if key not in study.arms]
     if unknown:
         parser.error(f"--arms {' '.join(unknown)}: the arms of this study are {', '.join(study.arms)}.")
-    study = replace(study, arms={key: arm for key, arm in study.arms.items() if key in (args.arms or study.arms)})
+    wanted = {study.source(key)[0] for key in args.arms or study.arms} | set(args.arms or study.arms)
+    study = replace(study, arms={key: arm for key, arm in study.arms.items() if key in wanted})
     folder = data_folder([file for name in sets for file in SETS[name].files])
     with tempfile.TemporaryDirectory() as temporary:
         if args.smoke:
@@ -373,7 +384,7 @@ def main(arguments: list[str]) -> None:
         figures = {name: own for name, own in figures.items() if own is not None}
     if not figures:
         sys.exit("No fold is finished.")
-    found = report(study, figures, args)
+    found = report(study, figures, sum(outcome.seconds for outcome in done.values()), args)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join("| " + " | ".join(line) + " |" for line in [found["columns"], *found["rows"]]))

@@ -8,7 +8,8 @@ products of small numbers, and the exact result is the gold reward. Reward model
 training problems, a quarter of them turned round, as in *Reward Model Ensembles Help Mitigate Overoptimization* by
 T. Coste et al. (https://huggingface.co/papers/2310.02743): one model; the mean of four, and their mean less their
 standard deviation; four merged into one (WARM); and one model less the standard deviation of its last layer (Laplace).
-All have adapters on the last quarter of the layers and see the same pairs for as many epochs.
+All have adapters on the last quarter of the layers and see the same pairs, with the same labels, for as many epochs.
+Members of the ensemble differ in their heads and in the order of the pairs; those that are merged in the order alone.
 
 Each pick is averaged over all subsets of a problem's samples, so no figure depends on a draw. `predicted n` comes from
 one half of the problems and the best n from the other half, see `trl_ext.evaluation`. Stages are kept in the output
@@ -21,7 +22,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -44,7 +45,8 @@ from trl_ext.pipelines.stages.cached_stages import Stage, StageContext, run_stag
 
 
 PAIRS = StudySet("pairs of sums", "made by this script", "ranked", lambda folder: iter(()), ())
-ARM = Arm("LoRA", {"loss_type": "bradley_terry"}, data="flipped")
+ARM = Arm("LoRA", {"loss_type": "bradley_terry"})
+FLIPPED = 0.25  # share of the pairs that are turned round, the same ones for all reward models
 MEMBERS = 4
 PROXIES = {
     "one": "one model",
@@ -55,14 +57,17 @@ PROXIES = {
 }
 
 
-def problems(number: int, seed: int) -> dict[str, int]:
-    """Prompts with their results; no prompt twice."""
-    rng, found = random.Random(seed), {}
+def problems(number: int, seed: int, known: Container[str] = ()) -> dict[str, int]:
+    """Prompts and results: sums, differences, products in turn; none twice, in `known`, or turned round of these."""
+    rng, found, used = random.Random(seed), {}, set(known)
     while len(found) < number:
-        sign = rng.choice("+-x")
-        a, b = (rng.randint(2, 12), rng.randint(2, 12)) if sign == "x" else (rng.randint(10, 60), rng.randint(2, 30))
+        sign = "+-x"[len(found) % 3]
+        a, b = (rng.randint(2, 30), rng.randint(2, 12)) if sign == "x" else (rng.randint(10, 60), rng.randint(2, 30))
         result = a * b if sign == "x" else a + b if sign == "+" else a - b
-        found[f"Question: What is {a} {sign} {b}?\nAnswer: {a} {sign} {b} ="] = result
+        prompt, turned = (f"Question: What is {x} {sign} {y}?\nAnswer: {x} {sign} {y} =" for x, y in ((a, b), (b, a)))
+        if not used & {prompt, turned}:
+            found[prompt] = result
+            used.add(prompt)
     return found
 
 
@@ -73,9 +78,9 @@ def is_right(completion: str, result: int) -> bool:
 
 
 def run_samples(
-    context: StageContext, model: str, asked: dict[str, int], samples: int, device: str, seed: int
+    context: StageContext, model: str, asked: dict[str, int], samples: int, device: str, seed: int, smoke: bool
 ) -> dict[str, Any]:
-    if samples < 16:  # a smoke run: its random model is never right
+    if smoke:  # a random model is never right
         made = {prompt: [f" {result + n % 3}" for n in range(samples)] for prompt, result in asked.items()}
         return {"samples": made}
     sampling = Sampling(max_completion_length=6, temperature=1.0, stop=["\n"])
@@ -86,13 +91,14 @@ def run_samples(
 
 
 def pairs(samples: dict[str, list[str]], results: dict[str, int]) -> list[Row]:
-    """A right and a wrong sample of each problem that has both."""
+    """A right and a wrong sample of each problem that has both; of some of them the wrong one is called right."""
     rng, rows = random.Random(0), []
     for prompt, texts in samples.items():
         right = [text for text in texts if text and is_right(text, results[prompt])]
         wrong = [text for text in texts if text and not is_right(text, results[prompt])]
         if right and wrong:
-            rows.append(Row(prompt, prompt, [rng.choice(right), rng.choice(wrong)], [1.0, 0.0]))
+            labels = [0.0, 1.0] if rng.random() < FLIPPED else [1.0, 0.0]
+            rows.append(Row(prompt, prompt, [rng.choice(right), rng.choice(wrong)], labels))
     return rows
 
 
@@ -100,7 +106,7 @@ def run_member(
     context: StageContext, model: str, results: dict[str, int], seed: int, order: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     rows = pairs(context.results["training"]["samples"], results)
-    arm = Arm(ARM.title, {**ARM.config, "data_seed": order}, data=ARM.data)
+    arm = Arm(ARM.title, {**ARM.config, "data_seed": 100 * order})  # each epoch adds 1
     budget, states = Budget(**args.budget), args.output_dir / "states"
     trainer = train(rows, PAIRS, arm, budget, seed, model, context.folder, states, args.device)
     trainer.save_model(str(context.folder))
@@ -137,14 +143,22 @@ def run_scores(context: StageContext, results: dict[str, int], args: argparse.Na
 
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """The samples and scores of the held-out problems, and the number of pairs."""
-    training, held_out = problems(args.train_prompts, 0), problems(args.train_prompts + args.prompts, 0)
-    held_out = {prompt: result for prompt, result in held_out.items() if prompt not in training}
+    training = problems(args.train_prompts, 0)
+    held_out = problems(args.prompts, 1, known=training)
     common = {"model": Path(args.model).name, "device": args.device}
     stages = [
         Stage(
             name,
             f"{name} samples",
-            partial(run_samples, model=args.model, asked=asked, samples=number, device=args.device, seed=seed),
+            partial(
+                run_samples,
+                model=args.model,
+                asked=asked,
+                samples=number,
+                device=args.device,
+                seed=seed,
+                smoke=args.smoke,
+            ),
             {**common, "prompts": list(asked), "samples": number, "seed": seed},
         )
         for seed, (name, asked, number) in enumerate(
@@ -155,7 +169,14 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         # weights that are merged must begin as the same head
         for name, seed in (("member", member), ("merging", 0)):
             work = partial(run_member, model=args.model, results=training, seed=seed, order=member, args=args)
-            settings = {**common, "seed": seed, "order": member, "budget": args.budget, "arm": asdict(ARM)}
+            settings = {
+                **common,
+                "seed": seed,
+                "order": member,
+                "budget": args.budget,
+                "arm": asdict(ARM),
+                "flipped": FLIPPED,
+            }
             stages.append(Stage(f"{name}-{member}", f"{name} {member}", work, settings, needs=("training",)))
     needed = tuple(stage.name for stage in stages)
     stages.append(Stage("scores", "scores", partial(run_scores, results=training, args=args), common, needs=needed))
@@ -224,8 +245,14 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         gain = own["less one model"][numbers[-1]]
         line = [PROXIES[proxy], *(f"{own['gold'][n]['value']:.3f}" for n in numbers)]
         line.append("" if proxy == "one" else f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})")
-        lines.append([*line, f"{own['best_n']['value']:.0f}", f"{own['predicted_n']['value']:.0f}"])
+        lines.append([*line, *(number_cell(own[name]) for name in ("best_n", "predicted_n"))])
     return columns, lines
+
+
+def number_cell(found: dict[str, Any]) -> str:
+    """A number of samples with its interval, if there is one."""
+    known = found["interval"]
+    return f"{found['value']:.0f}" + (f" ({known[0]:.0f} to {known[1]:.0f})" if known else "")
 
 
 def write(path: Path, found: dict[str, Any], args: argparse.Namespace, command: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
 """The data sets of `real_data.py` in one form: rows with judged items, of which a method gives each a score.
 
-An item is what people judged: a candidate, a step or a segment. Texts are cut so that two CPU cores can do the study:
-prompts from the left, completions from the right. Every method, the baselines included, reads the same cut text.
+An item is what people judged: a candidate, a step or a segment. Long texts are cut so that two CPU cores can do the
+study, prompts from the left and completions from the right, where what is left can still be judged. Every method, the
+baselines included, reads the same cut text.
 """
 
 import math
@@ -24,7 +25,7 @@ class Row:
 
     Args:
         group (`str`): rows of one conversation, question or problem stay in one fold and are drawn together.
-        prompt (`str`): ends with a line feed.
+        prompt (`str`): what stands before a candidate, a step or a segment.
         texts (`list[str]`): the candidates, or the steps of one solution, or one completion with segments.
         labels (`list[float]`): a rating of each item, higher is better, or 1 for right and 0 for wrong.
         spans (`list[tuple[int, int]]`): where each segment is in the completion, in characters.
@@ -102,7 +103,7 @@ def open_assistant(folder: Path) -> Iterator[Row]:
     for row in read(folder / "rankings_oasst_en100" / "rankings.jsonl"):
         prompt = cut(flat(row["prompt"]), 300) + "Assistant: "
         ranks = [-float(rank) for rank in row["ranks"]]
-        yield Row(row["tree"], prompt, [text[:600] for text in row["completions"]], ranks)
+        yield Row(row["tree"], prompt, [text[:1500] for text in row["completions"]], ranks)
 
 
 def fine_grained_rankings(folder: Path) -> Iterator[Row]:
@@ -118,7 +119,7 @@ def gsm8k(folder: Path) -> Iterator[Row]:
     for number, rows in questions.items():
         labels = [float(row["label"]) for row in rows]
         if 0 < sum(labels) < len(labels):  # the others have no pair within the question
-            yield Row(number, cut(rows[0]["prompt"], 500), [row["completion"][:600] for row in rows], labels)
+            yield Row(number, cut(rows[0]["prompt"], 500), [row["completion"][:1200] for row in rows], labels)
 
 
 def mistakes(folder: Path) -> Iterator[Row]:
@@ -128,8 +129,8 @@ def mistakes(folder: Path) -> Iterator[Row]:
         for task, row in zip(TASKS, rows, strict=True):
             end = len(row["labels"]) if row["mistake_index"] is None else row["mistake_index"] + 1
             steps, labels = row["completions"][:end], [float(label) for label in row["labels"][:end]]
-            if all(step.strip() for step in steps) and sum(map(len, steps)) < 1500:
-                yield Row(task + row["prompt"], cut(row["prompt"], 300), steps, labels, stratum=task)
+            if all(step.strip() for step in steps):
+                yield Row(task + row["prompt"], row["prompt"].strip() + "\n", steps, labels, stratum=task)
 
 
 def segments(category: str, level: str, folder: Path) -> Iterator[Row]:
@@ -201,10 +202,18 @@ SETS = {
         rows=600,
     ),
     "relevance": StudySet(
-        "Fine-Grained RLHF, relevance of sub-sentences", "QA feedback", "segments", relevance, FINE_GRAINED
+        "Fine-Grained RLHF, relevance of sub-sentences (passages not shown)",
+        "QA feedback",
+        "segments",
+        relevance,
+        FINE_GRAINED,
     ),
     "factuality": StudySet(
-        "Fine-Grained RLHF, factuality of sentences", "QA feedback", "segments", factuality, FINE_GRAINED
+        "Fine-Grained RLHF, factuality of sentences (passages not shown)",
+        "QA feedback",
+        "segments",
+        factuality,
+        FINE_GRAINED,
     ),
 }
 

@@ -5,7 +5,6 @@ arms of a data set see the same texts for as many tokens. Adapters sit on the la
 layers below run once for each text (`trunk_cache`).
 """
 
-import math
 import resource
 import tempfile
 import time
@@ -36,14 +35,12 @@ from trl_ext import (
 )
 
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TRAINERS = {
     "ranked": (RewardTrainer, RewardConfig),
     "outcome": (ORMTrainer, ORMConfig),
     "steps": (PRMTrainer, PRMConfig),
     "segments": (SegmentRewardTrainer, SegmentRewardConfig),
 }
-ITEMS_A_STEP = 32  # judged items in a batch: candidates, steps or segments
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,12 @@ class Arm:
         title (`str`): for the report.
         config (`dict`): arguments of the trainer's config.
         nf4 (`bool`): the base in 4 bits.
-        data (`str`): what the rows become: `"rows"`; `"pairs"`, random pairs of a row's candidates that read each
-            candidate as often as a ranking does; `"ties"`, the same with ties; `"flipped"`, rankings of which a
+        data (`str`): what the rows become: `"rows"`; `"pairs"`, K / 2 random pairs of a row's K candidates,
+            as many texts as the ranking has; `"ties"`, the same with ties; `"flipped"`, rankings of which a
             quarter is turned round.
-        members (`int`): models that differ in the order of their rows, and in their seed unless they are merged.
-        reduce (`str`): how members become one: the `"mean"` of their scores, or `"merge"`d weights (WARM).
+        members (`int`): models that begin with the same head and differ in the order of their rows. Their weights are
+            merged (WARM).
+        mean_of (`str`, *optional*): another arm; this one is the mean score of its members, before they are merged.
         epochs (`float`): how many times the budget.
     """
 
@@ -68,7 +66,7 @@ class Arm:
     nf4: bool = False
     data: str = "rows"
     members: int = 1
-    reduce: str = "mean"
+    mean_of: str | None = None
     epochs: float = 1.0
 
 
@@ -79,7 +77,9 @@ class Budget:
 
     Args:
         epochs (`float`): of every training.
-        least_steps (`int`): a small data set is read more often, until it has made so many steps.
+        least_steps (`int`): a small data set is read more often, about until it has made so many steps.
+        items_a_step (`int`): judged items in a batch: candidates, steps or segments.
+        targets (`tuple[str, ...]`): linear layers with an adapter, in the last quarter of the layers.
     """
 
     epochs: float = 2.0
@@ -87,6 +87,8 @@ class Budget:
     learning_rate: float = 3e-4
     rank: int = 16
     max_length: int = 2048
+    items_a_step: int = 32
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def examples(rows: list[Row], study: StudySet, arm: Arm, seed: int) -> list[dict[str, Any]]:
@@ -162,18 +164,19 @@ def train(
     """A trained trainer; its model's adapter and tokenizer are in `folder`."""
     trainer_class, config_class = TRAINERS[study.kind]
     data = Dataset.from_list(examples(rows, study, arm, seed))
-    items = sum(len(row.labels) for row in rows) / len(data)  # of an example
+    judged = sum(len(row.labels) for row in rows)
+    items = judged / len(data)  # of an example
     if study.kind == "ranked":
         items = 2 if "chosen" in data.column_names else np.mean([len(own) for own in data["completions"]])
-    batch = max(1, round(ITEMS_A_STEP / items))
-    epochs = arm.epochs * max(budget.epochs, budget.least_steps / math.ceil(len(data) / batch))
+    # as many epochs for all arms of a data set, so that rankings and pairs read as many texts
+    epochs = arm.epochs * max(budget.epochs, budget.least_steps * budget.items_a_step / judged)
     loss = {} if study.kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
     more = {"loss_type": "bce"} if study.kind == "segments" else loss
     cpu = device == "cpu"
     config = config_class(
         output_dir=str(folder),
         num_train_epochs=epochs,
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=max(1, round(budget.items_a_step / items)),
         learning_rate=budget.learning_rate,
         warmup_steps=0.1,
         lr_scheduler_type="cosine",
@@ -196,7 +199,7 @@ def train(
     adapter = LoraConfig(
         r=budget.rank,
         lora_alpha=2 * budget.rank,
-        target_modules=TARGETS,
+        target_modules=list(budget.targets),
         layers_to_transform=list(range(layers - max(1, layers // 4), layers)),
     )
     quantization = BitsAndBytesConfig(
@@ -240,33 +243,33 @@ def train_and_score(
     Train an arm and score the test rows.
 
     Returns:
-        `dict`: `scores` of the test rows' items, and `steps`, `tokens`, `seconds` and `cpu_seconds` of all members.
+        `dict`: `scores` of the test rows' items, with members those of the merged model; `member_mean`, the mean
+            of the members' scores; `steps`, `tokens`, `seconds` and `cpu_seconds` of all members.
     """
     start, cpu = time.perf_counter(), cpu_seconds()
     found, steps, tokens = [], 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary, str(member)) for member in range(arm.members)]
         for member, folder in enumerate(folders):
-            own = replace(arm, config={**arm.config, "data_seed": 1000 * seed + member})
-            # weights that are merged must begin as the same head
-            number = seed if arm.reduce == "merge" else 100 * seed + member
-            trainer = train(training, study, own, budget, number, model, folder, states, device)
+            order = 1000 * seed + 100 * member  # each epoch adds 1
+            own = replace(arm, config={**arm.config, "data_seed": order})
+            trainer = train(training, study, own, budget, seed, model, folder, states, device)
             steps += trainer.state.global_step
             tokens += int([row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row][-1])
-            if arm.reduce == "merge":
-                trainer.save_model(str(folder))
-                continue
             scorer = RewardScorer(trainer.model, trainer.processing_class, max_length=budget.max_length)
             with trainer.trunk_states():
                 found.append(scores_of(scorer, test, study))
+            if arm.members > 1:
+                trainer.save_model(str(folder))
             del trainer, scorer
-        if arm.reduce == "merge":
+        result = {"scores": found[0]}
+        if arm.members > 1:
             merge_reward_models(folders, Path(temporary, "merged"))
-            scorer = RewardScorer(Path(temporary, "merged"), max_length=budget.max_length, device=device)
-            found = [scores_of(scorer, test, study)]
-    mean = [np.mean(own, axis=0).tolist() for own in zip(*found, strict=True)]
+            merged = RewardScorer(Path(temporary, "merged"), max_length=budget.max_length, device=device)
+            mean = [np.mean(own, axis=0).tolist() for own in zip(*found, strict=True)]
+            result = {"scores": scores_of(merged, test, study), "member_mean": mean}
     return {
-        "scores": mean,
+        **result,
         "steps": steps,
         "tokens": tokens,
         "seconds": time.perf_counter() - start,

@@ -6,8 +6,7 @@
 
 `rounds` trains a mediocre policy that sorts digits. Each of three rounds keeps samples that the exact verifier
 finds right. The control keeps the same number of samples of the same prompts, drawn at random from all samples.
-`picks` picks the best of 4 given solutions of a question with rules that need no training (`studies/token_rewards.py
-orm` has the figure of a trained verifier).
+`picks` picks the best of 4 given solutions of a question with rules that need no training.
 """
 
 import argparse

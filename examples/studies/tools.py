@@ -1,4 +1,4 @@
-"""Helpers of the studies: real data, folds, baselines, training settings, and a table of means with errors."""
+"""Helpers of the studies: real data, folds, n-grams, quiet training, and a table of means with errors."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # download nothing
@@ -16,10 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from transformers import AutoConfig, PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer
 
 
 def data_folder(needed: Sequence[str]) -> Path:
@@ -54,48 +50,9 @@ def folds(
         yield train, test
 
 
-def by_number(train: Sequence[float], labels: Sequence[int], test: Sequence[float]) -> list[float]:
-    """Scores of a logistic regression on one number, which only learns whether more is better."""
-    model = make_pipeline(StandardScaler(), LogisticRegression())
-    model.fit(np.array(train, dtype=float)[:, None], labels)
-    return model.decision_function(np.array(test, dtype=float)[:, None]).tolist()
-
-
 def ngrams() -> TfidfVectorizer:
     """TF-IDF of words and pairs of words; numbers and punctuation count as words."""
     return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", sublinear_tf=True, min_df=2)
-
-
-def by_ngrams(train: Sequence[str], labels: Sequence[int], test: Sequence[str]) -> list[float]:
-    """Scores of a logistic regression on n-grams."""
-    model = make_pipeline(ngrams(), LogisticRegression(max_iter=1000))
-    return model.fit(train, labels).decision_function(test).tolist()
-
-
-def settings(args: Any, folder: str, max_length: int) -> dict[str, Any]:
-    """Arguments of all trainers in the studies: on the CPU, with nothing reported or saved."""
-    config = AutoConfig.from_pretrained(args.model)
-    positions, longer = config.max_position_embeddings, {}
-    if max_length > positions and config.to_dict().get("rope_parameters"):  # learnt ones cannot grow
-        longer, positions = {"model_init_kwargs": {"max_position_embeddings": max_length}}, max_length
-    return {
-        "output_dir": folder,
-        "max_steps": 2 if args.smoke else args.steps,
-        "learning_rate": args.learning_rate,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "cosine",
-        "max_length": min(max_length, positions),
-        "min_survival": 0.0,  # longer rows are dropped from training; the report counts them
-        "seed": 0,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        **longer,
-    }
 
 
 def train_quietly(trainer: Trainer) -> None:
