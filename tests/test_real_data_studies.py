@@ -123,11 +123,14 @@ def test_prompts_of_one_conversation_are_one_group(studies, tmp_path):
 def test_the_runner_reports_every_kind_of_labels(run, data_dir):
     lines, _ = run("real_data.py", "--smoke", "--sets", "topical", "gsm8k", "mistakes", "relevance")
     columns, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len(rows) == 4 and {"n-grams", "position", "untrained model: likelihood"} <= set(columns)
+    assert len(rows) == 4 and {"n-grams", "position", "likelihood", "hidden states"} <= set(columns)
+    place = columns.index("LoRA, bf16")
     for row in rows:
-        for cell in row[columns.index("LoRA, bf16") :]:
+        for cell in row[place : place + 2]:
             value, low, high = map(float, re.findall(r"[+-]?\d\.\d+", cell))
             assert low <= value <= high
+    within = [row[place + 2] for row in rows]
+    assert within[:2] == ["", ""] and all("rows" in cell for cell in within[2:])
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOKENS = 2048  # of a batch in the pass of the untrained model
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse; of the regularisation
-RECIPE = {"strengths": STRENGTHS, "n-grams": repr(ngrams()), "scikit-learn": sklearn.__version__}
-LIKELIHOOD, STATES = "untrained model: likelihood", "untrained model: hidden states"
+RECIPE = {"version": 2, "strengths": STRENGTHS, "n-grams": repr(ngrams()), "scikit-learn": sklearn.__version__}
+STATES, TOGETHER = "hidden states", "all but the states"
 
 
 def item_texts(row: Row) -> list[str]:
@@ -107,18 +107,18 @@ def baselines(
     numbers = {"length": column([float(len(text)) for row in rows for text in item_texts(row)])}
     if study.measure == "auc":
         numbers["position"] = column([place for row in rows for place in positions(row, study)])
-    numbers[LIKELIHOOD] = known["likelihoods"]
+    numbers["likelihood"] = known["likelihoods"]
     first = np.cumsum([0, *(len(row.labels) for row in rows)])
     fitted = [place for n in training for place in range(first[n], first[n + 1])]
-    views: dict[str, Any] = {
+    scaled = {
         name: StandardScaler().fit(view[fitted]).transform(view)
         for name, view in {**numbers, STATES: known["states"]}.items()
     }
+    views: dict[str, Any] = {name: scaled[name] for name in numbers}
     views["n-grams"] = vectors.transform([text for row in rows for text in item_texts(row)])
     parts = [sparse.csr_matrix(views[name]) for name in numbers]
-    views[f"{', '.join(numbers)} and n-grams".replace(LIKELIHOOD, "likelihood")] = sparse.hstack(
-        [*parts, views["n-grams"]], format="csr"
-    )
+    views[TOGETHER] = sparse.hstack([*parts, views["n-grams"]], format="csr")
+    views[STATES] = scaled[STATES]
     return {name: by_line(rows, study, view, first, name == STATES, training, test) for name, view in views.items()}
 
 

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -220,23 +220,21 @@ def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome
         return None
     tests = {fold: split(rows, name, fold)[1] for fold in whole}
     order = [(fold, n) for fold in whole for n in tests[fold]]
-    judged = Judged(
-        [rows[n].labels for _, n in order],
-        [rows[n].group for _, n in order],
-        [f"{fold} {rows[n].stratum}" for fold, n in order],
-        SETS[name].measure,
-    )
-    base = {
-        method: judged.values(
-            [own for fold in whole for own in done[f"{name}-{fold}-baselines"].result["scores"][method]]
-        )
-        for method in done[f"{name}-{whole[0]}-baselines"].result["scores"]
-    }
-    trained, costs = {}, {}
+    judged = judged_rows([(fold, rows[n]) for fold, n in order], SETS[name].measure)
+    # of sets whose items are pooled, the rows with right and wrong items: pairs of one row
+    mixed = [place for place, (_, n) in enumerate(order) if len(set(rows[n].labels)) > 1]
+    within = judged_rows([(order[place][0], rows[order[place][1]]) for place in mixed], "order")
+    base, base_within = {}, {}
+    for method in done[f"{name}-{whole[0]}-baselines"].result["scores"]:
+        scores = [own for fold in whole for own in done[f"{name}-{fold}-baselines"].result["scores"][method]]
+        base[method], base_within[method] = judged.values(scores), within.values([scores[n] for n in mixed])
+    trained, trained_within, costs = {}, {}, {}
     for key, arm in study.arms.items():
         source, which = study.source(key)[0], "member_mean" if arm.mean_of else "scores"
         runs = [[done[f"{name}-{fold}-{source}-{seed}"].result for fold in whole] for seed in study.seeds]
-        trained[key] = np.mean([judged.values([s for own in of_seed for s in own[which]]) for of_seed in runs], axis=0)
+        scores = [[s for own in of_seed for s in own[which]] for of_seed in runs]
+        trained[key] = np.mean([judged.values(own) for own in scores], axis=0)
+        trained_within[key] = np.mean([within.values([own[n] for n in mixed]) for own in scores], axis=0)
         flat = [own for of_seed in runs for own in of_seed]
         costs[key] = {
             cost: statistics.fmean(own[cost] for own in flat) for cost in ("steps", "tokens", "seconds", "cpu_seconds")
@@ -246,11 +244,16 @@ def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome
         "rows": len(order),
         "groups": len(set(judged.groups)),
         "folds": len(whole),
+        "mixed rows": len(mixed),
         "baselines": {method: interval(values) for method, values in base.items()},
         "arms": {
             key: {
                 **interval(values),
                 "beside baselines": compared({**base, key: values}, key, list(base)),
+                "within a row": {
+                    **interval(trained_within[key]),
+                    "beside baselines": compared({**base_within, key: trained_within[key]}, key, list(base)),
+                },
                 "beside the first arm": interval(values - trained[first]) if key != first else None,
                 "costs of a fold": costs[key],
             }
@@ -259,8 +262,25 @@ def figures_of(study: Study, name: str, rows: list[Row], done: dict[str, Outcome
     }
 
 
+def judged_rows(rows: list[tuple[int, Row]], measure: Literal["order", "auc"]) -> Judged:
+    """Rows with their folds, as `Judged` wants them."""
+    return Judged(
+        [row.labels for _, row in rows],
+        [row.group for _, row in rows],
+        [f"{fold} {row.stratum}" for fold, row in rows],
+        measure,
+    )
+
+
 def cell(found: dict[str, float], sign: str = "") -> str:
     return f"{found['value']:{sign}.3f} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
+
+
+def within_cell(figures: dict[str, Any], key: str) -> str:
+    """Pairs of one solution or completion in order: an arm, and the best baseline by the same measure."""
+    found = figures["arms"][key]["within a row"]
+    best = found["value"] - found["beside baselines"]["gain"]["value"]
+    return f"{cell(found)}, {best:.3f} ({figures['mixed rows']} rows)"
 
 
 def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -269,6 +289,7 @@ def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], 
         baselines_ = list(dict.fromkeys(method for own in figures.values() for method in own["baselines"]))
         columns = ["data", "tested rows", *baselines_, *(arm.title for arm in study.arms.values())]
         columns += [f"{arm.title} less the best baseline" for arm in study.arms.values()]
+        columns += [f"within a row: {arm.title}, best baseline" for arm in study.arms.values()]
         lines = []
         for name, own in figures.items():
             values = [own["baselines"].get(method) for method in baselines_]
@@ -277,6 +298,7 @@ def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], 
             line += [cell(own["arms"][key]) for key in study.arms]
             beside = [own["arms"][key]["beside baselines"] for key in study.arms]
             line += [f"{cell(found['gain'], '+')}, {found['over']}" for found in beside]
+            line += [within_cell(own, key) if SETS[name].measure == "auc" else "" for key in study.arms]
             lines.append(line)
         return columns, lines
     first, *others = study.arms

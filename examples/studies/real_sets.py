@@ -176,7 +176,7 @@ SETS = {
         "ranked",
         open_assistant,
         ("rankings_oasst_en100/rankings.jsonl",),
-        folds=5,
+        folds=3,
     ),
     "fine-grained": StudySet(
         "Fine-Grained RLHF, four answers",

@@ -83,11 +83,11 @@ class Budget:
     """
 
     epochs: float = 2.0
-    least_steps: int = 50
-    learning_rate: float = 3e-4
+    least_steps: int = 150
+    learning_rate: float = 5e-4
     rank: int = 16
     max_length: int = 2048
-    items_a_step: int = 32
+    items_a_step: int = 8
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

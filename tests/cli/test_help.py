@@ -111,6 +111,13 @@ def test_the_whole_help_has_ours_first(capsys):
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("command", ["demo", "merge", "serve-info", "plugins", "bench"])
+def test_a_command_whose_help_is_whole_takes_it_too(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help-all"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"usage: trl-ext {command}")
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "words"),
     [

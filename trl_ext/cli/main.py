@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import trl_ext
 from trl_ext.cli.common.logs import quiet_noise
-from trl_ext.cli.common.options import places_of, short_help
+from trl_ext.cli.common.options import short_help
 from trl_ext.logs import show_logs
 
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         parser.error(f"unknown command '{command}': {hint}Commands: {', '.join(COMMANDS)}.")
-    if "--help-all" in rest and places_of(command):
+    if "--help-all" in rest:
         full = [argument for argument in rest if argument != "--help-all"]
         return guarded(f"trl-ext {command}", importlib.import_module(module_of(command)).main, [*full, "--help"])
     if {"-h", "--help", "--help-all"} & set(rest):
