@@ -7,6 +7,7 @@ import pytest
 from peft import LoraConfig
 
 from tests.models.helpers import tiny_base, train
+from tests.tiny import save_tiny_model
 from trl_ext import RewardScorer, merge_reward_model, merge_reward_models
 from trl_ext.models import AveragingError, load_reward_model, read_sidecar
 
@@ -116,11 +117,34 @@ def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(members, tmp_path
         merge_reward_models([members / "a", members / "b"], out)
 
 
+def test_a_bias_of_one_member_counts(tmp_path):
+    base = str(save_tiny_model(tmp_path / "base", "llama", attention_bias=True))
+    names = ["a", "b"]
+    for name, bias in zip(names, (False, True), strict=True):
+        adapter = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=bias)
+        train(base, tmp_path / name, peft_config=adapter, learning_rate=3e-2, max_steps=3)
+    wanted = averaged_by_hand(tmp_path, names, [0.5, 0.5])(None, TEXTS)
+    merge_reward_models([tmp_path / name for name in names], tmp_path / "out")
+    assert RewardScorer(tmp_path / "out")(None, TEXTS) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("bias", "all"), ("trainable_token_indices", [1, 2])])
+def test_members_trained_in_other_ways_are_refused(members, tmp_path, field, value):
+    other = shutil.copytree(members / "a", tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(AveragingError, match=f"with {field}="):
+        merge_reward_models([members / "a", other], tmp_path / "out")
+
+
 def test_the_command_averages_several_models(members, tmp_path, capsys):
     from trl_ext.cli import main as cli
 
     paths = [str(members / name) for name in ("a", "c")]
     assert cli.main(["merge", *paths, str(tmp_path / "out"), "--weights", "0.25", "0.75"]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == [0.25, 0.75]
+    with pytest.raises(SystemExit):
+        cli.main(["merge", "--weights", "0.5", "0.5", *paths, str(tmp_path / "other")])
+    assert "put --weights behind the folders" in capsys.readouterr().err
     assert cli.main(["merge", *paths, str(tmp_path / "other"), "--dtype", "float32"]) == 1
     assert "--dtype" in capsys.readouterr().err

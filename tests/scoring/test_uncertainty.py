@@ -94,6 +94,27 @@ def test_the_precision_is_that_of_logistic_regression(fitted):
     assert scores == pytest.approx(again, abs=1e-5)
 
 
+@pytest.mark.parametrize("margins", [False, True])
+def test_rows_are_read_as_training_read_them(tmp_path, caplog, margins):
+    """Ratings of pairs say something only with `margin_from_ratings`, and rows that were too long are left out."""
+    better = 2.0 if margins else 1.0
+    rows = [{**row, "chosen_rating": better, "rejected_rating": 1.0} for row in PAIRS]
+    base = save_tiny_model(tmp_path / "base", "llama")
+    arguments = {"loss_type": "bradley_terry", "loss_kwargs": {"margin_from_ratings": margins}, "max_length": 256}
+    tiny_trainer("reward", base, tmp_path / "out", rows=rows, **arguments).save_model()
+    scorer = RewardScorer(tmp_path / "out")
+    too_long = {**rows[0], "chosen": rows[0]["chosen"] * 300}
+    with caplog.at_level("INFO"):
+        about = scorer.fit_uncertainty([*rows[:7], too_long, *rows[7:]], prior_precision=1.0)
+    assert about["rows"] == 40 and "1 of 41 rows are longer than the 256 tokens of training" in caplog.text
+    difference = features_of(scorer, PAIRS, "chosen") - features_of(scorer, PAIRS, "rejected")
+    chance = torch.sigmoid(difference @ scorer.last_weight().double() - (1.0 if margins else 0.0))
+    precision = (difference * (chance * (1 - chance))[:, None]).T @ difference
+    precision += torch.eye(len(precision), dtype=torch.float64)
+    factor = scorer.posterior.factor.double()
+    assert torch.allclose(factor @ factor.T, precision, rtol=1e-4, atol=1e-4 * float(precision.diag().mean()))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_curvature_is_the_numerical_hessian(ties):
     generator = torch.Generator().manual_seed(0)

@@ -30,10 +30,21 @@ def make_parser(prog: str | None = "trl-ext merge") -> argparse.ArgumentParser:
     parser.add_argument("output_dir", help="new or empty folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="stored precision (default: that of the base)")
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=None, help="a weight for each of several models (default: equal)"
+        "--weights",
+        type=_weight,
+        nargs="+",
+        default=None,
+        help="a weight for each of several models, behind the folders (default: equal)",
     )
     parser.add_argument("--base_model", default=None, help="folder or Hub id of the base, if it has moved")
     return parser
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; put --weights behind the folders") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from trl_ext.losses.ranking import _pair, _prepare, _refuse, _zero_if_undecided, ranking_losses
 
 
-@ranking_losses.register("rao_kupper", uses_distances="good_from", max_candidates=None)
+@ranking_losses.register("rao_kupper", uses_distances="good_from", max_candidates=None, learns_from_ties=True)
 def rao_kupper(
     scores: torch.Tensor,
     ratings: torch.Tensor,

@@ -4,7 +4,7 @@ A loss that declares nothing gets the strict defaults below. This module compute
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,22 @@ class RankingLossProperties:
             The loss uses `margin`.
         takes_target (`bool`, *optional*, defaults to `False`):
             The loss uses `target`, the probability that the better candidate wins.
+        learns_from_ties (`bool`, *optional*, defaults to `False`):
+            A tie is an observation of its own, so the ratings of a pair say whether it is one.
     """
 
     uses_distances: bool | str = True
     max_candidates: int | None = 2
     takes_margin: bool = False
     takes_target: bool = False
+    learns_from_ties: bool = False
+
+    def needs_ratings(self, arguments: dict[str, Any]) -> bool:
+        """Whether the loss uses the size of the ratings with these keyword arguments."""
+        if not isinstance(self.uses_distances, str):
+            return self.uses_distances
+        value = arguments.get(self.uses_distances)
+        return value is not None and value is not False  # a threshold of 0 is on
 
 
 @dataclass(frozen=True)

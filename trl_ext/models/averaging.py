@@ -157,6 +157,13 @@ def _average_adapters(folders: Sequence[Path], shares: Sequence[float], target: 
     tensors = [load_file(folder / ADAPTER) for folder in folders]
     for folder, config, own in zip(folders, configs, tensors, strict=True):
         _check_lora(folder, config, own)
+        for field in ("bias", "fan_in_fan_out", "trainable_token_indices"):
+            theirs, mine = (getattr(one, field, None) for one in (configs[0], config))
+            if theirs != mine:
+                raise AveragingError(
+                    f"{folder} was trained with {field}={mine!r}, and {folders[0]} with {field}={theirs!r}. Train all "
+                    "members with the same value."
+                )
     averaged: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for key in dict.fromkeys(key for own in tensors for key in own):
@@ -187,6 +194,7 @@ def _average_adapters(folders: Sequence[Path], shares: Sequence[float], target: 
     config.r = config.lora_alpha = rank  # a scaling of 1: the members' are in B
     config.rank_pattern, config.alpha_pattern = others, dict(others)
     config.use_rslora = False
+    config.lora_bias = any(key.endswith("lora_B.bias") for key in averaged)
     config.target_modules = set(ranks)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.save_pretrained(target)

@@ -9,7 +9,9 @@ It knows layers, token ids and flat rows. It knows nothing of adapters, heads or
 
 import hashlib
 import json
+import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,9 @@ import torch
 from torch import nn
 
 from trl_ext.data.prefix_layout import PrefixLayout
+
+
+logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -35,7 +40,7 @@ class FrozenTrunk:
     """
     Runs the first layers of a model without a gradient, and skips them for batches that it knows.
 
-    It does so between [`FrozenTrunk.install`] and [`FrozenTrunk.remove`].
+    It does so between [`FrozenTrunk.install`] and [`FrozenTrunk.remove`], which may be nested.
 
     Args:
         backbone (`nn.Module`): the model without its head. It takes `input_ids` and, if rows are padded,
@@ -54,10 +59,30 @@ class FrozenTrunk:
         self._pieces: list[Piece] = []
         self._known: torch.Tensor | None = None
         self._undo: list[Callable[[], Any]] = []
+        self._installed = 0
+        self._sample = self._sample_of_weights()
 
     def install(self) -> None:
-        """Let the layers of the trunk keep and use states, until [`FrozenTrunk.remove`]."""
-        if self._undo:
+        """
+        Let the layers of the trunk keep and use states, until [`FrozenTrunk.remove`].
+
+        Raises:
+            ValueError: a weight of the trunk is trained or has changed, so states that are kept are not its own.
+        """
+        if self._installed == 0:
+            trained = next((name for name, weight in self._weights() if weight.requires_grad), None)
+            if trained is not None:
+                raise ValueError(
+                    f"trunk_cache: {trained} is to be trained now, and the layers up to {self._first - 1} were frozen "
+                    "when their states were kept. Make a new trainer."
+                )
+            if self._sample_of_weights() != self._sample:
+                raise ValueError(
+                    f"trunk_cache: the weights of the layers up to {self._first - 1} have changed since their states "
+                    "were kept. Make a new trainer."
+                )
+        self._installed += 1
+        if self._installed > 1:
             return
         self._undo.append(self._backbone.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         for number, layer in enumerate(self._layers[: self._first]):
@@ -65,14 +90,34 @@ class FrozenTrunk:
             layer.forward = partial(self._run, number, layer.forward)
 
     def remove(self) -> None:
-        """Give the layers their own forward passes back."""
+        """Give the layers their own forward passes back, at the last of nested calls."""
+        self._installed = max(0, self._installed - 1)
+        if self._installed:
+            return
         for undo in self._undo:
             undo()
         self._undo.clear()
 
+    def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights that the states depend on."""
+        yield from self._backbone.get_input_embeddings().named_parameters(prefix="embeddings")
+        yield from self._layers[: self._first].named_parameters(prefix="layers")
+
+    @torch.no_grad()
+    def _sample_of_weights(self) -> list[bytes]:
+        """A few numbers of each weight. A step of training or a scaling changes them."""
+        found = []
+        for _, weight in self._weights():
+            flat = weight.detach().as_subclass(torch.Tensor).reshape(-1)  # a 4-bit weight keeps to its blocks
+            some = flat[:: max(1, len(flat) // 16)].contiguous().cpu()
+            found.append(some.view(torch.uint8).numpy().tobytes())
+        return found
+
     def _begin(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._layers[: self._first]:
-            layer.gradient_checkpointing = False  # it has nothing to recompute
+            if getattr(layer, "gradient_checkpointing", False):  # there is nothing to recompute
+                self._undo.append(partial(setattr, layer, "gradient_checkpointing", True))
+                layer.gradient_checkpointing = False
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self._pieces = list(_pieces(ids, kwargs.get("attention_mask"), kwargs.get("prefix_layout")))
         self._known = self._collect(ids)
@@ -151,6 +196,13 @@ class MemoryStates:
         if key not in self._states:
             self._states[key] = states.detach().cpu().clone()
 
+    def is_like(self, other: "MemoryStates") -> bool:
+        """Whether both hold the same texts with the same states, up to rounding."""
+        return self._states.keys() == other._states.keys() and all(
+            torch.allclose(own.float(), other._states[key].float(), atol=1e-5, rtol=1e-3)
+            for key, own in self._states.items()
+        )
+
     @property
     def size(self) -> int:
         """Bytes of the states."""
@@ -161,7 +213,8 @@ class StoredStates:
     """
     States in a folder: each process appends to a file of its own and reads those that were there when it began.
 
-    A line of the index is written behind the states that it points to, so an interrupted run leaves whole entries.
+    A line of the index is written behind the states that it points to, and holds their checksum. Entries that an
+    interrupted run left unfinished, or that are damaged, are not used. If the disk is full, no more states are kept.
 
     Args:
         folder (`str` or `Path`): the folder; everything in it must come from the same trunk.
@@ -170,7 +223,8 @@ class StoredStates:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._places: dict[bytes, tuple[Path, int, list[int], str]] = {}
+        self._places: dict[bytes, tuple[Path, int, list[int], str, int]] = {}
+        self._full = False
         self._maps: dict[Path, np.memmap] = {}
         for index in sorted(self.folder.glob("*.jsonl")):
             self._read(index)
@@ -186,34 +240,54 @@ class StoredStates:
     def _read(self, index: Path) -> None:
         states = index.with_suffix(".states")
         length = states.stat().st_size if states.is_file() else 0
-        for line in index.read_text(encoding="utf-8").splitlines(keepends=True):
+        damaged = 0
+        for line in index.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             if not line.endswith("\n"):
                 break  # the process was stopped while it wrote this line
-            key, start, shape, dtype = json.loads(line)
-            if start + shape[0] * shape[1] * getattr(torch, dtype).itemsize <= length:
-                self._places[bytes.fromhex(key)] = (states, start, shape, dtype)
+            try:
+                key, start, shape, dtype, checksum = json.loads(line)
+                end = start + shape[0] * shape[1] * getattr(torch, dtype).itemsize
+                name = bytes.fromhex(key)
+            except (ValueError, TypeError, AttributeError, IndexError):
+                damaged += 1
+                continue
+            if end <= length:
+                self._places[name] = (states, start, shape, dtype, checksum)
+        if damaged:
+            logger.warning(f"{index} has {damaged} damaged lines. The states that they name are computed again.")
 
     def get(self, key: bytes) -> torch.Tensor | None:
         """The states of a piece, `(T, H)`, or `None`."""
         if key not in self._places:
             return None
-        path, start, shape, dtype = self._places[key]
+        path, start, shape, dtype, checksum = self._places[key]
         end = start + shape[0] * shape[1] * getattr(torch, dtype).itemsize
         if path not in self._maps or len(self._maps[path]) < end:
             self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r")
-        return torch.frombuffer(bytearray(self._maps[path][start:end]), dtype=getattr(torch, dtype)).view(*shape)
+        content = bytearray(self._maps[path][start:end])
+        if zlib.crc32(content) != checksum:
+            logger.warning(f"{path} is damaged at byte {start}. The states are computed again.")
+            del self._places[key]
+            return None
+        return torch.frombuffer(content, dtype=getattr(torch, dtype)).view(*shape)
 
     def put(self, key: bytes, states: torch.Tensor) -> None:
         """Keep the states of a piece, in their own precision."""
-        if key in self._places:
+        if key in self._places or self._full:
             return
         states = states.detach().cpu().contiguous()
-        start, name = self._states.tell(), str(states.dtype).removeprefix("torch.")
-        self._states.write(states.view(torch.uint8).numpy().tobytes())
-        self._states.flush()
-        self._index.write(json.dumps([key.hex(), start, list(states.shape), name]) + "\n")
-        self._index.flush()
-        self._places[key] = (Path(self._states.name), start, list(states.shape), name)
+        content = states.view(torch.uint8).numpy().tobytes()
+        start, name, checksum = self._states.tell(), str(states.dtype).removeprefix("torch."), zlib.crc32(content)
+        try:
+            self._states.write(content)
+            self._states.flush()
+            self._index.write(json.dumps([key.hex(), start, list(states.shape), name, checksum]) + "\n")
+            self._index.flush()
+        except OSError as error:
+            self._full = True
+            logger.warning(f"No more states are kept in {self.folder}: {error}. Training goes on without them.")
+            return
+        self._places[key] = (Path(self._states.name), start, list(states.shape), name, checksum)
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ from the files of the language model. Knows modules and files of weights, and no
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 
@@ -28,8 +29,8 @@ def frozen_language_head(model: nn.Module) -> torch.Tensor:
         model (`PreTrainedModel` or `PeftModel`): sequence-classification model of a decoder.
 
     Raises:
-        ValueError: the model is no decoder, its family changes logits after the layer, or the layer is not tied to the
-            embeddings and not in the files of the model.
+        ValueError: the model is no decoder, its family changes logits after the layer, the layer has a bias or lacks
+            tokens that were added, or it is not tied to the embeddings and not in the files of the model.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
@@ -43,13 +44,20 @@ def frozen_language_head(model: nn.Module) -> torch.Tensor:
         embeddings = base.get_input_embeddings().weight
         weight = embeddings.detach().clone() if embeddings.requires_grad else embeddings.detach()
     else:
-        weight = _from_files(Path(config._name_or_path or base.config._name_or_path))
+        source = config._name_or_path or base.config._name_or_path
+        weight = _from_files(_folder_of(source, getattr(base.config, "_commit_hash", None)), name)
         if weight is None:
             raise ValueError(
-                f"{name} is not tied to its embeddings, and {base.config._name_or_path!r} holds none of "
-                f"{', '.join(_NAMES)}. Pass the path of a language model, and not that of a reward model."
+                f"{name} is not tied to its embeddings, and {source!r} holds none of {', '.join(_NAMES)}. Pass a "
+                "language model, and not a reward model."
             )
         weight = weight.to(next(base.parameters()).device)
+        tokens = base.get_input_embeddings().weight.shape[0]
+        if tokens > len(weight):
+            raise ValueError(
+                f"The embeddings of {name} have {tokens} tokens, and its output layer knows {len(weight)}: tokens "
+                "were added. Leave the option out, or add the tokens to the language model first."
+            )
     width = output_layer(model).in_features
     if weight.shape[1] != width:
         raise ValueError(
@@ -58,10 +66,24 @@ def frozen_language_head(model: nn.Module) -> torch.Tensor:
     return weight
 
 
-def _from_files(folder: Path) -> torch.Tensor | None:
+def _folder_of(source: str, revision: str | None) -> Path:
+    """The folder of a model that was loaded by its path or its Hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:  # its weights were loaded, so they are here
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"]))
+    except (OSError, ValueError):
+        return Path(source)
+
+
+def _from_files(folder: Path, model: str) -> torch.Tensor | None:
+    found = None
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
+            known = set(tensors.keys())
+            if any(name.replace(".weight", ".bias") in known for name in _NAMES):
+                raise ValueError(f"The output layer of {model} has a bias, which is not supported.")
             for name in _NAMES:
-                if name in tensors.keys():  # noqa: SIM118 - not a dict
-                    return tensors.get_tensor(name)
-    return None
+                if found is None and name in known:
+                    found = tensors.get_tensor(name)
+    return found

@@ -19,9 +19,10 @@ from trl_ext.data.schema import check_row, find_schema, template_arguments
 from trl_ext.data.sources import content_key, load_source, select_split
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.data.validation import DataError, RowChecks
-from trl_ext.losses import bradley_terry, plackett_luce
+from trl_ext.losses import RankingLossProperties, bradley_terry, plackett_luce, ranking_losses
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.heads import output_layer
+from trl_ext.models.sidecar import Sidecar
 from trl_ext.scoring.calibration import calibrated_scores
 from trl_ext.scoring.last_layer import (
     Information,
@@ -125,13 +126,25 @@ class Uncertainty:
                 logger.info(f"{self.__name__}: its stored uncertainty was fitted on {name} already.")
                 return self._about()
         information = Information(len(weight))
-        for groups, loss in _batches(dataset, self.kind):
+        seen = 0
+        for groups, loss in _batches(dataset, self.kind, self.raw.sidecar):
+            all_rows = len(groups)
+            seen += all_rows
+            kept = [number for number, group in enumerate(groups) if not self._is_too_long(group)]
+            if not kept:
+                continue
+            groups, loss = [groups[number] for number in kept], partial(loss, torch.tensor(kept))
             try:
                 features, mask = self.group_features(groups)  # (B, K, H), (B, K)
             except DataError as error:
-                row = None if error.row is None else information.rows + error.row
+                row = None if error.row is None else seen - all_rows + kept[error.row]
                 raise DataError(error.found, error.needed, error.fix, row, error.column, "uncertainty") from error
             information.add(features, loss_curvature(features @ weight, mask, partial(loss, mask=mask)), mask)
+        if seen > information.rows:
+            logger.info(
+                f"{self.__name__}: {seen - information.rows} of {seen} rows are longer than the {self._longest()} "
+                "tokens of training, which left them out too."
+            )
         self._posterior = information.posterior(weight, self.kind, prior_precision, data)
         if self.folder is None:
             logger.info(f"{self.__name__}: the uncertainty is not saved, because the model has no local folder.")
@@ -233,6 +246,24 @@ class Uncertainty:
         parts = [rows, self.choices["max_length"], *made_by]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def _longest(self) -> int | None:
+        """The tokens of the longest candidate that was trained on, if there was a limit."""
+        return None if self.raw.sidecar is None else self.raw.sidecar.max_length
+
+    def _is_too_long(self, group: Candidates) -> bool:
+        """Whether training left a row out because of its length."""
+        longest = self._longest()
+        if longest is None:
+            return False
+        for completion in group.completions:
+            try:
+                encoded = self.raw.encoder(0, group.prompt, completion, group.tools, group.chat_template_kwargs)
+            except DataError:
+                return False  # it will be raised with the number of its row
+            if encoded.truncated or len(encoded.ids) > longest:
+                return True
+        return False
+
     def _about(self) -> dict[str, Any]:
         return {name: getattr(self._posterior, name) for name in ("prior_precision", "chosen_by", "rows")}
 
@@ -269,23 +300,44 @@ def _same_prior(posterior: LastLayerPosterior, given: float | None) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
-def _batches(dataset: Iterable[dict[str, Any]], kind: str) -> Iterator[tuple[list[Candidates], Callable]]:
-    """Chunks of rows: their candidates, and a loss that takes scores (B, K) and a mask, and returns (B,)."""
+def _batches(
+    dataset: Iterable[dict[str, Any]], kind: str, sidecar: Sidecar | None
+) -> Iterator[tuple[list[Candidates], Callable]]:
+    """
+    Chunks of rows: their candidates, and a loss that takes row numbers (B,), scores (B, K) and a mask, and returns
+    (B,).
+    """
     rows, start = iter(dataset), 0
-    read = _outcomes if kind == "outcome" else _Comparisons()
+    read = _outcomes if kind == "outcome" else _Comparisons({} if sidecar is None else sidecar.training)
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield read(chunk, start)
         start += len(chunk)
 
 
 class _Comparisons:
-    """Reads preference and ranked rows; the first row decides what the columns mean."""
+    """
+    Reads preference and ranked rows as training did; the first row decides what the columns mean.
+
+    Args:
+        training (`dict`): the loss of training and its arguments, `loss_type` and `loss_kwargs`.
+    """
 
     schema = None
 
+    def __init__(self, training: dict[str, Any]):
+        arguments, name = training.get("loss_kwargs") or {}, training.get("loss_type")
+        self._margins = bool(arguments.get("margin_from_ratings"))
+        try:
+            properties = ranking_losses.properties_of(name or "bradley_terry")
+        except ValueError:  # a loss of the user's own
+            properties = RankingLossProperties(uses_distances=False)
+        self._pair_ratings = properties.needs_ratings(arguments) or properties.learns_from_ties
+
     def __call__(self, rows: list[dict[str, Any]], start: int) -> tuple[list[Candidates], Callable]:
         if self.schema is None:
-            self.schema = find_schema(list(rows[0]), rows[0], "uncertainty", loss_needs_ratings=False)
+            self.schema = find_schema(
+                list(rows[0]), rows[0], "uncertainty", loss_needs_ratings=False, use_pair_ratings=self._pair_ratings
+            )
         if self.schema.tokenized:
             raise DataError(
                 "token ids in place of texts", "rows of text or messages", "Give the rows before they were prepared."
@@ -305,7 +357,14 @@ class _Comparisons:
         candidates = [
             Candidates(group.prompt, group.completions, group.tools, group.chat_template_kwargs) for group in groups
         ]
-        return candidates, lambda scores, mask: loss(scores, ratings, mask, **options)
+        # only this loss is given for pairs; plackett_luce has no margins
+        fixed = {"margin_from_ratings": self._margins} if self.schema.pair else {}
+
+        def of_rows(numbers: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            given = {name: values[numbers] for name, values in options.items()}
+            return loss(scores, ratings[numbers, : scores.shape[1]], mask, **given, **fixed)
+
+        return candidates, of_rows
 
 
 def _outcomes(rows: list[dict[str, Any]], start: int) -> tuple[list[Candidates], Callable]:
@@ -320,4 +379,4 @@ def _outcomes(rows: list[dict[str, Any]], start: int) -> tuple[list[Candidates],
         _, prompt = checks.one_kind(checks.prompt(row.get("prompt")), [row["completion"]], ["completion"])
         groups.append(Candidates(prompt, [row["completion"]], *template_arguments(row, checks)))
     # the curvature of the logistic loss is the same for both labels
-    return groups, lambda scores, mask: torch.nn.functional.softplus(scores[:, 0])
+    return groups, lambda numbers, scores, mask: torch.nn.functional.softplus(scores[:, 0])

@@ -124,6 +124,59 @@ def test_an_interrupted_write_leaves_whole_entries(tmp_path):
         torch.testing.assert_close(again.get(key), values[key], atol=0, rtol=0)
 
 
+def test_damaged_states_are_computed_again(tmp_path, caplog):
+    store = StoredStates(tmp_path)
+    keys = [bytes([n]) * 16 for n in range(3)]
+    for key in keys:
+        store.put(key, torch.ones(3, 4))
+    index, data = tmp_path / "0.jsonl", tmp_path / "0.states"
+    data.write_bytes(b"\0" * 48 + data.read_bytes()[48:])  # of the right length, and empty
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([*lines[:2], "nonsense\n"]))
+    again = StoredStates(tmp_path)
+    assert [again.get(key) is not None for key in keys] == [False, True, False]
+    assert "damaged lines" in caplog.text and "damaged at byte 0" in caplog.text
+    again.put(keys[0], torch.ones(3, 4))
+    torch.testing.assert_close(again.get(keys[0]), torch.ones(3, 4))
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_training(tmp_path, caplog):
+    store = StoredStates(tmp_path)
+    store._states = open("/dev/full", "wb")  # noqa: SIM115 (as long as the store)
+    for n in range(2):
+        store.put(bytes([n]) * 16, torch.ones(3, 4))
+        assert store.get(bytes([n]) * 16) is None
+    assert caplog.text.count("No more states are kept") == 1
+
+
+@pytest.mark.parametrize("change", ["weights", "requires_grad"])
+def test_states_of_layers_that_changed_are_refused(base, tmp_path, change):
+    trainer, _ = run("reward", base, tmp_path, "memory", num_train_epochs=1)
+    layer = trainer.model.get_base_model().model.layers[0]
+    if change == "weights":
+        with torch.no_grad():
+            layer.mlp.up_proj.weight.mul_(2)
+    else:
+        layer.requires_grad_(True)
+    said = "have changed" if change == "weights" else "is to be trained now"
+    with pytest.raises(ValueError, match=said), trainer.trunk_states():
+        pass
+
+
+def test_contexts_may_be_nested_and_checkpointing_comes_back(base, tmp_path):
+    trainer, _ = run("reward", base, tmp_path, "memory", gradient_checkpointing=True, num_train_epochs=1)
+    layers = trainer.model.get_base_model().model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    scorer = RewardScorer(trainer.model, trainer.processing_class)
+    with trainer.trunk_states():
+        trainer.evaluate(trainer.train_dataset)
+        with trainer.trunk_states():
+            pass
+        passes = trunk_of(trainer).passes
+        scorer(["1 + 1 ="], [" 2"])
+        assert trunk_of(trainer).passes == passes + 1
+
+
 @pytest.mark.parametrize(
     ("family", "more", "said"),
     [
@@ -131,6 +184,7 @@ def test_an_interrupted_write_leaves_whole_entries(tmp_path):
         ("llama", {"peft_config": LoraConfig(target_modules=["q_proj"], r=4)}, "is trained or adapted"),
         ("gpt2", {"peft_config": LORA_GPT2, "disable_dropout": False}, "dropout"),
         ("llama", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ("opt", {}, "other states in training"),  # its dropout is a function, which disable_dropout leaves on
     ],
 )
 def test_what_changes_between_epochs_is_refused(base, tmp_path, family, more, said):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from tests.trainers.helpers import config, lora, trainer_for
 from trl_ext import RewardEnsembleConfig
+from trl_ext.models import language_head
 from trl_ext.models.language_head import frozen_language_head
 
 
@@ -138,3 +140,37 @@ def test_without_an_output_layer_it_is_refused(base, tmp_path, tmp_path_factory)
         config(tmp_path, sft_coefficient=-1.0)
     with pytest.raises(ValueError, match="not supported for ensembles"):
         config(tmp_path, RewardEnsembleConfig, sft_coefficient=0.01)
+
+
+def test_the_layer_of_a_model_from_the_hub_is_found(tmp_path, monkeypatch):
+    folder = save_tiny_model(tmp_path / "base", "llama", tie_word_embeddings=False)
+    reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    reward.config._name_or_path = "organisation/untied"
+    asked = []
+    monkeypatch.setattr(language_head, "snapshot_download", lambda name, **options: asked.append(name) or str(folder))
+    wanted = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+    assert torch.equal(frozen_language_head(reward), wanted) and asked == ["organisation/untied"]
+
+
+def test_a_bias_and_added_tokens_are_refused(tmp_path):
+    folder = save_tiny_model(tmp_path / "base", "llama", tie_word_embeddings=False)
+    reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    reward.resize_token_embeddings(reward.config.vocab_size + 8)
+    with pytest.raises(ValueError, match="tokens were added"):
+        frozen_language_head(reward)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.bias"] = torch.ones(len(weights["lm_head.weight"]))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has a bias"):
+        frozen_language_head(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1))
+
+
+def test_a_loss_at_chance_is_seen_beside_the_added_loss(tmp_path, caplog):
+    base = str(save_tiny_model(tmp_path / "base", "llama"))
+    args = config(tmp_path, sft_coefficient=0.5, learning_rate=0.0)
+    trainer = trainer_for(base, args, pair_rows(8))
+    given = []
+    trainer._monitor.update = lambda *arguments, **options: given.append(arguments[3])
+    loss, plain = parts(trainer, trainer.data_collator(list(trainer.train_dataset)))
+    assert loss > plain + 0.5
+    assert [losses.mean().item() for losses in given] == pytest.approx([plain.item()] * 2, abs=1e-6)

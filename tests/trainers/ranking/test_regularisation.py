@@ -110,6 +110,17 @@ def test_a_negative_coefficient_is_refused(tiny, tmp_path):
         trainer_for(tiny, config(tmp_path, batch_sum_to_zero_coefficient=-1.0))
 
 
+def test_equal_ratings_of_a_pair_are_a_tie_for_rao_kupper(tiny, tmp_path):
+    rows = [
+        {**row, "chosen_rating": 3.0, "rejected_rating": 3.0 - (number % 2)} for number, row in enumerate(pair_rows(4))
+    ]
+    trainer = trainer_for(tiny, config(tmp_path, loss_type="rao_kupper"), rows)
+    ratings = [row["candidate_ratings"] for row in trainer.train_dataset]
+    assert [first == second for first, second in ratings] == [True, False, True, False]
+    plain = trainer_for(tiny, config(tmp_path), rows)  # for Bradley-Terry they are metadata
+    assert all(first > second for first, second in (row["candidate_ratings"] for row in plain.train_dataset))
+
+
 def test_tied_pairs_teach_with_rao_kupper(tiny, tmp_path):
     """Every row is a tie: other losses give no gradient, this one does, and "both bad" lowers the scores."""
     rows = [{"prompt": f"q{n}", "completions": [" a b", " c"], "ratings": [0.0, 0.0]} for n in range(4)]

@@ -5,6 +5,7 @@ It knows trainers and adapters. [`FrozenTrunk`] knows how states are kept and la
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,7 @@ def _refuse_what_changes(trainer: Trainer, backbone: nn.Module, layers: nn.Modul
 
 @torch.no_grad()
 def _check(model: nn.Module, backbone: nn.Module, layers: nn.ModuleList, first: int) -> None:
-    """Compare the head's output with and without kept states on a few random rows."""
+    """Compare the head's output with and without kept states, and the states of training, on a few random rows."""
     outputs: list[torch.Tensor] = []
     base = unwrap(model)
     handle = last_head_module(base).register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -130,10 +131,20 @@ def _check(model: nn.Module, backbone: nn.Module, layers: nn.ModuleList, first: 
         real = real.repeat(copies, 1) if isinstance(real, torch.Tensor) else real
         same = torch.allclose(plain[real], kept[real], atol=1e-5, rtol=1e-3)
         reason = f"its head gives outputs that differ by {(plain[real] - kept[real]).abs().max():.2g}"
+        trunk.remove()
+        in_training = FrozenTrunk(backbone, layers, first, MemoryStates())
+        _run_in_training(model, in_training, ids, mask)
+        if same and not trunk.store.is_like(in_training.store):
+            same = False
+            reason = (
+                "the layers below the adapters give other states in training than in evaluation: set their dropout "
+                "to 0 in model_init_kwargs"
+            )
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError) as error:
         same, reason = False, f"{type(error).__name__}: {error}"
     finally:
         handle.remove()
+        model.eval()
         if trunk is not None:
             trunk.remove()
         for module in training:
@@ -143,6 +154,18 @@ def _check(model: nn.Module, backbone: nn.Module, layers: nn.ModuleList, first: 
             f"trunk_cache does not work with {type(base).__name__} ({reason}). Needed: layers that take the states of "
             "the layer before and return new ones. Leave trunk_cache out."
         )
+
+
+def _run_in_training(model: nn.Module, trunk: FrozenTrunk, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Keep the states of rows in training mode. Leaves the random numbers as they were."""
+    model.train()
+    trunk.install()
+    try:
+        with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # checkpointing wants a gradient
+            model(input_ids=ids, attention_mask=mask)
+    finally:
+        trunk.remove()
 
 
 def _key_of(backbone: nn.Module, layers: nn.ModuleList, first: int) -> str:

@@ -149,7 +149,7 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
                 num_proc=args.dataset_num_proc,
                 min_survival=args.min_survival,
                 loss_needs_ratings=self._objective.needs_ratings,
-                use_pair_ratings=self._objective.needs_ratings,
+                use_pair_ratings=self._objective.uses_pair_ratings,
                 vocab_size=self._limits.vocab_size,
                 max_positions=self._limits.max_positions,
             )

@@ -92,11 +92,12 @@ class RankingObjective:
     @property
     def needs_ratings(self) -> bool:
         """Whether the loss uses the size of the ratings, so that it cannot use `ranks`."""
-        uses = self._properties.uses_distances
-        if not isinstance(uses, str):
-            return uses
-        value = self._arguments().get(uses)
-        return value is not None and value is not False  # a threshold of 0 is on
+        return self._properties.needs_ratings(self._arguments())
+
+    @property
+    def uses_pair_ratings(self) -> bool:
+        """Whether the loss reads `chosen_rating` and `rejected_rating`, for their size or for ties."""
+        return self.needs_ratings or self._properties.learns_from_ties
 
     def _arguments(self) -> dict[str, Any]:
         """The keyword arguments of the loss, including those that a `functools.partial` binds."""
@@ -153,12 +154,12 @@ class RankingObjective:
     def check_data(self, dataset: Dataset | IterableDataset, name: str) -> None:
         """Raise [`DataError`] if the prepared data set has columns or group sizes that the loss cannot use."""
         columns = set(dataset.column_names or [])
-        if not self.needs_ratings and "chosen_rating" in columns:
-            logger.info(
-                f"{name} data: `chosen_rating` and `rejected_rating` are not used by the loss '{self.name}'. It uses "
-                'them with loss_kwargs={"margin_from_ratings": true}.'
-            )
         switch = self._properties.uses_distances
+        if not self.uses_pair_ratings and "chosen_rating" in columns:
+            how = f" It uses them with loss_kwargs={{{switch!r}: True}}." if isinstance(switch, str) else ""
+            logger.info(
+                f"{name} data: `chosen_rating` and `rejected_rating` are not used by the loss '{self.name}'.{how}"
+            )
         on = isinstance(switch, str) and self.needs_ratings
         if on and columns & PAIR_COLUMNS and not columns & RATING_COLUMNS:
             raise DataError(

@@ -223,7 +223,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
                 num_proc=args.dataset_num_proc,
                 min_survival=args.min_survival,
                 loss_needs_ratings=self._objective.needs_ratings,
-                use_pair_ratings=self._objective.needs_ratings,
+                use_pair_ratings=self._objective.uses_pair_ratings,
                 pair_columns=True,
                 vocab_size=self._limits.vocab_size,
                 max_positions=self._limits.max_positions,
@@ -266,7 +266,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         mask = inputs["group_mask"]
         with head_inputs(model) as states:
             scores = in_groups(self._candidate_scores(model, inputs), mask)  # (B, K)
-        losses = self._objective(scores, inputs)  # (B,)
+        losses = ranking_losses = self._objective(scores, inputs)  # (B,)
         if self.model.training:
             losses = self._objective.with_batch_penalty(losses, scores, mask)
             if self._language_head is not None:
@@ -277,7 +277,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         else:
             loss = losses.mean()
         with torch.no_grad():
-            self._observe(scores.detach(), losses.detach(), inputs)
+            self._observe(scores.detach(), losses.detach(), inputs, ranking_losses.detach())
         # pad outputs with -100, as Trainer pads them across batches
         return (loss, {"scores": scores.masked_fill(~mask, -100.0)}) if return_outputs else loss
 
@@ -288,11 +288,18 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         with self._forward():
             return flat_scores(model, inputs["prefix_layout"].to(inputs["group_mask"].device))[:, 0]
 
-    def _observe(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Check and record the scores and losses of a forward pass."""
+    def _observe(
+        self,
+        scores: torch.Tensor,
+        losses: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        ranking_losses: torch.Tensor,
+    ) -> None:
+        """Check and record the scores of a forward pass, its losses, and these without what options add to them."""
         mask, rows = inputs["group_mask"], inputs["row_index"]
         if self.model.training:
-            self._watch_training(scores, losses, inputs)
+            # a NaN of an addition must be seen, and a loss at chance is one of the ranking
+            self._watch_training(scores, torch.where(losses.isfinite(), ranking_losses, losses), inputs)
         else:
             check_finite(scores, losses, rows)
             self._keep_samples(scores, inputs)
