@@ -1,5 +1,6 @@
 """The studies of a real language model: their measures, what the arms read, and that a run goes on and reports."""
 
+import fcntl
 import json
 import re
 import runpy
@@ -149,6 +150,10 @@ def test_an_interrupted_study_goes_on_and_keeps_to_its_hours(run, data_dir, tmp_
     common = ["--study", "ties", "--sets", "topical", "--model", str(model), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="No fold is finished"):
         run("real_data.py", *common, "--hours", "0")
+    with open(tmp_path / "out" / "topical.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="Another process works on topical"):
+            run("real_data.py", *common)
     report = tmp_path / "report.json"
     lines, said = run("real_data.py", *common, "--folds", "1", "--epochs", "0.3", "--json", str(report))
     assert "rao_kupper" in said and len(lines) == 3

@@ -9,12 +9,14 @@
 FOLDER is a small instruct model such as SmolLM2-135M-Instruct; docs/results/real_data.md describes the data. Folds are
 by conversation or question. Adapters sit on the last quarter of the layers, and the layers below run once for each
 text. Each fold of each arm is a stage whose result is kept in the output folder, so an interrupted study goes on, and
-two processes with different `--sets` can share the folder. No stage begins that would end after `--hours`, as far as
-the stages before it tell. Every figure is of rows that the model did not see, with a 95 % interval over conversations
-or questions (2,000 bootstrap resamples); differences are paired.
+two processes with different `--sets` can share the folder. Other epochs or learning rates would take the place of
+results: give them another folder. No stage begins that would end after `--hours`, as far as the stages before it tell.
+Every figure is of rows that the model did not see, with a 95 % interval over conversations or questions (2,000
+bootstrap resamples); differences are paired.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -39,6 +42,7 @@ from real_training import Arm, Budget, train_and_score
 from tools import data_folder, folds
 
 from trl_ext.demo.model import tiny_reward_base
+from trl_ext.models.fingerprint import model_identity
 from trl_ext.pipelines.stages.cached_stages import Outcome, Stage, StageContext, find_done, run_stages
 
 
@@ -149,7 +153,7 @@ def run_arm(
 
 def stages_of(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace) -> Iterator[tuple[Stage, ...]]:
     """Each stage behind those that it needs: all sets of a fold before the next fold."""
-    common = {"model": Path(args.model).name, "device": args.device}
+    common = {"model": model_identity(args.model), "device": args.device}
     content = {name: hashlib.sha256(repr(own).encode()).hexdigest()[:16] for name, own in rows.items()}
     features = {
         name: Stage(
@@ -182,6 +186,22 @@ def stages_of(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace
                     settings["budget"] = args.budget
                     work = partial(run_arm, rows=own, name=name, fold=fold, arm=arm, seed=seed, args=args)
                     yield (Stage(f"{name}-{fold}-{key}-{seed}", f"{name}, fold {fold}: {arm.title}", work, settings),)
+
+
+@contextmanager
+def claimed(sets: list[str], output_dir: Path) -> Iterator[None]:
+    """Keep other processes off the stages of some data sets, until this one ends."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for name in sets:
+            file = stack.enter_context(open(output_dir / f"{name}.lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                sys.exit(
+                    f"Another process works on {name} in {output_dir}. Give other --sets, or another --output_dir."
+                )
+        yield
 
 
 def run_all(study: Study, rows: dict[str, list[Row]], args: argparse.Namespace) -> dict[str, Outcome]:
@@ -401,7 +421,8 @@ def main(arguments: list[str]) -> None:
         least = 0 if args.smoke else Budget.least_steps
         args.budget = asdict(Budget(args.epochs, least, args.learning_rate))
         rows = {name: load(name, folder, args.smoke) for name in sets}
-        done = run_all(study, rows, args)
+        with nullcontext() if args.report else claimed(sets, args.output_dir):
+            done = run_all(study, rows, args)
         figures = {name: figures_of(study, name, own, done) for name, own in rows.items()}
         figures = {name: own for name, own in figures.items() if own is not None}
     if not figures:

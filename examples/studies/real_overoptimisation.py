@@ -39,6 +39,7 @@ from trl_ext import RewardScorer, evaluate_reward_model, merge_reward_models
 from trl_ext.demo.model import tiny_reward_base
 from trl_ext.evaluation.families.best_of_n import best_of_each
 from trl_ext.metrics.bootstrap import bootstrap_means
+from trl_ext.models.fingerprint import model_identity
 from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.stages.cached_stages import Stage, StageContext, run_stages
@@ -145,7 +146,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """The samples and scores of the held-out problems, and the number of pairs."""
     training = problems(args.train_prompts, 0)
     held_out = problems(args.prompts, 1, known=training)
-    common = {"model": Path(args.model).name, "device": args.device}
+    common = {"model": model_identity(args.model), "device": args.device}
     stages = [
         Stage(
             name,
