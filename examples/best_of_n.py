@@ -1,6 +1,6 @@
 """Pick the best of n completions with a reward model, or by a vote among their answers.
 
-    python examples/best_of_n.py            # a small chat model and a trained reward model; for a GPU
+    python examples/best_of_n.py            # a small chat model and the model of reward_rankings.py; for a GPU
     python examples/best_of_n.py --smoke    # offline, a tiny model and a rule as the reward
 
 The curve shows how the reward grows with the number of samples: the mean reward of the best of k among the n samples,

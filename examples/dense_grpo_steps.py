@@ -3,6 +3,7 @@
     python examples/dense_grpo_steps.py MODEL PRM    # for a GPU: a policy, and a model of examples/prm_stepwise.py
     python examples/dense_grpo_steps.py --smoke      # offline, a tiny model, on a CPU
 
+The prompts are yours: `data/prompts.jsonl` with the columns `prompt` and `solution`.
 The policy and the process model may have different tokenizers. The page that the script names shows curves, and
 completions coloured by the advantage of each token.
 """

@@ -3,6 +3,7 @@
     python examples/ppo_shared_base.py MODEL REWARD    # for a GPU: a base, and a reward adapter on it in 4 bits
     python examples/ppo_shared_base.py --smoke         # offline, a tiny model, on a CPU
 
+The prompts are yours: `data/prompts.jsonl` with a column `prompt`.
 The reference is the base with its adapters off. The critic starts from the reward model, is saved beside the policy,
 and scores tokens like any other token-level reward model.
 """
