@@ -1,6 +1,6 @@
 """Train `trl.DPOTrainer` on preference pairs that come from the policy's samples.
 
-    python examples/dpo_from_rejection_sampling.py            # a chat model, the model of reward_rankings.py; for a GPU
+    python examples/dpo_from_rejection_sampling.py            # with the model of reward_rankings.py; for a GPU
     python examples/dpo_from_rejection_sampling.py --smoke    # offline, a tiny model and a rule as the reward
 
 For each prompt the best and the worst sample form a pair, if their scores differ. The same scored samples can also
