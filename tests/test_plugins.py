@@ -78,7 +78,8 @@ def test_the_listing_names_the_distribution_without_importing_it(installed):
     assert f"  {'plackett_luce':<{width}}trl_ext.losses.ranking\n" in output
     assert f"  {'hinge':<{width}}trl-ext-plugin-hinge 0.1.0 (trl_ext_plugin_hinge:hinge)\n" in output
     assert "CONFLICT" not in output
-    declared = "uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False"
+    declared = "uses_distances=False, max_candidates=None, takes_margin=True, takes_target=False, "
+    declared += "learns_from_ties=False"
     assert f"\n  {'':<{width}}  {declared}\n" in output  # --check shows what the plugin declares
 
 

@@ -87,10 +87,10 @@ def compared(values: dict[str, np.ndarray], name: str, others: Sequence[str]) ->
     A method beside others on the same resamples.
 
     Returns:
-        `dict`: `over`, the best of the others; `gain` over it with its interval; and `beats all`: whether the interval
-            of the gain over each of them lies above 0.
+        `dict`: `over`, the best of the others; `gain` over it with its interval; `gains` over each of them; and `beats
+            all`: whether the intervals of all of these lie above 0.
     """
     gains = {other: interval(values[name] - values[other]) for other in others}
     best = max(others, key=lambda other: values[other][0])
     low = min((gain["low"] for gain in gains.values()), default=-math.inf)
-    return {"over": best, "gain": gains[best], "beats all": bool(low > 0)}
+    return {"over": best, "gain": gains[best], "gains": gains, "beats all": bool(low > 0)}
