@@ -415,11 +415,14 @@ def main(arguments: list[str]) -> None:
         if args.smoke:
             args.folds, args.output_dir = 1, Path(temporary, "out")
             args.epochs = 0.5
-            args.model = args.model or tiny_reward_base(f"{temporary}/model", hidden_size=32, num_layers=4)
+            args.model = args.model or tiny_reward_base(
+                f"{temporary}/model", hidden_size=32, num_layers=4, max_position_embeddings=8192
+            )
         if not args.model:
             parser.error("--model is needed: the folder of a language model.")
         least = 0 if args.smoke else Budget.least_steps
-        args.budget = asdict(Budget(args.epochs, least, args.learning_rate))
+        longest = 8192 if args.smoke else Budget.max_length  # the tokenizer of the random model makes many tokens
+        args.budget = asdict(Budget(args.epochs, least, args.learning_rate, max_length=longest))
         rows = {name: load(name, folder, args.smoke) for name in sets}
         with nullcontext() if args.report else claimed(sets, args.output_dir):
             done = run_all(study, rows, args)

@@ -220,7 +220,10 @@ def scores_of(scorer: RewardScorer, rows: list[Row], study: StudySet) -> list[li
     """A score of every item of the rows."""
     prompts = [row.prompt for row in rows]
     if study.kind == "steps":
-        return scorer.score_steps(prompts, [row.texts for row in rows])
+        found = scorer.score_steps(prompts, [row.texts for row in rows])
+        if any(score is None for own in found for score in own):
+            raise ValueError("A solution is longer than max_length, so some of its steps have no score. Raise it.")
+        return found
     if study.kind == "segments":
         found = scorer.score_segments(prompts, [row.texts[0] for row in rows], [list(row.spans) for row in rows])
         return [[value["right"] for value in own] for own in found]
