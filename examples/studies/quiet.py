@@ -1,4 +1,4 @@
-"""Arguments of the trainers in the studies of the demo's task: on the CPU, with nothing saved or reported."""
+"""Arguments of the trainers in the studies: on the CPU, with nothing saved or reported."""
 
 QUIET = dict(
     use_cpu=True,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from quiet import QUIET
 from real_sets import Row, StudySet
 from tools import train_quietly
 from transformers import AutoConfig, BitsAndBytesConfig
@@ -172,7 +173,6 @@ def train(
     epochs = arm.epochs * max(budget.epochs, budget.least_steps * budget.items_a_step / judged)
     loss = {} if study.kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
     more = {"loss_type": "bce"} if study.kind == "segments" else loss
-    cpu = device == "cpu"
     config = config_class(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -184,16 +184,9 @@ def train(
         min_survival=0.0,
         trunk_cache=None if states is None else str(states),
         seed=seed,
-        use_cpu=cpu,
-        bf16=False,
         model_init_kwargs={"dtype": "bfloat16"},
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        save_strategy="no",
         logging_strategy="epoch",
-        report_to="none",
-        dataloader_pin_memory=False,
-        **{**more, **arm.config},
+        **{**QUIET, "use_cpu": device == "cpu", **more, **arm.config},
     )
     layers = AutoConfig.from_pretrained(model).num_hidden_layers
     adapter = LoraConfig(

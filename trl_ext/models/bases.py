@@ -186,7 +186,7 @@ def check_base_is_saved(model: nn.Module, why: str = _SAVED_ALONE) -> None:
     )
     if not source:
         raise BaseMismatchError(f"The model in memory was not loaded from a folder or Hub repository. {cure}")
-    folder = _local_copy(source, getattr(base.config, "_commit_hash", None))  # only a config from the Hub has the hash
+    folder = local_copy(source, getattr(base.config, "_commit_hash", None))  # only a config from the Hub has the hash
     if folder is None:
         if Path(source).is_absolute():
             raise BaseMismatchError(f"The model in memory was loaded from {source}, which does not exist now. {cure}")
@@ -201,7 +201,8 @@ def check_base_is_saved(model: nn.Module, why: str = _SAVED_ALONE) -> None:
         )
 
 
-def _local_copy(source: str, revision: str | None) -> Path | None:
+def local_copy(source: str, revision: str | None) -> Path | None:
+    """The folder with the weights of a model that was loaded by its path or Hub id; `None` if it is not here."""
     if Path(source).is_dir():
         return Path(source)
     try:

@@ -7,10 +7,10 @@ from the files of the language model. Knows modules and files of weights, and no
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 
+from trl_ext.models.bases import local_copy
 from trl_ext.models.heads import output_layer, unwrap
 
 
@@ -45,7 +45,8 @@ def frozen_language_head(model: nn.Module) -> torch.Tensor:
         weight = embeddings.detach().clone() if embeddings.requires_grad else embeddings.detach()
     else:
         source = config._name_or_path or base.config._name_or_path
-        weight = _from_files(_folder_of(source, getattr(base.config, "_commit_hash", None)), name)
+        folder = local_copy(source, getattr(base.config, "_commit_hash", None))
+        weight = None if folder is None else _from_files(folder, name)
         if weight is None:
             raise ValueError(
                 f"{name} is not tied to its embeddings, and {source!r} holds none of {', '.join(_NAMES)}. Pass a "
@@ -64,16 +65,6 @@ def frozen_language_head(model: nn.Module) -> torch.Tensor:
             f"The output layer of {name} reads {weight.shape[1]} features, and its hidden states {width}."
         )
     return weight
-
-
-def _folder_of(source: str, revision: str | None) -> Path:
-    """The folder of a model that was loaded by its path or its Hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:  # its weights were loaded, so they are here
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"]))
-    except (OSError, ValueError):
-        return Path(source)
 
 
 def _from_files(folder: Path, model: str) -> torch.Tensor | None:

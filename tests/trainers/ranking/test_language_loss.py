@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
 from tests.trainers.helpers import config, lora, trainer_for
 from trl_ext import RewardEnsembleConfig
-from trl_ext.models import language_head
+from trl_ext.models import bases
 from trl_ext.models.language_head import frozen_language_head
 
 
@@ -147,7 +147,7 @@ def test_the_layer_of_a_model_from_the_hub_is_found(tmp_path, monkeypatch):
     reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     reward.config._name_or_path = "organisation/untied"
     asked = []
-    monkeypatch.setattr(language_head, "snapshot_download", lambda name, **options: asked.append(name) or str(folder))
+    monkeypatch.setattr(bases, "snapshot_download", lambda name, **options: asked.append(name) or str(folder))
     wanted = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
     assert torch.equal(frozen_language_head(reward), wanted) and asked == ["organisation/untied"]
 

@@ -105,6 +105,20 @@ def test_the_batch_penalty_of_an_ensemble_is_per_member(tiny, tmp_path, strategy
         assert not torch.equal(weights[0], weights[1])
 
 
+def test_a_loss_at_chance_is_seen_beside_the_penalty_of_an_ensemble(tiny, tmp_path):
+    watched = []
+    for coefficient in (None, 5.0):
+        args = config(tmp_path, RewardEnsembleConfig, num_members=2, batch_sum_to_zero_coefficient=coefficient)
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+        trainer = trainer_for(tiny, args, pair_rows(4), RewardEnsembleTrainer, peft_config=lora)
+        trainer._monitor.update = lambda *arguments, **options: watched.append(arguments[3])
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        watched.append(loss_of(trainer, batch)[0])
+    plain_losses, plain, losses, loss = watched
+    assert loss > plain + 1e-4
+    torch.testing.assert_close(losses, plain_losses)
+
+
 def test_a_negative_coefficient_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="batch_sum_to_zero_coefficient=-1"):
         trainer_for(tiny, config(tmp_path, batch_sum_to_zero_coefficient=-1.0))

@@ -114,7 +114,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         batch = inputs if shares is not None else {**inputs, **for_members(inputs, PER_GROUP, members)}
         mask = batch["group_mask"]  # (M * B, K)
         scores = in_groups(self._candidate_scores(model, inputs), mask)  # (M * B, K)
-        losses = self._objective(scores, batch)  # (M * B,)
+        losses = ranking_losses = self._objective(scores, batch)  # (M * B,)
         weights = inputs.get("member_weights")  # (M, B)
         if self.model.training:
             losses = self._objective.with_batch_penalty(losses, scores, mask, members, weights)
@@ -127,7 +127,7 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
             loss = losses.mean()
         with torch.no_grad():
             if self.model.training:
-                self._observe_training(scores.detach(), losses.detach(), batch, weights)
+                self._observe_training(scores.detach(), losses.detach(), batch, weights, ranking_losses.detach())
             else:
                 self._observe_evaluation(scores, losses, inputs)
         if not return_outputs:
@@ -136,10 +136,15 @@ class RewardEnsembleTrainer(MemberTraining, RewardTrainer):
         return loss, {"scores": by_member.permute(1, 2, 0)}  # (B, K, M)
 
     def _observe_training(
-        self, scores: torch.Tensor, losses: torch.Tensor, batch: dict[str, Any], weights: torch.Tensor | None
+        self,
+        scores: torch.Tensor,
+        losses: torch.Tensor,
+        batch: dict[str, Any],
+        weights: torch.Tensor | None,
+        ranking_losses: torch.Tensor,
     ) -> None:
         """Check and record a training pass, separately for each member."""
-        self._watch_training(scores, losses, batch)
+        self._watch_training(scores, losses, batch, ranking_losses)
         mask, rows, recorder = batch["group_mask"], batch["row_index"], self._recorders["train"]
         ratings = signed_ratings(batch)
         members = self.args.num_members

@@ -298,8 +298,7 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         """Check and record the scores of a forward pass, its losses, and these without what options add to them."""
         mask, rows = inputs["group_mask"], inputs["row_index"]
         if self.model.training:
-            # a NaN of an addition must be seen, and a loss at chance is one of the ranking
-            self._watch_training(scores, torch.where(losses.isfinite(), ranking_losses, losses), inputs)
+            self._watch_training(scores, losses, inputs, ranking_losses)
         else:
             check_finite(scores, losses, rows)
             self._keep_samples(scores, inputs)
@@ -307,13 +306,21 @@ class RewardTrainer(HeadTraining, trl.RewardTrainer):
         lengths = inputs["completion_lengths"]
         self._recorders[mode].add(ScoredBatch(scores, signed_ratings(inputs), mask, lengths, losses, rows))
 
-    def _watch_training(self, scores: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Pass the scores and losses of a training pass to the monitor, and count its tokens."""
+    def _watch_training(
+        self,
+        scores: torch.Tensor,
+        losses: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        ranking_losses: torch.Tensor,
+    ) -> None:
+        """Pass scores and losses of a training pass to the monitor, and count its tokens. Arguments as `_observe`."""
+        # a NaN of an addition must be seen, and a loss at chance is one of the ranking
+        watched = torch.where(losses.isfinite(), ranking_losses, losses)
         self._monitor.update(
             self.state.global_step,
             scores,
             inputs["group_mask"],
-            losses,
+            watched,
             inputs["row_index"],
             chance=lambda: self._objective(torch.zeros_like(scores), inputs),
         )
