@@ -90,6 +90,23 @@ def test_pairs_of_a_ranking_read_as_many_texts(studies, candidates):
     assert all(int(pair["chosen"]) > int(pair["rejected"]) for pairs in found for pair in pairs)
 
 
+def test_an_answer_is_right_if_it_is_rated_above_the_mean_of_its_row(studies):
+    sets, training = studies("real_sets"), studies("real_training")
+    rows = [
+        sets.Row("g", "p", ["a", "b"], [1.0, 0.0]),
+        sets.Row("h", "q", list("cdef"), [5.0, 1.0, 4.0, float("nan")]),
+    ]
+    arm = training.Arm("dense", data="answers")
+    found = training.examples(rows, sets.SETS["harmless"], arm, seed=0)
+    assert [(row["prompt"], row["completion"], bool(row["label"])) for row in found] == [
+        ("p", "a", True),
+        ("p", "b", False),
+        ("q", "c", True),
+        ("q", "d", False),
+        ("q", "e", True),
+    ]
+
+
 def test_every_set_has_rows_with_something_to_compare(studies, data_dir):
     sets = studies("real_sets")
     for name, study in sets.SETS.items():

@@ -96,6 +96,7 @@ STUDIES = {
             "lora": PLAIN,
             "bsr": Arm("batch sum to zero (BSR), 0.01", {"batch_sum_to_zero_coefficient": 0.01}),
             "grm": Arm("SFT loss through the frozen head (GRM), 0.01", {"sft_coefficient": 0.01}),
+            "dense": Arm("a label at every token (ORM), the mean of the tokens", data="answers"),
             "longer": Arm("three times the epochs", epochs=3.0),
             "ensemble": Arm("three members, mean", mean_of="warm"),
             "warm": Arm("the same three, merged (WARM)", members=3),

@@ -5,6 +5,7 @@ arms of a data set see the same texts for as many tokens. Adapters sit on the la
 layers below run once for each text (`trunk_cache`).
 """
 
+import math
 import resource
 import tempfile
 import time
@@ -18,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from quiet import QUIET
-from real_sets import Row, StudySet
+from real_sets import Kind, Row, StudySet
 from tools import train_quietly
 from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -55,7 +56,8 @@ class Arm:
         nf4 (`bool`): the base in 4 bits.
         data (`str`): what the rows become: `"rows"`; `"pairs"`, K / 2 random pairs of a row's K candidates,
             as many texts as the ranking has; `"ties"`, the same with ties; `"flipped"`, rankings of which a
-            quarter is turned round.
+            quarter is turned round; `"answers"`, one text with a label for each candidate, 1 above the mean rating
+            of its row, for an outcome model, whose score of a text is the mean over its tokens.
         members (`int`): models that begin with the same head and differ in the order of their rows. Their weights are
             merged (WARM).
         mean_of (`str`, *optional*): another arm; this one is the mean score of its members, before they are merged.
@@ -92,14 +94,20 @@ class Budget:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def kind_of(study: StudySet, arm: Arm) -> Kind:
+    """The kind of labels that an arm learns from."""
+    return "outcome" if arm.data == "answers" else study.kind
+
+
 def examples(rows: list[Row], study: StudySet, arm: Arm, seed: int) -> list[dict[str, Any]]:
     """The rows as the trainer reads them."""
     draw = np.random.default_rng(seed)
-    if study.kind == "outcome":
+    if kind_of(study, arm) == "outcome":
         return [
-            {"prompt": row.prompt, "completion": text, "label": label > 0.5}
+            {"prompt": row.prompt, "completion": text, "label": bool(label > np.nanmean(row.labels))}
             for row in rows
             for text, label in zip(row.texts, row.labels, strict=True)
+            if not math.isnan(label)
         ]
     if study.kind == "steps":
         return [
@@ -163,16 +171,17 @@ def train(
     device: str,
 ) -> Any:
     """A trained trainer; its model's adapter and tokenizer are in `folder`."""
-    trainer_class, config_class = TRAINERS[study.kind]
+    kind = kind_of(study, arm)
+    trainer_class, config_class = TRAINERS[kind]
     data = Dataset.from_list(examples(rows, study, arm, seed))
     judged = sum(len(row.labels) for row in rows)
     items = judged / len(data)  # of an example
-    if study.kind == "ranked":
+    if kind == "ranked":
         items = 2 if "chosen" in data.column_names else np.mean([len(own) for own in data["completions"]])
     # as many epochs for all arms of a data set, so that rankings and pairs read as many texts
     epochs = arm.epochs * max(budget.epochs, budget.least_steps * budget.items_a_step / judged)
-    loss = {} if study.kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
-    more = {"loss_type": "bce"} if study.kind == "segments" else loss
+    loss = {} if kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
+    more = {"loss_type": "bce"} if kind == "segments" else loss
     config = config_class(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -252,7 +261,10 @@ def train_and_score(
             trainer = train(training, study, own, budget, seed, model, folder, states, device)
             steps += trainer.state.global_step
             tokens += int([row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row][-1])
-            scorer = RewardScorer(trainer.model, trainer.processing_class, max_length=budget.max_length)
+            whole = "mean" if arm.data == "answers" else None
+            scorer = RewardScorer(
+                trainer.model, trainer.processing_class, max_length=budget.max_length, aggregation=whole
+            )
             with trainer.trunk_states():
                 found.append(scores_of(scorer, test, study))
             if arm.members > 1:
