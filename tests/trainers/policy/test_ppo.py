@@ -264,6 +264,50 @@ def test_a_run_goes_on_from_a_checkpoint(policy_path, tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path))
 
 
+def test_both_passes_of_the_critic_have_one_precision(policy_path, tmp_path):
+    trainer, dtypes = made(policy_path, tmp_path, bf16=True, max_steps=1), []
+    values = trainer._critic.values
+
+    def watched(*given):
+        layer = trainer._critic.model.base_model.model.model.layers[0].mlp
+        hook = layer.register_forward_hook(
+            lambda module, inputs, result: dtypes.append((torch.is_grad_enabled(), result.dtype))
+        )
+        try:
+            return values(*given)
+        finally:
+            hook.remove()
+
+    trainer._critic.values = watched
+    trainer.train()
+    assert set(dtypes) == {(False, torch.bfloat16), (True, torch.bfloat16)}
+
+
+def test_the_best_policy_has_the_critic_of_its_checkpoint(policy_path, tmp_path):
+    calls = []
+
+    def falling(prompts, completions, **columns):
+        calls.append(len(completions))
+        return [float(len(text) % 3 - len(calls)) for text in completions]
+
+    args = config(
+        tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="reward", num_generations_eval=4,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        policy_path, falling, None, args, train_dataset=PROMPTS, eval_dataset=PROMPTS, peft_config=ADAPTER
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    trainer.save_model()
+    one, two, saved = (
+        load_file(tmp_path / folder / CRITIC_FOLDER / "adapter_model.safetensors")
+        for folder in ("checkpoint-1", "checkpoint-2", ".")
+    )
+    assert all(torch.equal(one[name], saved[name]) for name in one)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
 def critic_gradients(trainer, batches):
     """The critic's gradients, accumulated over some batches."""
     trainer.accelerator.gradient_state._set_sync_gradients(False)

@@ -27,9 +27,10 @@ class PPOTrainer(DenseGRPOTrainer):
     """
     PPO with a critic. Rewards may belong to whole completions, or to steps, segments and tokens.
 
-    A policy with an adapter (LoRA, QLoRA) lends its frozen base: the reference is the base with its adapters off, the
-    critic is another adapter with an fp32 head, and `SharedBaseScorer` puts reward models beside
-    them. A policy that trains all its weights gets a separate model as critic.
+    A policy with an adapter (LoRA, QLoRA) lends its frozen base: the reference is the base with its adapters off (or a
+    frozen copy of an adapter that is trained further), the critic is another adapter with an fp32 head, and
+    `SharedBaseScorer` puts reward models beside them. A policy that trains all its weights gets a separate model as
+    critic.
 
     The critic is saved in the folder `critic/value` beside the policy. It is a token-level reward model:
     `RewardScorer("outputs/ppo/critic/value").score_tokens` gives at each token the value of the state after it.
@@ -236,7 +237,7 @@ class PPOTrainer(DenseGRPOTrainer):
         accumulated = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * accumulated
         with self._critic.active(train=True):
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # as in `_values`: the critic is not prepared, so nothing else does it
                 values = self._critic.values(*(batch[name] for name in names))
             errors = clipped_value_loss(values, batch["values"], batch["returns"], self.args.cliprange_value)
             loss = (errors * mask).sum() / tokens
@@ -278,13 +279,17 @@ class PPOTrainer(DenseGRPOTrainer):
             self._critic.save(folder, text_tokenizer(self.processing_class))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trainer's training; the critic of a checkpoint is loaded too."""
+        """Trainer's training; the critic of a checkpoint is loaded too, and at the end that of the best one."""
         if self._critic is not None and resume_from_checkpoint:
             found = resume_from_checkpoint
             found = get_last_checkpoint(self.args.output_dir) if found is True else found
             if found is not None:
                 self._critic.load(Path(found, CRITIC_FOLDER))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self._critic is not None and self.args.load_best_model_at_end and best is not None:
+            self._critic.load(Path(best, CRITIC_FOLDER))
+        return result
 
 
 class _CriticGradients(TrainerCallback):
