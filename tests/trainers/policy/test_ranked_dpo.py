@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
@@ -174,6 +174,44 @@ def test_what_cannot_work_is_refused(rows, more, error, words, policy, tmp_path)
         trainer_for(policy, tmp_path, rows, **more)
     with pytest.raises(TypeError, match="RankedDPOConfig"):
         RankedDPOTrainer(policy, args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_tied_batches_leave_the_metrics_of_an_evaluation_alone(policy, tmp_path):
+    rows = ranked_rows(3, k=3)
+    tied = [{**row, "ratings": [1.0] * 3} for row in rows[:1]]
+    options = {"peft_config": ADAPTER, "per_device_eval_batch_size": 1}
+    decided, mixed = (
+        trainer_for(policy, tmp_path, rows, eval_dataset=Dataset.from_list(own), **options).evaluate()
+        for own in (rows, [*tied, *rows])
+    )
+    assert mixed["eval_rewards/accuracies"] == pytest.approx(decided["eval_rewards/accuracies"])
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_a_prompt_that_whole_chats_repeat_is_no_part_of_the_completions(ranked, policy, tmp_path):
+    """The columns of ultrafeedback_binarized: the prompt as text, and chats that hold it."""
+    question = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2 + 2?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("4", "five", "it is six")]
+    if ranked:
+        plain = {"prompt": question, "completions": answers, "ratings": [2.0, 1.0, 0.0]}
+        whole = {**plain, "prompt": "2 + 2?", "completions": [question + own for own in answers]}
+    else:
+        plain = {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
+        whole = {"prompt": "2 + 2?", **{name: question + plain[name] for name in ("chosen", "rejected")}}
+    wanted, found = (trainer_for(policy, tmp_path, [row] * 2).train_dataset for row in (plain, whole))
+    for column in ("candidate_ids", "completion_start"):
+        assert found[column][:] == wanted[column][:]
+    assert found["completion_start"][0] > 5
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_the_reference_has_its_name(further, policy, tmp_path):
+    model = policy
+    if further:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), ADAPTER)
+    trainer = trainer_for(model, tmp_path, pair_rows(2), **({} if further else {"peft_config": ADAPTER}))
+    wanted = "a frozen copy of the adapter" if further else "the base with its adapters off"
+    assert trainer._facts()["reference"] == wanted
 
 
 def test_pairs_without_a_prompt_share_their_beginning_as_in_trl(policy, tmp_path):

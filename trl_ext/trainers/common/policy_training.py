@@ -62,7 +62,8 @@ class PolicyTraining:
             args (`TrainingArguments`): not changed; the result is a copy.
             kwargs (`dict`): the trainer's other arguments. `processing_class` and `quantization_config` may change.
             reference (`bool`): whether the loss compares with a reference that the trainer makes itself. For a policy
-                with an adapter this is its base with the adapters off.
+                with a new adapter this is its base with the adapters off; of an adapter that is trained further it is
+                a frozen copy.
             copied (`bool`): whether that reference is loaded again from the model's path if there is no adapter.
 
         Returns:

@@ -34,7 +34,12 @@ COLUMNS = [
 
 
 def rows_with_prompts(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-    """The plain rows, with a column `prompt`: of pairs without one it is what both texts begin with, as in TRL."""
+    """
+    The plain rows, with a prompt that is no part of the completions.
+
+    Of pairs without a column `prompt` it is what both texts begin with, as in TRL. So it is for rows of any kind whose
+    prompt is a text and whose completions are whole chats.
+    """
     dataset = plain_rows(dataset)
     columns = set(dataset.column_names or next(iter(dataset)))
     if columns & {"candidate_ids", "chosen_ids"}:
@@ -45,9 +50,29 @@ def rows_with_prompts(dataset: Dataset | IterableDataset, name: str) -> Dataset 
             column=sorted(columns & {"candidate_ids", "chosen_ids"})[0],
             dataset=name,
         )
-    if "prompt" not in columns and {"chosen", "rejected"} <= columns:
+    if {"chosen", "rejected"} <= columns:
         return dataset.map(maybe_extract_prompt)
+    if {"prompt", "completions"} <= columns:
+        first = next(iter(dataset))
+        if _is_whole_chats(first["prompt"], first["completions"]):
+            return dataset.map(_with_common_turns)
     return dataset
+
+
+def _is_whole_chats(prompt: Any, completions: Any) -> bool:
+    """Whether a text prompt stands beside lists of messages, which hold it too."""
+    lists = isinstance(completions, list) and completions and all(isinstance(own, list) for own in completions)
+    return isinstance(prompt, str) and bool(lists)
+
+
+def _with_common_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """The messages that all chats of a row begin with are its prompt; each keeps at least its last message."""
+    chats = row["completions"]
+    if not _is_whole_chats(row["prompt"], chats):
+        return row  # the checks of the rows say what is wrong
+    most = min(map(len, chats)) - 1
+    same = next((n for n in range(most) if any(chat[n] != chats[0][n] for chat in chats)), max(most, 0))
+    return {"prompt": chats[0][:same], "completions": [chat[same:] for chat in chats]}
 
 
 def schema_of(dataset: Dataset | IterableDataset, name: str, needs_ratings: bool) -> Schema:

@@ -4,6 +4,7 @@ TRL's trainer makes the models, the reference, its precomputed log-probabilities
 trainer prepares groups in place of pairs, and computes a ranking loss of the implicit rewards.
 """
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -273,8 +274,11 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
     # --------------------------------------------------------------------------------------------- telling and saving
     def _facts(self) -> dict[str, str]:
         self._decide_flat_rows(self.model)
-        adapters = "the base with its adapters off" if isinstance(self.model, PeftModel) else "a copy of the policy"
-        reference = adapters if self.ref_model is None or not self._given_reference else base_name(self.ref_model)
+        own = "a copy of the policy"
+        if isinstance(self.model, PeftModel):  # TRL copies an adapter that was there before training
+            copied = "ref" in self.model.peft_config
+            own = "a frozen copy of the adapter" if copied else "the base with its adapters off"
+        reference = own if self.ref_model is None or not self._given_reference else base_name(self.ref_model)
         loss = f"{self._objective.name} of the implicit rewards, beta {self.beta:g}"
         if self.args.sft_coefficient:
             loss += f" + {self.args.sft_coefficient:g} x cross-entropy to the best completion"
@@ -283,10 +287,11 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
 
     # ----------------------------------------------------------------------------------------------------- metrics
     def _add(self, mode: str, **values: torch.Tensor) -> None:
-        """Record means over all processes; NaN is left out."""
+        """Record means over all processes; NaN is left out, and so is a batch that has nothing else."""
         for name, value in values.items():
-            value = self.accelerator.gather(value.detach().float().reshape(-1))
-            self._metrics[mode][name.replace("__", "/")].append(value.nanmean().item())
+            mean = self.accelerator.gather(value.detach().float().reshape(-1)).nanmean().item()
+            if not math.isnan(mean):
+                self._metrics[mode][name.replace("__", "/")].append(mean)
 
     def _record(
         self,
