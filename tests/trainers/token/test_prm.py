@@ -198,6 +198,8 @@ def test_options_of_the_data(base, tmp_path):
         (["one", "two", "three"], [True, True, False], None, [], {"first_error_accuracy": 0.0}),
         (["a", "b", "c"], [True, True, False], 5, [2], {}),  # cut before the error
         (["a", "b", "c"], [True, False, True], 5, [2], {"first_error_accuracy": 0.0}),  # and behind it
+        (["a", "b", "c"], [True, True, True], 5, [2], {}),  # the end may be right or wrong
+        (["a", "b", "c"], [True, True, True], 6, [], {"no_error_accuracy": 1.0}),  # all of it is shown
         (["one", "", "three"], [True, False, True], None, [0, 1], {}),  # two labels on one token
         (["one", "", "three"], [True, True, True], None, [], {"no_error_accuracy": 1.0}),  # the same one, twice
     ],

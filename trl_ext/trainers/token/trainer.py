@@ -188,7 +188,8 @@ class TokenRewardTrainer(HeadTraining, Trainer, ABC):
             spans = SpanCollator(
                 processing_class.pad_token_id, self._objective.categories, args.pad_to_multiple_of, self._flat_rows
             )
-            self.data_collator = TokenRewardCollator(spans, self.rows)
+            cut = getattr(args, "max_completion_length", None)  # of a process model
+            self.data_collator = TokenRewardCollator(spans, self.rows, cut)
         unwrap(self.model).add_model_tags(self._tag_names)
         self._writer = self._writer_class(self, head, tokenization, **self._describe())
         self._recorder: EvaluationRecorder | None = None
