@@ -1,5 +1,6 @@
 """`DenseGRPOTrainer`: the right tokens get credit, TRL's numbers where nothing is dense, and clear errors."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -227,6 +228,16 @@ def test_a_trained_process_model_gives_the_steps_their_credit(policy_path, tmp_p
     trainer.train()
     assert trainer.state.log_history[0]["dense/rewards_per_completion"] >= 1
     assert all(map(torch.equal, before, scorer.model.parameters()))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])])
+def test_rewards_may_be_numbers_of_numpy_and_torch(policy_path, tmp_path, number):
+    def half(prompts, completions, **columns):
+        return [[(0, len(text), number)] if text else None for text in completions]
+
+    trainer = DenseGRPOTrainer(str(policy_path), None, half, args=config(tmp_path), train_dataset=PROMPTS)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/dense/mean"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -161,5 +161,13 @@ def test_arguments_that_cannot_work(kwargs, message, tmp_path):
 def test_no_teacher_is_an_error(base, tmp_path):
     with pytest.raises(ValueError, match="No teacher_model"):
         make(tmp_path, str(base), None)
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        WeakToStrongTrainer(
+            str(base),
+            str(base),
+            trainer_config(tmp_path, WeakToStrongConfig),
+            train_dataset=texts(),
+            compute_loss_func=lambda *given, **more: 0.0,
+        )
     with pytest.raises(TypeError, match="WeakToStrongConfig"):
         WeakToStrongTrainer(str(base), args=trainer_config(tmp_path, trl.SFTConfig), train_dataset=texts())

@@ -5,6 +5,7 @@ token ids and columns. The module knows reward functions and tokens. It does not
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,6 +156,7 @@ class DenseRewards:
                 text, before, ends = located[row]
                 rows[row] = [] if rows[row] is None else rows[row]
                 for start, end, reward in spans:
+                    reward = reward.item() if isinstance(reward, torch.Tensor) and reward.numel() == 1 else reward
                     _check(name, row, start, end, reward, len(text))
                     token = token_of(ends, end - before) if end > before else None
                     if token is not None:
@@ -204,7 +206,7 @@ def _check(name: str, row: int, start: Any, end: Any, reward: Any, length: int) 
             f"{name} gave the span {start} to {end} in completion {row}, which has {length} characters; needed: "
             "0 <= start < end <= length."
         )
-    if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         raise DenseRewardError(f"{name} gave the reward {reward!r} in completion {row}; needed: a finite number.")
 
 

@@ -80,6 +80,8 @@ class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
             raise TypeError(f"args is a {type(args).__name__}. Needed: a WeakToStrongConfig.")
         if teacher_model is None and args.kd_weight > 0:
             raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("`compute_loss_func` would replace this trainer's loss. Leave it out, or use SFTTrainer.")
         model, args = self._accept(model, args, kwargs, reference=False, copied=False)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = text_tokenizer(kwargs["processing_class"])
