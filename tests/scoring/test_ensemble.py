@@ -355,6 +355,17 @@ def test_mistakes_at_construction(arguments, error, complaint):
         RewardEnsemble(**arguments)
 
 
+@pytest.mark.parametrize("option", [{"reference": 0.0}, {"std_coefficient": 1.0}, {"calibrated": True}])
+def test_options_that_an_ensemble_would_not_use_are_refused(members, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"scorer_kwargs has {name}.*raw scores"):
+        RewardEnsemble(members, scorer_kwargs=option)
+    scorer = RewardScorer(members[0], name="first")
+    setattr(scorer, name, option[name])
+    with pytest.raises(ValueError, match=f"first has {name}"):
+        RewardEnsemble([scorer, by_length])
+
+
 def test_mistakes_in_what_members_return():
     async def slow(prompts, completions, **columns):
         return [0.0] * len(completions)

@@ -107,6 +107,7 @@ class ScorerSource(Source):
     """One reward model that shares nothing with other members."""
 
     def __init__(self, scorer: RewardScorer):
+        _refuse_scales(vars(scorer), scorer.__name__)
         self._scorer = scorer
         self.models = [] if isinstance(scorer.model, RemoteModel) else [scorer.model]
         self.names, self.normalizers = [scorer.__name__], [scorer.normalizer]
@@ -252,8 +253,10 @@ def make_sources(
 
     Raises:
         `TypeError`: an entry cannot be a member.
-        `ValueError`: `base_model` is given and no member is an adapter, or a member would change a model in memory.
+        `ValueError`: `base_model` is given and no member is an adapter, a member would change a model in memory, or a
+            scorer is `calibrated`, or has a `reference` or a `std_coefficient`.
     """
+    _refuse_scales(scorer_kwargs, "scorer_kwargs")
     sources: list[tuple[Source, list[int]]] = []
     shared: dict[str, list[tuple[int, Path]]] = {}
     in_memory = isinstance(base_model, nn.Module)
@@ -295,6 +298,18 @@ def make_sources(
         else:
             sources.append((_shared_source(folders, base_model, scorer_kwargs), places))
     return sources
+
+
+def _refuse_scales(options: dict[str, Any], name: str) -> None:
+    """Raise `ValueError` for options of a scorer that change its scores after the model gave them."""
+    found = [option for option in ("calibrated", "reference", "std_coefficient") if options.get(option)]
+    if options.get("reference") == 0:
+        found.append("reference")
+    if found:
+        raise ValueError(
+            f"{name} has {', '.join(found)}, but an ensemble combines the raw scores of its members, on its own "
+            "scale. Leave it out, or pass the scorer's call as a function: RewardEnsemble([scorer.__call__, ...])."
+        )
 
 
 def _shared_source(folders: list[Path], base_model: Base | None, scorer_kwargs: dict[str, Any]) -> Source:
