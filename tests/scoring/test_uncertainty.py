@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from huggingface_hub import constants
 from peft import PeftModel
 
 from tests.scoring.conftest import save_reward_model
@@ -17,6 +18,7 @@ from trl_ext.data.validation import DataError
 from trl_ext.losses import bradley_terry, plackett_luce
 from trl_ext.models.heads import features_as_output, output_layer
 from trl_ext.pipelines.reward_functions import reward_identity
+from trl_ext.scoring import SharedBaseScorer
 from trl_ext.scoring.last_layer import (
     Information,
     PosteriorError,
@@ -113,6 +115,43 @@ def test_rows_are_read_as_training_read_them(tmp_path, caplog, margins):
     precision += torch.eye(len(precision), dtype=torch.float64)
     factor = scorer.posterior.factor.double()
     assert torch.allclose(factor @ factor.T, precision, rtol=1e-4, atol=1e-4 * float(precision.diag().mean()))
+
+
+def test_a_candidate_that_was_too_long_is_left_out_of_its_row(tmp_path):
+    """As in training, the others stay if there are two of them."""
+    rows = ranked_rows(12, k=3)
+    base = save_tiny_model(tmp_path / "base", "llama")
+    tiny_trainer("reward", base, tmp_path / "out", rows=rows, max_length=256).save_model()
+    scorer, found = RewardScorer(tmp_path / "out"), {}
+    long = {**rows[0], "completions": [*rows[0]["completions"][:2], "x" * 2000], "ratings": [1.0, 0.0, 2.0]}
+    short = {**long, "completions": long["completions"][:2], "ratings": [1.0, 0.0]}
+    for name, row in (("long", long), ("short", short)):
+        about = scorer.fit_uncertainty([*rows[1:], row], prior_precision=1.0)
+        assert about["rows"] == 12
+        found[name] = scorer.posterior.factor
+    torch.testing.assert_close(found["long"], found["short"])
+
+
+def test_stored_uncertainty_is_found_on_a_shared_base_and_in_a_repository(fitted, tmp_path, monkeypatch):
+    folder, scorer, _ = fitted
+    given = (["a b?", "c"], [" good.", " so"])
+    scores, stds = scorer.score_with_uncertainty(*given)
+    wanted = [score - 2 * std for score, std in zip(scores, stds, strict=True)]
+    shared = SharedBaseScorer(folder, std_coefficient=2.0)
+    shared.use_base(RewardScorer(folder).model)
+    assert shared(*given) == pytest.approx(wanted, abs=1e-5)
+
+    repository = tmp_path / "models--me--reward"
+    shutil.copytree(folder, repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("trl_ext.scoring.scorer.load_tokenizer", lambda source: scorer.processing_class)
+    assert RewardScorer("me/reward", std_coefficient=2.0)(*given) == pytest.approx(wanted, abs=1e-5)
+
+    bare = save_reward_model(tmp_path / "bare", lora=True)
+    with pytest.raises(PosteriorError, match="has no uncertainty"):
+        SharedBaseScorer(bare, std_coefficient=2.0).use_base(RewardScorer(bare).model)
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -171,6 +171,8 @@ class RewardScorer(Scales, Uncertainty):
             source = _open(model_or_path, device, base_model)
         self.model = source.model
         self.folder = source.folder
+        if isinstance(model_or_path, (str, Path)) and not is_served(model_or_path) and source.folder is None:
+            self._hub_id = str(model_or_path)
         self.processing_class = text_tokenizer(processing_class or load_tokenizer(source.tokenizer))
         self.choices = {"max_length": max_length, "aggregation": aggregation, "segmenter": segmenter}
         self.raw = RawScorer(
@@ -190,7 +192,7 @@ class RewardScorer(Scales, Uncertainty):
             check_usable(self.calibration, self.normalizer, self.__name__)
         if not std_coefficient >= 0:
             raise ValueError(f"std_coefficient={std_coefficient}; needed: 0 or more.")
-        if std_coefficient and self.folder is not None:
+        if std_coefficient and (self.folder is not None or self._hub_id is not None):
             _ = self.posterior  # an error now, not at the first batch
         done = {"normalised": self.normalizer, "calibrated": calibrated, "compared": reference is not None}
         words = [self.raw.in_words(self.folder), *(name for name, is_done in done.items() if is_done)]

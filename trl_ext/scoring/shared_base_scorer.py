@@ -75,6 +75,9 @@ class SharedBaseScorer:
         with self._active():
             tokenizer = load_tokenizer(self.folder)
             self._scorer = RewardScorer(self._model, tokenizer, name=self.__name__, **self._scorer_kwargs)
+            self._scorer.folder = Path(self.folder)  # where its uncertainty and calibration are
+            if self._scorer.std_coefficient:
+                _ = self._scorer.posterior  # an error now, not at the first batch
 
     def __call__(
         self, prompts: Sequence[Prompt] | None, completions: Sequence[Completion], **columns: Any

@@ -22,6 +22,7 @@ from trl_ext.data.validation import DataError, RowChecks
 from trl_ext.losses import RankingLossProperties, bradley_terry, plackett_luce, ranking_losses
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.heads import output_layer
+from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import Sidecar
 from trl_ext.scoring.calibration import calibrated_scores
 from trl_ext.scoring.last_layer import (
@@ -83,6 +84,7 @@ def candidate_mask(groups: Sequence[Candidates]) -> torch.Tensor:
 class Uncertainty:
     """What `RewardScorer` inherits. It has `raw`, `kind`, `model`, `folder`, `normalizer` and `calibration`."""
 
+    _hub_id: str | None = None
     _posterior: LastLayerPosterior | None = None
 
     def fit_uncertainty(
@@ -126,14 +128,18 @@ class Uncertainty:
                 logger.info(f"{self.__name__}: its stored uncertainty was fitted on {name} already.")
                 return self._about()
         information = Information(len(weight))
-        seen = 0
+        seen, least = 0, 1 if self.kind == "outcome" else 2
         for groups, loss in _batches(dataset, self.kind, self.raw.sidecar):
             all_rows = len(groups)
             seen += all_rows
-            kept = [number for number, group in enumerate(groups) if not self._is_too_long(group)]
+            places = [self._trained_places(group) for group in groups]
+            kept = [number for number, own in enumerate(places) if len(own) >= least]
             if not kept:
                 continue
-            groups, loss = [groups[number] for number in kept], partial(loss, torch.tensor(kept))
+            groups = [groups[n]._replace(completions=[groups[n].completions[p] for p in places[n]]) for n in kept]
+            width = max(len(places[n]) for n in kept)
+            of_candidates = torch.tensor([places[n] + [0] * (width - len(places[n])) for n in kept])  # (B, K)
+            loss = partial(loss, torch.tensor(kept), of_candidates)
             try:
                 features, mask = self.group_features(groups)  # (B, K, H), (B, K)
             except DataError as error:
@@ -238,7 +244,10 @@ class Uncertainty:
         return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
 
     def _read_posterior(self) -> LastLayerPosterior | None:
-        return None if self.folder is None else read_posterior(self.folder)
+        folder = self.folder
+        if folder is None and self._hub_id is not None:
+            folder = local_folder(self._hub_id, None)  # it is here: the model was loaded from it
+        return None if folder is None else read_posterior(folder)
 
     def _data_key(self, rows: str) -> str:
         """The cache key of what the posterior is fitted on: the features of some rows."""
@@ -250,19 +259,19 @@ class Uncertainty:
         """The tokens of the longest candidate that was trained on, if there was a limit."""
         return None if self.raw.sidecar is None else self.raw.sidecar.max_length
 
-    def _is_too_long(self, group: Candidates) -> bool:
-        """Whether training left a row out because of its length."""
-        longest = self._longest()
-        if longest is None:
-            return False
-        for completion in group.completions:
-            try:
-                encoded = self.raw.encoder(0, group.prompt, completion, group.tools, group.chat_template_kwargs)
-            except DataError:
-                return False  # it will be raised with the number of its row
-            if encoded.truncated or len(encoded.ids) > longest:
-                return True
-        return False
+    def _trained_places(self, group: Candidates) -> list[int]:
+        """The places of the completions that training did not leave out because of their length."""
+        longest, found = self._longest(), []
+        for place, completion in enumerate(group.completions):
+            if longest is not None:
+                try:
+                    encoded = self.raw.encoder(0, group.prompt, completion, group.tools, group.chat_template_kwargs)
+                except DataError:
+                    return list(range(len(group.completions)))  # it will be raised with the number of its row
+                if encoded.truncated or len(encoded.ids) > longest:
+                    continue
+            found.append(place)
+        return found
 
     def _about(self) -> dict[str, Any]:
         return {name: getattr(self._posterior, name) for name in ("prior_precision", "chosen_by", "rows")}
@@ -304,8 +313,8 @@ def _batches(
     dataset: Iterable[dict[str, Any]], kind: str, sidecar: Sidecar | None
 ) -> Iterator[tuple[list[Candidates], Callable]]:
     """
-    Chunks of rows: their candidates, and a loss that takes row numbers (B,), scores (B, K) and a mask, and returns
-    (B,).
+    Chunks of rows: their candidates, and a loss that takes row numbers (B,), the candidates' places in their rows,
+    scores and a mask, (B, K) each, and returns (B,).
     """
     rows, start = iter(dataset), 0
     read = _outcomes if kind == "outcome" else _Comparisons({} if sidecar is None else sidecar.training)
@@ -360,9 +369,11 @@ class _Comparisons:
         # only this loss is given for pairs; plackett_luce has no margins
         fixed = {"margin_from_ratings": self._margins} if self.schema.pair else {}
 
-        def of_rows(numbers: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        def of_rows(
+            numbers: torch.Tensor, places: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor
+        ) -> torch.Tensor:
             given = {name: values[numbers] for name, values in options.items()}
-            return loss(scores, ratings[numbers, : scores.shape[1]], mask, **given, **fixed)
+            return loss(scores, ratings[numbers].gather(1, places), mask, **given, **fixed)
 
         return candidates, of_rows
 
@@ -379,4 +390,4 @@ def _outcomes(rows: list[dict[str, Any]], start: int) -> tuple[list[Candidates],
         _, prompt = checks.one_kind(checks.prompt(row.get("prompt")), [row["completion"]], ["completion"])
         groups.append(Candidates(prompt, [row["completion"]], *template_arguments(row, checks)))
     # the curvature of the logistic loss is the same for both labels
-    return groups, lambda numbers, scores, mask: torch.nn.functional.softplus(scores[:, 0])
+    return groups, lambda numbers, places, scores, mask: torch.nn.functional.softplus(scores[:, 0])
