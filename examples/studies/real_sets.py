@@ -191,7 +191,7 @@ SETS = {
         "outcome",
         gsm8k,
         ("orm_gsm8k/model_solutions.jsonl",),
-        rows=250,
+        rows=150,
     ),
     "mistakes": StudySet(
         "BIG-Bench Mistake, steps up to the first mistake",
