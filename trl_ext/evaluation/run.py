@@ -79,7 +79,8 @@ class Run:
         self.rows = 0
         self.seconds = 0.0
         self._signed = False
-        self._mistakes: list[tuple[float, int, Item, list[float]]] = []  # a heap, the least bad one first
+        # heaps with the least bad row first; outcomes have one for each label, as their margins are known at the end
+        self._worst: dict[bool, list[tuple[float, int, Item, list[float]]]] = {}
 
     def read(self, data: Rows, cluster_column: str | None) -> None:
         """Go through the rows once."""
@@ -120,12 +121,12 @@ class Run:
         self._finish(name)
 
     def _finish(self, name: Family) -> None:
-        worst = sorted(self._mistakes, key=lambda mistake: -mistake[0])
+        worst = self._mistakes(name)
         started = time.perf_counter()
-        tokens = _token_scores(self.model, [item for _, _, item, _ in worst]) if name != "stepwise" else None
+        tokens = _token_scores(self.model, [item for _, item, _ in worst]) if name != "stepwise" else None
         self.seconds += time.perf_counter() - started
-        for place, (size, _, item, scores) in enumerate(worst):
-            self.report.mistakes.append(_mistake(item, scores, -size, name, tokens[place] if tokens else None))
+        for place, (margin, item, scores) in enumerate(worst):
+            self.report.mistakes.append(_mistake(item, scores, margin, name, tokens[place] if tokens else None))
         for key, method in (("reliability", "reliability"), ("best_of_n", "curve")):
             if hasattr(self.family, method):
                 self.report.curves[self.prefix + key] = getattr(self.family, method)()
@@ -136,16 +137,24 @@ class Run:
 
     def _take(self, item: Item, scores: list[float], name: Family) -> None:
         margin = self.family.add(item, scores)
+        if not math.isnan(margin):
+            kept = self._worst.setdefault(name == "outcome" and item.ratings[0] > 0.5, [])
+            push = heapq.heappush if len(kept) < WORST else heapq.heappushpop
+            push(kept, (-margin, -item.row, item, scores))
         if self.drawn is not None and name != "stepwise":
             self.drawn.add(item)
         if self.words is not None:
             for completion in item.completions:
                 self.words.add(text_of(completion))
         self._histogram(item, scores, name)
-        if margin < 0:
-            mistake = (-margin, -item.row, item, scores)
-            push = heapq.heappush if len(self._mistakes) < WORST else heapq.heappushpop
-            push(self._mistakes, mistake)
+
+    def _mistakes(self, name: Family) -> list[tuple[float, Item, list[float]]]:
+        """The rows that the model gets wrong with their margins, the worst first."""
+        found = [(-size, item, scores) for kept in self._worst.values() for size, _, item, scores in kept]
+        if name == "outcome":
+            found = [(self.family.margin(item, scores), item, scores) for _, item, scores in found]
+        found = [one for one in found if one[0] < 0]
+        return sorted(found, key=lambda one: (one[0], one[1].row))[:WORST]
 
     def _histogram(self, item: Item, scores: list[float], name: Family) -> None:
         names = {"preference": ("rejected", "chosen"), "outcome": ("wrong", "right"), "stepwise": ("wrong", "right")}

@@ -74,6 +74,24 @@ def test_outcomes_equal_scikit_learn():
     assert metrics["within_prompt_auc"] == pytest.approx(np.mean(within))
 
 
+def test_mistakes_of_outcomes_are_ranked_as_their_scores_are_read():
+    scores = {n: 0.8 if n % 2 == 0 else 0.1 for n in range(40)} | {0: 0.02}  # even rows are right solutions
+
+    def mistakes():
+        rows = [{"prompt": f"p{n}", "completion": f"{scores[n]} x", "label": n % 2 == 0} for n in range(40)]
+        report = evaluate(rows)
+        return report.metrics["accuracy"], {mistake.row: mistake.margin for mistake in report.mistakes}
+
+    # all scores are in [0, 1]: probabilities
+    assert mistakes() == (0.975, {0: pytest.approx(-0.48)})
+    # the last score alone says that they are log-odds, and every wrong solution is above 0
+    scores[39] = 1.5
+    accuracy, found = mistakes()
+    assert accuracy == 0.5 and list(found) == [39, *range(1, 39, 2)]
+    assert found[39] == pytest.approx(0.5 - 1 / (1 + math.exp(-1.5)))
+    assert found[1] == pytest.approx(0.5 - 1 / (1 + math.exp(-0.1)))
+
+
 def test_calibration_error_by_hand():
     chances, labels = np.array([0.95, 0.95, 0.15, 0.15]), np.array([1.0, 0.0, 0.0, 0.0])
     assert calibration_error(chances, labels, bins=10) == pytest.approx((2 * 0.45 + 2 * 0.15) / 4)

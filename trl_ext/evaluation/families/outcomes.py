@@ -22,7 +22,7 @@ class Outcomes:
         self.units = Units()
 
     def add(self, item: Item, scores: list[float]) -> float:
-        """Take one scored row; returns how far its score is on the side of its label, within [-0.5, 0.5]."""
+        """Take one scored row; returns its score in the direction of its label. See `margin` for how wrong it is."""
         label = item.ratings[0]
         self.units.add(
             item.row,
@@ -32,7 +32,13 @@ class Outcomes:
             label=label,
             length=math.log1p(len(text_of(item.completions[0]))),
         )
-        return (float(sigmoid(np.array(scores[0]))) - 0.5) * (1 if label > 0.5 else -1)
+        return scores[0] if label > 0.5 else -scores[0]
+
+    def margin(self, item: Item, scores: list[float]) -> float:
+        """How far P(right) is on the side of the row's label, in [-0.5, 0.5]; final after the last row."""
+        score = np.array(scores[0], dtype=float)
+        chance = float(score if self._are_probabilities() else sigmoid(score))
+        return chance - 0.5 if item.ratings[0] > 0.5 else 0.5 - chance
 
     def probabilities(self) -> np.ndarray:
         """P(right) of every unit, `(N,)`."""
