@@ -105,11 +105,19 @@ def test_a_base_with_the_heads_of_token_level_adapters(base, tmp_path):
     given = options(made.arguments)
     assert made.arguments[0] == str(tmp_path / "out" / "base")
     assert json.loads(given["--pooler-config"][0]) == {"task": "token_classify"} and "--chat-template" not in given
+    check_served(made, {"orm": tmp_path / "orm", "prm": tmp_path / "prm"})
+    assert AutoTokenizer.from_pretrained(made.arguments[0]).vocab_size
+
+
+def check_served(made, adapters: dict[str, Path]) -> None:
+    """The base with each adapter that the server gets has the saved scores of the adapter's probes, at its places."""
+    served = dict(module.split("=", 1) for module in options(made.arguments)["--lora-modules"])
+    assert list(served) == list(adapters) and options(made.arguments)["--max-loras"] == [str(len(adapters))]
     start = 0
-    for name in ("orm", "prm"):
+    for name, folder in adapters.items():
         model = AutoModelForSequenceClassification.from_pretrained(made.arguments[0])
-        model = PeftModel.from_pretrained(model, tmp_path / "out" / name).eval()
-        sidecar = read_sidecar(tmp_path / name)
+        model = PeftModel.from_pretrained(model, served[name]).eval()
+        sidecar = read_sidecar(folder)
         found = []
         for ids in sidecar.probes["input_ids"]:
             with torch.no_grad():
@@ -117,7 +125,14 @@ def test_a_base_with_the_heads_of_token_level_adapters(base, tmp_path):
                 found += model.base_model.model.score(hidden)[start : start + sidecar.num_labels].tolist()
         assert found == pytest.approx(sidecar.probes["scores"], abs=1e-5)
         start += sidecar.num_labels
-    assert AutoTokenizer.from_pretrained(made.arguments[0]).vocab_size
+
+
+def test_token_level_adapters_of_one_name_do_not_overwrite_each_other(base, tmp_path):
+    folders = [tmp_path / run / "checkpoint-500" for run in ("prm-a", "prm-b")] + [tmp_path / "base"]
+    for seed, folder in enumerate(folders, start=1):
+        save_reward(base, folder, seed=seed, kind="process", lora=LoraConfig(**LORA))
+    (made,) = server_commands([*folders, tmp_path / "prm-a" / ".." / "prm-a" / "checkpoint-500"], tmp_path / "out")
+    check_served(made, {str(folders[0]): folders[0], str(folders[1]): folders[1], "base": folders[2]})
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)

@@ -15,7 +15,8 @@ def make_parser(prog: str | None = "trl-ext serve-info") -> argparse.ArgumentPar
         description="Print the command that starts a vLLM server for reward models, with the scores that they have "
         "here. Run it in an environment with vLLM; nothing is started. Adapters of one base and the members of an "
         "ensemble share a server; other models get one each. The command also writes what the server reads: a "
-        "template for its /score route, and for token-level adapters a copy of their base with their heads.",
+        "template for its /score route, and for token-level adapters a copy of their base with their heads, and the "
+        "adapters without them.",
         epilog="Then score through it: trl-ext score --model http://localhost:8000#FOLDER --input rows.jsonl --output "
         "scored.jsonl. Before the first row it is checked that the server gives the scores of the saved model.",
     )

@@ -28,11 +28,11 @@ def write_headed_base(
     base: str, adapters: Sequence[Path], architecture: str, output: Path, revision: str | None = None
 ) -> list[Path]:
     """
-    Write `output / "base"` with all heads, and the adapters without theirs beside it.
+    Write `output / "base"` with all heads, and the adapters without theirs into `output / "adapters"`.
 
     Args:
         base (`str`): folder or Hub id of the base of all adapters.
-        adapters (sequence of `Path`): folders of token-level adapters, of different names.
+        adapters (sequence of `Path`): folders of token-level adapters; several may have the same name.
         architecture (`str`): the class of transformers for the base with a head, e.g.
             `"LlamaForSequenceClassification"`.
         output (`Path`): a folder, which may have these files already.
@@ -47,11 +47,11 @@ def write_headed_base(
     source, target = Path(local_folder(base, revision)), output / "base"
     target.mkdir(parents=True, exist_ok=True)
     heads, places = [], []
-    for adapter in adapters:
+    for number, adapter in enumerate(adapters):
         weights = load_file(adapter / "adapter_model.safetensors")
         heads.append(_head_of(weights, adapter))
-        place = output / adapter.name
-        place.mkdir(exist_ok=True)
+        place = output / "adapters" / f"{number}-{adapter.name}"
+        place.mkdir(parents=True, exist_ok=True)
         without = {name: value for name, value in weights.items() if "lora_" in name}
         save_file(without, place / "adapter_model.safetensors", metadata={"format": "pt"})
         config = _read(adapter / "adapter_config.json")

@@ -110,6 +110,10 @@ def _find(folders: Sequence[str | Path]) -> list[_Model]:
         folder = Path(local_folder(given, None))
         ensemble = read_ensemble(folder)
         places += [folder] if ensemble is None else member_folders(folder, ensemble)
+    seen: dict[Path, Path] = {}
+    for place in places:  # a member of an ensemble may also be given alone
+        seen.setdefault(place.resolve(), place)
+    places = list(seen.values())
     names = [place.name for place in places]
     return [
         _Model(
