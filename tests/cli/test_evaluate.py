@@ -104,6 +104,7 @@ def test_a_policy_is_sampled_and_the_model_folder_keeps_card_and_calibration(tmp
         (["--model", "a", "--batch_size", "none"], "--batch_size is 'none'"),
         (["--model", "a", "--update_model_card", "true"], "--update_model_card writes into the folder of --model"),
         (["--reward_funcs", "a", "--calibrate", "temperature"], "--calibrate writes into the folder of --model"),
+        (["--model", ".", "--calibrated", "true", "--calibrate", "isotonic"], "leave out --calibrated"),
         (["--model", "a", "--policy", "b", "--samples", "c"], "Samples need no policy"),
         (["--model", "a", "--policy", "b", "--num_generations", "0"], "--num_generations is 0"),
     ],

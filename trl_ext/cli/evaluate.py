@@ -115,6 +115,11 @@ class EvaluateArguments(SamplingFields):
         stored = [name for name in ("update_model_card", "calibrate") if getattr(self, name)]
         if stored and (self.model is None or not Path(self.model).is_dir()):
             raise ValueError(f"--{stored[0]} writes into the folder of --model, which is {self.model!r}.")
+        if self.calibrated and self.calibrate is not None:
+            raise ValueError(
+                "Found --calibrated and --calibrate; needed: one of them. A calibration is fitted on scores that are "
+                "not calibrated yet: leave out --calibrated."
+            )
         if self.policy is not None and self.samples is not None:
             raise ValueError("Found --policy and --samples; needed: one of them. Samples need no policy.")
         for name in ("policy_prompts", "num_generations", "generation_batch_size", "resamples", "probe_rows"):

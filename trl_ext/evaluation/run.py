@@ -130,7 +130,7 @@ class Run:
         for key, method in (("reliability", "reliability"), ("best_of_n", "curve")):
             if hasattr(self.family, method):
                 self.report.curves[self.prefix + key] = getattr(self.family, method)()
-        if hasattr(self.family, "calibrations") and not self.report.calibrations:
+        if hasattr(self.family, "calibrations") and _can_calibrate(self.model) and not self.report.calibrations:
             self.report.calibrations = self.family.calibrations()
             for calibration in self.report.calibrations.values():
                 calibration["normalizer"] = getattr(self.model, "normalizer", None)  # of RewardScorer
@@ -196,6 +196,12 @@ def call(
             f"The reward function returned {len(scores)} scores for {len(completions)} completions; needed: one each."
         )
     return scores
+
+
+def _can_calibrate(model: Callable) -> bool:
+    """Whether a calibration of these scores can be stored: it is for scores that a scorer changes in no other way."""
+    changed = getattr(model, "calibrated", False) or getattr(model, "std_coefficient", 0.0)  # of RewardScorer
+    return not changed and getattr(model, "reference", None) is None
 
 
 def _score_steps(model: Callable, items: list[Item], signed: bool) -> list[list[float | None]]:

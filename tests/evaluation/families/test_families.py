@@ -204,3 +204,17 @@ def test_the_calibration_error_of_other_rows_falls():
     assert "miscalibrated" in report.flags
     outcomes = [{"prompt": f"p{n}", "completion": row["chosen"], "label": n % 3 > 0} for n, row in enumerate(rows)]
     assert evaluate(outcomes).calibrations["isotonic"]["of"] == "outcomes"
+
+
+@pytest.mark.parametrize("changed", [{"calibrated": True}, {"reference": 0.0}, {"std_coefficient": 0.5}])
+def test_scores_that_are_not_the_models_own_give_no_calibration_to_store(changed):
+    rows = [{"prompt": f"p{n}", "chosen": f"{n % 5} x", "rejected": "1 y"} for n in range(200)]
+
+    class Scorer:
+        def __call__(self, prompts, completions, **columns):
+            return by_text(prompts, completions)
+
+    scorer = Scorer()
+    assert set(evaluate(rows, scorer).calibrations) == {"temperature", "isotonic"}
+    vars(scorer).update(changed)
+    assert evaluate(rows, scorer).calibrations == {}

@@ -74,6 +74,7 @@ class Findings:
             sets `<name>/chosen`.
         calibrations (`dict[str, dict]`):
             By method, what `reward_model.json` can hold as `calibration`; of the first data set that allows one.
+            Empty where the scorer's `calibrated`, `reference` or `std_coefficient` changed the scores.
         mistakes (`list[Mistake]`): the worst ones first.
         compared (`dict[str, Any]`): name of the second model and, by metric, the paired differences.
         settings (`dict[str, Any]`): data, rows, seed, versions, seconds.
