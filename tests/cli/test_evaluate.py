@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from peft import LoraConfig
 
 from tests.scoring.conftest import save_reward_model
+from tests.serving.served_folders import save_base, save_reward
 from tests.tiny import save_tiny_model
-from trl_ext import RewardScorer
+from trl_ext import RewardEnsemble, RewardScorer
 from trl_ext.cli import main as cli
 
 
@@ -46,6 +48,46 @@ def test_a_function_of_a_file_is_evaluated(tmp_path):
     assert cli.main(["evaluate", *arguments, "--output_dir", str(tmp_path / "out"), "--resamples", "20"]) == 0
     metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
     assert metrics["accuracy"] == metrics["length_accuracy"]
+
+
+def save_adapter(folder):
+    """A reward adapter with probes on the base `folder / "base"`."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    return save_reward(save_base(folder / "base"), folder / "reward", seed=1, lora=lora)
+
+
+def margins(scorer):
+    """The mean score difference of the pairs."""
+    prompts = [row["prompt"] for row in PAIRS]
+    chosen, rejected = (scorer(prompts, [row[name] for row in PAIRS]) for name in ("chosen", "rejected"))
+    return sum(c - r for c, r in zip(chosen, rejected, strict=True)) / len(PAIRS)
+
+
+def test_a_model_that_is_compared_with_a_function_gets_the_options(tmp_path):
+    model = save_adapter(tmp_path)
+    (tmp_path / "mine.py").write_text("def zero(prompts, completions, **kw):\n    return [0.0 for c in completions]\n")
+    base = (tmp_path / "base").rename(tmp_path / "moved")
+    arguments = ["--reward_funcs", f"{tmp_path}/mine.py:zero", "--dataset_name", write(tmp_path / "p.jsonl", PAIRS)]
+    arguments += ["--compare", str(model), "--base_model", str(base), "--max_length", "18", "--device", "cpu"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--resamples", "20", "--probes", "false"]
+    assert cli.main(["evaluate", *arguments]) == 0
+    compared = json.loads((tmp_path / "out" / "evaluation.json").read_text())["compared"]
+    assert compared["model"] == str(model)
+    cut = RewardScorer(model, base_model=base, max_length=18, device="cpu")
+    assert compared["differences"]["margin"]["difference"] == pytest.approx(-margins(cut), abs=1e-5)
+    assert cut.num_truncated > 0
+
+
+def test_an_ensemble_is_put_on_a_base_that_moved(tmp_path):
+    model = save_adapter(tmp_path)
+    ensemble = RewardEnsemble([model])
+    ensemble.save(tmp_path / "ensemble")
+    base = (tmp_path / "base").rename(tmp_path / "moved")
+    arguments = ["--model", str(tmp_path / "ensemble"), "--base_model", str(base), "--device", "cpu"]
+    arguments += ["--dataset_name", write(tmp_path / "pairs.jsonl", PAIRS), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["evaluate", *arguments, "--resamples", "20", "--probes", "false"]) == 0
+    metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    assert metrics["margin"] == pytest.approx(margins(ensemble), abs=1e-5)
 
 
 def test_a_public_data_set_is_evaluated_as_it_is_released(tmp_path):
@@ -105,6 +147,10 @@ def test_a_policy_is_sampled_and_the_model_folder_keeps_card_and_calibration(tmp
         (["--model", "a", "--update_model_card", "true"], "--update_model_card writes into the folder of --model"),
         (["--reward_funcs", "a", "--calibrate", "temperature"], "--calibrate writes into the folder of --model"),
         (["--model", ".", "--calibrated", "true", "--calibrate", "isotonic"], "leave out --calibrated"),
+        (
+            ["--reward_funcs", "a", "--max_length", "9", "--calibrated", "1"],
+            "--max_length, --calibrated with --reward",
+        ),
         (["--model", "a", "--policy", "b", "--samples", "c"], "Samples need no policy"),
         (["--model", "a", "--policy", "b", "--num_generations", "0"], "--num_generations is 0"),
     ],

@@ -151,8 +151,9 @@ def test_unknown_columns_name_the_families():
 def test_what_is_no_reward_model_is_refused():
     with pytest.raises(TypeError, match="is a int"):
         evaluate_reward_model(3, pairs())
-    with pytest.raises(TypeError, match="max_length"):
-        evaluate_reward_model(by_text, pairs(), max_length=3)
+    for compare in (None, by_length):
+        with pytest.raises(TypeError, match="max_length"):
+            evaluate_reward_model(by_text, pairs(), compare=compare, max_length=3)
     with pytest.raises(ValueError, match="returned 1 scores for"):
         evaluate_reward_model(lambda prompts, completions, **columns: [1.0], pairs())
     for returned in (None, 1.0, "1.0"):

@@ -108,6 +108,12 @@ class EvaluateArguments(SamplingFields):
                 f"--reward_funcs names {len(self.reward_funcs)} functions; needed: one. Evaluate several one by one, "
                 "or together as the folder of an ensemble."
             )
+        given = scorer_kwargs(self)
+        if given and self.model is None and self.compare is None:
+            raise ValueError(
+                f"Found --{', --'.join(given)} with --reward_funcs alone; needed: a model that is loaded with it. "
+                "Leave it out, or give --model or --compare."
+            )
         if self.dataset_format is not None:
             from trl_ext.data.recipes import find_recipe
 
@@ -152,9 +158,8 @@ def run(args: EvaluateArguments) -> "EvaluationReport":
         dataset = {"data": dataset, "samples": _rows(args.samples, None, None)}
     elif args.policy is not None:
         dataset = {"data": dataset, "samples": _policy_samples(args, dataset)}
-    model, scorer_kwargs = _model(args)
     report = evaluate_reward_model(
-        model,
+        args.model if args.reward_funcs is None else _function(args.reward_funcs[0]),
         dataset,
         output_dir=args.output_dir,
         compare=args.compare,
@@ -165,7 +170,7 @@ def run(args: EvaluateArguments) -> "EvaluationReport":
         as_chat=args.as_chat,
         resamples=args.resamples,
         max_rows=args.max_rows,
-        **scorer_kwargs,
+        **scorer_kwargs(args),
     )
     if args.calibrate is not None:
         if args.calibrate not in report.calibrations:
@@ -210,14 +215,17 @@ def _rows(name: str, config: str | None, split: str | None) -> Any:
     return select_split(splits, split, "--dataset_split")
 
 
-def _model(args: EvaluateArguments) -> tuple[str | Callable, dict[str, Any]]:
-    if args.reward_funcs is not None:
-        from trl_ext.pipelines.reward_functions import load_reward
+def _function(name: str) -> Callable:
+    from trl_ext.pipelines.reward_functions import load_reward
 
-        return load_reward(args.reward_funcs[0]), {}
+    return load_reward(name)
+
+
+def scorer_kwargs(args: EvaluateArguments) -> dict[str, Any]:
+    """The options that were given for the models that are loaded here: --model and --compare."""
     names = ("batch_size", "max_length", "device", "base_model", "calibrated")
     options = {name: getattr(args, name) for name in names}
-    return args.model, {name: value for name, value in options.items() if value not in (None, "auto", False)}
+    return {name: value for name, value in options.items() if value not in (None, "auto", False)}
 
 
 def main(argv: list[str] | None = None) -> int:

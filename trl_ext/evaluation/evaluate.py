@@ -26,10 +26,12 @@ from trl_ext.evaluation.report.verdicts import judge_report
 from trl_ext.evaluation.run import WORST, Reservoir, Rows, Run, call
 from trl_ext.evaluation.statistics import function_estimate, paired_test
 from trl_ext.logs import follow_transformers
-from trl_ext.scoring import RewardEnsemble, RewardScorer
+from trl_ext.scoring import RewardScorer
+from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.remote import files_of
 
 
+LOADED = (str, Path, PreTrainedModel, PeftModel)  # what a scorer is made of
 RewardModel = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
 
 
@@ -92,7 +94,8 @@ def evaluate_reward_model(
             Bootstrap resamples for the interval of a mean. Numbers that are no means, such as an AUC, get a quarter of
             them, but at least 200.
         max_rows (`int`, *optional*): take only the first rows of each data set.
-        **scorer_kwargs: arguments of [`RewardScorer`], where a path or a model is given.
+        **scorer_kwargs:
+            Arguments of [`RewardScorer`] for those of `model_or_function` and `compare` that are paths or models.
 
     Returns:
         [`EvaluationReport`]: also written to `output_dir`.
@@ -113,8 +116,7 @@ def evaluate_reward_model(
     started = time.perf_counter()
     _check(level, {"probe_rows": probe_rows, "resamples": resamples, "max_rows": max_rows})
     named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
-    model = as_reward_function(model_or_function, **scorer_kwargs)
-    other = None if compare is None else as_reward_function(compare, **scorer_kwargs)
+    model, other = _load(model_or_function, compare, scorer_kwargs)
     report = EvaluationReport(model=_name(model, model_or_function))
     drawn = Reservoir(probe_rows, seed) if probes else None
     words = {name: Words() for name in named} if len(named) > 1 else {}
@@ -164,8 +166,8 @@ def _check(level: float, counts: dict[str, int | None]) -> None:
 def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[..., list[float | None]]:
     """A reward function of what a user may pass as a reward model; see [`evaluate_reward_model`]."""
     if isinstance(model, (str, Path)) and Path(files_of(model), "reward_ensemble.json").is_file():
-        return RewardEnsemble(model, scorer_kwargs=scorer_kwargs or None)
-    if isinstance(model, (str, Path, PreTrainedModel, PeftModel)):
+        return load_scorer(model, **scorer_kwargs)
+    if isinstance(model, LOADED):
         return RewardScorer(model, **scorer_kwargs)
     if not callable(model):
         raise TypeError(
@@ -175,6 +177,16 @@ def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[...
     if scorer_kwargs:
         raise TypeError(f"{sorted(scorer_kwargs)} are for models that are loaded here, but a function was given.")
     return model
+
+
+def _load(
+    model: RewardModel, compare: RewardModel | None, scorer_kwargs: dict[str, Any]
+) -> tuple[Callable, Callable | None]:
+    """Both reward functions. The arguments are for those that are loaded here, and refused where none is."""
+    some = isinstance(model, LOADED) or isinstance(compare, LOADED)
+    first, second = (scorer_kwargs if isinstance(given, LOADED) or not some else {} for given in (model, compare))
+    loaded = as_reward_function(model, **first)
+    return loaded, None if compare is None else as_reward_function(compare, **second)
 
 
 def _probe(
