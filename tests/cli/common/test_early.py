@@ -91,8 +91,14 @@ def test_other_names(argv, message, here):
 
 def test_the_model_of_a_server_may_be_a_path_of_another_machine(here):
     check_names("best-of-n", ["--model_name_or_path", "/models/theirs", "--backend", "vllm"])
-    with pytest.raises(FileNotFoundError):
-        check_names("best-of-n", ["--model_name_or_path", "/models/theirs"])
+    check_names("evaluate", ["--policy", "/models/theirs", "--backend", "openai"])
+    for argv in (
+        ["best-of-n", "--model_name_or_path", "/models/theirs"],
+        ["evaluate", "--policy", "/models/theirs"],
+        ["evaluate", "--policy", "/models/theirs", "--backend", "openai", "--model", "/models/ours"],  # runs here
+    ):
+        with pytest.raises(FileNotFoundError):
+            check_names(argv[0], argv[1:])
 
 
 def test_every_format_is_known():

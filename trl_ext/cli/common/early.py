@@ -46,7 +46,7 @@ def check_names(command: str, argv: list[str]) -> None:
     # a server may know the policy or the judge by a path of another machine
     models = [*MODELS, "judge"]
     if given.get("backend", ["transformers"]) != ["transformers"]:
-        models = [name for name in MODELS if name != "model_name_or_path"]
+        models = [name for name in MODELS if name not in ("model_name_or_path", "policy")]
     for value in (value for name in models for value in given.get(name, ())):
         if _is_no_hub_id(value) and not Path(value).exists():
             near = did_you_mean(value, [str(one) for one in Path(value).parent.glob("*")])
