@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
-from trl_ext.pipelines.generation.records import Sample, prompt_id
+from trl_ext.pipelines.generation.records import Sample, ends_with_begun_answer, prompt_id, with_completion
 from trl_ext.pipelines.generation.sampling import Backend, Sampling
 from trl_ext.pipelines.stages.row_file import RowFile
 
@@ -64,7 +64,8 @@ def policy_samples(
         seed, backend, backend_kwargs, **sampling: as for [`~trl_ext.best_of_n`].
 
     Returns:
-        `list[dict]`: a row with `prompt` and `completions` for each prompt, in their order.
+        `list[dict]`: a row with `prompt` and `completions` for each prompt, in their order. A begun answer is part of
+        the completions (see [`~trl_ext.pipelines.generation.records.with_completion`]).
 
     Raises:
         `ValueError`: fewer than two completions, or a temperature of 0, which gives all of them the same text.
@@ -86,24 +87,30 @@ def policy_samples(
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = RowFile(path, manifest, ("completions", "finish_reasons"), block=CHUNK)
-    rows = [{"prompt": prompt} for prompt in prompts]
+    rows = [_row(prompt) for prompt in prompts]
     done = file.resume(enumerate(rows, start=1), "the prompts", total=len(rows))
     if done < len(rows):
         generator = make_generator(policy, backend, settings, **kwargs)
         for first in range(done, len(rows), CHUNK):
             chunk = prompts[first : first + CHUNK]
             generated = generator.generate(chunk, num_generations, seed + first)
-            file.append(_row(prompt, samples) for prompt, samples in zip(chunk, generated, strict=True))
+            file.append(_row(prompt) | _answers(prompt, own) for prompt, own in zip(chunk, generated, strict=True))
             logger.info(f"{first + len(chunk)} of {len(rows)} prompts are answered.")
     with open(path, encoding="utf-8") as lines:
         return [{name: row[name] for name in ("prompt", "completions")} for row in map(json.loads, lines)]
 
 
-def _row(prompt: Any, generated: Sequence[Any]) -> dict[str, Any]:
+def _row(prompt: Any) -> dict[str, Any]:
+    """The columns of a row that say what is answered."""
+    begun = {"begun_answer": prompt[-1]} if ends_with_begun_answer(prompt) else {}
+    return {"prompt": with_completion(prompt, "")[0]} | begun
+
+
+def _answers(prompt: Any, generated: Sequence[Any]) -> dict[str, Any]:
+    """The columns of a row that are sampled."""
     name = prompt_id(prompt, {})
     samples = [Sample.of(name, index, prompt, {}, one) for index, one in enumerate(generated)]
     return {
-        "prompt": prompt,
         "completions": [sample.completion for sample in samples],
         "finish_reasons": [sample.finish_reason for sample in samples],
     }
