@@ -332,6 +332,29 @@ def test_a_prefix_that_leaves_no_room_for_a_rollout_is_counted(policy, tmp_path)
         assert found.report["omitted"] == {"too_long_prefix": 1} and len(found.dataset) == 2
 
 
+def test_solutions_of_one_prompt_are_verified_with_their_own_columns(policy, tmp_path, caplog):
+    def verifier(prompts, completions, answer, **columns):
+        return [score * (own == "ones") for score, own in zip(ones(prompts, completions), answer, strict=True)]
+
+    def labelled(answers, name, **options):
+        rows = [{"prompt": "a:", "completions": ["1", "1", "0"], "answer": answer} for answer in answers]
+        return label_steps_with_report(policy, rows, verifier, tmp_path / name, num_rollouts=32, **options, **QUICK)
+
+    alone, equal = labelled(["ones"], "alone"), labelled(["ones", "ones"], "equal")
+    assert equal.report["rollouts"] == alone.report["rollouts"] < 64  # shared
+    assert "share no rollouts" not in caplog.text
+    for answers in (["ones", "none"], ["none", "ones"]):
+        found = labelled(answers, f"{answers[0]} first")
+        by_answer = dict(zip(answers, found.dataset["labels"], strict=True))
+        assert by_answer["none"] == [0.0, 0.0, 0.0] and min(by_answer["ones"][:2]) > 0.3
+        assert found.report["rollouts"] >= 64  # 32 from the first step of each
+        assert "different values in ['answer']. They share no rollouts" in caplog.text
+        caplog.clear()
+        # the confidence of SCAN too
+        found = labelled(answers, f"{answers[0]} first, denoised", denoise=True, reuse=False)
+        assert found.report["omitted"] == {"low_confidence": 1} and len(found.dataset) == 1
+
+
 def test_chunks_of_one_prompt_get_different_rollouts(policy, tmp_path):
     rows = [{"prompt": "a:", "completions": ["1", "1", "1", "0"]}] * 3
     options = {"num_rollouts": 4, "chunk_size": 1, "reuse": False}

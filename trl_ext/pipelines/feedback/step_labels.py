@@ -41,7 +41,7 @@ from trl_ext.pipelines.stages.values import plain
 logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 50  # solutions in the table for W&B
-FORMAT = 1  # format of the stored labels; other formats are in other folders
+FORMAT = 2  # format of the stored labels; other formats are in other folders
 Segmenter = Callable[[str], list[CharSpan]]
 
 
@@ -122,7 +122,8 @@ def label_steps(
             `error` (0.1: with a positive threshold, `"adaptive"` stops a prefix when a confidence sequence with this
             error excludes the threshold); `right_above` (0.5: a score above it means a right answer); `reuse` (`True`:
             solutions of a prompt share the rollouts of equal prefixes, and a text counts for every prefix that it
-            passes through; `False`: every prefix gets new rollouts, as in Math-Shepherd).
+            passes through; `False`: every prefix gets new rollouts, as in Math-Shepherd). Rows with one prompt and
+            other columns, such as another answer, count as different prompts.
 
             Denoising: `denoise` (`False`; `True` follows SCAN, https://huggingface.co/papers/2509.16548: the
             confidence of a prompt is the share of right solutions among at least `num_rollouts`; prompts at or below
@@ -207,6 +208,8 @@ def label_steps_with_report(
     if any("completions" in row for row in rows):
         check_rewards([verifier], {name for row in rows for name in row} - NOT_PASSED)
         groups = [[_given(row, number, step_separator)] for number, row in enumerate(rows)]
+        if settings.reuse or settings.denoise:
+            _warn_of_columns(sum(groups, []))
         solution_tokens = 0
     else:
         sampler = RejectionSampler(
@@ -298,7 +301,7 @@ def _given(row: dict[str, Any], number: int, separator: str) -> Solution:
         raise checks.error("completions", "only empty steps", "a step with text", "Remove the row.")
     columns = {name: value for name, value in row.items() if name not in NOT_PASSED}
     try:
-        canonical(columns)
+        name = hashlib.sha256(canonical([prompt, columns])).hexdigest()[:16]  # the verifier may read any column
     except (TypeError, ValueError) as error:
         raise checks.error(
             "completions",
@@ -307,7 +310,21 @@ def _given(row: dict[str, Any], number: int, separator: str) -> Solution:
             "Remove the column.",
         ) from error
     written = steps if steps[-1].strip() else steps[:-1]  # an empty last step stands for the end
-    return Solution(number, prompt_id(prompt, columns), prompt, columns, steps, separator.join(written))
+    return Solution(number, name, prompt, columns, steps, separator.join(written))
+
+
+def _warn_of_columns(solutions: Sequence[Solution]) -> None:
+    """Warn where solutions share no rollouts although their prompts are equal."""
+    first: dict[str, dict[str, Any]] = {}
+    differing: set[str] = set()
+    for one in solutions:
+        other = first.setdefault(prompt_id(one.prompt, one.columns), one.columns)
+        differing |= {name for name in {*one.columns, *other} if one.columns.get(name) != other.get(name)}
+    if differing:
+        logger.warning(
+            f"Solutions of one prompt have different values in {sorted(differing)}. They share no rollouts and no "
+            "confidence, because the verifier may read these columns. Remove those that it does not need."
+        )
 
 
 def _sampled(

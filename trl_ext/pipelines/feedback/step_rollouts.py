@@ -26,7 +26,7 @@ class Solution:
 
     Args:
         row (`int`): index of its row in the data set, for errors.
-        prompt_id (`str`): id of its prompt; solutions of one prompt share rollouts.
+        prompt_id (`str`): id of its prompt with the columns; solutions with one id share rollouts and the confidence.
         prompt (`str` or `list[dict]`): text or messages.
         columns (`dict`): the row's other columns, for the verifier and the chat template.
         steps (`list[str]`): the steps without their separator. An empty last step stands for the end.
