@@ -10,10 +10,11 @@ from functools import partial
 import pytest
 import torch
 import trl
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from tests.tiny import save_tiny_model
 from tests.trainers.helpers import config as trainer_config
@@ -25,12 +26,14 @@ from trl_ext import (
     RewardTrainer,
     WeakToStrongArguments,
     WeakToStrongConfig,
+    WeakToStrongTrainer,
     weak_to_strong,
 )
 from trl_ext.metrics.streams import Calibration
 from trl_ext.pipelines.stages.runner import run_job
+from trl_ext.pipelines.weak_to_strong import generation_task
 from trl_ext.pipelines.weak_to_strong.config import TASKS
-from trl_ext.pipelines.weak_to_strong.experiment import cache_settings
+from trl_ext.pipelines.weak_to_strong.experiment import Experiment, Loading, cache_settings
 from trl_ext.pipelines.weak_to_strong.generation_task import GenerationTask, exact_match
 from trl_ext.pipelines.weak_to_strong.labels import combine, learnt_weights
 from trl_ext.pipelines.weak_to_strong.report import WeakToStrongReport, pair_report
@@ -316,6 +319,42 @@ def test_a_text_is_finished_if_it_ended_before_the_limit(models, tmp_path):
     for label in read_judgements(tmp_path, "labelled"):
         written = len(tokenizer(label.output, add_special_tokens=False)["input_ids"])
         assert label.finished == (written < 3), label
+
+
+def test_a_quantized_model_is_judged_and_teaches_as_it_was_trained(tmp_path, monkeypatch):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}  # what 4 bits on a CPU can divide
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    models = [str(save_tiny_model(tmp_path / name, "llama", **shape)) for name in ("small", "large")]
+    judged, teachers = [], []
+
+    class Generator(generation_task.TransformersGenerator):
+        def __init__(self, model, *args, **kwargs):
+            judged.append(model)
+            super().__init__(model, *args, **kwargs)
+
+    load_teacher = WeakToStrongTrainer._load_teacher
+    monkeypatch.setattr(generation_task, "TransformersGenerator", Generator)
+    monkeypatch.setattr(
+        WeakToStrongTrainer, "_load_teacher", lambda self, model: teachers.append(model) or load_teacher(self, model)
+    )
+    init_kwargs = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    args = trainer_config(tmp_path, WeakToStrongConfig, max_steps=1, kd_weight=0.5, model_init_kwargs=init_kwargs)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = arguments(models, "generation", student_loss="kd", max_completion_length=2, weak_training={})
+    rows = list(make_rows("generation", 8))
+    task = GenerationTask(max_completion_length=2)
+    plan = Experiment(config, task, args, make_splits(config, make_rows("generation"), None)).plan(
+        Loading(lora, four_bit), Loading(lora)
+    )
+    weak, _, student = (stage.run.args[0] for stage in plan)
+    train_and_judge(weak, rows, {"test": rows}, tmp_path / "weak", None, "none")
+    train_and_judge(student, rows, {"test": rows}, tmp_path / "student", tmp_path / "weak", "none")
+    for model, quantized in ((judged[0], True), (teachers[0], True), (judged[1], False)):
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+        assert isinstance(layer, Linear4bit) == quantized
+        assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert model.config._attn_implementation == "eager"
 
 
 def test_pairs_are_shown_either_way_round():

@@ -187,12 +187,17 @@ class Experiment:
         stages = []
         for seed in config.seeds:
             for i, model in enumerate(config.weak_model_name_or_path):
-                run = Run(self._task, model, weak_args, seed, weak.peft_config, weak.quantization_config)
-                stages.append(stage(f"weak-{i}", f"weak supervisor {model}", run, "weak", judged_by_weak))
+                supervisor = Run(self._task, model, weak_args, seed, weak.peft_config, weak.quantization_config)
+                stages.append(stage(f"weak-{i}", f"weak supervisor {model}", supervisor, "weak", judged_by_weak))
             for j, model in enumerate(config.strong_model_name_or_path):
                 ceiling = Run(self._task, model, self._args, seed, strong.peft_config, strong.quantization_config)
                 stages.append(stage(f"ceiling-{j}", f"strong ceiling {model}", ceiling, "labelled", ("test",)))
-                student = replace(ceiling, loss=config.student_loss, loss_kwargs=config.student_loss_kwargs)
+                student = replace(
+                    ceiling,
+                    loss=config.student_loss,
+                    loss_kwargs=config.student_loss_kwargs,
+                    teacher_init_kwargs=supervisor.init_kwargs,  # those of all supervisors
+                )
                 for label, numbers in self._supervisors.items():
                     needs = tuple(f"weak-{i}-seed-{seed}" for i in numbers)
                     title = f"strong student {model} of {label}"

@@ -5,7 +5,6 @@ It knows texts, a metric that judges them, and the trainer with a weak teacher. 
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -16,7 +15,7 @@ from trl_ext.pipelines.generation.records import text_of, with_completion
 from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, load_policy
 from trl_ext.pipelines.reward_functions import reward_identity
-from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Metric, Row, Task
+from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Metric, Row, SavedModel, Task
 from trl_ext.trainers import WeakToStrongConfig, WeakToStrongTrainer
 from trl_ext.trainers.weak_to_strong.trainer import check_same_vocabulary
 
@@ -89,19 +88,22 @@ class GenerationTask(Task):
         model: str,
         args: TrainingArguments,
         quantization_config: BitsAndBytesConfig | None,
-        teacher: Path | None,
+        teacher: SavedModel | None,
     ) -> dict[str, Any]:
         inputs: dict[str, Any] = {"model": model, "args": args}
         if args.kd_weight > 0:
-            inputs["teacher_model"] = load_policy(teacher, args.teacher_model_init_kwargs)
+            teacher_kwargs = teacher.init_kwargs | (args.teacher_model_init_kwargs or {})
+            inputs["teacher_model"] = load_policy(teacher.folder, teacher_kwargs)
         if quantization_config is not None:  # SFTTrainer takes it inside model_init_kwargs
             init_kwargs = {"quantization_config": quantization_config, **(args.model_init_kwargs or {})}
             inputs["model"] = load_policy(model, init_kwargs)
             args.model_init_kwargs = None
         return inputs
 
-    def judge_model(self, folder: Path, splits: Mapping[str, Sequence[Row]], seed: int) -> dict[str, list[Judgement]]:
-        model, tokenizer = load_policy(folder), AutoTokenizer.from_pretrained(folder)
+    def judge_model(
+        self, saved: SavedModel, splits: Mapping[str, Sequence[Row]], seed: int
+    ) -> dict[str, list[Judgement]]:
+        model, tokenizer = load_policy(saved.folder, saved.init_kwargs), AutoTokenizer.from_pretrained(saved.folder)
         judged = {}
         for name, rows in splits.items():
             temperature = self._temperature if name == "labelled" else 0.0

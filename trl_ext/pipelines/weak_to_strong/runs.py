@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PrinterCallback, TrainingArguments
 from trl_ext.pipelines.stages.progress import ProgressCallback
 from trl_ext.pipelines.stages.runner import in_own_process
 from trl_ext.pipelines.stages.store import read_lines, write_lines
-from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, Task
+from trl_ext.pipelines.weak_to_strong.tasks import Judgement, Row, SavedModel, Task
 
 
 # transformers (from 5.23 on) copies the deprecated field to the new one once, when the arguments are made, and then
@@ -77,6 +77,7 @@ class Run:
         loss (`str`, *optional*, defaults to `"gold"`): `"gold"` for training on ground truth, otherwise the student's
             loss.
         loss_kwargs (`dict`, *optional*): arguments of that loss.
+        teacher_init_kwargs (`dict`, *optional*): `init_kwargs` of the run whose model is the teacher.
     """
 
     task: Task
@@ -87,6 +88,13 @@ class Run:
     quantization_config: BitsAndBytesConfig | None = None
     loss: str = "gold"
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_init_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` with which the model is trained, and loaded again."""
+        quantization = {"quantization_config": self.quantization_config} if self.quantization_config else {}
+        return quantization | (self.args.model_init_kwargs or {})
 
     def arguments(self, output_dir: Path, report_to: str) -> TrainingArguments:
         """The trainer's arguments for this run. The W&B run is named after the folder."""
@@ -107,7 +115,8 @@ def train(
     on_progress: Callable[[float], None],
 ) -> dict[str, float]:
     """Train on rows, save to a folder, and return the trainer's metrics."""
-    inputs = run.task.trainer_inputs(run.model, run.arguments(folder, report_to), run.quantization_config, teacher)
+    weak = None if teacher is None else SavedModel(teacher, run.teacher_init_kwargs)
+    inputs = run.task.trainer_inputs(run.model, run.arguments(folder, report_to), run.quantization_config, weak)
     data = run.task.training_data(rows)
     trainer = run.task.trainer(train_dataset=data, peft_config=run.peft_config, **inputs)
     trainer.remove_callback(PrinterCallback)
@@ -140,7 +149,7 @@ def train_and_judge(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    for name, judgements in run.task.judge_model(folder, splits, run.seed).items():
+    for name, judgements in run.task.judge_model(SavedModel(folder, run.init_kwargs), splits, run.seed).items():
         write_lines(folder / f"{name}.jsonl", map(asdict, judgements))
         measured[name] = sum(judgement.right for judgement in judgements) / len(judgements)
     if torch.cuda.is_available():

@@ -11,7 +11,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,20 @@ class Judgement:
     right: float
     output: float | list[float] | str | list[dict[str, Any]]
     finished: bool = True
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """
+    A model that a run saved.
+
+    Args:
+        folder (`Path`): where it is; for an adapter without its base.
+        init_kwargs (`dict`): arguments of `from_pretrained` with which it was trained, quantization among them.
+    """
+
+    folder: Path
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -131,13 +145,15 @@ class Task(ABC):
         model: str,
         args: TrainingArguments,
         quantization_config: BitsAndBytesConfig | None,
-        teacher: Path | None,
+        teacher: SavedModel | None,
     ) -> dict[str, Any]:
         """The keyword arguments of the task's trainer: `model`, `args` and others."""
 
     # ---------------------------------------------------------------------------------------------------- labels
     @abstractmethod
-    def judge_model(self, folder: Path, splits: Mapping[str, Sequence[Row]], seed: int) -> dict[str, list[Judgement]]:
+    def judge_model(
+        self, saved: SavedModel, splits: Mapping[str, Sequence[Row]], seed: int
+    ) -> dict[str, list[Judgement]]:
         """Load the model that a run saved, and judge the rows of each split."""
 
     @abstractmethod
@@ -234,12 +250,14 @@ class RewardTask(Task):
         model: str,
         args: TrainingArguments,
         quantization_config: BitsAndBytesConfig | None,
-        teacher: Path | None,
+        teacher: SavedModel | None,
     ) -> dict[str, Any]:
         return {"model": model, "args": args, "quantization_config": quantization_config}
 
-    def judge_model(self, folder: Path, splits: Mapping[str, Sequence[Row]], seed: int) -> dict[str, list[Judgement]]:
-        scorer = RewardScorer(folder)
+    def judge_model(
+        self, saved: SavedModel, splits: Mapping[str, Sequence[Row]], seed: int
+    ) -> dict[str, list[Judgement]]:
+        scorer = RewardScorer(saved.folder)  # its `reward_model.json` says how the base is loaded
         return {name: self.judge(scorer, rows) for name, rows in splits.items()}
 
 
