@@ -6,6 +6,7 @@ import json
 import linecache
 import logging
 import os
+import random
 import re
 import subprocess
 import sys
@@ -70,6 +71,63 @@ CHANGES = {
     "import json": [],
 }
 
+NUMBERS = ("HELP", "STATIC", "CLASS", "SHOWN", "ONCE", "CACHED", "QUIET", "ATTRIBUTE", "DEFAULT")
+METHODS = "".join(f"{name} = 0\n" for name in NUMBERS)
+METHODS += """
+import contextlib
+import functools
+import re
+
+WORD = "a"
+
+@functools.lru_cache
+def cached(text):
+    return len(text) + CACHED
+
+@contextlib.contextmanager
+def quiet():
+    yield QUIET
+
+def word(text, find=re.compile(WORD).search):
+    return bool(find(text))
+
+class Grader:
+    low = ATTRIBUTE
+
+    def score(self, completions, **columns):
+        with quiet():
+            return [self._help(text) + word(text) for text in completions]
+
+    __call__ = score
+
+    def _help(self, text, more=DEFAULT):
+        return min(text) + HELP + self.static(text) + self.made() + self.shown + self.once + cached(text) + self.low
+
+    @staticmethod
+    @functools.cache
+    def static(text):
+        return STATIC
+
+    @classmethod
+    def made(cls):
+        return CLASS
+
+    @property
+    def shown(self):
+        return SHOWN
+
+    @functools.cached_property
+    def once(self):
+        return ONCE
+
+grader = Grader()
+bound = grader.score
+given = functools.partial(grader.score, bar=1)
+"""
+GRADERS = ["grader", "bound", "given"]
+EDITS = {"min(text)": "max(text)", "len(text)": "2 * len(text)", "yield QUIET": "yield -QUIET", '"a"': '"b"'}
+EDITS |= {f"{name} = 0": f"{name} = 1" for name in NUMBERS}
+
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
@@ -83,7 +141,7 @@ def own(tmp_path, monkeypatch):
         sys.modules.pop("own_functions", None)
         linecache.clearcache()
         module = importlib.import_module("own_functions")
-        return {name: callable_key(getattr(module, name)) for name in NAMES}
+        return {name: callable_key(getattr(module, name)) for name in (*NAMES, *GRADERS) if hasattr(module, name)}
 
     identities.count = 1
     yield identities
@@ -97,6 +155,14 @@ def test_what_it_reads_and_calls_belongs_to_it(own, part, changed):
     other = {"BAR = 3": "BAR = 4", "import json": "import sys", '"b"': '"x"', "2 * score": "3 * score"}.get(part)
     after = own(MODULE.replace(part, other or part.replace("len", "max").replace("1.0", "2.0")))
     assert [name for name in NAMES if before[name] != after[name]] == changed
+
+
+@pytest.mark.parametrize("part", EDITS)
+def test_a_method_depends_on_its_class_and_on_what_that_reads(own, part):
+    before = own(METHODS)
+    assert own("# moved down a line\n" + METHODS) == before and not any("unseen" in key for key in before.values())
+    after = own(METHODS.replace(part, EDITS[part], 1))
+    assert [name for name in GRADERS if before[name] != after[name]] == GRADERS
 
 
 def test_lambdas_of_one_line_and_functions_without_source_differ():
@@ -120,9 +186,10 @@ def test_functions_of_libraries_are_known_by_name():
 
 
 def test_it_is_the_same_in_every_process(own):
-    here = own(MODULE)
+    here = own(MODULE + METHODS)
+    assert list(here) == [*NAMES, *GRADERS]
     code = "import own_functions as o; from trl_ext.pipelines.stages.values import callable_key as i; "
-    code += f"print({{name: i(getattr(o, name)) for name in {NAMES}}})"
+    code += f"print({{name: i(getattr(o, name)) for name in {list(here)}}})"
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -235,6 +302,49 @@ def test_what_cannot_be_read_is_named():
     assert "unseen" not in callable_key(around(logger))
     held = functools.partial(around, Words([lock]))
     assert list(callable_key(held)["unseen"].values()) == ["_thread.lock"]
+
+
+def test_variables_of_two_modules_with_one_name_count_both():
+    modules = [{"__name__": "typed", "BAR": 1}, {"__name__": "typed", "BAR": 2}]
+    exec("class Base:\n  def rate(self): return BAR", modules[0])
+    modules[1]["Base"] = modules[0]["Base"]
+    exec("class Rating(Base):\n  def __call__(self): return self.rate() + BAR", modules[1])
+    rating = modules[1]["Rating"]()
+    keys = [callable_key(rating)]
+    for module in modules:
+        module["BAR"] += 10
+        keys.append(callable_key(rating))
+    assert keys[0] != keys[1] != keys[2] and keys[0] != keys[2]
+
+
+def test_slots_count_and_what_a_cached_property_keeps_does_not():
+    class Slotted:
+        __slots__ = ("bar", "empty")
+
+        def __call__(self, completions, **columns):
+            return [self.bar] * len(completions)
+
+    class Cached:
+        @functools.cached_property
+        def words(self):
+            return ["a"]
+
+        def rate(self, completions, **columns):
+            return [float(text in self.words) for text in completions]
+
+    slotted, cached = Slotted(), Cached()
+    slotted.bar = 1
+    before = callable_key(slotted), callable_key(slotted.__call__), callable_key(cached.rate)
+    slotted.bar = 2
+    assert callable_key(slotted) != before[0] and callable_key(slotted.__call__) != before[1]
+    assert cached.rate(["a"]) == [1.0] and callable_key(cached.rate) == before[2]
+
+
+def test_a_method_of_a_generator_of_random_numbers_does_not_depend_on_its_state():
+    rate = around(random.random)
+    before = callable_key(rate)
+    random.random()
+    assert callable_key(rate) == before and "unseen" not in before
 
 
 def test_a_base_class_outside_of_libraries_counts():

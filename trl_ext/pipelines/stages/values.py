@@ -33,6 +33,10 @@ _INSTALLED = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "plat
 _WRITERS = {"append", "appendleft", "extend", "extendleft", "insert", "add", "update", "setdefault", "pop", "popleft"}
 _WRITERS |= {"popitem", "remove", "discard", "clear"}
 
+# Types whose methods in C depend on nothing but the value. Those of other objects (a generator of random numbers, a
+# file) depend on a state that changes with each call.
+_PLAIN_VALUES = (re.Pattern, str, bytes, list, tuple, dict, set, frozenset, deque)
+
 
 def plain(value: Any) -> Any:
     """
@@ -74,14 +78,14 @@ def callable_key(function: Callable[..., Any]) -> dict[str, Any]:
     """
     Everything that the results of a callable depend on, as far as Python can find out.
 
-    - **Its definition**: module, name, and a hash of the source (for an object: of its class and of base classes
-      outside of libraries). A lambda shares its lines with others and a function typed in an interpreter has no
-      source; their compiled code is hashed instead.
-    - **The values that it holds and reads**: a partial's arguments, an object's public attributes (those that begin
-      with an underscore are working state), default values, and the variables around it. Texts, numbers, lists,
-      dictionaries, sets, regular expressions, arrays, tensors and objects made of them are represented by their
-      content, the user's functions and classes by their key, the user's modules by their file, and everything in a
-      library by its name.
+    - **Its definition**: module, name, and a hash of the source (for an object, and for a method of one: of its class
+      and of base classes outside of libraries). A lambda shares its lines with others and a function typed in an
+      interpreter has no source; their compiled code is hashed instead.
+    - **The values that it holds and reads**: a partial's arguments, the public attributes of an object and of its
+      class (those that begin with an underscore are working state), default values, and the variables around it, also
+      around static methods, properties and functions in a cache. Texts, numbers, lists, dictionaries, sets, regular
+      expressions, arrays, tensors and objects made of them are represented by their content, the user's functions and
+      classes by their key, the user's modules by their file, and everything in a library by its name.
     - **Not** files, and not a container that the function writes into, such as a cache or a list of calls.
 
     Returns:
@@ -119,7 +123,7 @@ class _Reader:
         written = _written(code)
         held = {}
         for name, value in sorted(_held(function, code).items()):
-            if name.lstrip(".") in written and not _is_constant(value):
+            if name.strip(".'") in written and not _is_constant(value):
                 continue
             found = self._one(name, value)
             if found is not None:
@@ -170,9 +174,10 @@ class _Reader:
             return [type(value).__name__, [[self.value(name, key), self.value(name, value[key])] for key in value]]
         if isinstance(value, ModuleType):
             return _source_of_module(value)
-        of_library = isinstance(value, FunctionType) and value.__code__.co_filename.startswith(_INSTALLED)
+        functions = [] if inspect.ismethod(value) else _routine(value)
+        of_library = bool(functions) and _is_installed(functions[-1])
         of_library |= isinstance(value, (FunctionType, type)) and _is_library(value.__module__)
-        if of_library or inspect.isbuiltin(value):
+        if of_library or (inspect.isbuiltin(value) and _value_of(value) is None):
             return f"{value.__module__}.{value.__qualname__}"
         if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
             return self.callable(value)
@@ -218,8 +223,8 @@ def _source(code: Callable[..., Any]) -> str | None:
     try:
         if code.__name__ != "<lambda>":
             # a decorated function is represented by the wrapper's code; the wrapper holds the original function
-            parts = [functions[0].__code__] if inspect.isroutine(code) and functions else _classes(code)
-            text = "".join(map(inspect.getsource, parts))
+            parts = [one.__code__ for one in _routine(code)] + _classes(code)
+            text = "".join(map(inspect.getsource, parts or [code]))
             return hashlib.sha256(text.encode()).hexdigest()
     except (OSError, TypeError):
         pass
@@ -227,22 +232,56 @@ def _source(code: Callable[..., Any]) -> str | None:
     return hashlib.sha256(compiled.encode()).hexdigest() if functions else None
 
 
-def _classes(code: Callable[..., Any]) -> list[Any]:
-    """A class with those of its base classes that are not from a library; for other objects only the object."""
-    if not inspect.isclass(code):
-        return [code]
-    return [code, *(base for base in code.__mro__[1:] if not _is_library(base.__module__))]
+def _classes(code: Callable[..., Any]) -> list[type]:
+    """A class with those of its base classes that are not from a library; of a method, the user's class it is of."""
+    if inspect.isclass(code):
+        return [code, *(base for base in code.__mro__[1:] if not _is_library(base.__module__))]
+    if not inspect.ismethod(code):
+        return []
+    owner = code.__self__ if inspect.isclass(code.__self__) else type(code.__self__)
+    return [] if _is_library(owner.__module__) else _classes(owner)
 
 
 def _functions(code: Callable[..., Any]) -> list[FunctionType]:
-    """The Python functions that a routine or a class consists of."""
-    if inspect.isclass(code):
-        found: dict[str, FunctionType] = {}
-        for owner in reversed(_classes(code)):  # a method of a subclass overrides that of its base
-            found |= {name: value for name, value in vars(owner).items() if isinstance(value, FunctionType)}
-        return [found[name] for name in sorted(found)]
-    code = code.__func__ if inspect.ismethod(code) else code
-    return [code] if isinstance(code, FunctionType) else []
+    """The Python functions that a routine or a class consists of; for a method, also those of its class."""
+    found: dict[str, list[FunctionType]] = {}
+    for owner in reversed(_classes(code)):  # a method of a subclass overrides that of its base
+        found |= {name: _routine(value) for name, value in vars(owner).items()}
+    functions = [*_routine(code), *(one for name in sorted(found) for one in found[name])]
+    return list({id(one): one for one in functions}.values())
+
+
+def _routine(value: Any) -> list[FunctionType]:
+    """
+    The Python functions in a function or a member of a class; none for other values and for code in C.
+
+    A wrapper that a library made (`functools.cache`, `torch.no_grad`) is followed by the function in it.
+    """
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property):
+        value = value.func
+    elif inspect.ismethod(value):
+        value = value.__func__
+    found: list[FunctionType] = []
+    while inspect.isroutine(value):
+        if isinstance(value, FunctionType):
+            found.append(value)
+            if not _is_installed(value):
+                break
+        value = getattr(value, "__wrapped__", None)  # of a static method or a wrapper
+    return found
+
+
+def _is_installed(function: FunctionType) -> bool:
+    return function.__code__.co_filename.startswith(_INSTALLED)
+
+
+def _value_of(function: Callable[..., Any]) -> Any:
+    """The value that a method in C belongs to, as that of `re.compile("a").match`; `None` for other callables."""
+    if not inspect.isbuiltin(function) or function.__name__ in _WRITERS:  # `calls.append`: the list is a log
+        return None
+    return function.__self__ if isinstance(function.__self__, _PLAIN_VALUES) else None
 
 
 def _compiled(code: CodeType) -> list[Any]:
@@ -266,17 +305,34 @@ def _held(function: Callable[..., Any], code: Callable[..., Any]) -> dict[str, A
     for one in _functions(code):
         defaults = {str(place): value for place, value in enumerate(one.__defaults__ or ())}
         defaults |= one.__kwdefaults__ or {}
-        given |= {f"{one.__name__}({name})": value for name, value in defaults.items()} | _around(one)
+        found = {f"{one.__name__}({name})": value for name, value in defaults.items()} | _around(one)
+        for name, value in found.items():
+            while name in given and given[name] is not value:  # a variable of another module with the same name
+                name += "'"
+            given[name] = value
+    if (value := _value_of(function)) is not None:
+        given["(self)"] = value
     owner = function.__self__ if inspect.ismethod(function) else function
+    return given | _attributes(owner, [one for one in _classes(code) if not _is_library(one.__module__)])
+
+
+def _attributes(owner: Any, classes: list[type]) -> dict[str, Any]:
+    """The public attributes of an object and of the user's classes that it is made of."""
+    members = {name: value for one in reversed(classes) for name, value in vars(one).items()}
+    found = {name: value for name, value in members.items() if not hasattr(type(value), "__get__")}
     if not inspect.isfunction(owner) and not inspect.isclass(owner):
-        attributes = getattr(owner, "__dict__", {})  # an object with slots, or written in C, has none
-        given |= {f".{name}": value for name, value in attributes.items() if not name.startswith("_")}
-    return given
+        slots = [name for name, value in members.items() if inspect.ismemberdescriptor(value) and hasattr(owner, name)]
+        found |= {name: getattr(owner, name) for name in slots}
+        found |= getattr(owner, "__dict__", {})  # an object with slots, or written in C, has none
+    cached = {name for name, value in members.items() if isinstance(value, functools.cached_property)}
+    return {f".{name}": found[name] for name in found.keys() - cached if not name.startswith("_")}
 
 
 def _around(function: FunctionType) -> dict[str, Any]:
     """The variables that a function, or a comprehension in it, reads from its module and from enclosing functions."""
     names = set().union(*(code.co_names for code in _codes(function.__code__)))
+    if _is_installed(function) and hasattr(function, "__wrapped__"):
+        names = set()  # of a library's wrapper only what it was made with
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
