@@ -98,6 +98,7 @@ def last_number(completions: Sequence[str]) -> list[float | None]:
     - A comma is a decimal comma only where no other reading is possible: "1.234,50", "0,5", and two digits beside a
       currency sign ("3,50 €"). Otherwise the decimal sign is the point.
     - Fractions are divided: "3/4", "2 1/2" and "\frac{3}{4}" are 0.75, 2.5 and 0.75. Dates such as 1/2/2024 are not.
+      A minus belongs to the whole mixed number: "-2 1/2" and "-2\frac{1}{2}" are -2.5.
     - Currency and percent signs are ignored: "$5" and "5%" are 5. Exponents are read: "1.5e-3" is 0.0015.
 
     Example:
@@ -110,7 +111,15 @@ def last_number(completions: Sequence[str]) -> list[float | None]:
 
 _GAP = "'\u2019\u00a0\u2009\u202f"  # apostrophes and spaces that do not break a line: between thousands
 _CURRENCY = "$\u00a3\u20ac\u00a5"
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}")
+_LATEX_FRACTION = re.compile(
+    r"""
+    (?:(?<=\d)(?P<space>[ \u2009]?))?                      # the whole number of a mixed one
+    \\[cdt]?frac
+    \s*(?:\{\s*(?P<above>-?[\d.]+)\s*\}|(?P<one>\d))       # {12} or, of one digit, 1
+    \s*(?:\{\s*(?P<below>[\d.]+)\s*\}|(?P<other>\d))
+    """,
+    re.VERBOSE,
+)
 _NUMBER = re.compile(
     rf"""
     (?P<minus>(?<![\w)\]}}%.,\-\u2212\u2013])[-\u2212\u2013](?=[{_CURRENCY}]?\s?[.\d]))?   # not that of "3-4" or "x-1"
@@ -128,23 +137,35 @@ _POINT_THOUSANDS = re.compile(r"(\d{1,3}(?:\.\d{3})+),(\d+)|(\d{1,3}(?:\.\d{3}){
 
 def _last_number(text: str) -> float | None:
     text = text.replace("{,}", ",").replace("\\,", "\u2009").replace("\\$", "$")  # LaTeX
-    text = _LATEX_FRACTION.sub(r"\1/\2", text)
+    text = _LATEX_FRACTION.sub(_plain_fraction, text)
     found = list(_NUMBER.finditer(text))
     if not found:
         return None
     last = found[-1]
     digits = _value(last["digits"], last["before"], last["after"])
-    value, whole = float(f"{digits}{last['exponent'] or ''}"), 0.0
+    value, whole, minus = float(f"{digits}{last['exponent'] or ''}"), 0.0, last["minus"]
     if last["below"] is not None:
         below = float(last["below"])
         if text[: last.start()].rstrip().endswith("/"):  # a date
             return below
         if below == 0:
             return 0.0  # not a fraction: the last number is the zero
-        mixed = re.search(r"(?<![\d.,/])(\d+) $", text[: last.start()])  # "2 1/2"
-        whole = float(mixed[1]) if mixed and last["minus"] is None and value < below else 0.0
+        if len(found) > 1 and value < below and _is_whole_of(found[-2], last, text):
+            whole, minus = float(found[-2]["digits"]), found[-2]["minus"]
         value /= below
-    return -(whole + value) if last["minus"] else whole + value
+    return -(whole + value) if minus else whole + value
+
+
+def _plain_fraction(found: re.Match[str]) -> str:
+    above, below = found["above"] or found["one"], found["below"] or found["other"]
+    return f"{'' if found['space'] is None else ' '}{above}/{below}"
+
+
+def _is_whole_of(number: re.Match[str], fraction: re.Match[str], text: str) -> bool:
+    """Whether a number and the fraction after it are one mixed number, such as "2 1/2"."""
+    alone = number["below"] is None and number["exponent"] is None and number["after"] is None
+    between = text[number.end() : fraction.start()]
+    return alone and number["digits"].isdecimal() and between == " " and fraction["minus"] is None
 
 
 def _value(digits: str, before: str | None, after: str | None) -> str:
