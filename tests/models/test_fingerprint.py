@@ -9,10 +9,11 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import save_tiny_model
-from trl_ext.models.fingerprint import fingerprint, model_identity, path_identity
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from trl_ext.models.fingerprint import fingerprint, model_identity, path_identity, tokenizer_identity
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,27 @@ def test_a_path_is_its_content_and_a_name_is_itself(folders, tmp_path):
     assert path_identity(template) != one
     assert path_identity(folders / "full") == fingerprint(folders / "full")
     assert path_identity("org/name") == "org/name"
+
+
+def test_a_tokenizer_is_the_ids_that_it_makes_and_where_a_text_ends():
+    def change(name, value):
+        tokenizer = tiny_tokenizer()
+        setattr(tokenizer, name, value)
+        return tokenizer_identity(tokenizer)
+
+    before = tokenizer_identity(tiny_tokenizer())
+    word = next(token for token in sorted(tiny_tokenizer().get_vocab()) if token.isalpha())
+    changed = [change("eos_token", word), change("bos_token", word), change("chat_template", "{{ messages }}")]
+    framed = tiny_tokenizer()
+    framed.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no BOS
+    split = tiny_tokenizer()
+    split.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    changed += [tokenizer_identity(framed), tokenizer_identity(split)]
+    assert len({before, *changed}) == 6
+
+    used = tiny_tokenizer()
+    used(["a", "b c"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_identity(used) == change("pad_token", word) == change("padding_side", "left") == before
 
 
 def test_of_a_model_in_memory_the_way_lora_is_applied_counts(folders):

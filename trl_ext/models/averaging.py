@@ -128,8 +128,8 @@ def _check_members(paths: Sequence[Any], folders: Sequence[Path], sidecars: Sequ
     for path, tokenizer in zip(paths[1:], tokenizers[1:], strict=True):
         if tokenizer != tokenizers[0]:
             raise AveragingError(
-                f"The tokenizers of {paths[0]} and {path} differ in vocabulary or chat template, so their weights saw "
-                "other token ids. Needed: members that were trained with one tokenizer."
+                f"The tokenizers of {paths[0]} and {path} differ in vocabulary, special tokens, splitting or chat "
+                "template, so their weights saw other token ids. Needed: members that were trained with one tokenizer."
             )
 
 

@@ -44,9 +44,19 @@ def model_identity(model: str | Path | nn.Module, revision: str | None = None) -
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary and the chat template of a tokenizer in memory."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """
+    Hash of what decides the token ids that a tokenizer in memory makes, and where a text ends.
+
+    It covers the vocabulary, the chat template, the special tokens, and how texts are cut into tokens and framed by
+    special ones. The pad token does not count, because padding is masked and trainers set it, and neither does how the
+    last call padded or truncated.
+    """
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, special]
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
+    if backend is not None:
+        content.append(json.loads(backend.to_str()) | {"padding": None, "truncation": None})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def path_identity(path: str | Path) -> str:

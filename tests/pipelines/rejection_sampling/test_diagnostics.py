@@ -10,6 +10,7 @@ from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.rejection_sampling.diagnostics import (
     evaluation_metrics,
     hacking_warning,
+    no_gain_warning,
     plot_rounds,
     round_metrics,
 )
@@ -89,6 +90,15 @@ def test_the_watch(rewards, truths, barks):
 
 def test_no_verifier_no_watch():
     assert hacking_warning([{"eval_reward": 0.0, "eval_reward_error": 0.1}] * 2) is None
+
+
+def test_no_round_is_better():
+    history = [{"round": 0, "eval_reward": 1.0}, {"round": 1, "eval_reward": 1.0}, {"round": 2, "eval_reward": 0.5}]
+    assert "eval_reward 1 before training, 1 after round 1" in no_gain_warning(history, 1)
+    history[1]["eval_reward"] = 2.0
+    assert no_gain_warning(history, 1) is None and no_gain_warning([{"round": 0}, {"round": 1}], 1) is None
+    rated = [{**row, "eval_verifier": 0.25} for row in history]  # the verifier decides
+    assert "eval_verifier 0.25 before" in no_gain_warning(rated, 1)
 
 
 def test_plot_and_no_matplotlib(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import wandb
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from tests.program import run_offline_wandb
 from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
@@ -28,6 +28,7 @@ from trl_ext.pipelines.rejection_sampling import round_training
 from trl_ext.pipelines.rejection_sampling import trainer as rejection_sampling_trainer
 from trl_ext.pipelines.rejection_sampling.diagnostics import log_rounds
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
+from trl_ext.pipelines.stages.cache_key import StaleError
 
 
 ROWS = [{"prompt": f"say {number}:"} for number in range(32)]
@@ -264,6 +265,21 @@ def test_a_tokenizer_that_was_only_looked_at_changes_no_store(base, tmp_path):
     assert run.processing_class is not None
     stores.append(run._sampler(0, ROWS, tmp_path, 0)._generate.store.folder)
     assert stores[0] == stores[1]
+
+
+def test_another_tokenizer_is_another_run_and_training_leaves_yours_as_it_is(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    arguments = dict(processing_class=tokenizer, eval_dataset=None, max_steps=1, num_generations=2)
+    arguments |= dict(eos_token=tokenizer.bos_token)  # of fine-tuning
+    run = trainer(base, tmp_path, **arguments)
+    run.train()
+    assert tokenizer.eos_token != tokenizer.bos_token == run.processing_class.eos_token
+    assert trainer(base, tmp_path, **arguments).train().global_step == 0
+    for name, value in (("chat_template", "{{ messages }}"), ("eos_token", tokenizer.bos_token)):
+        other = AutoTokenizer.from_pretrained(base)
+        setattr(other, name, value)
+        with pytest.raises(StaleError, match=r"made with other settings \(tokenizer="):
+            trainer(base, tmp_path, **(arguments | {"processing_class": other})).train()
 
 
 def test_a_bf16_checkpoint_is_trained_in_float32_and_generates_in_bf16(base, tmp_path, monkeypatch):

@@ -132,6 +132,23 @@ def hacking_warning(history: Sequence[Mapping[str, float]], width: float = 2.0) 
     )
 
 
+def no_gain_warning(history: Sequence[Mapping[str, float]], best: int) -> str | None:
+    """
+    A warning if no round is better than the policy before training: by the verifier if there is one, else the reward.
+
+    Args:
+        history (`Sequence[Mapping[str, float]]`): the metrics of each round, the policy before training first.
+        best (`int`): the round whose policy is kept.
+    """
+    name = "eval_verifier" if "eval_verifier" in history[0] else "eval_reward"
+    if name not in history[0] or history[best][name] > history[0][name]:
+        return None
+    return (
+        f"No round is better than the policy before training: {name} {history[0][name]:.4g} before training, "
+        f"{history[best][name]:.4g} after round {best}. The policy of that round is kept."
+    )
+
+
 def _rose(history: Sequence[Mapping[str, float]], name: str, width: float) -> bool:
     first, last = history[0], history[-1]
     return last[name] - first[name] > width * float(np.hypot(first[f"{name}_error"], last[f"{name}_error"]))

@@ -5,6 +5,7 @@ script again, it continues where it stopped. Nothing stays in memory between sta
 the previous one saved.
 """
 
+import copy
 import logging
 import os
 import shutil
@@ -30,7 +31,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_ext.data.mapping import plain_rows
 from trl_ext.logs import follow_transformers
-from trl_ext.models.fingerprint import model_identity
+from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.inputs import text_tokenizer
 from trl_ext.models.loading import local_folder
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
@@ -40,6 +41,7 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     evaluation_metrics,
     hacking_warning,
     log_rounds,
+    no_gain_warning,
     plot_rounds,
     round_metrics,
     rounds_card,
@@ -182,11 +184,12 @@ class RejectionSamplingTrainer:
         self._rounds = Rounds(Path(args.output_dir) / "rounds")
         self._model: PreTrainedModel | PeftModel | None = None
         self._given = model
-        self._tokenizer = self._given_tokenizer = processing_class and text_tokenizer(processing_class)
         self._in_memory = not isinstance(model, (str, Path))
+        self._given_tokenizer = processing_class and text_tokenizer(processing_class)
         if self._in_memory and processing_class is None:
             source = model.get_base_model() if isinstance(model, PeftModel) else model
-            self._tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)
+            self._given_tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)
+        self._tokenizer = copy.deepcopy(self._given_tokenizer)  # fine-tuning may change its tokens and its template
 
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainOutput:
         """
@@ -219,8 +222,8 @@ class RejectionSamplingTrainer:
             taken, metrics = self._round(number)
             steps += taken
             self._finish(metrics)
-        if "eval_reward" in self.history[0]:
-            self._compare_with_the_start()
+        if (warning := no_gain_warning(self.history, self.best_round)) is not None:
+            logger.warning(warning)
         self.save_model()
         return TrainOutput(steps, self.history[-1]["train_loss"], dict(self.history[-1]))
 
@@ -381,15 +384,6 @@ class RejectionSamplingTrainer:
         if "wandb" in self.args.report_to:
             log_rounds(self.history[:2] if metrics["round"] == 1 else [metrics], plot if drawn else None)
 
-    def _compare_with_the_start(self) -> None:
-        name = "eval_verifier" if "eval_verifier" in self.history[0] else "eval_reward"
-        best = self.history[self.best_round]
-        if best[name] <= self.history[0][name]:
-            logger.warning(
-                f"No round is better than the policy before training: {name} {self.history[0][name]:.4g} before "
-                f"training, {best[name]:.4g} after round {best['round']}. The policy of that round is kept."
-            )
-
     def _policy(self, number: int) -> str | Path:
         """The policy after a round; for round 0 the policy that training starts from."""
         if number:
@@ -432,6 +426,8 @@ class RejectionSamplingTrainer:
         """The settings that every round depends on."""
         settings = self.args.settings_of_a_round()
         settings["model"] = model_identity(self._given, self._init_kwargs.get("revision"))
+        if self._given_tokenizer is not None:  # that of a model by path belongs to the model
+            settings["tokenizer"] = tokenizer_identity(self._given_tokenizer)
         if "quantization_config" in self._init_kwargs:
             settings["quantization_config"] = plain(self._init_kwargs["quantization_config"])
         settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
