@@ -107,24 +107,26 @@ def _check_function(spec: str, module: str, name: str) -> None:
 def _file_of(module: str) -> Path | None:
     """The file of a module, which may not exist; `None` where only an import can tell."""
     top, *rest = module.split(".")
+    here = Path.cwd() / top
     if top in sys.modules:
         found = getattr(sys.modules[top], "__spec__", None)
+    elif _file_at(here).is_file():
+        return _file_at(here.joinpath(*rest))
     else:
-        here = Path.cwd()
-        if (here / f"{top}.py").is_file() or (here / top).is_dir():
-            path = here.joinpath(top, *rest)
-            return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         found = importlib.util.find_spec(top)  # a module without a dot: nothing is imported
-        if found is None:
-            return Path(f"{top}.py")  # not there
+        # a folder without __init__.py is a module only if Python finds no other one of its name
+        if found is None or (found.origin is None and list(found.submodule_search_locations or ()) == [str(here)]):
+            return _file_at(here.joinpath(*rest))
     if found is None or not rest:
         return None if found is None or found.origin is None else Path(found.origin)
-    for place in found.submodule_search_locations or ():
-        path = Path(place, *rest)
-        for file in (path / "__init__.py", path.with_suffix(".py")):
-            if file.is_file():
-                return file
-    return None
+    files = (_file_at(Path(place, *rest)) for place in found.submodule_search_locations or ())
+    return next((file for file in files if file.is_file()), None)
+
+
+def _file_at(path: Path) -> Path:
+    """The file of the package or module at a path; if there is neither, that of the module."""
+    package = path / "__init__.py"
+    return package if package.is_file() else path.with_suffix(".py")
 
 
 def _names_in(file: Path) -> set[str] | None:

@@ -61,6 +61,29 @@ def test_a_name_that_may_be_right_passes(name, here):
     check_name(name)
 
 
+def test_a_plain_folder_hides_no_package_and_no_module(here, monkeypatch):
+    installed = here / "installed"
+    for file in ("mylib/__init__.py", "mylib/rewards.py", "tools/sub/rewards.py"):
+        (installed / file).parent.mkdir(parents=True, exist_ok=True)
+        (installed / file).write_text("def good(completions, **kwargs):\n    return [0.0]\n")
+    for name in ("mylib", "tools", "rewards", "mine/sub"):  # without __init__.py
+        (here / name).mkdir(parents=True)
+    (here / "mine" / "sub.py").write_text("def good(completions, **kwargs):\n    return [0.0]\n")
+    monkeypatch.syspath_prepend(installed)
+    for name in ("mylib.rewards.good", "tools.sub.rewards.good", "rewards.short", "mine.sub.good"):
+        check_name(name)
+    for path in (None, here):  # the current folder may be on the path or not
+        if path:
+            monkeypatch.syspath_prepend(path)
+        for name, message in (
+            ("mylib.rewards.god", "has no function 'god'"),
+            ("mine.sub.god", "has no function 'god'"),
+            ("mine.sbu.good", "there is no mine.sbu"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                check_name(name)
+
+
 def test_the_names_of_a_config_file_are_checked_and_flags_win(here):
     (here / "run.yaml").write_text("reward_funcs: [rewards.py:shrt]\nmodel_name_or_path: ./model\n")
     with pytest.raises(ValueError, match="has no function 'shrt'"):
