@@ -217,6 +217,9 @@ def test_tools_may_be_json_as_in_training(tmp_path):
         ([{"prompt": [{"content": "x"}]}], "a 'role'"),
         ([{"prompt": "a", "tools": "[{"}], "row 0, column 'tools'.*JSON"),
         ([{"prompt": "a", "when": {1, 2}}], r"row 0, column 'when'.*remove_columns\('when'\)"),
+        ([{"prompt": "a", "n": math.nan}], r"row 0, column 'n'.*not JSON.*finite.*remove_columns\('n'\)"),
+        ([{"prompt": "a", "x": 1}, {"prompt": "b", "x": {"y": [math.inf]}}], "row 1, column 'x'.*not JSON"),
+        ([{"prompt": [{"role": "user", "content": "a", "weight": math.nan}]}], "row 0, column 'prompt'.*not JSON"),
     ],
 )
 def test_bad_prompts_are_named(tmp_path, rows, message):

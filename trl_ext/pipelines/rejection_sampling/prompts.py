@@ -97,12 +97,13 @@ def write_prompts(dataset: Iterable[dict[str, Any]], folder: Path, shard_size: i
         not_kept |= NOT_KEPT & columns.keys()
         try:
             digest = hashlib.sha256(canonical(columns)).digest()
+            json.dumps([prompt, columns], allow_nan=False)  # a hash can be made of NaN, and a file cannot hold it
         except (TypeError, ValueError) as error:
-            name = next(name for name, value in columns.items() if not _is_json(value))
+            name = next(name for name, value in {"prompt": prompt, **columns}.items() if not _is_json(value))
             raise DataError(
                 f"a value that is not JSON ({error})",
-                "texts, numbers, lists and objects, which can be stored",
-                f"Remove the column: dataset.remove_columns({name!r}).",
+                "texts, finite numbers, lists and objects, which can be stored",
+                f"Correct the value (None can stand for NaN), or remove the column: dataset.remove_columns({name!r}).",
                 row=row,
                 column=name,
             ) from error
@@ -154,7 +155,7 @@ def prompts_digest(dataset: Iterable[dict[str, Any]]) -> str:
 
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
         return False
     return True
