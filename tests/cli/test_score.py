@@ -321,7 +321,10 @@ def test_parts_are_merged_in_order_and_checked(model, rows, tmp_path, small_chun
     refused(*outputs[:2], str(tmp_path / "nowhere"), text="is not there")
     lines = kept.splitlines(keepends=True)
     Path(outputs[1]).write_bytes(b"".join(lines[:2]))
-    refused(*outputs, text="(part 2/3) holds 2 of 3 rows. Run its command again")
+    refused(*outputs, text="(part 2/3) holds 2 of 3 whole rows. Run its command again")
+    for cut in (lines[2][:9], lines[2][:-1]):  # killed within a line
+        Path(outputs[1]).write_bytes(b"".join([*lines[:2], cut]))
+        refused(*outputs, text="(part 2/3) holds 2 of 3 whole rows. Run its command again")
     Path(outputs[1]).write_bytes(b"".join([lines[1], lines[0], lines[2]]))
     refused(*outputs, text="made from another row")
     Path(outputs[1]).write_bytes(b"".join(lines[:1]))

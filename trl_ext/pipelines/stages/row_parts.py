@@ -7,6 +7,7 @@ those of the input. This module knows rows of JSON. It does not know what the ad
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,16 @@ def merge_rows(output: RowFile, parts: Sequence[Path], rows: Iterator[tuple[int,
         for number, path in sorted(found.items()):
             part, written = replace(output, path=path), 0
             with open(path if path.exists() else os.devnull, "rb") as lines:  # a part of no rows has no file
-                for written, line in enumerate(lines, start=1):
+                whole = takewhile(lambda line: line.endswith(b"\n"), lines)  # a kill may cut the last line
+                for written, line in enumerate(whole, start=1):
                     part.compare(written, line, *next(rows, (None, None)), name)
                     file.write(line)
             own = Part(number, count)
             needed = len(own.rows(total))
             if written != needed:
                 raise StoreError(
-                    f"{path} (part {own}) holds {written} of {needed} rows. Run its command again, which continues."
+                    f"{path} (part {own}) holds {written} of {needed} whole rows. Run its command again, which "
+                    "continues."
                 )
     write_json(output.manifest_path, output.manifest)
 
