@@ -1,10 +1,13 @@
 """`trl-ext choose`: the chosen rows in a file, a report, and arguments that cannot work."""
 
 import json
+import math
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import wandb
+from datasets import Dataset
 
 from tests.scoring.conftest import save_reward_model
 from tests.tiny import pair_rows
@@ -38,6 +41,20 @@ def test_rows_are_written_in_order_with_a_report(folder, tmp_path, capsys):
     assert [row["choice_order"] for row in rows] == [0, 1, 2, 3]
     assert all(row["prompt"] == pool[row["choice_row"]]["prompt"] for row in rows)
     assert report["labelled"] == 10 and report["strategy"] == "fisher" and report["chosen"] == 4
+
+
+def test_values_of_the_pool_are_written_as_they_are(tmp_path):
+    more = {"x": [0.1234567890123456, 1e-12, math.nan], "day": [datetime(2020, 1, 2)] * 3, "note": ["a/ä\u2028"] * 3}
+    pool = Dataset.from_list(pair_rows(3))
+    for name, values in more.items():
+        pool = pool.add_column(name, values)
+    pool.to_parquet(tmp_path / "pool.parquet")
+    arguments = ["--dataset_name", str(tmp_path / "pool.parquet"), "--output", str(tmp_path / "chosen.jsonl")]
+    assert cli.main(["choose", *arguments, "--n", "3", "--strategy", "random"]) == 0
+    lines = (tmp_path / "chosen.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    rows = sorted(map(json.loads, lines), key=lambda row: row["choice_row"])
+    assert [row["x"] for row in rows] == [0.1234567890123456, 1e-12, None]
+    assert {row["day"] for row in rows} == {"2020-01-02 00:00:00"} and {row["note"] for row in rows} == {"a/ä\u2028"}
 
 
 @pytest.mark.parametrize(

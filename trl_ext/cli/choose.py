@@ -96,6 +96,7 @@ def run(args: ChooseArguments) -> dict[str, Any]:
     """Choose the rows and write them. Returns the report."""
     from trl_ext.data.sources import load_source, select_split
     from trl_ext.pipelines.choice.choose import choose_rows, chosen_rows
+    from trl_ext.pipelines.stages.store import write_lines
 
     pool = select_split(load_source(args.dataset_name, args.dataset_config), args.dataset_split, "--dataset_split")
     model = None if args.model is None else _load(args)
@@ -111,10 +112,14 @@ def run(args: ChooseArguments) -> dict[str, Any]:
         seed=args.seed,
     )
     chosen = chosen_rows(pool, choice)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    chosen.to_json(args.output, force_ascii=False)
+    write_lines(Path(args.output), map(_as_json, chosen), checksums=False)
     report_to_wandb("choose", args, lambda: log_to_wandb(choice.report, chosen))
     return {**choice.report, "output": args.output}
+
+
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a pool in JSON: numbers in full, null for NaN, and dates as texts."""
+    return json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
 
 
 def _load(args: ChooseArguments) -> Any:
@@ -136,7 +141,8 @@ def log_to_wandb(report: dict[str, Any], chosen: "Dataset") -> None:
     """Log the numbers of the report and a table of the first 100 rows to the run that is open."""
     import wandb
 
-    rows = [[json.dumps(value, ensure_ascii=False) for value in row.values()] for row in islice(chosen, 100)]
+    first = map(_as_json, islice(chosen, 100))
+    rows = [[json.dumps(value, ensure_ascii=False) for value in row.values()] for row in first]
     numbers = {f"choose/{name}": value for name, value in report.items() if isinstance(value, (int, float))}
     wandb.run.log(numbers | {"choose/rows": wandb.Table(columns=chosen.column_names, data=rows)})
 
