@@ -130,6 +130,39 @@ def test_a_mistake_is_one_line(name, folder, monkeypatch, capsys):
     assert not (folder / "merged").exists()
 
 
+IN_ONE_PROCESS = {
+    "score": (score("adapter")[1:], "--shard i/n"),
+    "best-of-n": (
+        [
+            "--model_name_or_path",
+            "lm",
+            "--reward_funcs",
+            "adapter",
+            "--input",
+            "rows.jsonl",
+            "--output",
+            "scored.jsonl",
+        ],
+        "vllm",
+    ),
+    "evaluate": (["--model", "adapter", "--dataset_name", "rows.jsonl", "--output_dir", "scored.jsonl"], ""),
+    "choose": (["--model", "adapter", "--dataset_name", "rows.jsonl", "--n", "1", "--output", "scored.jsonl"], ""),
+    "merge": (["adapter", "scored.jsonl"], ""),
+    "demo": (["--smoke", "--output_dir", "scored.jsonl"], ""),
+}
+
+
+@pytest.mark.parametrize("name", IN_ONE_PROCESS)
+def test_several_processes_of_a_launcher_are_refused_where_one_writes(name, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments, advice = IN_ONE_PROCESS[name]
+    assert cli.main([name, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {name} runs in one process, and the launcher started 2" in error and advice in error
+    assert not (folder / "scored.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -20,6 +20,7 @@ from trl_ext.cli.common.generation import (
     server_kwargs,
 )
 from trl_ext.cli.common.options import command_parser, parse
+from trl_ext.pipelines.stages.one_process import SERVERS, check_one_process
 from trl_ext.pipelines.stages.row_file import RowFile, read_rows
 
 
@@ -74,9 +75,10 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
         whose pick has no score) and `output` (the path).
 
     Raises:
-        ValueError: if a line is not a JSON object, a row already has one of the output's columns, or the existing
-            output was made from other rows or with other arguments.
+        ValueError: if a line is not a JSON object, a row already has one of the output's columns, the existing
+            output was made from other rows or with other arguments, or a launcher started several processes.
     """
+    check_one_process("best-of-n", SERVERS)
     from trl_ext.pipelines.best_of_n import Picker, as_rows
     from trl_ext.pipelines.generation.records import with_completion
 

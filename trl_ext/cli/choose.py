@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trl_ext.cli.common.options import command_parser, parse, report_to_wandb
+from trl_ext.pipelines.stages.one_process import check_one_process
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def make_parser(prog: str | None = "trl-ext choose") -> "Parser":
 
 def run(args: ChooseArguments) -> dict[str, Any]:
     """Choose the rows and write them. Returns the report."""
+    check_one_process("choose")
     from trl_ext.data.sources import load_source, select_split
     from trl_ext.pipelines.choice.choose import choose_rows, chosen_rows
     from trl_ext.pipelines.stages.store import write_lines

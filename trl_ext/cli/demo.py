@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from trl_ext.pipelines.stages.one_process import check_one_process
+
 
 def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
     """The parser of the demo's options."""
@@ -92,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: at least 1 is needed")
+    check_one_process("demo")
     name = f"demo{'_smoke' if args.smoke else ''}_seed{args.seed}"
     output_dir = Path(args.output_dir or f"outputs/{name}").resolve()
     print(f"trl-ext demo: files go to {output_dir}", flush=True)

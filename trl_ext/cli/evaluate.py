@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trl_ext.cli.common.generation import json_object, sampling_kwargs
 from trl_ext.cli.common.options import command_parser, parse, report_to_wandb
 from trl_ext.pipelines.generation.sampling import SamplingFields
+from trl_ext.pipelines.stages.one_process import check_one_process
 
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def make_parser(prog: str | None = "trl-ext evaluate") -> "Parser":
 
 def run(args: EvaluateArguments) -> "EvaluationReport":
     """Read the rows, evaluate, write the report. What is wrong in the arguments fails before scoring."""
+    check_one_process("evaluate")
     from trl_ext.evaluation import evaluate_reward_model
     from trl_ext.scoring.calibration import store_calibration
 

@@ -8,6 +8,8 @@ import argparse
 import json
 import sys
 
+from trl_ext.pipelines.stages.one_process import check_one_process
+
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +52,7 @@ def _weight(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
     args = make_parser().parse_args(argv)
+    check_one_process("merge")
     from trl_ext import merge_reward_model, merge_reward_models
 
     if len(args.models) > 1:

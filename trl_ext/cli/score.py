@@ -28,6 +28,7 @@ from trl_ext.cli.common.options import command_parser, parse
 from trl_ext.cli.common.score_arguments import ScoreArguments
 from trl_ext.cli.common.score_rows import SCORE_COLUMNS, Row, ScoreError, add_scores, model_kind
 from trl_ext.data.validation import DataError
+from trl_ext.pipelines.stages.one_process import check_one_process
 from trl_ext.pipelines.stages.parts import Part
 from trl_ext.pipelines.stages.row_file import RowFile, line_of
 from trl_ext.pipelines.stages.row_parts import merge_rows
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from trl_ext.trainers.common.command_line import Parser
 
 
+SHARDS = (
+    "To use several GPUs, start one command for each, with its own --shard i/n, --output and --device, and merge the "
+    "outputs with --shards_from."
+)
 CHUNK_ROWS = 256  # rows that are scored and written together; an interruption loses at most this many
 
 
@@ -55,9 +60,11 @@ def run(args: ScoreArguments) -> int:
 
     Raises:
         [`ScoreError`]: if a line of the input cannot be used.
+        ValueError: if a launcher started several processes.
         [`~trl_ext.pipelines.stages.cache_key.StaleError`]: if the existing output comes from another model, other
             options or other rows.
     """
+    check_one_process("score", SHARDS)
     from tqdm import tqdm
 
     to_file = args.output != "-"

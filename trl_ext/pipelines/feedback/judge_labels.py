@@ -26,8 +26,8 @@ from trl_ext.pipelines.feedback.judge import TOO_LONG, Judge, JudgeError, JudgeM
 from trl_ext.pipelines.feedback.judge_ratings import Judgement
 from trl_ext.pipelines.feedback.judge_report import JudgeReport, Tally
 from trl_ext.pipelines.feedback.judge_settings import JudgeSettings
-from trl_ext.pipelines.feedback.one_process import check_one_process
 from trl_ext.pipelines.generation.records import TEMPLATE_COLUMNS
+from trl_ext.pipelines.stages.one_process import SERVERS, check_one_process
 from trl_ext.pipelines.stages.record_log import RecordLog
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.store import write_json, write_lines
@@ -185,7 +185,7 @@ def judge_rows(
     **settings: Any,
 ) -> Judged:
     """[`label_preferences`] with its report."""
-    check_one_process("label-preferences")
+    check_one_process("label-preferences", SERVERS)
     asked = Judge(judge, JudgeSettings.of(**settings), processing_class)
     kept = LabelFilter(asked.settings.mode, min_confidence, tie_band, ties)
     if isinstance(dataset, (str, Mapping)) or not hasattr(dataset, "__iter__"):

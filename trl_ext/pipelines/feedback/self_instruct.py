@@ -31,12 +31,12 @@ from trl_ext.pipelines.feedback.instruct_pool import (
 )
 from trl_ext.pipelines.feedback.instruct_prompts import STYLES, InstructPrompts, Style, read_templates
 from trl_ext.pipelines.feedback.instruct_report import log_to_wandb, report_of, write_html
-from trl_ext.pipelines.feedback.one_process import check_one_process
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
 from trl_ext.pipelines.generation.generator import Generator, sample_seed
 from trl_ext.pipelines.generation.records import Completion
 from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
 from trl_ext.pipelines.generation.transformers_backend import load_policy
+from trl_ext.pipelines.stages.one_process import SERVERS, check_one_process
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.store import ShardStore, write_json, write_lines
 
@@ -139,7 +139,7 @@ def self_instruct(
     ```
     """
     check_rapidfuzz()
-    check_one_process("self-instruct")
+    check_one_process("self-instruct", SERVERS)
     counts = {
         "num_tasks": (num_tasks, 1),
         "num_seed_demonstrations": (num_seed_demonstrations, 1),

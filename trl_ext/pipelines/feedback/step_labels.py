@@ -22,7 +22,6 @@ from trl_ext.data.segmentation import CharSpan, segmenters
 from trl_ext.data.segmentation import steps as split_steps
 from trl_ext.data.span_rows import SpanFormat, check_span_row
 from trl_ext.data.validation import DataError, RowChecks
-from trl_ext.pipelines.feedback.one_process import check_one_process
 from trl_ext.pipelines.feedback.step_methods import Method, StepSettings
 from trl_ext.pipelines.feedback.step_rollouts import Solution, StepLabeller
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
@@ -33,6 +32,7 @@ from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler, check_request
 from trl_ext.pipelines.reward_functions import RewardFunc, check_rewards, load_reward, reward_identity, reward_name
 from trl_ext.pipelines.stages.cache_key import canonical
+from trl_ext.pipelines.stages.one_process import SERVERS, check_one_process
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.store import ShardStore, write_json, write_lines
 from trl_ext.pipelines.stages.values import plain
@@ -188,7 +188,7 @@ def label_steps_with_report(
     **options: Any,
 ) -> StepLabels:
     """[`label_steps`], which explains the arguments, with the report of the run."""
-    check_one_process("label-steps")
+    check_one_process("label-steps", SERVERS)
     settings, sampling = _settings(options)
     check_request(settings.num_rollouts, backend, sampling)
     for name, value in (("num_solutions", num_solutions), ("chunk_size", chunk_size)):

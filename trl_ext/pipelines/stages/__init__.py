@@ -29,4 +29,5 @@ An argument counts unless `training_arguments.IRRELEVANT`, or the pipeline's tab
 **Run a stage** with `runner.run_job(name, job, isolate="auto" | "always" | "never")`: in this process, or in a
 separate one that frees all its memory when it ends. `run_stages(..., runner=OwnProcesses(count))` runs several side by
 side. A job raises the same errors in both places; `StageError` means that the stage itself could not run.
+`one_process.check_one_process(name)` refuses a launcher of several processes where one process writes the results.
 """
