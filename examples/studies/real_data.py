@@ -91,7 +91,7 @@ STUDIES = {
     ),
     "options": Study(
         "Cheap improvements",
-        ("topical", "harmless"),
+        ("topical", "oasst", "harmless"),
         {
             "lora": PLAIN,
             "bsr": Arm("batch sum to zero (BSR), 0.01", {"batch_sum_to_zero_coefficient": 0.01}),
