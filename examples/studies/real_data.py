@@ -301,13 +301,14 @@ def within_cell(figures: dict[str, Any], key: str) -> str:
     """Pairs of one solution or completion in order: an arm, and the best baseline by the same measure."""
     found = figures["arms"][key]["within a row"]
     best = found["value"] - found["beside baselines"]["gain"]["value"]
-    return f"{cell(found)}, {best:.3f} ({figures['mixed rows']} rows)"
+    return f"{found['value']:.3f}, {best:.3f} ({figures['mixed rows']} rows)"
 
 
 def table(study: Study, figures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the report: a line for each data set, or for each arm where arms are compared."""
     if study.title == STUDIES["main"].title:
-        baselines_ = list(dict.fromkeys(method for own in figures.values() for method in own["baselines"]))
+        # only some sets have positions
+        baselines_ = list(max((own["baselines"] for own in figures.values()), key=len))
         columns = ["data", "tested rows", *baselines_, *(arm.title for arm in study.arms.values())]
         columns += [f"{arm.title} less the best baseline" for arm in study.arms.values()]
         columns += [f"within a row: {arm.title}, best baseline" for arm in study.arms.values()]

@@ -163,7 +163,7 @@ SETS = {
         rows=1600,
     ),
     "topical": StudySet(
-        "Topical-Chat, six answers",
+        "Topical-Chat, answers",
         "ratings of USR",
         "ranked",
         topical_chat,
@@ -171,7 +171,7 @@ SETS = {
         folds=5,
     ),
     "oasst": StudySet(
-        "Open-Assistant, 2 to 9 answers",
+        "Open-Assistant, answers",
         "100 English trees",
         "ranked",
         open_assistant,
@@ -179,14 +179,14 @@ SETS = {
         folds=3,
     ),
     "fine-grained": StudySet(
-        "Fine-Grained RLHF, four answers",
+        "Fine-Grained RLHF, answers",
         "QA feedback, preferences",
         "ranked",
         fine_grained_rankings,
         ("segment_finegrained/rankings_k4.jsonl",),
     ),
     "gsm8k": StudySet(
-        "GSM8K, right against wrong solutions of a question",
+        "GSM8K, four solutions",
         "solutions of four models to test questions",
         "outcome",
         gsm8k,
@@ -194,7 +194,7 @@ SETS = {
         rows=150,
     ),
     "mistakes": StudySet(
-        "BIG-Bench Mistake, steps up to the first mistake",
+        "BIG-Bench Mistake, steps",
         "five tasks",
         "steps",
         mistakes,
@@ -202,14 +202,14 @@ SETS = {
         rows=600,
     ),
     "relevance": StudySet(
-        "Fine-Grained RLHF, relevance of sub-sentences (passages not shown)",
+        "Fine-Grained RLHF, relevance",
         "QA feedback",
         "segments",
         relevance,
         FINE_GRAINED,
     ),
     "factuality": StudySet(
-        "Fine-Grained RLHF, factuality of sentences (passages not shown)",
+        "Fine-Grained RLHF, factuality",
         "QA feedback",
         "segments",
         factuality,
