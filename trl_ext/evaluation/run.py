@@ -25,6 +25,7 @@ from trl_ext.evaluation.families.steps import Steps
 from trl_ext.evaluation.items import Family, Item, as_chat, family_of, has_signed_labels, read_item, text_of
 from trl_ext.evaluation.report.evaluation_report import EvaluationReport
 from trl_ext.evaluation.report.findings import Mistake
+from trl_ext.scoring.scales import changing_options
 
 
 logger = logging.getLogger(__name__)
@@ -200,8 +201,7 @@ def call(
 
 def _can_calibrate(model: Callable) -> bool:
     """Whether a calibration of these scores can be stored: it is for scores that a scorer changes in no other way."""
-    changed = getattr(model, "calibrated", False) or getattr(model, "std_coefficient", 0.0)  # of RewardScorer
-    return not changed and getattr(model, "reference", None) is None
+    return not changing_options(getattr(model, "__dict__", {}))  # of RewardScorer
 
 
 def _score_steps(model: Callable, items: list[Item], signed: bool) -> list[list[float | None]]:

@@ -31,6 +31,7 @@ from trl_ext.scoring.batches import RUNNING
 from trl_ext.scoring.raw_scorer import RawScorer
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served
 from trl_ext.scoring.rows import row_error
+from trl_ext.scoring.scales import changing_options
 from trl_ext.scoring.scorer import RewardScorer
 
 
@@ -302,9 +303,7 @@ def make_sources(
 
 def _refuse_scales(options: dict[str, Any], name: str) -> None:
     """Raise `ValueError` for options of a scorer that change its scores after the model gave them."""
-    found = [option for option in ("calibrated", "reference", "std_coefficient") if options.get(option)]
-    if options.get("reference") == 0:
-        found.append("reference")
+    found = changing_options(options)
     if found:
         raise ValueError(
             f"{name} has {', '.join(found)}, but an ensemble combines the raw scores of its members, on its own "

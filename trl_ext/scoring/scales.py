@@ -27,6 +27,12 @@ from trl_ext.scoring.remote import RemoteModel
 logger = logging.getLogger(__name__)
 
 
+def changing_options(options: Mapping[str, Any]) -> list[str]:
+    """Those of a scorer's options, or attributes, that give other scores than its model and its normaliser."""
+    defaults = {"calibrated": False, "reference": None, "std_coefficient": 0.0}
+    return [name for name, default in defaults.items() if options.get(name, default) != default]
+
+
 class Scales:
     """What `RewardScorer` inherits. It has `raw`, `normalizer`, `calibration`, `calibrated`, `folder` and `model`."""
 

@@ -50,12 +50,12 @@ def rows_with_prompts(dataset: Dataset | IterableDataset, name: str) -> Dataset 
             column=sorted(columns & {"candidate_ids", "chosen_ids"})[0],
             dataset=name,
         )
+    first = next(iter(dataset))
     if {"chosen", "rejected"} <= columns:
-        return dataset.map(maybe_extract_prompt)
-    if {"prompt", "completions"} <= columns:
-        first = next(iter(dataset))
-        if _is_whole_chats(first["prompt"], first["completions"]):
-            return dataset.map(_with_common_turns)
+        if "prompt" not in columns or _is_whole_chats(first["prompt"], [first["chosen"], first["rejected"]]):
+            return dataset.map(maybe_extract_prompt)
+    elif {"prompt", "completions"} <= columns and _is_whole_chats(first["prompt"], first["completions"]):
+        return dataset.map(_with_common_turns)
     return dataset
 
 
