@@ -85,9 +85,18 @@ def test_pairs_of_a_ranking_read_as_many_texts(studies, candidates):
     sets, training = studies("real_sets"), studies("real_training")
     row = sets.Row("g", "p", [str(n) for n in range(candidates)], [float(n) for n in range(candidates)])
     draw = np.random.default_rng(0)
-    found = [training.pairs_of(row, row.labels, draw, ties=False) for _ in range(400)]
+    found = [training.pairs_of(row, row.labels, draw, "pairs") for _ in range(400)]
     assert 2 * np.mean([len(pairs) for pairs in found]) == pytest.approx(candidates, rel=0.05)
     assert all(int(pair["chosen"]) > int(pair["rejected"]) for pairs in found for pair in pairs)
+
+
+def test_a_quarter_of_the_pairs_is_turned_round_and_both_arms_read_the_same(studies):
+    sets, training, arms = studies("real_sets"), studies("real_training"), studies("real_data").STUDIES["noise"].arms
+    row = sets.Row("g", "p", [str(n) for n in range(4)], [float(n) for n in range(4)])
+    found = {key: training.examples([row] * 800, sets.SETS["topical"], arm, seed=0) for key, arm in arms.items()}
+    assert found["flipped"] == found["robust"]
+    turned = [int(pair["chosen"]) < int(pair["rejected"]) for pair in found["flipped"]]
+    assert np.mean(turned) == pytest.approx(0.25, abs=0.03) and len(turned) == 1600
 
 
 def test_an_answer_is_right_if_it_is_rated_above_the_mean_of_its_row(studies):

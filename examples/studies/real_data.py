@@ -103,8 +103,8 @@ STUDIES = {
         },
     ),
     "noise": Study(
-        "A quarter of the labels flipped",
-        ("harmless",),
+        "A quarter of the training pairs turned round",
+        ("topical", "harmless"),
         {
             "flipped": Arm("`bradley_terry`", data="flipped"),
             "robust": Arm(

@@ -55,7 +55,7 @@ class Arm:
         config (`dict`): arguments of the trainer's config.
         nf4 (`bool`): the base in 4 bits.
         data (`str`): what the rows become: `"rows"`; `"pairs"`, K / 2 random pairs of a row's K candidates,
-            as many texts as the ranking has; `"ties"`, the same with ties; `"flipped"`, rankings of which a
+            as many texts as the ranking has; `"ties"`, the same with ties; `"flipped"`, decided pairs of which a
             quarter is turned round; `"answers"`, one text with a label for each candidate, 1 above the mean rating
             of its row, for an outcome model, whose score of a text is the mean over its tokens.
         members (`int`): models that begin with the same head and differ in the order of their rows. Their weights are
@@ -129,10 +129,8 @@ def examples(rows: list[Row], study: StudySet, arm: Arm, seed: int) -> list[dict
     found, only_pairs = [], all(len(row.texts) == 2 for row in rows)
     for row in rows:
         labels = list(row.labels)
-        if arm.data == "flipped" and draw.random() < 0.25:
-            labels = [-label for label in labels]
-        if arm.data in ("pairs", "ties"):
-            found += pairs_of(row, labels, draw, arm.data == "ties")
+        if arm.data in ("pairs", "ties", "flipped"):
+            found += pairs_of(row, labels, draw, arm.data)
         elif only_pairs:
             better, worse = (0, 1) if labels[0] > labels[1] else (1, 0)
             found.append({"prompt": row.prompt, "chosen": row.texts[better], "rejected": row.texts[worse]})
@@ -141,8 +139,12 @@ def examples(rows: list[Row], study: StudySet, arm: Arm, seed: int) -> list[dict
     return found
 
 
-def pairs_of(row: Row, labels: list[float], draw: np.random.Generator, ties: bool) -> list[dict[str, Any]]:
-    """Random pairs of a row's candidates, K / 2 of them, so that as many texts are read as in the ranking."""
+def pairs_of(row: Row, labels: list[float], draw: np.random.Generator, data: str) -> list[dict[str, Any]]:
+    """
+    Random pairs of a row's candidates, K / 2 of them, so that as many texts are read as in the ranking. `data` is the
+    arm's: `"ties"` keeps the ties, `"flipped"` turns a quarter of the pairs round.
+    """
+    ties = data == "ties"
     pairs = [(a, b) for a, b in combinations(range(len(labels)), 2) if ties or labels[a] != labels[b]]
     wanted = len(labels) / 2
     number = min(len(pairs), int(wanted) + int(draw.random() < wanted % 1))
@@ -154,7 +156,10 @@ def pairs_of(row: Row, labels: list[float], draw: np.random.Generator, ties: boo
                 {"prompt": row.prompt, "completions": [row.texts[a], row.texts[b]], "ratings": [labels[a], labels[b]]}
             )
         else:
-            a, b = (a, b) if labels[a] > labels[b] else (b, a)
+            right = labels[a] > labels[b]
+            if data == "flipped" and draw.random() < 0.25:
+                right = not right
+            a, b = (a, b) if right else (b, a)
             found.append({"prompt": row.prompt, "chosen": row.texts[a], "rejected": row.texts[b]})
     return found
 
