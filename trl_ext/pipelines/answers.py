@@ -151,7 +151,7 @@ def _last_number(text: str) -> float | None:
         if below == 0:
             return 0.0  # not a fraction: the last number is the zero
         if len(found) > 1 and value < below and _is_whole_of(found[-2], last, text):
-            whole, minus = float(found[-2]["digits"]), found[-2]["minus"]
+            whole, minus = float(_value(found[-2]["digits"], None, None)), found[-2]["minus"]
         value /= below
     return -(whole + value) if minus else whole + value
 
@@ -164,8 +164,9 @@ def _plain_fraction(found: re.Match[str]) -> str:
 def _is_whole_of(number: re.Match[str], fraction: re.Match[str], text: str) -> bool:
     """Whether a number and the fraction after it are one mixed number, such as "2 1/2"."""
     alone = number["below"] is None and number["exponent"] is None and number["after"] is None
-    between = text[number.end() : fraction.start()]
-    return alone and number["digits"].isdecimal() and between == " " and fraction["minus"] is None
+    thousands = _THOUSANDS.fullmatch(number["digits"])
+    whole = number["digits"].isdecimal() or (thousands is not None and thousands[2] is None)
+    return alone and whole and text[number.end() : fraction.start()] == " " and fraction["minus"] is None
 
 
 def _value(digits: str, before: str | None, after: str | None) -> str:
