@@ -300,3 +300,17 @@ def test_reward_under_accelerate_launch(tiny_base, tmp_path):
     done = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "reward_model.json").is_file()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_name_is_no_pattern(streaming, tmp_path):
+    (tmp_path / "x[1].jsonl").write_text('{"a": "right"}\n')
+    (tmp_path / "x1.jsonl").write_text('{"a": "wrong"}\n')
+    rows = load_source(str(tmp_path / "x[1].jsonl"), streaming=streaming)["train"]
+    assert [row["a"] for row in rows] == ["right"]
+    folder = tmp_path / "d[1]"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"a": "right"}\n')
+    with pytest.raises(ValueError, match="reads as a pattern. Rename it"):
+        load_source(str(folder), streaming=streaming)
+    assert load_source(str(folder / "train.jsonl"), streaming=streaming)["train"] is not None

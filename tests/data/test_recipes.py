@@ -241,3 +241,9 @@ def test_neighbours_are_joined_across_the_end_of_a_batch(monkeypatch):
     rows = [{"prompt": f"{n // 2}?", "response": f"{n}", "helpfulness": n % 5} for n in range(8)]
     converted = convert(Dataset.from_list(rows), "helpsteer2")
     assert [len(row["completions"]) for row in converted] == [2, 2, 2, 2]
+
+
+def test_text_before_the_first_turn_is_refused():
+    row = {"chosen": "A preamble.\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"}
+    with pytest.raises(DataError, match="begins with 'A preamble.'"):
+        convert(Dataset.from_list([row]), "hh_rlhf")

@@ -3,11 +3,13 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
 from tests.tiny import TOKENIZER_KINDS, tiny_tokenizer
 from trl_ext.data.formats import prepare_groups
+from trl_ext.data.mapping import plain_rows
 from trl_ext.data.spans import prepare_spans
 from trl_ext.data.tokenization import TextRow, TokenizationSettings, encode, encode_batch
 from trl_ext.data.validation import DataError
@@ -115,6 +117,29 @@ def test_a_transform_that_fails_is_refused():
     raw = Dataset.from_list([{"chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError, match="a transform .* cannot be applied to all rows: no such thing"):
         prepare(raw.with_transform(lambda batch: (_ for _ in ()).throw(ValueError("no such thing"))))
+
+
+@pytest.mark.parametrize("later", [-1, 0.3, [True, 0.3]])
+def test_bools_that_become_numbers_later_are_refused(later):
+    raw = Dataset.from_list([{"number": n} for n in range(1200)])
+    first = [True, True] if isinstance(later, list) else True
+
+    def transform(batch):
+        return {"label": [first if n < 1000 else later for n in batch["number"]]}
+
+    with pytest.raises(DataError, match="each of one type"):
+        plain_rows(raw.with_transform(transform))
+    same = plain_rows(raw.with_transform(lambda batch: {"label": [n % 2 == 0 or None for n in batch["number"]]}))
+    assert same["label"][:2] == [True, None]
+
+
+def test_numbers_and_arrays_of_numpy_in_a_generator():
+    row = {"prompt": "1 + 1?", "completion": "2", "label": np.bool_(True)}
+    steps = {"prompt": "1 + 1?", "completions": ["1", "2"], "labels": np.array([True, False])}
+    for kind, one in (("outcome", row), ("stepwise", steps)):
+        stream = IterableDataset.from_generator(lambda one=one: iter([one, one]))
+        prepared, _ = prepare_spans(stream, tiny_tokenizer("llama"), kind=kind, tokenization=SETTINGS, max_length=None)
+        assert set(next(iter(prepared))["label_values"]) == ({1.0} if kind == "outcome" else {1.0, 0.0})
 
 
 # ------------------------------------------------------------------------------------------------------ content parts

@@ -36,6 +36,18 @@ def test_the_order_of_the_candidates_does_not_matter_and_ties_give_zero():
     assert lambda_loss(scores, torch.ones(3, 5), mask).tolist() == [0, 0, 0]
 
 
+def test_equal_scores_give_the_same_loss_in_any_order():
+    """As in the first step of a policy, whose implicit rewards are all 0."""
+    ratings = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0], [2.0, 0.0, 3.0, 1.0]])
+    scores = torch.zeros(3, 4, requires_grad=True)
+    losses = lambda_loss(scores, ratings, torch.ones(3, 4, dtype=torch.bool))
+    losses.sum().backward()
+    by_rating = scores.grad.gather(1, ratings.argsort(dim=1))
+    assert losses[0] > 0
+    torch.testing.assert_close(losses, losses[:1].expand(3))
+    torch.testing.assert_close(by_rating, by_rating[:1].expand(3, 4))
+
+
 def test_ratings_that_the_gain_cannot_hold_are_refused():
     with pytest.raises(ValueError, match="linear_gain"):
         lambda_loss(torch.zeros(1, 2), torch.tensor([[100.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))

@@ -5,7 +5,7 @@ row means.
 """
 
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -50,6 +50,7 @@ def plain_rows(dataset: Rows) -> Rows:
             _same_batch,
             batched=True,
             batch_size=_BATCH_ROWS,
+            fn_kwargs={"bools": [name for name, kind in types.items() if _holds_bools(kind)]},
             remove_columns=dataset.column_names,
             features=Features(types),
             desc="Applying the transform",
@@ -76,8 +77,29 @@ def _holds_dictionaries(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _same_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def _holds_bools(kind: Any) -> bool:
+    """Whether a type is that of bools, or of lists of them."""
+    while isinstance(kind, List):
+        kind = kind.feature
+    return kind == Value("bool")
+
+
+def _same_batch(batch: MutableMapping[str, list[Any]], bools: list[str]) -> MutableMapping[str, list[Any]]:
+    """The batch, after a look at the columns of bools: to write a number there would make it True."""
+    for name in bools:
+        found = next((value for value in _leaves(batch[name]) if not isinstance(value, (bool, np.bool_))), None)
+        if found is not None:
+            raise TypeError(f"column '{name}' has bools at first, and later {found!r}")
     return batch
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested lists, without nulls."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield value
 
 
 def open_rows(
@@ -101,6 +123,8 @@ def open_rows(
     first = next(iter(dataset), None)
     if first is None:
         raise DataError("no rows", "at least one row", "Check the path and the filters.", dataset=report.name)
+    if isinstance(dataset, IterableDataset) and (plain := python_values(first)) is not first:
+        dataset, first = dataset.map(python_values), plain
     columns = list(first) if dataset.column_names is None else dataset.column_names
     if written.issubset(columns):
         return _already_prepared(dataset, report)
@@ -108,6 +132,21 @@ def open_rows(
         arguments = {"columns": columns, "decisive": decisive, "name": report.name}
         dataset = dataset.map(_missing_columns, with_indices=True, fn_kwargs=arguments)
     return dataset, columns, first
+
+
+def python_values(value: Any) -> Any:
+    """
+    A row of a generator with its numbers and arrays of numpy as numbers and lists of Python; the same object if it has
+    none.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (dict, list, tuple)):
+        keys, values = (list(value), value.values()) if isinstance(value, dict) else (None, value)
+        plain = [python_values(item) for item in values]
+        if any(new is not old for new, old in zip(plain, values, strict=True)):
+            return plain if keys is None else dict(zip(keys, plain, strict=True))
+    return value
 
 
 def _missing_columns(

@@ -384,7 +384,9 @@ def _plain_messages(messages: Iterable[Row]) -> list[Row]:
 
 def _turns(text: str) -> list[Row]:
     """The messages of a dialogue in which "Human:" and "Assistant:" open the turns."""
-    _, *pieces = _TURN.split(text if text.startswith("\n\n") else f"\n\n{text.lstrip()}")
+    before, *pieces = _TURN.split(text if text.startswith("\n\n") else f"\n\n{text.lstrip()}")
+    if before.strip():
+        raise ValueError(f"a dialogue begins with {before.strip()[:40]!r}, and not with 'Human:' or 'Assistant:'")
     turns = zip(pieces[::2], pieces[1::2], strict=True)
     return [{"role": _ROLES[who.lower()], "content": said.strip()} for who, said in turns]
 

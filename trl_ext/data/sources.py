@@ -3,6 +3,7 @@
 It knows where rows are stored and in which file format. It does not know what their columns mean.
 """
 
+import glob
 import hashlib
 from pathlib import Path
 
@@ -73,9 +74,15 @@ def load_source(name: str, config: str | None = None, streaming: bool = False) -
         return _load_saved(name, streaming)
     try:
         if builder is not None:
-            return load_dataset(builder, data_files={"train": name}, streaming=streaming)
+            # a name is no pattern: `x[1].jsonl` would mean `x1.jsonl`
+            return load_dataset(builder, data_files={"train": glob.escape(name)}, streaming=streaming)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # else a folder named `json` would mean the builder `json`
+            if glob.escape(name) != name:
+                raise ValueError(
+                    f"The folder '{name}' has one of the characters * ? [ in its path, which `datasets` reads as a "
+                    "pattern. Rename it, or give one of its files."
+                )
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(f"'{name}' cannot be read as a data set: {error.__cause__ or error}") from error

@@ -91,7 +91,7 @@ def prepare_spans(
 
     | kind | columns | labelled |
     |---|---|---|
-    | `"outcome"` | `prompt`, `completion`, `label` | the completion and what closes it |
+    | `"outcome"` | `prompt`, `completion`, `label` | the last message of the completion and what closes it |
     | `"stepwise"` | `prompt`, `completions` (list of steps), `labels` (list), as in TRL <= 1.13 | step + separator |
     | `"segment"` | `prompt`, `completion`, `segments`: list of `{start, end, label or score, category?}` | segment |
 

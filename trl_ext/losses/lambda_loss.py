@@ -28,7 +28,9 @@ def lambda_loss(
     $$
 
     with the rating ψ, the gain G = 2^ψ - 1, and the place τ (1 is the best) of a candidate among the scores of its
-    group. The weights have no gradient. See *LiPO: Listwise Preference Optimization through Learning-to-Rank* by T.
+    group; of candidates with equal scores the worst comes first. The weights have no gradient.
+
+    See *LiPO: Listwise Preference Optimization through Learning-to-Rank* by T.
     Liu et al., LiPO-λ (https://huggingface.co/papers/2402.01878), and *The LambdaLoss Framework for Ranking
     Metric Optimization* by X. Wang et al. (https://doi.org/10.1145/3269206.3271784).
 
@@ -63,7 +65,10 @@ def lambda_loss(
             "60. Rescale the ratings, or give loss_kwargs={'linear_gain': True}."
         )
     gains = ratings if linear_gain else torch.exp2(ratings) - 1  # (B, K)
-    order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    # of equal scores the worst rating comes first, so that the loss does not depend on the order of the candidates
+    by_rating = ratings.argsort(dim=-1)  # (B, K)
+    shown = scores.detach().masked_fill(~mask, -torch.inf).gather(1, by_rating)
+    order = by_rating.gather(1, shown.argsort(dim=-1, descending=True, stable=True))
     places = order.argsort(dim=-1) + 1  # (B, K)
     discounts = 1 / torch.log1p(places.to(scores.dtype))  # (B, K)
     weights = (gains[:, :, None] - gains[:, None, :]).abs()  # (B, K, K)

@@ -25,6 +25,7 @@ from trl_ext import (
     load_reward_model,
 )
 from trl_ext.data.collators import SpanCollator
+from trl_ext.losses.distillation import LogConfToken
 from trl_ext.models.ensemble.ensemble_files import read_ensemble
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel, member_token_scores
 from trl_ext.models.heads import token_logits_at_last
@@ -241,6 +242,8 @@ def test_what_cannot_be_trained_together_is_said(deep, tmp_path):
         ORMEnsembleTrainer(str(deep), config(tmp_path, ORMConfig), peft_config=adapter())
     with pytest.raises(ValueError, match="Pass `peft_config=LoraConfig"):
         ORMEnsembleTrainer(str(deep), config(tmp_path, ORMEnsembleConfig))
+    with pytest.raises(ValueError, match="LogConfToken would take one threshold from the predictions of all members"):
+        ensemble("orm", tmp_path, deep, loss_type=LogConfToken())
     with pytest.raises(ValueError, match="group_by_prompt does not work"):
         ensemble("orm", tmp_path, deep, group_by_prompt=True)
     stream = IterableDataset.from_generator(lambda: iter(ROWS["orm"]))

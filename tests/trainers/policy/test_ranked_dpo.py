@@ -12,6 +12,7 @@ from tests.trainers.helpers import SMALL
 from trl_ext import RankedDPOConfig, RankedDPOTrainer
 from trl_ext.data.validation import DataError
 from trl_ext.losses import plackett_luce
+from trl_ext.losses.distillation import LogConfRanking
 from trl_ext.models.shared_prefix import ATTENTION_NAME, current_attention
 
 
@@ -220,3 +221,21 @@ def test_pairs_without_a_prompt_share_their_beginning_as_in_trl(policy, tmp_path
     ]
     trainer = trainer_for(policy, tmp_path, rows)
     assert all(start > 0 for start in trainer.train_dataset["completion_start"])
+
+
+def test_a_loss_of_the_user_trains_and_is_saved_by_its_name(policy, tmp_path):
+    rows = pair_rows(8)
+    trainer = trainer_for(policy, tmp_path, rows, loss_type=lambda *groups: plackett_luce(*groups), max_steps=1)
+    named = trainer_for(policy, tmp_path, rows, max_steps=1)
+    assert trainer.train().training_loss == named.train().training_loss
+    trainer.save_model()
+    saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert saved.loss_type == trainer.args.to_dict()["loss_type"] and "lambda" in saved.loss_type
+
+
+def test_the_confidence_loss_follows_the_training(policy, tmp_path):
+    loss = LogConfRanking(alpha=0.5, warmup=0.5)
+    trainer = trainer_for(policy, tmp_path, pair_rows(8), loss_type=loss, max_steps=2)
+    assert loss.confidence.weight == 0
+    trainer.train()
+    assert loss.confidence.weight == 0.5

@@ -177,6 +177,29 @@ def test_a_stream_stops_at_a_bad_row_by_its_number(base, tmp_path):
         trainer_for(base, config(tmp_path), stream(rows)).train()
 
 
+def too_long(rows, keep):
+    return [{**row, "chosen": row["chosen"] * (1 if keep(number) else 8)} for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+def test_a_short_stream_with_too_few_rows_ends_in_an_error(kept, base, tmp_path):
+    rows = too_long(pair_rows(24), lambda number: number < kept)
+    with pytest.raises(DataError, match=f"train data: found {kept} of 24 rows kept"):
+        trainer_for(base, config(tmp_path, max_steps=30, max_length=48), stream(rows)).train()
+    # the steps end before the stream does, so nobody knows how many rows it has
+    trainer_for(
+        base, config(tmp_path, max_steps=1, max_length=48), stream(too_long(pair_rows(24), lambda n: n == 9))
+    ).train()
+
+
+def test_a_short_stream_for_evaluation_needs_rows_too(base, tmp_path):
+    streams = {"good": stream(pair_rows(8)), "bad": stream(too_long(pair_rows(8), lambda number: number == 5))}
+    trainer = trainer_for(base, config(tmp_path, max_length=48), eval_dataset=streams)
+    assert "eval_good_loss" in trainer.evaluate(streams["good"], metric_key_prefix="eval_good")
+    with pytest.raises(DataError, match="bad data: found 1 of 8 rows kept"):
+        trainer.evaluate()
+
+
 # -------------------------------------------------------------------------------------------------- what was dropped
 def test_dropped_rows_are_said_once_and_logged_once(base, tmp_path, caplog):
     rows = [

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from tests.tiny import pair_rows, ranked_rows
 from tests.trainers.helpers import config, trainer_for
@@ -117,3 +117,20 @@ def test_labels_are_checked_as_the_loss_declares():
 
 def test_the_name_of_a_partial_tells_its_arguments():
     assert loss_name(functools.partial(listnet, temperature=0.5)) == "trl_ext.losses.ranking.listnet(temperature=0.5)"
+
+
+def test_a_stream_has_the_checks_of_a_data_set(base, tmp_path):
+    pairs = pair_rows(4)
+    margins = [{**row, "margin": 0.5} for row in pairs]
+    cases = [
+        (dict(loss_type="pairwise", loss_kwargs={"margin_from_ratings": True}), pairs, "pairs without ratings"),
+        (dict(loss_type="rao_kupper", loss_kwargs={"good_from": 0.5}), pairs, "pairs without ratings"),
+        (dict(loss_type="plackett_luce"), margins, "column 'margin'"),
+        (dict(label_smoothing_factor=0.1), margins, "a margin beside label_smoothing_factor"),
+    ]
+    for arguments, rows, words in cases:
+        listed = Dataset.from_list(rows)
+        unknown = IterableDataset.from_generator(lambda rows=rows: iter(rows))
+        for data in (listed, listed.to_iterable_dataset(), unknown):
+            with pytest.raises(DataError, match=words):
+                trainer_for(base, config(tmp_path, **arguments), data)

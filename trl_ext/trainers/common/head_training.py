@@ -54,6 +54,7 @@ from trl_ext.trainers.common.inherited_arguments import (
 from trl_ext.trainers.common.loading import (
     BY_LENGTH,
     StreamResumeCallback,
+    StreamSurvivalCallback,
     WholeStream,
     note_on_rows,
     rows_of_evaluation,
@@ -135,6 +136,7 @@ class HeadTraining:
         self.add_callback(PushCallback())
         if isinstance(self.train_dataset, IterableDataset):
             self.add_callback(StreamResumeCallback())
+        self.add_callback(StreamSurvivalCallback(self._data_reports, self.args.min_survival))
         follow_confidence(self)
         keep_trunk_states(self)
         use_safe_callback(self)

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchStream
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_ext.data.report import DataReport
 from trl_ext.data.token_batches import RowSize
 
 
@@ -98,3 +99,43 @@ class StreamResumeCallback(TrainerCallback):
                 "an uninterrupted run, because the stream starts again. To resume exactly, load the data without "
                 "`streaming`."
             )
+
+
+class StreamSurvivalCallback(TrainerCallback):
+    """
+    Checks how many rows of a stream are used at the end of a pass over it, when its length is known.
+
+    While rows are read, [`~trl_ext.data.report.DataReport`] checks it from the 256th row on. DataLoader workers count
+    the rows that they read themselves, so nothing is known here of a stream that they read.
+
+    Args:
+        reports (`list` of [`~trl_ext.data.report.DataReport`]): of the data for training, "train", and for evaluation.
+        min_survival (`float`): smallest share of the rows that must be used.
+
+    Raises:
+        DataError: less than this share of the rows is used, or none.
+    """
+
+    def __init__(self, reports: Sequence[DataReport], min_survival: float):
+        self._reports = reports
+        self._min_survival = min_survival
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stopped = control.should_epoch_stop or control.should_training_stop
+        if not stopped or state.global_step == 0:  # Trainer stops by itself if a pass has no batch
+            self._check("train")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        read = {name.removesuffix("_runtime") for name in kwargs["metrics"]}
+        self._check(*read, *(name.removeprefix("eval_") for name in read))
+
+    def _check(self, *names: str) -> None:
+        latest = {report.name: report for report in self._reports}  # `evaluate` may have got other rows
+        for report in latest.values():
+            if report.streaming and report.name in names:
+                report.check_seen()
+                report.check_survival(self._min_survival)

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from trl_ext.data.mapping import plain_rows
+from trl_ext.losses.distillation import LogConfRanking, LogConfToken
 from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.ensemble.member_config import branch_at
 from trl_ext.models.ensemble.stacked_lora import clip_by_member
@@ -208,6 +209,12 @@ def _check_arguments(args: EnsembleFields, train_dataset: Dataset | IterableData
         raise ValueError(
             "An ensemble trains with one process or DDP: FSDP and DeepSpeed shard the stacked weights and clip all "
             "members together. Start it with plain `accelerate launch`."
+        )
+    loss = args.loss_type
+    if isinstance(loss, (LogConfRanking, LogConfToken)) and not loss.confidence.symmetric:
+        raise ValueError(
+            f"{type(loss).__name__} would take one threshold from the predictions of all members, so that they would "
+            "influence each other. Use another loss, or train the models one by one."
         )
     if args.data_strategy in ("bootstrap", "kfold") and isinstance(train_dataset, IterableDataset):
         _check_stream(args, train_dataset)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from trl import DPOConfig
 
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
-from trl_ext.trainers.ranking.objective import check_loss_type, parse_loss_kwargs
+from trl_ext.trainers.ranking.objective import check_loss_type, loss_name, parse_loss_kwargs
 
 
 UNUSED = {
@@ -94,3 +94,6 @@ class RankedDPOConfig(DPOConfig):
             raise ValueError(f"sft_coefficient={self.sft_coefficient}; needed: a number of at least 0.")
         if not 0 <= self.min_survival <= 1:
             raise ValueError(f"min_survival={self.min_survival}; needed: a share between 0 and 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "loss_type": loss_name(self.loss_type)}

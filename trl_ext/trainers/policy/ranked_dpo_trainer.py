@@ -26,8 +26,9 @@ from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.heads import unwrap
 from trl_ext.models.inputs import InputLimits, freeze_date, text_tokenizer
 from trl_ext.models.shared_prefix import ATTENTION_NAME, current_attention, select_attention, use_shared_prefix
+from trl_ext.trainers.common.checkpoint import picklable_loss
 from trl_ext.trainers.common.health import check_finite
-from trl_ext.trainers.common.loading import BY_LENGTH, note_on_rows, with_lengths
+from trl_ext.trainers.common.loading import BY_LENGTH, StreamSurvivalCallback, note_on_rows, with_lengths
 from trl_ext.trainers.common.policy_training import PolicyTraining
 from trl_ext.trainers.common.summary import base_name, run_facts
 from trl_ext.trainers.policy.ranked_dpo_config import WITHOUT_EFFECT, RankedDPOConfig
@@ -41,6 +42,7 @@ from trl_ext.trainers.policy.ranked_dpo_data import (
 )
 from trl_ext.trainers.ranking.objective import RankingObjective
 from trl_ext.trainers.ranking.recording import signed_ratings
+from trl_ext.trainers.weak_to_strong.confidence import follow_confidence
 
 
 class RankedDPOTrainer(PolicyTraining, DPOTrainer):
@@ -113,8 +115,15 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
         rows = kwargs.get("train_dataset")
         if rows is not None and {"image", "images"} & set(rows.column_names or next(iter(rows))):
             raise ValueError("The rows have images, and RankedDPOTrainer reads only text. Remove the image columns.")
-        super().__init__(model, ref_model, args, data_collator=self._collator, **kwargs)
+        loss_type, args.loss_type = args.loss_type, ["sigmoid"]  # TRL counts its own losses, and does not call them
+        try:
+            super().__init__(model, ref_model, args, data_collator=self._collator, **kwargs)
+        finally:
+            args.loss_type = loss_type
         self._finish_set_up(WITHOUT_EFFECT)
+        if isinstance(self.train_dataset, IterableDataset):
+            self.add_callback(StreamSurvivalCallback(self._reports, self.args.min_survival))
+        follow_confidence(self)
         pad = text_tokenizer(self.processing_class).pad_token_id
         self.model.config.get_text_config().pad_token_id = self.model.generation_config.pad_token_id = pad
         keep_4bit_exact_on_cpu(self.model)
@@ -272,6 +281,11 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
         return loss
 
     # --------------------------------------------------------------------------------------------- telling and saving
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy (or adapter), the tokenizer and a model card."""
+        with picklable_loss(self.args, self._objective.name):
+            super().save_model(output_dir, _internal_call)
+
     def _facts(self) -> dict[str, str]:
         self._decide_flat_rows(self.model)
         own = "a copy of the policy"

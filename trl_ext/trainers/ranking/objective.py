@@ -153,7 +153,8 @@ class RankingObjective:
 
     def check_data(self, dataset: Dataset | IterableDataset, name: str) -> None:
         """Raise [`DataError`] if the prepared data set has columns or group sizes that the loss cannot use."""
-        columns = set(dataset.column_names or [])
+        # a mapped stream does not know its columns; one without a row that is kept has nothing to check
+        columns = set(dataset.column_names or next(iter(dataset), {}))
         switch = self._properties.uses_distances
         if not self.uses_pair_ratings and "chosen_rating" in columns:
             how = f" It uses them with loss_kwargs={{{switch!r}: True}}." if isinstance(switch, str) else ""
