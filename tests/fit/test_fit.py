@@ -267,3 +267,13 @@ def test_a_config_elsewhere_needs_the_trainer(tmp_path, shape, capsys):
     assert "Give --trainer" in capsys.readouterr().err
     arguments = ["--trainer", "orm", "--no_changes", "--output_dir", str(tmp_path)]
     assert main(["bench", "fit", "--estimate", "--config", str(config), *arguments]) == 0
+
+
+@pytest.mark.parametrize("override", ["sft_coefficient=0.01", "activation_offloading=true"])
+def test_what_is_not_estimated_is_refused(override, shape, tmp_path, capsys):
+    """The estimate ignored it: of the logits of the SFT loss it knew a fiftieth."""
+    arguments = ["bench", "fit", "--config", str(ROOT / "configs/reward/rankings_qlora_8b.yaml")]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--output_dir", str(tmp_path), "--override", f"model_name_or_path={shape}", override])
+    error = capsys.readouterr().err
+    assert f"{override.split('=')[0]}=" in error and "is not estimated" in error

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.fit.policy_config import assumed, policy_sizes, policy_step
+from trl_ext.fit.policy_config import assumed, policy_sizes, policy_step, refuse
 from trl_ext.fit.rows import Sizes, batch_for
 
 
@@ -32,6 +32,11 @@ TRAINERS = {
 POLICIES = ("dense_grpo", "ppo")
 """The trainers of policies; the others train reward models."""
 
+NOT_ESTIMATED = {
+    "sft_coefficient": "the frozen output layer and its logits take memory of their own",
+    "activation_offloading": "activations wait in the memory of the CPU",
+}
+"""Arguments of reward models whose memory is not estimated, and the reason."""
 
 PACKAGES = re.compile(r"^(flash_attention_[234]|flex_attention)$|/")
 """Names of attention kernels that come from packages, from torch's compiler or from the Hub."""
@@ -207,6 +212,7 @@ def check(command: str, parsed: Parsed) -> None:
     if parsed.model.load_in_8bit:
         raise ValueError("8-bit bases are not estimated. Use load_in_4bit, or measure on the device.")
     if command not in POLICIES:
+        refuse(training, NOT_ESTIMATED)
         getattr(trainers, TRAINERS[command]).check_arguments(training)
     if command == "ensemble":
         check_adapter(get_peft_config(parsed.model))

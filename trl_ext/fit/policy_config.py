@@ -4,6 +4,7 @@ It knows the arguments of `DenseGRPOTrainer` and `PPOTrainer`, and the inputs of
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,11 @@ def check_policy(parsed: Any) -> None:
         "deepspeed": "weights and gradients are spread over processes",
         "cache_implementation": "only the default cache of a generation is counted",
     }
+    refuse(training, refused)
+
+
+def refuse(training: Any, refused: Mapping[str, str]) -> None:
+    """Raise `ValueError` for an argument that is set and not estimated; `refused` maps each to the reason."""
     for name, why in refused.items():
         if vars(training).get(name):
             raise ValueError(f"{name}={vars(training)[name]!r} is not estimated: {why}. Measure it on the device.")

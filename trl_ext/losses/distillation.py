@@ -106,7 +106,8 @@ class ConfidenceLoss:
         own = z.detach()
         if torch.is_grad_enabled() and not self.symmetric:
             self._step.append(torch.stack([own, q.detach()], dim=1).cpu())  # (n, 2)
-        weight = self.weight
+        # an evaluation is cross-entropy: else its loss would move with the weight alone
+        weight = self.weight if torch.is_grad_enabled() else 0.0
         if weight > 0 and len(own):
             threshold = _balanced_threshold(own, q) if self.reference else self.threshold
             q = (1 - weight) * q + weight * (own > threshold).to(q.dtype)

@@ -525,6 +525,27 @@ def test_kd_between_two_vocabularies_is_refused_before_a_run(models, tmp_path):
     assert not (tmp_path / "run" / "weak-0-seed-0").exists()
 
 
+def test_kd_without_a_weight_is_refused_before_a_run(models, tmp_path):
+    args = trainer_config(tmp_path / "run", WeakToStrongConfig, kd_weight=0.0)
+    config = WeakToStrongArguments(models[:1], models[1:], task="generation", student_loss="kd")
+    with pytest.raises(ValueError, match="kd_weight=0 has no teacher"):
+        weak_to_strong(config, args, make_rows("generation"))
+
+
+@pytest.mark.parametrize(
+    ("task", "column"), [("preference", "chosen"), ("outcome", "prompt"), ("process", "completions")]
+)
+def test_rows_beyond_the_positions_of_a_model_are_judged_by_what_fits(task, column, tmp_path, caplog):
+    """The run ended with an error after the weak model had been trained, and no argument could prevent it."""
+    own = [str(save_tiny_model(tmp_path / str(seed), "gpt2", seed=seed, n_positions=32)) for seed in (0, 1)]
+    rows = make_rows(task).to_list()
+    for row in rows[::6]:
+        row[column] = [row[column][0], " 2" * 60] if task == "process" else row[column] + " 2" * 60
+    report, started = run(own, tmp_path, task, Dataset.from_list(rows))
+    assert len(started) == 3 and sum(report.rows.values()) == 48
+    assert "at most 32 tokens: longer rows are judged by what fits" in caplog.text
+
+
 @pytest.mark.parametrize("task", ["preference", "outcome", "process", "generation"])
 def test_another_trainers_arguments_are_refused_before_a_run(task, tmp_path):
     other = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False)

@@ -4,11 +4,12 @@ import logging
 from dataclasses import fields
 
 import pytest
+import torch
 import trl
 
 from tests.trainers.helpers import APPLIED_BY_TRAINER, config
-from tests.trainers.table import TABLE, TOKEN, tiny_trainer
-from trl_ext.trainers.common.inherited_arguments import WITHOUT_EFFECT
+from tests.trainers.table import TABLE, TOKEN, rows_of, tiny_trainer
+from trl_ext.trainers.common.inherited_arguments import FULL_EVALUATION, WITHOUT_EFFECT
 
 
 def names(text):
@@ -37,7 +38,7 @@ OTHER_VALUES = {"label_names": ["labels"], "average_tokens_across_devices": Fals
 
 
 def test_the_table_has_every_argument():
-    known = [*TRAINER, *OURS, *SCRIPTS, *WITHOUT_EFFECT]
+    known = [*TRAINER, *OURS, *SCRIPTS, *WITHOUT_EFFECT, *FULL_EVALUATION]
     assert len(known) == len(set(known))
     assert {field.name for field in fields(trl.RewardConfig)} == set(known)
     assert OTHER_VALUES.keys() == WITHOUT_EFFECT.keys()
@@ -53,6 +54,15 @@ def test_arguments_without_effect_are_warned_about(kind, base, tmp_path, caplog)
         caplog.clear()
         tiny_trainer(kind, base, tmp_path)
         assert "has no effect" not in caplog.text
+
+
+@pytest.mark.parametrize("name", FULL_EVALUATION)
+@pytest.mark.parametrize("kind", TABLE)
+def test_an_evaluation_leaves_the_weights_as_they_are(kind, name, base, tmp_path, caplog):
+    trainer = tiny_trainer(kind, base, tmp_path, eval_rows=rows_of(kind, 4), **{name: True})
+    assert f"{name}=True has no effect: an evaluation has the precision of training" in caplog.text
+    trainer.evaluate()
+    assert {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 def test_a_batch_size_beside_a_token_budget_is_warned_about(base, tmp_path, caplog):

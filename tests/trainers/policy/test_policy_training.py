@@ -27,6 +27,7 @@ from trl_ext import (
 from trl_ext.models.bases import BaseMismatchError
 from trl_ext.trainers.common import tracking
 from trl_ext.trainers.common.health import NotFiniteError
+from trl_ext.trainers.common.inherited_arguments import FULL_EVALUATION
 from trl_ext.trainers.policy import config as grpo_config
 from trl_ext.trainers.policy import ranked_dpo_config
 
@@ -289,6 +290,7 @@ OTHER_VALUES = {
     "scale_rewards": "none",
     "multi_objective_aggregation": "normalize_then_sum",
     "gae_lambda": 0.5,
+    "potential": "min",
     "value_learning_rate": 1e-3,
     "vf_coef": 0.5,
     "cliprange_value": 0.5,
@@ -302,24 +304,36 @@ OTHER_VALUES = {
 
 def test_the_tables_have_every_argument():
     inherited = {field.name for field in fields(trl.DPOConfig)}
-    known = [*TRAINER, *SCRIPTS, *DPO, *ranked_dpo_config.UNUSED, *ranked_dpo_config.WITHOUT_EFFECT]
+    known = [*TRAINER, *SCRIPTS, *DPO, *ranked_dpo_config.UNUSED, *ranked_dpo_config.WITHOUT_EFFECT, *FULL_EVALUATION]
     assert len(known) == len(set(known))
     assert inherited == set(known)
     of_trainer = {field.name for field in fields(trl.GRPOConfig)} & {f.name for f in fields(trl.RewardConfig)}
-    known = {*TRAINER, *SCRIPTS, *grpo_config.WITHOUT_EFFECT}  # the others are GRPO's own
+    known = {*TRAINER, *SCRIPTS, *grpo_config.WITHOUT_EFFECT, *FULL_EVALUATION}  # the others are GRPO's own
     assert of_trainer <= known
 
 
 WITHOUT_EFFECT = [
     ("ranked dpo", {}, set(ranked_dpo_config.WITHOUT_EFFECT)),
-    ("dense grpo", {"dense_reward_funcs": whole}, {*grpo_config.WITHOUT_EFFECT, *names("gamma shrinkage")}),
+    (
+        "dense grpo",
+        {"dense_reward_funcs": whole},
+        {*grpo_config.WITHOUT_EFFECT, *names("gamma shrinkage potential gae_lambda")},
+    ),
     ("dense grpo", {}, {*grpo_config.WITHOUT_EFFECT, *names("outcome_weight dense_weight low_reward gamma")}),
     ("dense grpo", {"dense_reward_funcs": whole, "advantage": "shaped"}, {"scale_rewards", "shrinkage"}),
     ("ppo", {}, {*grpo_config.WITHOUT_EFFECT, *names("scale_rewards multi_objective_aggregation dense_weight")}),
-    ("ppo", {"kl_in": "loss"}, {"kl_estimator"}),
+    ("ppo", {"kl_in": "loss"}, {"kl_estimator", "potential"}),
     ("ppo", {"advantage": "outcome"}, set(names("gae_lambda vf_coef kl_in whiten_rewards value_learning_rate"))),
     ("weak to strong", {}, {"logging_nan_inf_filter"}),
 ]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_evaluation_leaves_the_weights_as_they_are(kind, policy, tmp_path, caplog):
+    trainer = make(kind, policy, tmp_path, bf16_full_eval=True)
+    assert "bf16_full_eval=True has no effect: an evaluation has the precision of training" in caplog.text
+    trainer.evaluate(trainer.train_dataset)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("kind", "more", "without"), WITHOUT_EFFECT)

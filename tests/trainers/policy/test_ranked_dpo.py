@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from tests.tiny import pair_rows, ranked_rows, save_tiny_model
-from tests.trainers.helpers import SMALL
+from tests.trainers.helpers import SMALL, without_time
 from trl_ext import RankedDPOConfig, RankedDPOTrainer
 from trl_ext.data.validation import DataError
 from trl_ext.losses import plackett_luce
@@ -239,3 +239,18 @@ def test_the_confidence_loss_follows_the_training(policy, tmp_path):
     assert loss.confidence.weight == 0
     trainer.train()
     assert loss.confidence.weight == 0.5
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_evaluation_metrics_do_not_depend_on_the_batch_size(k, policy, tmp_path):
+    rows = pair_rows(9) if k == 2 else ranked_rows(9, k=k, ragged=True, ties=True)
+    found = []
+    for size in (1, 2, 8):
+        trainer = trainer_for(
+            policy, tmp_path, rows, eval_dataset=Dataset.from_list(rows), per_device_eval_batch_size=size, max_steps=2
+        )
+        trainer.train()
+        found += [without_time(trainer.evaluate()), without_time(trainer.evaluate())]  # a second one begins anew
+    assert "eval_rewards/margins" in found[0] and "eval_mean_token_accuracy" in found[0]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-5)

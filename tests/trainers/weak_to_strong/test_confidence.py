@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from tests.tiny import pair_rows, save_tiny_model
-from tests.trainers.helpers import config, trainer_for
+from tests.trainers.helpers import config, history, trainer_for
 from trl_ext import ORMConfig, ORMTrainer
 from trl_ext.losses.distillation import LogConfRanking, LogConfToken
 
@@ -16,6 +16,22 @@ def test_a_reward_trainer_tells_its_loss(tmp_path):
     args = config(tmp_path / "run", loss_type=loss, max_steps=4, gradient_accumulation_steps=2)
     trainer_for(base, args, pair_rows(8)).train()
     assert loss.confidence.progress == 1.0 and loss.confidence.weight == 0.5
+
+
+def test_the_loss_of_an_evaluation_does_not_move_with_the_weight(tmp_path):
+    args = config(
+        tmp_path / "run",
+        loss_type=LogConfRanking(warmup=0.9),
+        max_steps=3,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    rows = pair_rows(8)
+    trainer = trainer_for(save_tiny_model(tmp_path / "base"), args, rows, eval_dataset=Dataset.from_list(rows))
+    trainer.train()
+    losses = history(trainer, "eval_loss")
+    assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, abs=1e-6)
 
 
 def test_a_token_trainer_tells_its_loss(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback
 
 from tests.tiny import save_tiny_model
@@ -32,7 +32,7 @@ def texts(number: int = 16) -> Dataset:
 
 
 def make(tmp_path, base, teacher=None, trainer=WeakToStrongTrainer, config_class=WeakToStrongConfig, **kwargs):
-    more = {name: kwargs.pop(name) for name in ("peft_config", "processing_class") if name in kwargs}
+    more = {name: kwargs.pop(name) for name in ("peft_config", "processing_class", "eval_dataset") if name in kwargs}
     if trainer is WeakToStrongTrainer:
         more["teacher_model"] = teacher
     args = trainer_config(tmp_path, config_class, **kwargs)
@@ -171,3 +171,48 @@ def test_no_teacher_is_an_error(base, tmp_path):
         )
     with pytest.raises(TypeError, match="WeakToStrongConfig"):
         WeakToStrongTrainer(str(base), args=trainer_config(tmp_path, trl.SFTConfig), train_dataset=texts())
+
+
+def test_the_loss_of_an_evaluation_does_not_move_with_the_schedule(base, teacher, tmp_path):
+    trainer = make(
+        tmp_path,
+        str(base),
+        teacher,
+        kd_schedule="linear",
+        learning_rate=0.0,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=texts(9),
+    )
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+    assert logged(trainer, "eval_kd_weight") == [trainer.args.kd_weight] * 3
+
+
+def test_evaluation_metrics_do_not_depend_on_the_batch_size(base, teacher, tmp_path):
+    found = []
+    for size in (1, 2, 8):
+        trainer = make(tmp_path, str(base), teacher, per_device_eval_batch_size=size, eval_dataset=texts(9))
+        found.append(trainer.evaluate())
+    for name in ("eval_ce_loss", "eval_kd_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert [metrics[name] for metrics in found] == pytest.approx([found[0][name]] * 3, rel=1e-5), name
+
+
+def test_prompt_tuning_trains_as_with_trl(base, tmp_path):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    losses = []
+    for kwargs in (dict(kd_weight=0.0), dict(trainer=trl.SFTTrainer, config_class=trl.SFTConfig)):
+        torch.manual_seed(0)
+        trainer = make(tmp_path, str(base), peft_config=tuning, max_steps=2, **kwargs)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_images_are_refused(base, tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b", "images": ["x.png"]}])
+    args = trainer_config(tmp_path, WeakToStrongConfig, kd_weight=0.0)
+    with pytest.raises(ValueError, match="reads only text. Remove the image columns"):
+        WeakToStrongTrainer(model=str(base), args=args, train_dataset=rows)

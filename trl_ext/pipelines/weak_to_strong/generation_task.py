@@ -73,6 +73,8 @@ class GenerationTask(Task):
     ) -> None:
         if student_loss != "kd":
             return
+        if args.kd_weight == 0:
+            raise ValueError("student_loss='kd' with kd_weight=0 has no teacher. Raise kd_weight, or choose 'xent'.")
         for strong in strong_models:
             tokenizer = AutoTokenizer.from_pretrained(strong)
             for weak in weak_models:

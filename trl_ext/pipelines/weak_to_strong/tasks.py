@@ -30,6 +30,9 @@ from trl_ext.trainers import ORMConfig, ORMTrainer, PRMConfig, PRMTrainer, Rewar
 
 logger = logging.getLogger(__name__)
 
+UNREAD = 0.5
+"""The probability of a step or solution that lies beyond the positions of the model."""
+
 Row = dict[str, Any]
 Metric = Callable[..., list[float]]
 
@@ -258,6 +261,10 @@ class RewardTask(Task):
         self, saved: SavedModel, splits: Mapping[str, Sequence[Row]], seed: int
     ) -> dict[str, list[Judgement]]:
         scorer = RewardScorer(saved.folder)  # its `reward_model.json` says how the base is loaded
+        positions = scorer.raw.encoder.max_positions
+        if positions is not None:
+            logger.warning(f"The model reads at most {positions} tokens: longer rows are judged by what fits.")
+            scorer = RewardScorer(scorer.model, scorer.processing_class, max_length=positions)
         return {name: self.judge(scorer, rows) for name, rows in splits.items()}
 
 
@@ -362,7 +369,7 @@ class OutcomeTask(TokenTask):
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         prompts, completions = ([row[name] for row in rows] for name in ("prompt", "completion"))
         logits = scorer.score_tokens(prompts, completions, **template_columns(rows))
-        outputs = [sigmoid(tokens[-1]) for tokens in logits]
+        outputs = [sigmoid(tokens[-1]) if tokens else UNREAD for tokens in logits]
         return [self.judge_output(row, output) for row, output in zip(rows, outputs, strict=True)]
 
     def judge_output(self, row: Row, output: float) -> Judgement:
@@ -402,7 +409,8 @@ class ProcessTask(TokenTask):
     def judge(self, scorer: RewardScorer, rows: Sequence[Row]) -> list[Judgement]:
         prompts, steps = ([row[name] for row in rows] for name in ("prompt", "completions"))
         scored = scorer.score_steps(prompts, steps, **template_columns(rows))
-        return [self.judge_output(row, list(outputs)) for row, outputs in zip(rows, scored, strict=True)]
+        outputs = [[UNREAD if score is None else score for score in own] for own in scored]
+        return [self.judge_output(row, own) for row, own in zip(rows, outputs, strict=True)]
 
     def judge_output(self, row: Row, output: list[float]) -> Judgement:
         known = [(p, gold) for p, gold in zip(output, row["labels"], strict=True) if gold is not None]

@@ -50,6 +50,7 @@ from trl_ext.trainers.common.health import GradientCallback, HealthMonitor
 from trl_ext.trainers.common.inherited_arguments import (
     warn_of_arguments_without_effect,
     without_effect_on_heads,
+    without_full_evaluation,
 )
 from trl_ext.trainers.common.loading import (
     BY_LENGTH,
@@ -127,6 +128,7 @@ class HeadTraining:
         """Register the health, metric and W&B callbacks; the last step of a trainer's `__init__`."""
         follow_transformers(self.args.get_process_log_level())
         warn_of_arguments_without_effect(self.args, without_effect_on_heads(self.args))
+        without_full_evaluation(self.args)
         self._head = head
         self._attention = current_attention(self.model)
         self._monitor = HealthMonitor(note_on_rows(self.train_dataset, self.args))

@@ -20,6 +20,11 @@ WITHOUT_EFFECT = {
 }
 """Name of an argument, and the reason why it has no effect."""
 
+FULL_EVALUATION = dict.fromkeys(
+    ("bf16_full_eval", "fp16_full_eval"),
+    "an evaluation has the precision of training; Trainer would turn the trained weights into half precision for good",
+)
+"""The same, for trainers with weights that stay in fp32: `without_full_evaluation` switches them off."""
 
 WITHOUT_METRICS_FUNCTION = dict.fromkeys(
     ("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object"),
@@ -38,6 +43,13 @@ def warn_of_arguments_without_effect(args: TrainingArguments, without_effect: Ma
         value = getattr(args, name)
         if value != defaults[name]:
             logger.warning(f"{name}={value!r} has no effect: {reason}. Leave it out.")
+
+
+def without_full_evaluation(args: TrainingArguments) -> None:
+    """Warn about the arguments in `FULL_EVALUATION`, and switch them off."""
+    warn_of_arguments_without_effect(args, FULL_EVALUATION)
+    for name in FULL_EVALUATION:
+        setattr(args, name, False)
 
 
 def without_effect_on_heads(args: TrainingArguments) -> dict[str, str]:

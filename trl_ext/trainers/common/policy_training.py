@@ -28,7 +28,7 @@ from trl_ext.models.inputs import freeze_date, use_known_pad_token
 from trl_ext.models.loading import is_language_adapter, local_folder
 from trl_ext.models.sidecar import vocab_size
 from trl_ext.trainers.common.health import NotFiniteError
-from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
+from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect, without_full_evaluation
 from trl_ext.trainers.common.loading import StreamResumeCallback
 from trl_ext.trainers.common.model_card import metrics_section, name_in_card, run_length, write_card
 from trl_ext.trainers.common.policy_card import policy_card
@@ -101,7 +101,9 @@ class PolicyTraining:
 
     def _finish_set_up(self, without_effect: Mapping[str, str]) -> None:
         """The last step of a trainer's `__init__`: callbacks, and a warning for each argument without an effect."""
+        self._sums: dict[str, tuple[float, float]] = {}  # of the metrics of an evaluation
         warn_of_arguments_without_effect(self.args, without_effect)
+        without_full_evaluation(self.args)
         freeze_date(_tokenizer_of(self.processing_class))  # for trainers that tokenize while they train
         if isinstance(self.train_dataset, IterableDataset):
             self.add_callback(StreamResumeCallback())
@@ -125,6 +127,23 @@ class PolicyTraining:
                 "are damaged. Usual causes: a learning rate that is too high, fp16 (use bf16), or broken base weights."
             )
         return loss
+
+    def _record_mean(self, mode: str, name: str, total: float, count: float) -> None:
+        """
+        Add the rows or tokens of a batch to a metric: `total` is the sum of their `count` values.
+
+        TRL logs the mean of what is recorded. In training that is one mean for each micro-batch. In evaluation it is
+        the mean over all rows or tokens, which does not depend on the batch size.
+        """
+        if not count:
+            return
+        recorded = self._metrics[mode][name]
+        if mode == "train":
+            recorded.append(total / count)
+            return
+        earlier = self._sums[name] if recorded else (0.0, 0.0)  # TRL empties the list at the end of an evaluation
+        self._sums[name] = earlier[0] + total, earlier[1] + count
+        recorded[:] = [self._sums[name][0] / self._sums[name][1]]
 
     # -------------------------------------------------------------------------------------------- telling and saving
     def _facts(self) -> dict[str, str]:

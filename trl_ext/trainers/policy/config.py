@@ -54,7 +54,7 @@ class DenseGRPOConfig(GRPOConfig):
         dense_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of the dense rewards.
         gamma (`float`, *optional*, defaults to `1.0`):
-            Discount per token in [0, 1], used by `"return"`, `"min_form"` and `"shaped"`.
+            Discount per token in [0, 1], used by `"return"`, `"min_form"`, `"shaped"` and `"shrunken"`.
         potential (`str`, *optional*, defaults to `"last"`):
             The potential of `"shaped"`: the `"last"` reward before a token or the lowest (`"min"`), for rewards that
             are levels, such as P(correct) of a step; or their `"sum"`, for rewards that are changes.
@@ -83,7 +83,7 @@ class DenseGRPOConfig(GRPOConfig):
     )
     outcome_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the scalar rewards"})
     dense_weight: float = field(default=1.0, metadata={"help": "weight of the advantage of the dense rewards"})
-    gamma: float = field(default=1.0, metadata={"help": "discount per token, for return and min_form"})
+    gamma: float = field(default=1.0, metadata={"help": "discount per token, not for process"})
     potential: Literal["last", "min", "sum"] = field(
         default="last",
         metadata={"help": "potential of shaped: last, lowest or summed reward before a token"},
@@ -135,6 +135,9 @@ class DenseGRPOConfig(GRPOConfig):
             found["min_form_temperature"] = "it belongs to advantage='min_form' with dense reward functions"
         if not dense or self.advantage != "shrunken":
             found["shrinkage"] = "it belongs to advantage='shrunken' with dense reward functions"
+        if not dense or self.advantage != "shaped":
+            names = ("potential", "gae_lambda")
+            found |= dict.fromkeys(names, "it belongs to advantage='shaped' with dense reward functions")
         if dense and self.advantage in ("shaped", "shrunken"):
             names = ("scale_rewards", "multi_objective_aggregation")
             found |= dict.fromkeys(names, f"advantage={self.advantage!r} reads the weighted sum of the rewards")

@@ -99,6 +99,7 @@ class PPOConfig(DenseGRPOConfig):
             "multi_objective_aggregation": "the critic learns the weighted sum of the rewards",
             "min_form_temperature": "it belongs to advantage='min_form'",
             "shrinkage": "it belongs to advantage='shrunken'",
+            "potential": "it belongs to advantage='shaped'",
         }
         if not dense:
             found |= dict.fromkeys(("dense_weight", "low_reward"), "there are no dense reward functions")

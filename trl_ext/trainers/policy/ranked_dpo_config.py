@@ -26,7 +26,7 @@ UNUSED = {
 WITHOUT_EFFECT = {
     **WITHOUT_METRICS_FUNCTION,
     "label_names": "labels come from the columns of the rows",
-    "average_tokens_across_devices": "the loss is the mean over rows",
+    "average_tokens_across_devices": "the loss is the mean over the rows of a micro-batch, as in TRL",
     "logging_nan_inf_filter": "training stops at a loss that is NaN or infinite",
     "eval_accumulation_steps": "an evaluation returns losses and metrics only",
 }

@@ -4,7 +4,6 @@ TRL's trainer makes the models, the reference, its precomputed log-probabilities
 trainer prepares groups in place of pairs, and computes a ranking loss of the implicit rewards.
 """
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -275,7 +274,7 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
         mode = "train" if self.model.training else "eval"
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-            self._add(mode, aux_loss=outputs.aux_loss)
+            self._add(mode, aux_loss=_rows(outputs.aux_loss.detach()))
         with torch.no_grad():
             self._record(mode, rewards, logps, inputs, tokens)
         return loss
@@ -301,11 +300,10 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
 
     # ----------------------------------------------------------------------------------------------------- metrics
     def _add(self, mode: str, **values: torch.Tensor) -> None:
-        """Record means over all processes; NaN is left out, and so is a batch that has nothing else."""
-        for name, value in values.items():
-            mean = self.accelerator.gather(value.detach().float().reshape(-1)).nanmean().item()
-            if not math.isnan(mean):
-                self._metrics[mode][name.replace("__", "/")].append(mean)
+        """Record metrics over all processes, each from the sum and the number (2,) of its values in a batch."""
+        sums = self.accelerator.reduce(torch.stack(list(values.values())), reduction="sum")  # (metrics, 2)
+        for name, (total, count) in zip(values, sums.tolist(), strict=True):
+            self._record_mean(mode, name.replace("__", "/"), total, count)
 
     def _record(
         self,
@@ -320,16 +318,16 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
         chosen, rejected = (rewards.gather(1, place)[:, 0] for place in (best, worst))
         self._add(
             mode,
-            rewards__chosen=chosen,
-            rewards__rejected=rejected,
-            rewards__margins=chosen - rejected,
-            rewards__accuracies=pair_accuracy(rewards, ratings, mask),
-            logps__chosen=logps.gather(1, best),
-            logps__rejected=logps.gather(1, worst),
-            entropy=tokens.mean("entropy", tokens.scored),
-            mean_token_accuracy=tokens.mean("is_top1", tokens.of(best)),
-            logits__chosen=tokens.mean("mean_logits", tokens.of(best)),
-            logits__rejected=tokens.mean("mean_logits", tokens.of(worst)),
+            rewards__chosen=_rows(chosen),
+            rewards__rejected=_rows(rejected),
+            rewards__margins=_rows(chosen - rejected),
+            rewards__accuracies=_rows(pair_accuracy(rewards, ratings, mask)),
+            logps__chosen=_rows(logps.gather(1, best)),
+            logps__rejected=_rows(logps.gather(1, worst)),
+            entropy=tokens.sum("entropy", tokens.scored),
+            mean_token_accuracy=tokens.sum("is_top1", tokens.of(best)),
+            logits__chosen=tokens.sum("mean_logits", tokens.of(best)),
+            logits__rejected=tokens.sum("mean_logits", tokens.of(worst)),
         )
         if mode == "train":
             layout = inputs.get("prefix_layout")
@@ -360,10 +358,10 @@ class _Tokens:
         numbers = (sizes.cumsum(0) - sizes)[:, None] + place  # (B, 1): among all candidates
         return self.scored & torch.isin(self._owner, numbers)
 
-    def mean(self, name: str, where: torch.Tensor) -> torch.Tensor:
-        """The mean of one of TRL's outputs over some tokens; NaN if there are none."""
-        values = getattr(self._outputs, name)[:, -where.shape[1] :].float()
-        return (values * where).sum() / where.sum()
+    def sum(self, name: str, where: torch.Tensor) -> torch.Tensor:
+        """The sum of one of TRL's outputs over some tokens, and their number, (2,)."""
+        values = getattr(self._outputs, name)[:, -where.shape[1] :].double()
+        return torch.stack([(values * where).sum(), where.sum().double()])
 
     def likelihood_of_best(self) -> torch.Tensor:
         """Negative log-likelihood per token of the best candidates."""
@@ -376,6 +374,12 @@ def _ends(ratings: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torc
     best = ratings.masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
     lowest = ratings.masked_fill(~mask, torch.inf).flip(1).argmin(1, keepdim=True)
     return best, ratings.shape[1] - 1 - lowest
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """The sum of the values of a batch that are not NaN, and their number, (2,)."""
+    known = ~values.isnan()
+    return torch.stack([values.double()[known].sum(), known.sum().double()])
 
 
 def _by_group(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

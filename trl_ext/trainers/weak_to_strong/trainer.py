@@ -82,6 +82,11 @@ class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
             raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` would replace this trainer's loss. Leave it out, or use SFTTrainer.")
+        rows = kwargs.get("train_dataset")
+        if rows is not None and {"image", "images"} & set(rows.column_names or next(iter(rows))):
+            raise ValueError(
+                "The rows have images, and WeakToStrongTrainer reads only text. Remove the image columns."
+            )
         model, args = self._accept(model, args, kwargs, reference=False, copied=False)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = text_tokenizer(kwargs["processing_class"])
@@ -134,9 +139,12 @@ class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
         outputs = model(**given, use_cache=False)
         labels = inputs["labels"][:, 1:]  # (B, T - 1)
         mask = labels != -100
-        logits = outputs.logits[:, :-1][mask]  # (n, V)
+        places = inputs["input_ids"].shape[1]  # prompt tuning puts virtual tokens before the row
+        logits = outputs.logits[:, -places:-1][mask]  # (n, V)
         wanted = labels[mask]  # (n,)
-        weight = scheduled_weight(self.args.kd_weight, self._progress(), self.args.kd_schedule)
+        weight = self.args.kd_weight  # in evaluation too: else its loss would move with the schedule alone
+        if model.training:
+            weight = scheduled_weight(weight, self._progress(), self.args.kd_schedule)
         if self._teacher is None or weight == 0:
             teacher_logits, weight = logits.detach(), 0.0
         else:
@@ -190,7 +198,7 @@ class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
         ce, kd, entropy, right, count, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         names = {"ce_loss": ce, "kd_loss": kd, "entropy": entropy, "mean_token_accuracy": right}
         for name, value in names.items():
-            self._metrics[mode][name].append(value / count if count else 0.0)
+            self._record_mean(mode, name, value, count)
         self._metrics[mode]["kd_weight"].append(weight)
         if mode == "train":
             self._total_train_tokens += int(tokens) // self._tp_size
