@@ -4,7 +4,7 @@
     python examples/studies/step_labels.py --smoke                                             # four arms, a few steps
 
 The task is that of `trl-ext demo`: sort digits, one line a step, with a verifier that is never wrong. The lists have
-three or four digits. The tiny policy learnt from lists of five to eight, and about a quarter of its samples is right.
+three or four digits. The tiny policy learnt from lists of five to eight, and about a fifth of its samples is right.
 It writes four solutions of each training prompt, and every arm labels their steps by rollouts of the same policy. A
 process model learns from the labels of each arm, with the same number of optimizer steps, from one base: a language
 model of the same size that sorts well. The seeds differ in prompts, solutions, rollouts and training.

@@ -24,7 +24,7 @@ def make_parser(prog: str | None = "trl-ext demo") -> argparse.ArgumentParser:
         "the rankings, on right and wrong answers, and on right and wrong lines. Reload the models, and compare the "
         "answers that they pick with a random pick, a majority vote and an oracle. Then fine-tune the policy on its "
         "own samples, chosen by the verifier and by the models, and train it by GRPO with and without the verdicts "
-        "of the model of lines. The demo runs offline on two CPU cores in a few "
+        "of the model of lines. The demo runs offline on two CPU cores in about eleven "
         "minutes. It writes a table, report.json, a plot (if matplotlib is installed) and offline runs of Weights & "
         "Biases.",
         epilog="Exit status: 0 if every reward model beat the random pick by more than the sampling error (1.96 "

@@ -41,7 +41,7 @@ COMMANDS = {
     "merge": "Merge an adapter into its base, or average several reward models.",
     "serve-info": "Print the command by which vLLM serves reward models; starts nothing.",
     "plugins": "List what is registered and which distribution it comes from.",
-    "demo": "Train and compare reward models of three kinds, offline, on this machine.",
+    "demo": "Train and compare reward models of several kinds, offline, on this machine.",
     "bench": "Measure time and memory of training, scoring and sampling on this machine.",
 }
 
