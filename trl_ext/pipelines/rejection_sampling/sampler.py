@@ -255,7 +255,14 @@ class RejectionSampler:
         for stage in self._score:
             self._need(stage.store, "score")
         scores = dict(zip(self.reward_names, (stage.store for stage in self._score), strict=True))
-        return StoredSamples(self._prompts, self._generate.store, scores, self.reward_weights, self.num_generations)
+        return StoredSamples(
+            self._prompts,
+            self._generate.store,
+            scores,
+            self.reward_weights,
+            self.num_generations,
+            self.sampling.chat_template_kwargs,
+        )
 
     def select(
         self,
@@ -364,7 +371,8 @@ def rejection_sample(
         `Dataset` in the order of the prompts. For `SFTTrainer`: `prompt`, `completion`, `score`, `scores` by function,
         `sample_index`, `finish_reason`. For `DPOTrainer` (selectors of pairs): `prompt`, `chosen`, `rejected`,
         `chosen_rating`, `rejected_rating`, `score_margin`. For `RewardTrainer` (selectors of groups): `prompt`,
-        `completions`, `ratings`. All with `prompt_id` and the data set's other columns.
+        `completions`, `ratings`. All with `prompt_id` and the data set's other columns. Chats also have the run's
+        `chat_template_kwargs`, if there are any; values in the row's column of this name take precedence.
 
     Raises:
         [`DataError`]: a row cannot be used; names row and column.

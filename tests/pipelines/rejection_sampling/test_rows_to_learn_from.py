@@ -1,0 +1,54 @@
+"""What a round trains on: the prompts that it sampled from, whole completions, and one draw also after a kill."""
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tests.pipelines.rejection_sampling.test_rejection_sampling_trainer import ROWS, share_of_vowels, trainer
+from trl_ext.demo.model import tiny_reward_base, tiny_tokenizer
+
+
+CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS[:8]])
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant (quiet): ' if quiet else 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_reward_base(tmp_path_factory.mktemp("base"), hidden_size=32)
+
+
+class Texts(TrainerCallback):
+    """Keeps the texts that a round trains on."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_begin(self, args, state, control, processing_class, train_dataloader, **kwargs):
+        self.found += [processing_class.decode(row["input_ids"]) for row in train_dataloader.dataset]
+
+
+def vowels(prompts, completions, **kwargs):
+    return share_of_vowels(prompts, [completion[0]["content"] for completion in completions])
+
+
+def rows_of(folder, number=1):
+    return [json.loads(line) for line in (folder / "rounds" / str(number) / "rows.jsonl").read_text().splitlines()]
+
+
+def test_arguments_of_the_chat_template_are_those_of_the_samples(base, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if quiet %}Quietly.\n{% endif %}" + TEMPLATE
+    seen = Texts()
+    run = trainer(
+        base, tmp_path, vowels, train_dataset=CHATS, eval_dataset=None, processing_class=tokenizer, max_steps=1,
+        chat_template_kwargs={"quiet": True}, callbacks=[seen], num_rounds=2, accumulate_rounds=True,
+    )  # fmt: skip
+    run.train()
+    assert len(seen.found) >= 16 and all(text.startswith("Quietly.\n") for text in seen.found)
+    assert rows_of(tmp_path)[0]["chat_template_kwargs"] == {"quiet": True}
