@@ -52,3 +52,23 @@ def test_arguments_of_the_chat_template_are_those_of_the_samples(base, tmp_path)
     run.train()
     assert len(seen.found) >= 16 and all(text.startswith("Quietly.\n") for text in seen.found)
     assert rows_of(tmp_path)[0]["chat_template_kwargs"] == {"quiet": True}
+
+
+class Kill(TrainerCallback):
+    """Ends a run after its first checkpoint."""
+
+    def on_save(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_round_that_died_in_training_goes_on_with_the_rows_that_it_had(base, tmp_path):
+    arguments = dict(eval_dataset=None, max_steps=2, num_generations=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(base, tmp_path, **arguments, callbacks=[Kill()]).train()
+    first, seen = rows_of(tmp_path), Texts()
+    again = trainer(base, tmp_path, **arguments, generation_batch_size=3, callbacks=[seen])  # would draw others
+    again.train()
+    assert rows_of(tmp_path) == first
+    assert [row["prompt"] + row["completion"] in text for row, text in zip(first, seen.found, strict=True)] == [True] * 32
+    chosen = [row["score"] for row in first]
+    assert again.history[1]["selected_reward"] == pytest.approx(sum(chosen) / len(chosen))

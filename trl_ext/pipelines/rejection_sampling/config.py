@@ -22,7 +22,7 @@ _DERIVED = {"generation_batch_size", "steps_per_generation"}
 
 # Arguments that a finished round does not depend on, in addition to those of every training.
 _SERVER = "It says where the vLLM server is and how long to wait for it."
-_DRAWS = "It changes which completions an unfinished round draws; they are stored under a separate key."
+_DRAWS = "It changes which completions a round draws that has selected nothing yet; they have a separate key."
 ROUND_IRRELEVANT = {
     "num_rounds": "A rerun may add rounds to those that are done.",
     "use_vllm": _DRAWS,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import trl
-from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -26,22 +25,18 @@ from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
-from trl_ext.pipelines.stages.store import write_lines
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
 
-def rows_to_learn_from(rounds: Rounds, number: int, rows: Dataset, accumulate: bool) -> Dataset:
-    """Store and return the rows that a round selected; with `accumulate` also those of earlier rounds, each once."""
-    folder = rounds.of(number)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process and not (folder / "rows.jsonl").is_file():
-            write_lines(folder / "rows.jsonl", rows, checksums=False)
+def rows_to_learn_from(rounds: Rounds, number: int, accumulate: bool) -> Dataset:
+    """The rows that a round selected; with `accumulate` also those of earlier rounds, each once."""
+    rows = dataset_of_rows(rounds.rows(number))
     wanted = {"prompt", "completion", "tools", "chat_template_kwargs"}
     rows = rows.select_columns([name for name in rows.column_names if name in wanted])
     if not accumulate or number == 1:
         return rows
-    before = [dataset_of_rows(rounds.of(earlier) / "rows.jsonl") for earlier in range(1, number)]
+    before = [dataset_of_rows(rounds.rows(earlier)) for earlier in range(1, number)]
     both = concatenate_datasets([rows, *(item.select_columns(rows.column_names) for item in reversed(before))])
     seen: set[bytes] = set()
     first = []

@@ -288,29 +288,12 @@ class RejectionSamplingTrainer:
 
     def _round(self, number: int) -> tuple[int, dict[str, Any]]:
         args = self.args
-        sampler = self._sampler(
-            number - 1, self._train_dataset, self._rounds.of(number) / "samples", args.seed + number
-        )
-        sampler.generate()
-        sampler.score()
-        with PartialState().main_process_first():
-            selected = sampler.select(
-                args.selection, args.selection_kwargs, drop_truncated=args.mask_truncated_completions
-            )
-        if "completion" not in selected.dataset.column_names:
-            raise ValueError(
-                f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot "
-                "use. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
-            )
-        cut = int((~selected.scored.finished[selected.selection.rows]).sum())
-        if cut and PartialState().is_main_process:
-            logger.warning(
-                f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
-                f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy "
-                "learns to stop there. Set mask_truncated_completions=True, or raise max_completion_length."
-            )
-        metrics = {"round": number, **round_metrics(selected.scored, selected.selection)}
-        rows = rows_to_learn_from(self._rounds, number, selected.dataset, args.accumulate_rounds)
+        selected = self._rounds.selected(number)
+        PartialState().wait_for_everyone()  # all processes find the same, before one of them selects
+        if selected is None:
+            self._select(number)
+        metrics = {"round": number, **self._rounds.selected(number)}
+        rows = rows_to_learn_from(self._rounds, number, args.accumulate_rounds)
         metrics["rows"] = len(rows)
         fresh = number == 1 or args.start_from == "initial"
         fine_tune(
@@ -326,6 +309,35 @@ class RejectionSamplingTrainer:
         )
         trained = self._rounds.trained(number)
         return trained["steps"], metrics | {"train_loss": trained["loss"], **self._evaluate(number)}
+
+    def _select(self, number: int) -> None:
+        """Sample, score and select for a round. What is selected is stored, and not drawn again."""
+        args = self.args
+        sampler = self._sampler(
+            number - 1, self._train_dataset, self._rounds.of(number) / "samples", args.seed + number
+        )
+        sampler.generate()
+        sampler.score()
+        with PartialState().main_process_first():
+            selected = sampler.select(
+                args.selection, args.selection_kwargs, drop_truncated=args.mask_truncated_completions
+            )
+        if "completion" not in selected.dataset.column_names:
+            raise ValueError(
+                f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot "
+                "use. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
+            )
+        if PartialState().is_main_process:
+            cut = int((~selected.scored.finished[selected.selection.rows]).sum())
+            if cut:
+                logger.warning(
+                    f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
+                    f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy "
+                    "learns to stop there. Set mask_truncated_completions=True, or raise max_completion_length."
+                )
+            metrics = round_metrics(selected.scored, selected.selection)
+            self._rounds.finish_selection(number, selected.dataset, metrics)
+        PartialState().wait_for_everyone()
 
     def _sampler(
         self, number: int, dataset: Any, folder: Path, seed: int, evaluating: bool = False
