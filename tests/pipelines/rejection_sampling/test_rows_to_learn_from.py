@@ -4,10 +4,12 @@ import json
 import logging
 
 import pytest
+import trl
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.pipelines.rejection_sampling.test_rejection_sampling_trainer import ROWS, share_of_vowels, trainer
+from trl_ext import RejectionSamplingConfig
 from trl_ext.demo.model import tiny_reward_base, tiny_tokenizer
 
 
@@ -69,6 +71,34 @@ def test_a_round_that_died_in_training_goes_on_with_the_rows_that_it_had(base, t
     again = trainer(base, tmp_path, **arguments, generation_batch_size=3, callbacks=[seen])  # would draw others
     again.train()
     assert rows_of(tmp_path) == first
-    assert [row["prompt"] + row["completion"] in text for row, text in zip(first, seen.found, strict=True)] == [True] * 32
+    assert all(row["prompt"] + row["completion"] in text for row, text in zip(first, seen.found, strict=True))
     chosen = [row["score"] for row in first]
     assert again.history[1]["selected_reward"] == pytest.approx(sum(chosen) / len(chosen))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_sft_would_cut_are_left_out_or_warned_of(base, tmp_path, caplog, masked):
+    seen = Texts()
+    run = trainer(
+        base, tmp_path, eval_dataset=None, max_steps=1, max_length=40, callbacks=[seen],
+        mask_truncated_completions=masked, max_completion_length=64, generation_kwargs={"stop_strings": [*"abcdefgh"]},
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    rows = rows_of(tmp_path)
+    whole = [len(tiny_tokenizer()(row["prompt"] + row["completion"] + "<eos>")["input_ids"]) <= 40 for row in rows]
+    assert 0 < sum(whole) < len(rows)
+    assert f"{len(rows) - sum(whole)} of {len(rows)} selected completions are longer than max_length=40" in caplog.text
+    assert run.history[1]["rows"] == len(seen.found) == (sum(whole) if masked else len(rows))
+    assert all(text.endswith("<eos>") for text in seen.found) == masked
+
+
+def test_a_round_without_a_row_that_fits_says_so(base, tmp_path):
+    run = trainer(base, tmp_path, eval_dataset=None, max_length=3, mask_truncated_completions=True)
+    with pytest.raises(ValueError, match="There is nothing left to fine-tune on. Raise max_length"):
+        run.train()
+
+
+def test_rows_of_a_grpo_script_are_not_cut(tmp_path):
+    given = trl.GRPOConfig(output_dir=str(tmp_path), max_completion_length=1500, use_cpu=True, bf16=False)
+    assert RejectionSamplingConfig.from_grpo(given).max_length is None

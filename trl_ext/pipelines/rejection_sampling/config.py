@@ -80,8 +80,9 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         reward_weights (`list[float]`, *optional*):
             A weight for each reward function. All 1 by default.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Never fine-tune on completions that were cut at `max_completion_length`. If this is off and some are
-            selected, a warning says how many: SFT appends an EOS to them, so the policy learns to stop there.
+            Never fine-tune on completions that were cut at `max_completion_length`, or that SFT would cut at
+            `max_length` (prompt and completion together). If this is off and some are selected, a warning says how
+            many: SFT appends an EOS to the first, so the policy learns to stop there, and the second have none.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Completions that a device generates at a time.
         use_vllm (`bool`, *optional*, defaults to `False`):
@@ -162,8 +163,9 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         """
         Convert a `trl.GRPOConfig`, for scripts that replace only the trainer.
 
-        A field with GRPO's default value gets our default (a learning rate of 1e-6 is too small for fine-tuning). If
-        fields were set that have no meaning here, such as `beta`, a warning names them.
+        A field with GRPO's default value gets our default (a learning rate of 1e-6 is too small for fine-tuning).
+        `max_length` is `None`, because GRPO cuts no row. If fields were set that have no meaning here, such as `beta`,
+        a warning names them.
         """
         ours = {item.name for item in dataclasses.fields(cls) if item.init} - _NOT_SHARED - _DERIVED
         defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
@@ -179,4 +181,4 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         if ignored:
             logger.warning(f"These arguments of {type(args).__name__} have no meaning here: {', '.join(ignored)}.")
         same = {name: getattr(args, name) for name in ("use_cpu", "bf16")}
-        return cls(output_dir=args.output_dir, **{**same, **values})
+        return cls(output_dir=args.output_dir, max_length=None, **{**same, **values})

@@ -7,15 +7,18 @@ Nothing stays in memory afterwards. This module does not know sampling, scores o
 import copy
 import gc
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from trl_ext.data.tokenization import TextRow, TokenizationSettings, encode_batch
 from trl_ext.models.adapters import check_policy_adapter
 from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.inputs import use_known_pad_token
@@ -27,6 +30,9 @@ from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
+
+
+logger = logging.getLogger(__name__)
 
 
 def rows_to_learn_from(rounds: Rounds, number: int, accumulate: bool) -> Dataset:
@@ -46,6 +52,41 @@ def rows_to_learn_from(rounds: Rounds, number: int, accumulate: bool) -> Dataset
             seen.add(digest)
             first.append(place)
     return both.select(first)
+
+
+def rows_that_fit(
+    rows: Dataset, number: int, args: RejectionSamplingConfig, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """
+    The rows that SFT does not cut at `max_length`, if `mask_truncated_completions` is set; else all, and a warning.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):  # the others cut nothing away
+        return rows
+    texts = [
+        TextRow(row["prompt"], row["completion"], row.get("tools"), row.get("chat_template_kwargs")) for row in rows
+    ]
+    settings = TokenizationSettings(append_eos=tokenizer.eos_token is not None)
+    lengths = [len(encoded.ids) for encoded in encode_batch(tokenizer, texts, settings)]
+    fitting = [place for place, length in enumerate(lengths) if length <= args.max_length]
+    if len(fitting) == len(rows):
+        return rows
+    found = (
+        f"Round {number}: {len(rows) - len(fitting)} of {len(rows)} selected completions are longer than "
+        f"max_length={args.max_length} tokens together with their prompts (the longest {max(lengths)})."
+    )
+    fix = "Raise max_length, or set it to None."
+    if not args.mask_truncated_completions:
+        fix = f"SFT cuts them there, without an EOS. {fix} Or set mask_truncated_completions=True to leave them out."
+    elif not fitting:
+        raise ValueError(f"{found} There is nothing left to fine-tune on. {fix}")
+    else:
+        rows, fix = rows.select(fitting), f"They are left out. {fix}"
+    if PartialState().is_main_process:
+        logger.warning(f"{found} {fix}")
+    return rows
 
 
 def fine_tune(

@@ -51,6 +51,7 @@ from trl_ext.pipelines.rejection_sampling.round_training import (
     check_policy,
     check_rounds_on_server,
     fine_tune,
+    rows_that_fit,
     rows_to_learn_from,
 )
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
@@ -294,6 +295,7 @@ class RejectionSamplingTrainer:
             self._select(number)
         metrics = {"round": number, **self._rounds.selected(number)}
         rows = rows_to_learn_from(self._rounds, number, args.accumulate_rounds)
+        rows = rows_that_fit(rows, number, args, self.processing_class)
         metrics["rows"] = len(rows)
         fresh = number == 1 or args.start_from == "initial"
         fine_tune(
