@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import trl
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from tests.pipelines.rejection_sampling.test_rejection_sampling_trainer import ROWS, share_of_vowels, trainer
 from trl_ext import RejectionSamplingConfig
 from trl_ext.demo.model import tiny_reward_base, tiny_tokenizer
+from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
 
 
 CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS[:8]])
@@ -54,6 +56,30 @@ def test_arguments_of_the_chat_template_are_those_of_the_samples(base, tmp_path)
     run.train()
     assert len(seen.found) >= 16 and all(text.startswith("Quietly.\n") for text in seen.found)
     assert rows_of(tmp_path)[0]["chat_template_kwargs"] == {"quiet": True}
+
+
+def test_the_first_policy_samples_with_the_chat_template_that_it_is_trained_with(tmp_path, monkeypatch):
+    base = tiny_reward_base(tmp_path / "base", hidden_size=32)
+    bare = tiny_tokenizer()
+    bare.chat_template = None  # as that of a base model
+    bare.save_pretrained(base)
+    Path(base, "chat_template.jinja").unlink(missing_ok=True)
+    template, prompts, seen = tmp_path / "template.jinja", [], Texts()
+    template.write_text(TEMPLATE)
+    run = TransformersGenerator._run
+
+    def note(self, encoded):
+        prompts.extend(map(tiny_tokenizer().decode, encoded))
+        return run(self, encoded)
+
+    monkeypatch.setattr(TransformersGenerator, "_run", note)
+    arguments = dict(train_dataset=CHATS, eval_dataset=CHATS, max_steps=1, num_generations=2, callbacks=[seen])
+    trainer(base, tmp_path / "out", vowels, chat_template_path=str(template), **arguments).train()
+    assert len(prompts) == 3 * 16 and all(text.endswith(":\nassistant: ") for text in prompts)
+    assert all(text[: text.index("assistant: ")] in " ".join(prompts) for text in seen.found)
+
+    with pytest.raises(ValueError, match="is no .jinja or .j2 file.*a processing_class"):
+        trainer(base, tmp_path / "other", vowels, chat_template_path=str(base), **arguments)
 
 
 class Kill(TrainerCallback):

@@ -53,7 +53,8 @@ WITHOUT_EFFECT = {
 class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
     r"""
     Configuration of [`RejectionSamplingTrainer`]. All arguments of `trl.SFTConfig` keep their meaning and defaults;
-    they apply to the fine-tuning of each round. The sampling arguments have GRPO's names, meaning and defaults.
+    they apply to the fine-tuning of each round. Sampling uses `chat_template_path` too, which must be a `.jinja` or
+    `.j2` file. The sampling arguments have GRPO's names, meaning and defaults.
 
     Args:
         num_rounds (`int`, *optional*, defaults to `1`):

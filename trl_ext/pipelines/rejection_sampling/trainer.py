@@ -69,6 +69,7 @@ from trl_ext.pipelines.stages.store import write_json
 from trl_ext.pipelines.stages.values import plain
 from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
 from trl_ext.trainers.common.model_card import CARD_NAME, write_card
+from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
 
@@ -163,6 +164,13 @@ class RejectionSamplingTrainer:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         check_rounds_on_server(args, model, peft_config)
         check_policy(model, peft_config)
+        template = args.chat_template_path
+        if template is not None and not is_template_file(template):
+            raise ValueError(
+                f"chat_template_path={template!r} is no .jinja or .j2 file. The first policy samples with the "
+                "template that it is trained with; needed: such a file, or a model and a processing_class that have "
+                "the template and its tokens already."
+            )
         warn_of_arguments_without_effect(args, WITHOUT_EFFECT)
         check_selection(args.selection, args.selection_kwargs, ("rows",))
         without_missing_wandb(args)
@@ -184,6 +192,7 @@ class RejectionSamplingTrainer:
             self._init_kwargs["quantization_config"] = quantization_config
         self._rounds = Rounds(Path(args.output_dir) / "rounds")
         self._model: PreTrainedModel | PeftModel | None = None
+        self._chat_template = None if template is None else Path(template).read_text(encoding="utf-8")
         self._given = model
         self._in_memory = not isinstance(model, (str, Path))
         self._given_tokenizer = processing_class and text_tokenizer(processing_class)
@@ -257,6 +266,8 @@ class RejectionSamplingTrainer:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 self._given, revision=self._init_kwargs.get("revision"), trust_remote_code=self.args.trust_remote_code
             )
+        if self._chat_template is not None:
+            self._tokenizer.chat_template = self._chat_template
         return self._tokenizer
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -366,6 +377,7 @@ class RejectionSamplingTrainer:
             generation_batch_size=args.generation_batch_size,
             model_init_kwargs=self._init_kwargs if number == 0 else self._generates_with(),
             server=server if on_server else None,
+            chat_template=self._chat_template,
             **{item.name: getattr(args, item.name) for item in fields(GRPOSamplingFields)},
         )
 
