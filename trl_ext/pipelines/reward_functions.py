@@ -6,7 +6,9 @@ imports functions that a string names. This module knows nothing of where scores
 
 import asyncio
 import inspect
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +39,8 @@ from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 
+
+logger = logging.getLogger(__name__)
 
 RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
 
@@ -235,6 +239,35 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     if isinstance(function, RewardScorer):  # made in a file of the user
         return {**reward_identity(function), "name": name}
     return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_key(function)}
+
+
+def identity_in_run(spec: RewardFunc) -> dict[str, Any]:
+    """[`reward_identity`]. An ensemble in memory has an entry that no other run has, and a warning is logged."""
+    identity = reward_identity(spec)
+    if identity is None:
+        name = reward_name(spec)
+        logger.warning(
+            f"{name} is an ensemble in memory, so a rerun cannot use its scores. Save it, and give its path."
+        )
+        identity = {"name": name, "run": time.time_ns()}
+    return identity
+
+
+def warn_of_unseen(identity: dict[str, Any], reused: str, fix: str) -> None:
+    """
+    Log a warning if a result is used again whose function reads values that cannot be compared.
+
+    Args:
+        identity (`dict`): the function's [`reward_identity`].
+        reused (`str`): what is used again, with its verb: `"The stored scores are"`.
+        fix (`str`): what to do if the values changed.
+    """
+    if identity.get("unseen"):
+        read = ", ".join(f"{variable} ({kind})" for variable, kind in identity["unseen"].items())
+        logger.warning(
+            f"{reused} used again. The function reads {read}, whose content cannot be compared. If that content "
+            f"changed, {fix}."
+        )
 
 
 def _scale_identity(scorer: RewardScorer) -> dict[str, Any]:

@@ -5,7 +5,6 @@ and scores, `sample_table` reads them as arrays, `selection` selects, and `pipel
 """
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,7 +31,14 @@ from trl_ext.pipelines.rejection_sampling.prompts import write_prompts
 from trl_ext.pipelines.rejection_sampling.sample_table import StoredSamples
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
 from trl_ext.pipelines.rejection_sampling.selection import check_selection, select
-from trl_ext.pipelines.reward_functions import RewardFunc, as_list, check_rewards, reward_identity, weights_by_name
+from trl_ext.pipelines.reward_functions import (
+    RewardFunc,
+    as_list,
+    check_rewards,
+    identity_in_run,
+    warn_of_unseen,
+    weights_by_name,
+)
 from trl_ext.pipelines.stages.cache_key import key_of
 from trl_ext.pipelines.stages.parts import Part, take_shards
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
@@ -172,16 +178,9 @@ class RejectionSampler:
             raise ValueError("There is no reward function to score with. Give reward_funcs.")
         stages = []
         for name, spec in zip(self.reward_names, self._rewards, strict=True):
-            identity = reward_identity(spec)
-            if identity is None:
-                if Workers.here().count > 1:
-                    raise ValueError(
-                        "Several processes cannot share an ensemble in memory. Save it and give its path."
-                    )
-                logger.warning(
-                    f"{name} is an ensemble in memory, so a rerun cannot use its scores. Save it, and give its path."
-                )
-                identity = {"name": name, "run": time.time_ns()}
+            identity = identity_in_run(spec)
+            if "run" in identity and Workers.here().count > 1:
+                raise ValueError("Several processes cannot share an ensemble in memory. Save it and give its path.")
             manifest = {
                 "format": FORMAT,
                 "rollouts": self._generate.store.folder.name,
@@ -189,12 +188,8 @@ class RejectionSampler:
                 "reward": identity,
             }
             store = ShardStore(self.output_dir / "scores" / name, manifest, self._prompts.sizes)
-            if "unseen" in identity and len(store.missing()) < len(store.sizes):
-                read = ", ".join(f"{variable} ({kind})" for variable, kind in identity["unseen"].items())
-                logger.warning(
-                    f"The stored scores of {name} are used again. The function reads {read}, whose content cannot be "
-                    f"compared. If that content changed, delete {store.folder}."
-                )
+            if len(store.missing()) < len(store.sizes):
+                warn_of_unseen(identity, f"The stored scores of {name} are", f"delete {store.folder}")
             stages.append(ScoreStage(self._prompts, self._generate.store, store, spec, name))
         return stages
 

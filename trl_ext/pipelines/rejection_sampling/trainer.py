@@ -61,7 +61,9 @@ from trl_ext.pipelines.reward_functions import (
     RewardFunc,
     check_rewards,
     reward_identity,
+    reward_name,
     reward_names,
+    warn_of_unseen,
     weights_by_name,
     with_tokenizers,
 )
@@ -456,15 +458,30 @@ class RejectionSamplingTrainer:
             settings["tokenizer"] = tokenizer_identity(self._given_tokenizer)
         if "quantization_config" in self._init_kwargs:
             settings["quantization_config"] = plain(self._init_kwargs["quantization_config"])
-        settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
+        settings["rewards"] = [self._reward_setting(spec) for spec in self._rewards]
         if self._verifier is not None:
-            settings["verifier"] = reward_identity(self._verifier) or reward_names([self._verifier])[0]
+            settings["verifier"] = self._reward_setting(self._verifier)
         settings["prompts"] = prompts_digest(self._train_dataset)
         if self._eval_dataset is not None:
             settings["eval_prompts"] = prompts_digest(self._eval_dataset)
         if self._peft_config is not None:
             settings["peft"] = plain(self._peft_config)
         return settings
+
+    def _reward_setting(self, spec: RewardFunc) -> dict[str, Any] | str:
+        """The cache key of a reward function, or its name. A warning says if earlier rounds cannot be compared."""
+        name, identity = reward_name(spec), reward_identity(spec)
+        if self._rounds.of(0).is_dir():
+            start_over = "start over with train(resume_from_checkpoint=False)"
+            if identity is None:
+                logger.warning(
+                    f"The rounds in {self._rounds.folder} go on with {name}, an ensemble in memory, whose content "
+                    f"cannot be compared. If it changed, {start_over}. A saved ensemble, given by its path, is "
+                    "compared."
+                )
+            else:
+                warn_of_unseen(identity, f"The rounds in {self._rounds.folder}, scored with {name}, are", start_over)
+        return identity or name
 
 
 def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
