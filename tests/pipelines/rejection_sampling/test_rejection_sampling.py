@@ -232,6 +232,16 @@ def test_models_in_memory(tiny, scalar, tmp_path):
         again.score()
 
 
+def test_a_model_in_memory_with_another_tokenizer_in_its_folder_has_a_store_of_its_own(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    stores = [store_of(sampler(policy, tmp_path)).folder for _ in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    assert stores[0] == stores[1] != store_of(sampler(policy, tmp_path)).folder
+
+
 # What is done again
 
 

@@ -54,13 +54,11 @@ class TransformersGenerator:
         if isinstance(model, (str, Path)):
             source = local_folder(model, init.get("revision"))  # the tokenizer comes from the same revision
             model = load_policy(source, init)
-        else:
-            source = None if isinstance(model, PeftModel) else model.config._name_or_path
-        if processing_class is None:
-            if source is None:
-                raise ValueError("An adapter in memory does not say its tokenizer. Pass `processing_class`.")
-            remote_code = init.get("trust_remote_code", False)
-            processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
+            if processing_class is None:
+                remote_code = init.get("trust_remote_code", False)
+                processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
+        elif processing_class is None:
+            processing_class = tokenizer_in_memory(model, init)
         processing_class = text_tokenizer(processing_class)
         self.model = model
         self._sampling = sampling
@@ -218,6 +216,16 @@ class TransformersGenerator:
         finally:
             model.generation_config = kept
             model.train(was_training)
+
+
+def tokenizer_in_memory(
+    model: PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder that a model in memory was loaded from. Raises `ValueError` for an adapter."""
+    if isinstance(model, PeftModel):
+        raise ValueError("An adapter in memory does not say its tokenizer. Pass `processing_class`.")
+    remote_code = (model_init_kwargs or {}).get("trust_remote_code", False)
+    return text_tokenizer(AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=remote_code))
 
 
 def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:
