@@ -209,6 +209,14 @@ def test_a_prompt_that_cannot_be_used_is_named(tiny, prompts, sampling, message)
         in_process(tiny, **sampling).generate(prompts, 1, 0)
 
 
+def test_a_prompt_beyond_learnt_positions_is_named(tmp_path):
+    gpt2 = save_tiny_model(tmp_path, "gpt2", n_positions=32)
+    generator = make_generator(gpt2, sampling=Sampling(max_completion_length=8))
+    assert generator.longest_prompt == 24
+    with pytest.raises(DataError, match="longer than the model's 32 positions"):
+        generator.generate(["say " * 40], 1, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -69,6 +69,8 @@ class TransformersGenerator:
         ends = {*([declared] if isinstance(declared, int) else declared or ()), processing_class.eos_token_id} - {None}
         self._ends = ends
         self._known = vocab_size(model)
+        # not every family has a limit, and some have it under another name (GPT-2's n_positions)
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         pad = processing_class.pad_token_id
         # padding is masked, so any token that the model knows will do
         self._pad = pad if pad is not None and pad < self._known else min(ends, default=0)
@@ -113,9 +115,8 @@ class TransformersGenerator:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
         prompts = list(prompts)
         encoded = self._encoder.ids(prompts, columns)
-        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
         self._encoder.check_tokens(encoded, self._known)
-        self._encoder.check_lengths(encoded, self._config.max_new_tokens, limit)
+        self._encoder.check_lengths(encoded, self._config.max_new_tokens, self._positions)
         order = sorted(
             range(len(prompts)), key=lambda row: (-len(encoded[row]), row)
         )  # the longest first, so that a batch that is too large fails at once
@@ -149,8 +150,7 @@ class TransformersGenerator:
     @property
     def longest_prompt(self) -> int | None:
         """The most tokens that a prompt may have beside the longest completion; `None` without a limit."""
-        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        return None if limit is None else limit - self._config.max_new_tokens
+        return None if self._positions is None else self._positions - self._config.max_new_tokens
 
     def label_logprobs(self, prompts: Sequence[str | Chat], labels: Sequence[str]) -> list[list[float | None]]:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]. The values are exact, so none is `None`."""
