@@ -317,6 +317,22 @@ def test_what_is_sent_for_a_chat_and_what_is_off_is_not_sent():
     assert not off & set(body)
 
 
+def test_nulls_of_structs_are_not_sent_and_set_nothing():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "day": None}}}
+    chat = [
+        {"role": "user", "content": "1 + 1?", "tool_calls": None},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_calls": None},
+    ]
+    columns = {"chat_template_kwargs": {"think": None, "loud": True}}
+    with serving(good()) as server:
+        openai(server.url, chat_template_kwargs={"think": False}).generate([chat], 1, 0, [columns])
+    asked, called, answered = server.bodies[0]["messages"]
+    assert asked == {"role": "user", "content": "1 + 1?"} and answered == {"role": "tool", "content": "2"}
+    assert called["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert server.bodies[0]["chat_template_kwargs"] == {"think": False, "loud": True}
+
+
 def test_a_begun_answer_is_continued_by_a_server_too():
     begun = [*CHAT, {"role": "assistant", "content": "good"}]
     with serving(good()) as server:

@@ -256,7 +256,7 @@ class RejectionSampler:
             scores,
             self.reward_weights,
             self.num_generations,
-            self.sampling.chat_template_kwargs,
+            self.sampling,
         )
 
     def select(
