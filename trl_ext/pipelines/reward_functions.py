@@ -306,8 +306,8 @@ def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sampl
         scores = list(scores)
     except Exception as error:  # a user's function may raise anything
         raise RewardError(
-            f"The reward function {name!r} raised {type(error).__name__}: {error}. Scores of finished shards are "
-            "kept. Repair the function, and run the same command again."
+            f"The reward function {name!r} raised {type(error).__name__}: {error}. Repair the function, "
+            "and run the same again; scores that were stored are kept."
         ) from error
     if len(scores) != len(samples):
         raise RewardError(
@@ -332,8 +332,8 @@ def _checked(score: Any, name: str, sample: Sample) -> float | None:
 def _wrong(found: str, name: str, sample: Sample) -> str:
     return (
         f"The reward function {name!r} gave {found} for completion {sample.sample_index} of the prompt "
-        f"{sample.prompt_id}; needed: a finite number, or None if it cannot score the completion. Scores of finished "
-        "shards are kept."
+        f"{sample.prompt_id}; needed: a finite number, or None if it cannot score the completion. Scores that were "
+        "stored are kept."
     )
 
 

@@ -369,9 +369,23 @@ def test_what_may_pass_is_asked_again(bad, short_pauses):
 def test_a_server_that_stays_broken_is_said_with_its_last_words(short_pauses):
     with serving(lambda *_: (500, b"CUDA error", {})) as server:
         generator = openai(server.url, retries=2, concurrency=1)
-        with pytest.raises(GenerationError, match="failed 3 times, last with HTTP 500: CUDA error.*shards are kept"):
+        with pytest.raises(GenerationError, match="failed 3 times, last with HTTP 500: CUDA error.*stored is kept"):
             generator.generate(["a", "b"], 4, 0)
     assert len(server.requests) == 3  # the other seven were not sent
+
+
+def test_the_same_generator_asks_a_server_again_that_is_back(short_pauses):
+    with serving(good()) as server:
+        fine = server.answer
+        generator = openai(server.url, retries=0, concurrency=1)
+        server.answer = lambda *request: (503, b"", {})
+        for _ in range(2):
+            before = len(server.requests)
+            with pytest.raises(GenerationError, match="HTTP 503.*When it is back, run the same again"):
+                generator.generate(["a"], 3, 0)
+            assert len(server.requests) == before + 1
+        server.answer = fine
+        assert texts(generator, ["a"]) == [[" fine", " fine"]]
 
 
 def test_a_refused_request_is_not_repeated():

@@ -461,13 +461,27 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(tmp_path, short_pauses)
         arguments["server"] |= {"max_concurrency": 1, "server_timeout": 5.0}
         whole = server.answer
         server.answer = lambda n, *rest: whole(n, *rest) if n < 13 else (500, b"out of memory", {})
-        with pytest.raises(GenerationError, match="HTTP 500: out of memory.*finished shards are kept"):
+        with pytest.raises(GenerationError, match="HTTP 500: out of memory.*what was stored is kept"):
             sample("served", tmp_path, text_length, **{k: v for k, v in OPTIONS.items() if k[:3] != "gen"} | arguments)
         first = len(server.requests)
         server.answer = whole
         arguments["server"]["max_concurrency"] = 4  # where and how it is asked makes no other store
         best = sample("served", tmp_path, text_length, **OPTIONS | arguments)
         assert len(best) == 7 and len(server.requests) - first < 21
+
+
+def test_an_interrupted_run_asks_a_server_for_nothing_more(tmp_path):
+    def interrupt(prompts):
+        raise KeyboardInterrupt
+
+    with serving(good()) as server:
+        settings = {"server_base_url": server.url, "max_concurrency": 1}
+        made = sampler("served", tmp_path, None, num_generations=20, backend="openai", server=settings)
+        made._generate.store.create()
+        with pytest.raises(KeyboardInterrupt):
+            made._generate.run([0, 1, 2, 3], interrupt)
+        asked = len(server.requests)
+    assert 40 <= asked <= 50  # the shard that is done, and of the next one the requests that were under way
 
 
 def text_length(completions, **columns):

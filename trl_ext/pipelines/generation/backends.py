@@ -25,7 +25,7 @@ _ADVICE = Advice(
     slow="For a slow server raise server_timeout or lower max_concurrency.",
     refused="Correct the argument or the prompt that it names; leave arguments that it does not know at their "
     "defaults.",
-    again="Run the same command again; finished shards are kept.",
+    again="When it is back, run the same again; what was stored is kept.",
 )
 
 

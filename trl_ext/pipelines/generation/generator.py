@@ -8,6 +8,7 @@ where completions are kept.
 import hashlib
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -275,6 +276,14 @@ def too_long(
     limits = (max_length, generator.longest_prompt)
     limit = min((one for one in limits if one is not None), default=math.inf)
     return [length > limit for length in lengths_of(prompts, columns)]
+
+
+def calls_together(generator: Generator) -> AbstractContextManager:
+    """
+    A block of calls, also from several threads, that end together: with a server, the first failure or an interruption
+    stops all of them. A backend without a server has nothing to stop.
+    """
+    return getattr(generator, "together", nullcontext)()
 
 
 def template_kwargs(sampling: Sampling, columns: Columns) -> dict[str, Any]:

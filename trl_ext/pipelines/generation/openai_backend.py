@@ -71,6 +71,7 @@ class OpenAIGenerator:
 
     def __init__(self, servers: ServerPool, model: str, sampling: Sampling):
         self._servers = servers
+        self.together = servers.together
         self._model = model
         self._sampling = sampling
         routes = next(iter(servers.describe("/openapi.json").values())) or {}
@@ -91,7 +92,7 @@ class OpenAIGenerator:
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
-        """See [`~trl_ext.pipelines.generation.generator.Generator`]. After a final failure every call fails."""
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
         jobs, before = [], Counter()  # completions of equal prompts earlier in this call
         prompts = list(prompts)
         numbers = number_for_each(prompts, num_generations)

@@ -192,7 +192,8 @@ class TransformersGenerator:
         except torch.OutOfMemoryError as error:
             raise GenerationError(
                 f"The GPU has not enough memory for {len(encoded)} completions at a time, with prompts of up to "
-                f"{width} tokens and {config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
+                f"{width} tokens and {config.max_new_tokens} new ones. Lower generation_batch_size, or the "
+                f"batch_size of a judge. ({error})"
             ) from error
         return output, width
 
