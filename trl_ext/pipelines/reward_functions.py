@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,7 @@ def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sampl
             **columns,
         )
         if inspect.isawaitable(scores):
-            scores = asyncio.run(_wait_for(scores))
+            scores = _awaited(scores)
         scores = list(scores)
     except Exception as error:  # a user's function may raise anything
         raise RewardError(
@@ -337,8 +338,18 @@ def _wrong(found: str, name: str, sample: Sample) -> str:
     )
 
 
-async def _wait_for(scores: Any) -> Any:
-    return await scores
+def _awaited(scores: Any) -> Any:
+    """The result of an asynchronous function, also where an event loop runs already, as in a notebook."""
+
+    async def wait() -> Any:
+        return await scores
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(wait())).result()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """Rejection sampling as a whole: what comes out, what is done again, failures, kills, processes, the command."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -389,7 +390,10 @@ def test_an_async_function_and_numbers_of_any_kind():
         log_metric("x", 1.0)
         return [torch.tensor(0.5), True]
 
-    assert call_reward(later, "later", [item(0), item(1)]) == [0.5, 1.0]
+    async def in_a_notebook():
+        return call_reward(later, "later", [item(0), item(1)])
+
+    assert call_reward(later, "later", [item(0), item(1)]) == asyncio.run(in_a_notebook()) == [0.5, 1.0]
 
 
 def test_columns_that_only_some_prompts_have():
