@@ -35,7 +35,7 @@ from trl_ext.pipelines.names import (
     no_model,
 )
 from trl_ext.pipelines.stages.values import callable_key
-from trl_ext.pipelines.user_functions import did_you_mean, load_function
+from trl_ext.pipelines.user_functions import callable_name, did_you_mean, load_function
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
@@ -73,8 +73,7 @@ def reward_name(spec: RewardFunc) -> str:
         return Path(spec).name
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return type(spec).__name__
-    name = getattr(spec, "__name__", None)  # TRL reads it too; an object with `__call__` may lack it
-    return name if isinstance(name, str) else type(spec).__name__
+    return callable_name(spec)
 
 
 def reward_names(specs: Sequence[RewardFunc]) -> list[str]:

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.pipelines.http_server import good, serving
 from tests.tiny import save_tiny_model
-from trl_ext import RewardEnsemble, RewardScorer, rejection_sample
+from trl_ext import RejectionSamplingConfig, RewardEnsemble, RewardScorer, rejection_sample
 from trl_ext.cli.main import main as trl_ext
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.generator import GenerationError
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
+from trl_ext.pipelines.rejection_sampling.scored import Selection
 from trl_ext.pipelines.reward_functions import RewardError, call_reward, load_reward, reward_identity, reward_names
 from trl_ext.pipelines.stages.store import ShardStore, StoreError
 
@@ -184,6 +186,20 @@ def test_a_wrong_selection_fails_before_anything_is_generated(tiny, tmp_path):
     with pytest.raises(ValueError, match="'top_k_overall' cannot be called: missing a required argument: 'k'"):
         sample(tiny, tmp_path, selection="top_k_overall")
     assert not list(tmp_path.iterdir())
+
+
+class Last:
+    def __call__(self, samples, keep=2):
+        return Selection(np.arange(len(samples))[-keep:])
+
+
+@pytest.mark.parametrize("selection", [Last(), partial(Last.__call__, None, keep=3)], ids=["object", "partial"])
+def test_a_selector_need_not_have_a_name(tiny, tmp_path, selection):
+    found = sample(tiny, tmp_path, selection=selection)
+    assert len(found) == (2 if isinstance(selection, Last) else 3)
+    assert next((tmp_path / "selected").iterdir()).name.startswith(type(selection).__name__)
+    config = RejectionSamplingConfig(output_dir=str(tmp_path), selection=selection, use_cpu=True, bf16=False)
+    assert config.to_dict()["selection"] == type(selection).__name__
 
 
 def test_own_process_is_still_taken_and_names_its_successor(tiny, tmp_path, caplog):

@@ -10,6 +10,7 @@ import trl
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.rejection_sampling.selection import selectors
 from trl_ext.pipelines.stages.training_arguments import arguments_key
+from trl_ext.pipelines.user_functions import callable_name
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
 
 
@@ -152,7 +153,7 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         selectors.get(self.selection)
 
     def to_dict(self) -> dict[str, Any]:
-        name = self.selection if isinstance(self.selection, str) else self.selection.__qualname__
+        name = self.selection if isinstance(self.selection, str) else callable_name(self.selection)
         return {**super().to_dict(), "selection": name}
 
     def settings_of_a_round(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.runner import Isolate, check_isolate
 from trl_ext.pipelines.stages.store import ShardStore, StoreError, write_json, write_lines
 from trl_ext.pipelines.stages.values import plain
+from trl_ext.pipelines.user_functions import callable_name
 
 
 logger = logging.getLogger(__name__)
@@ -272,7 +273,7 @@ class RejectionSampler:
         unscorable = dict(zip(self.reward_names, np.isnan(table.scores).sum(1).tolist(), strict=True))
         kwargs = selection_kwargs or {}
         chosen = select(scored, selection, drop_truncated=drop_truncated, **kwargs)
-        name = selection if isinstance(selection, str) else selection.__name__
+        name = selection if isinstance(selection, str) else callable_name(selection)
         manifest = {
             "selection": name,
             "options": plain(kwargs),
