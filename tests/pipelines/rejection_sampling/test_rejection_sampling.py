@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.pipelines.http_server import good, serving
+from tests.program import TORCHRUN
 from tests.tiny import save_tiny_model
 from trl_ext import RejectionSamplingConfig, RewardEnsemble, RewardScorer, rejection_sample
 from trl_ext.cli.main import main as trl_ext
@@ -595,24 +597,19 @@ def rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_under_accelerate_launch(tiny, tmp_path, rows):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trl_ext.cli.rejection_sample"]
+def test_the_command_on_two_processes_of_a_launcher(tiny, tmp_path, rows):
+    launch = [*TORCHRUN, "-m", "trl_ext.cli.rejection_sample"]
     arguments = ["--model_name_or_path", str(tiny), "--dataset_name", str(rows), "--shard_size", "2"]
     arguments += ["--num_generations", "3", "--max_completion_length", "6", "--reward_funcs", f"{__name__}.vowels"]
     done = subprocess.run(
-        [*launch, *arguments, "--output_dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True
+        [*launch, *arguments, "--output_dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('"path": ') == 1, done.stdout  # one report from both
     assert command(tiny, tmp_path / "one", rows, "--shard_size", "2") == 0
     two, one = ([*(tmp_path / name).glob("selected/*/rows.jsonl")] for name in ("two", "one"))
     assert two[0].read_text() == one[0].read_text()
