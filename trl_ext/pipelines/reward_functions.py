@@ -270,6 +270,27 @@ def warn_of_unseen(identity: dict[str, Any], reused: str, fix: str) -> None:
         )
 
 
+def reward_setting(spec: RewardFunc, earlier: Path | None) -> dict[str, Any] | str:
+    """
+    The [`reward_identity`] of a reward function, or the name of an ensemble in memory.
+
+    Args:
+        spec (reward function): the reward function.
+        earlier (`Path`, *optional*): folder of results that a run goes on with; a warning says if they may be of
+            another function.
+    """
+    name, identity = reward_name(spec), reward_identity(spec)
+    if earlier is not None:
+        if identity is None:
+            logger.warning(
+                f"The results in {earlier} go on with {name}, an ensemble in memory, whose content cannot be "
+                "compared. If it changed, start over. A saved ensemble, given by its path, is compared."
+            )
+        else:
+            warn_of_unseen(identity, f"The results of {name} in {earlier} are", "start over")
+    return identity or name
+
+
 def _scale_identity(scorer: RewardScorer) -> dict[str, Any]:
     """What else a scorer does to its scores: calibrate them, compare with a reference, subtract deviations."""
     found: dict[str, Any] = {}

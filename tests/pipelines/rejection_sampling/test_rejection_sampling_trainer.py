@@ -354,7 +354,9 @@ def test_rounds_that_go_on_with_what_cannot_be_compared_warn(base, tmp_path, cap
     for told in (False, True):
         trainer(base, tmp_path, **arguments).train()
         assert ("go on with RewardEnsemble, an ensemble in memory, whose content cannot" in caplog.text) == told
-        assert ("scored with locked, are used again. The function reads lock" in caplog.text) == told
+        assert (
+            f"The results of locked in {tmp_path / 'rounds'} are used again. The function reads lock" in caplog.text
+        ) == told
 
 
 @pytest.mark.parametrize("masked", [False, True])

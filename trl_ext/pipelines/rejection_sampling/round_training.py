@@ -26,8 +26,10 @@ from trl_ext.models.sidecar import vocab_size
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
+from trl_ext.pipelines.rejection_sampling.sampler import Selected
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
+from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
@@ -89,6 +91,22 @@ def rows_that_fit(
     return rows
 
 
+def check_selected(number: int, selected: Selected, args: RejectionSamplingConfig) -> None:
+    """Raise `ValueError` for pairs and groups, and warn of completions that were cut at `max_completion_length`."""
+    if selected.selection.kind != "rows":
+        raise ValueError(
+            f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot use. "
+            "Use a selector of samples here, and rejection_sample(...) for pairs and groups."
+        )
+    finished = selected.scored.finished[selected.selection.rows]
+    if not finished.all() and PartialState().is_main_process:
+        logger.warning(
+            f"Round {number}: {int((~finished).sum())} of {len(finished)} selected completions were cut at "
+            f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy learns to "
+            "stop there. Set mask_truncated_completions=True, or raise max_completion_length."
+        )
+
+
 def fine_tune(
     rounds: Rounds,
     number: int,
@@ -147,6 +165,20 @@ def fine_tune(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def chat_template_of(args: trl.SFTConfig) -> str | None:
+    """The template of `chat_template_path`, which the first policy must sample with. Only a file can be read here."""
+    path = args.chat_template_path
+    if path is None:
+        return None
+    if not is_template_file(path):
+        raise ValueError(
+            f"chat_template_path={path!r} is no .jinja or .j2 file. The first policy samples with the template that "
+            "it is trained with; needed: such a file, or a model and a processing_class that have the template and "
+            "its tokens already."
+        )
+    return Path(path).read_text(encoding="utf-8")
 
 
 def check_policy(model: Any, peft_config: PeftConfig | None) -> None:

@@ -9,7 +9,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from trl_ext.data.mapping import plain_rows
 from trl_ext.logs import follow_transformers
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.inputs import text_tokenizer
@@ -46,10 +45,12 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     round_metrics,
     rounds_card,
 )
-from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED, prompts_digest
+from trl_ext.pipelines.rejection_sampling.prompts import columns_of, prompts_digest
 from trl_ext.pipelines.rejection_sampling.round_training import (
+    chat_template_of,
     check_policy,
     check_rounds_on_server,
+    check_selected,
     fine_tune,
     rows_that_fit,
     rows_to_learn_from,
@@ -60,10 +61,8 @@ from trl_ext.pipelines.rejection_sampling.selection import check_selection
 from trl_ext.pipelines.reward_functions import (
     RewardFunc,
     check_rewards,
-    reward_identity,
-    reward_name,
     reward_names,
-    warn_of_unseen,
+    reward_setting,
     weights_by_name,
     with_tokenizers,
 )
@@ -71,7 +70,6 @@ from trl_ext.pipelines.stages.store import write_json
 from trl_ext.pipelines.stages.values import plain
 from trl_ext.trainers.common.inherited_arguments import warn_of_arguments_without_effect
 from trl_ext.trainers.common.model_card import CARD_NAME, write_card
-from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.tracking import without_missing_wandb
 
 
@@ -166,13 +164,6 @@ class RejectionSamplingTrainer:
             raise ValueError("A verifier rates the policy on eval_dataset, which is missing. Give both or neither.")
         check_rounds_on_server(args, model, peft_config)
         check_policy(model, peft_config)
-        template = args.chat_template_path
-        if template is not None and not is_template_file(template):
-            raise ValueError(
-                f"chat_template_path={template!r} is no .jinja or .j2 file. The first policy samples with the "
-                "template that it is trained with; needed: such a file, or a model and a processing_class that have "
-                "the template and its tokens already."
-            )
         warn_of_arguments_without_effect(args, WITHOUT_EFFECT)
         check_selection(args.selection, args.selection_kwargs, ("rows",))
         without_missing_wandb(args)
@@ -180,9 +171,9 @@ class RejectionSamplingTrainer:
         self.history: list[dict[str, Any]] = []
         self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
         self._verifier = verifier
-        check_rewards(self._rewards, _columns(train_dataset))
+        check_rewards(self._rewards, columns_of(train_dataset))
         if eval_dataset is not None:
-            check_rewards([*self._rewards, *([] if verifier is None else [verifier])], _columns(eval_dataset))
+            check_rewards([*self._rewards, *([] if verifier is None else [verifier])], columns_of(eval_dataset))
         weights_by_name(self._rewards, args.reward_weights)  # their number is checked here
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
@@ -194,7 +185,7 @@ class RejectionSamplingTrainer:
             self._init_kwargs["quantization_config"] = quantization_config
         self._rounds = Rounds(Path(args.output_dir) / "rounds")
         self._model: PreTrainedModel | PeftModel | None = None
-        self._chat_template = None if template is None else Path(template).read_text(encoding="utf-8")
+        self._chat_template = chat_template_of(args)
         self._given = model
         self._in_memory = not isinstance(model, (str, Path))
         self._given_tokenizer = processing_class and text_tokenizer(processing_class)
@@ -337,19 +328,8 @@ class RejectionSamplingTrainer:
             selected = sampler.select(
                 args.selection, args.selection_kwargs, drop_truncated=args.mask_truncated_completions
             )
-        if "completion" not in selected.dataset.column_names:
-            raise ValueError(
-                f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot "
-                "use. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
-            )
+        check_selected(number, selected, args)
         if PartialState().is_main_process:
-            cut = int((~selected.scored.finished[selected.selection.rows]).sum())
-            if cut:
-                logger.warning(
-                    f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
-                    f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy "
-                    "learns to stop there. Set mask_truncated_completions=True, or raise max_completion_length."
-                )
             metrics = round_metrics(selected.scored, selected.selection)
             self._rounds.finish_selection(number, selected.dataset, metrics)
         PartialState().wait_for_everyone()
@@ -458,32 +438,13 @@ class RejectionSamplingTrainer:
             settings["tokenizer"] = tokenizer_identity(self._given_tokenizer)
         if "quantization_config" in self._init_kwargs:
             settings["quantization_config"] = plain(self._init_kwargs["quantization_config"])
-        settings["rewards"] = [self._reward_setting(spec) for spec in self._rewards]
+        earlier = self._rounds.folder if self._rounds.of(0).is_dir() else None
+        settings["rewards"] = [reward_setting(spec, earlier) for spec in self._rewards]
         if self._verifier is not None:
-            settings["verifier"] = self._reward_setting(self._verifier)
+            settings["verifier"] = reward_setting(self._verifier, earlier)
         settings["prompts"] = prompts_digest(self._train_dataset)
         if self._eval_dataset is not None:
             settings["eval_prompts"] = prompts_digest(self._eval_dataset)
         if self._peft_config is not None:
             settings["peft"] = plain(self._peft_config)
         return settings
-
-    def _reward_setting(self, spec: RewardFunc) -> dict[str, Any] | str:
-        """The cache key of a reward function, or its name. A warning says if earlier rounds cannot be compared."""
-        name, identity = reward_name(spec), reward_identity(spec)
-        if self._rounds.of(0).is_dir():
-            start_over = "start over with train(resume_from_checkpoint=False)"
-            if identity is None:
-                logger.warning(
-                    f"The rounds in {self._rounds.folder} go on with {name}, an ensemble in memory, whose content "
-                    f"cannot be compared. If it changed, {start_over}. A saved ensemble, given by its path, is "
-                    "compared."
-                )
-            else:
-                warn_of_unseen(identity, f"The rounds in {self._rounds.folder}, scored with {name}, are", start_over)
-        return identity or name
-
-
-def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
-    """The columns that reward functions get, read from the first row."""
-    return set(next(iter(plain_rows(dataset)), {})) - NOT_PASSED
