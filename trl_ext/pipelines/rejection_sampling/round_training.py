@@ -1,7 +1,7 @@
 """The supervised fine-tuning of one round: it chooses the rows, and trains the policy on disk into a new one on disk.
 
 A plain `trl.SFTTrainer` trains, with a new optimizer in each round. After a kill it resumes from its last checkpoint.
-Nothing stays in memory afterwards. This module does not know sampling, scores or evaluation.
+Nothing stays in memory afterwards. This module reads what was selected. It does not sample, score or evaluate.
 """
 
 import copy
