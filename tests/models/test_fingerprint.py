@@ -143,3 +143,17 @@ def test_of_a_model_in_memory_the_way_lora_is_applied_counts(folders):
         if isinstance(module, LoraLayer):
             module.scale_layer(2.0)
     assert model_identity(model) != before
+
+
+def test_of_a_model_in_memory_its_config_and_its_end_tokens_count_and_its_place_does_not(folders, tmp_path):
+    def load(folder=folders / "full", **changes):
+        return AutoModelForCausalLM.from_pretrained(folder, **changes)
+
+    before = model_identity(load())
+    assert model_identity(load(shutil.copytree(folders / "full", tmp_path / "moved"))) == before
+    assert model_identity(load(rms_norm_eps=0.5)) != before
+    model = load()
+    model.config.use_cache, model.config.pad_token_id = False, 3  # as a trainer sets them
+    assert model_identity(model) == before
+    model.generation_config.eos_token_id = [1, 2]
+    assert model_identity(model) != before

@@ -238,6 +238,40 @@ def test_command_writes_in_order_and_goes_on(base, tmp_path, monkeypatch, capsys
     assert "line 2 is not valid JSON" in capsys.readouterr().err
 
 
+ENSEMBLE = """
+import threading
+from trl_ext import RewardEnsemble
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+lock = threading.Lock()
+
+def locked(completions, **columns):
+    with lock:
+        return length(completions)
+
+ens = RewardEnsemble([length])
+"""
+
+
+def test_scores_of_an_ensemble_are_not_taken_for_those_of_another(base, tmp_path, monkeypatch, capsys, caplog):
+    (tmp_path / "own.py").write_text(ENSEMBLE)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    arguments = ["best-of-n", "--model_name_or_path", str(base), "--input", "in.jsonl", "--n", "2"]
+    arguments += ["--max_completion_length", "5"]
+    ensemble = [*arguments, "--output", "ensemble.jsonl", "--reward_funcs", "own.py:ens"]
+    assert main(ensemble) == 0
+    assert "RewardEnsemble is an ensemble in memory" in caplog.text or "ens is an ensemble in memory" in caplog.text
+    assert main(ensemble) == 1
+    assert "other settings (rewards=" in capsys.readouterr().err
+    locked = [*arguments, "--output", "locked.jsonl", "--reward_funcs", "own.py:locked"]
+    assert main(locked) == 0 and "used again" not in caplog.text
+    assert main(locked) == 0
+    assert "The scores of locked in locked.jsonl are used again. The function reads lock (_thread.lock)" in caplog.text
+
+
 def test_a_vote_without_its_package_fails_at_once_and_blocks_nothing(
     base, tmp_path, without_math_verify, monkeypatch, capsys
 ):

@@ -81,6 +81,7 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
     check_one_process("best-of-n", SERVERS)
     from trl_ext.pipelines.best_of_n import Picker, as_rows
     from trl_ext.pipelines.generation.records import with_completion
+    from trl_ext.pipelines.reward_functions import warn_of_unseen
 
     rows = as_rows(read_rows(args.input))
     added = [name for name in _ADDED if {"answer": args.vote, "candidates": args.return_candidates}.get(name, True)]
@@ -94,6 +95,9 @@ def run(args: BestOfNArguments) -> dict[str, Any]:
     output = output_file(args)
     as_written = [{**row, "prompt": with_completion(row["prompt"], "")[0]} for row in rows]
     done = output.resume(enumerate(as_written, start=1), args.input, total=len(rows))
+    if done:
+        for identity in output.manifest["rewards"]:
+            warn_of_unseen(identity, f"The scores of {identity['name']} in {args.output} are", "give another --output")
     unscored = 0
     if done < len(rows):
         kwargs = server_kwargs(args) or {"generation_batch_size": args.generation_batch_size}
@@ -132,10 +136,10 @@ def output_file(args: BestOfNArguments) -> RowFile:
 def _identities(args: BestOfNArguments) -> dict[str, Any]:
     """The cache keys of the policy and of the reward functions, which cover their contents."""
     from trl_ext.pipelines.generation.backends import model_of_backend
-    from trl_ext.pipelines.reward_functions import reward_identity
+    from trl_ext.pipelines.reward_functions import identity_in_run
 
     policy = model_of_backend(args.model_name_or_path, args.backend, model_init_kwargs(args))
-    return {"policy": policy, "rewards": [reward_identity(name) for name in args.reward_funcs]}
+    return {"policy": policy, "rewards": [identity_in_run(name) for name in args.reward_funcs]}
 
 
 def _found(pick: "Best", args: BestOfNArguments) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`trl-ext rejection-sample`: generate completions, score them, and keep the best. A rerun resumes.
 
 This module maps flags to the arguments of [`~trl_ext.rejection_sample`]; `--stage` runs one stage alone, and `--shard`
-one part of the prompts. The command prints a JSON report with the path of the selected rows.
+one part of the prompts. The command prints a JSON report with the path of the selected rows, once for all processes.
 """
 
 import json
@@ -118,8 +118,10 @@ def run(args: RejectionSampleArguments) -> dict[str, Any] | None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. `argv` defaults to the arguments of the process. Returns the exit status."""
     (args,) = parse(make_parser(), argv)
+    from trl_ext.pipelines.rejection_sampling.generate_and_score import Workers
+
     report = run(args)
-    if report is not None:
+    if report is not None and Workers.here().rank == 0:  # one report from all processes of a launcher
         print(json.dumps(report, indent=2))
     return 0
 

@@ -25,6 +25,10 @@ MODEL_FILES += ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 MODEL_FILES += ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 MODEL_FILES += ("*.jinja", "additional_chat_templates/*.jinja")
 
+# Values of a config that change no output, and `dtype`, which the tensors have. Names with an underscore are places
+# and settings of the process.
+_WITHOUT_EFFECT = ("transformers_version", "dtype", "torch_dtype", "use_cache", "pad_token_id", "architectures")
+
 
 def model_identity(model: str | Path | nn.Module, revision: str | None = None) -> str:
     """
@@ -33,7 +37,8 @@ def model_identity(model: str | Path | nn.Module, revision: str | None = None) -
     Args:
         model (`str`, `Path` or `nn.Module`):
             The key of a folder covers its content and not its place, that of a Hub id its name and commit, and that
-            of a model in memory its tensors and not the folder that it was loaded from.
+            of a model in memory its tensors, its config and its end tokens, and not the folder that it was loaded
+            from. The tokenizer has a key of its own, see [`tokenizer_identity`].
         revision (`str`, *optional*): revision of a Hub id.
     """
     if isinstance(model, nn.Module):
@@ -98,8 +103,16 @@ def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def fingerprint_in_memory(model: nn.Module) -> str:
-    """The cache key of a model in memory: a hash of its tensors and LoRA state. It differs from its folder's key."""
+    """
+    The cache key of a model in memory: a hash of its tensors, LoRA state, config and end tokens. It differs from its
+    folder's key.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
+    config = getattr(model, "config", None)  # a plain module has none
+    if hasattr(config, "to_dict"):
+        digest.update(json.dumps(_that_count(config.to_dict()), sort_keys=True, default=str).encode())
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a reward model has none
+    digest.update(f"{ends}\n".encode())
     # PEFT keeps the base's head beside the trained one. It is not used, and random in every process.
     unused = tuple(
         f"{name}.original_module."
@@ -113,6 +126,15 @@ def fingerprint_in_memory(model: nn.Module) -> str:
         if isinstance(module, LoraLayer):
             digest.update(f"{name} {module.disable_adapters} {module.active_adapters} {module.scaling}\n".encode())
     return digest.hexdigest()
+
+
+def _that_count(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config, and of the configs in it, that change outputs."""
+    return {
+        name: _that_count(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _WITHOUT_EFFECT and not str(name).startswith("_")
+    }
 
 
 def _local_bases(folder: Path) -> list[Path]:

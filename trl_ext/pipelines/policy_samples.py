@@ -78,7 +78,9 @@ def policy_samples(
         raise ValueError("temperature=0 gives all samples of a prompt the same text; needed: above 0.")
     kwargs = dict(backend_kwargs or {})
     manifest = {
-        "policy": model_of_backend(policy, backend, kwargs.get("model_init_kwargs") or {}),
+        "policy": model_of_backend(
+            policy, backend, kwargs.get("model_init_kwargs") or {}, kwargs.get("processing_class")
+        ),
         "num_generations": num_generations,
         "seed": seed,
         "backend": backend,

@@ -6,8 +6,11 @@ imports functions that a string names. This module knows nothing of where scores
 
 import asyncio
 import inspect
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,13 @@ from trl_ext.pipelines.names import (
     no_model,
 )
 from trl_ext.pipelines.stages.values import callable_key
-from trl_ext.pipelines.user_functions import did_you_mean, load_function
+from trl_ext.pipelines.user_functions import callable_name, did_you_mean, load_function
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 
+
+logger = logging.getLogger(__name__)
 
 RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
 
@@ -68,8 +73,7 @@ def reward_name(spec: RewardFunc) -> str:
         return Path(spec).name
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return type(spec).__name__
-    name = getattr(spec, "__name__", None)  # TRL reads it too; an object with `__call__` may lack it
-    return name if isinstance(name, str) else type(spec).__name__
+    return callable_name(spec)
 
 
 def reward_names(specs: Sequence[RewardFunc]) -> list[str]:
@@ -237,6 +241,56 @@ def reward_identity(spec: RewardFunc) -> dict[str, Any] | None:
     return None if isinstance(function, RewardEnsemble) else {"name": name, **callable_key(function)}
 
 
+def identity_in_run(spec: RewardFunc) -> dict[str, Any]:
+    """[`reward_identity`]. An ensemble in memory has an entry that no other run has, and a warning is logged."""
+    identity = reward_identity(spec)
+    if identity is None:
+        name = reward_name(spec)
+        logger.warning(
+            f"{name} is an ensemble in memory, so a rerun cannot use its scores. Save it, and give its path."
+        )
+        identity = {"name": name, "run": time.time_ns()}
+    return identity
+
+
+def warn_of_unseen(identity: dict[str, Any], reused: str, fix: str) -> None:
+    """
+    Log a warning if a result is used again whose function reads values that cannot be compared.
+
+    Args:
+        identity (`dict`): the function's [`reward_identity`].
+        reused (`str`): what is used again, with its verb: `"The stored scores are"`.
+        fix (`str`): what to do if the values changed.
+    """
+    if identity.get("unseen"):
+        read = ", ".join(f"{variable} ({kind})" for variable, kind in identity["unseen"].items())
+        logger.warning(
+            f"{reused} used again. The function reads {read}, whose content cannot be compared. If that content "
+            f"changed, {fix}."
+        )
+
+
+def reward_setting(spec: RewardFunc, earlier: Path | None) -> dict[str, Any] | str:
+    """
+    The [`reward_identity`] of a reward function, or the name of an ensemble in memory.
+
+    Args:
+        spec (reward function): the reward function.
+        earlier (`Path`, *optional*): folder of results that a run goes on with; a warning says if they may be of
+            another function.
+    """
+    name, identity = reward_name(spec), reward_identity(spec)
+    if earlier is not None:
+        if identity is None:
+            logger.warning(
+                f"The results in {earlier} go on with {name}, an ensemble in memory, whose content cannot be "
+                "compared. If it changed, start over. A saved ensemble, given by its path, is compared."
+            )
+        else:
+            warn_of_unseen(identity, f"The results of {name} in {earlier} are", "start over")
+    return identity or name
+
+
 def _scale_identity(scorer: RewardScorer) -> dict[str, Any]:
     """What else a scorer does to its scores: calibrate them, compare with a reference, subtract deviations."""
     found: dict[str, Any] = {}
@@ -269,12 +323,12 @@ def call_reward(function: Callable[..., Any], name: str, samples: Sequence[Sampl
             **columns,
         )
         if inspect.isawaitable(scores):
-            scores = asyncio.run(_wait_for(scores))
+            scores = _awaited(scores)
         scores = list(scores)
     except Exception as error:  # a user's function may raise anything
         raise RewardError(
-            f"The reward function {name!r} raised {type(error).__name__}: {error}. Scores of finished shards are "
-            "kept. Repair the function, and run the same command again."
+            f"The reward function {name!r} raised {type(error).__name__}: {error}. Repair the function, "
+            "and run the same again; scores that were stored are kept."
         ) from error
     if len(scores) != len(samples):
         raise RewardError(
@@ -299,13 +353,23 @@ def _checked(score: Any, name: str, sample: Sample) -> float | None:
 def _wrong(found: str, name: str, sample: Sample) -> str:
     return (
         f"The reward function {name!r} gave {found} for completion {sample.sample_index} of the prompt "
-        f"{sample.prompt_id}; needed: a finite number, or None if it cannot score the completion. Scores of finished "
-        "shards are kept."
+        f"{sample.prompt_id}; needed: a finite number, or None if it cannot score the completion. Scores that were "
+        "stored are kept."
     )
 
 
-async def _wait_for(scores: Any) -> Any:
-    return await scores
+def _awaited(scores: Any) -> Any:
+    """The result of an asynchronous function, also where an event loop runs already, as in a notebook."""
+
+    async def wait() -> Any:
+        return await scores
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(wait())).result()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -57,6 +57,12 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     return function
 
 
+def callable_name(function: Callable[..., Any]) -> str:
+    """The name of a callable; of an object with `__call__`, or a partial, that of its class."""
+    name = getattr(function, "__name__", None)  # TRL reads it too; such objects may lack it
+    return name if isinstance(name, str) else type(function).__name__
+
+
 def names_of_functions(path: str | Path) -> str:
     """A hint that lists the functions of a Python file; `""` if the file cannot be read."""
     try:

@@ -95,12 +95,10 @@ class ServedModel:
 
     def outputs(self, ids: Sequence[list[int]]) -> list[list[float]]:
         """The raw outputs of the head at the last token of each list of token ids, none of them empty."""
-        self._servers.reset()
         return [row[self._columns] for row in self._at_last_token(self._servers, ids)]
 
     def token_outputs(self, ids: Sequence[list[int]]) -> list[list[list[float]]]:
         """The raw outputs of the head at each token of each list of token ids, none of them empty."""
-        self._servers.reset()
         found = self._ask(self._servers, "/pooling", _CLASSIFY_TOKENS, _tokens, ids)
         return [[token[self._columns] for token in row] for row in found]
 

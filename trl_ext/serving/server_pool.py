@@ -15,8 +15,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -62,7 +63,7 @@ class _Server:
 
 @dataclass
 class _Run:
-    """Requests that one failure ends. A late failure of an earlier run does not end those of the next."""
+    """Requests that one failure ends. A late failure of an earlier run does not end those of the next one."""
 
     stopped: threading.Event = field(default_factory=threading.Event)
     failure: Exception | None = None  # the one that stopped them
@@ -108,6 +109,7 @@ class ServerPool:
         self._lock = threading.Lock()
         self._turn = 0
         self._run = _Run()
+        self._blocks = 0  # of `together`
         self._headers = {"Content-Type": "application/json"}
         if api_key_variable is not None:
             if api_key_variable not in os.environ:
@@ -159,19 +161,38 @@ class ServerPool:
         except (OSError, http.client.HTTPException) as error:
             return f"{type(error).__name__}: {error}"
 
-    def reset(self) -> None:
-        """Send requests again after a failure that stopped them."""
-        self._run = _Run()
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """
+        A block of requests that end together: the first failure, or an interruption, stops all of them.
+
+        Blocks in other threads, and blocks in this one, belong to it. When all have ended, requests begin anew.
+        """
+        with self._lock:
+            if not self._blocks and self._run.stopped.is_set():
+                self._run = _Run()
+            run = self._run
+            self._blocks += 1
+        try:
+            yield
+        except BaseException as error:
+            stopped = error if isinstance(error, Exception) else self._error(f"{type(error).__name__} stopped it.")
+            self._stop(run, stopped)
+            raise
+        finally:
+            with self._lock:
+                self._blocks -= 1
 
     def map(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """Run jobs, which call [`ask`], in parallel. The first failure cancels those that have not begun."""
-        futures: list[Future[T]] = [self._threads.submit(job) for job in jobs]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+        """Run jobs, which call [`ask`], in parallel, as one block. The first failure cancels those not yet begun."""
+        with self.together():
+            futures: list[Future[T]] = [self._threads.submit(job) for job in jobs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
 
     def ask(self, path: str, body: dict[str, Any], read: Callable[[Any, float], T]) -> T:
         """
@@ -184,7 +205,8 @@ class ServerPool:
                 `ValueError`, `KeyError`, `IndexError` or `TypeError`, the request is repeated.
 
         Raises:
-            `error`: a server refuses the request, or all attempts fail. Every further call then fails.
+            `error`: a server refuses the request, or all attempts fail. Further calls then fail too, until the
+                block of [`together`] has ended.
         """
         pause, run = 0.5, self._run
         for attempt in range(self._max_retries + 1):
@@ -199,7 +221,8 @@ class ServerPool:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {_detail(error)}"
                 if error.code not in REPEATED:
-                    raise self._stop(run, self._refused(server.url, path, problem, body)) from error
+                    refused = self._refused(server.url, path, problem, body)
+                    raise self._stop(run, self._error(refused)) from error
                 wait = error.headers.get("Retry-After")
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
                 problem, gone = f"{type(error).__name__}: {error}", not isinstance(error, TimeoutError)
@@ -214,11 +237,8 @@ class ServerPool:
         hint = self._advice.slow
         if gone:
             hint = "It no longer answers: it was ended, or its engine died. Start it again with the same model."
-        raise self._stop(
-            run,
-            f"{self} failed {self._max_retries + 1} times, last with {problem}. {hint} Its log has the reason. "
-            f"{self._advice.again}",
-        )
+        message = f"{self} failed {self._max_retries + 1} times, last with {problem}. {hint} Its log has the reason. "
+        raise self._stop(run, self._error(message + self._advice.again))
 
     def _next(self) -> _Server:
         """The server whose turn it is; one that failed is passed over while it rests, if another does not."""
@@ -241,10 +261,10 @@ class ServerPool:
             logger.warning(f"The server at {server.url} failed with {problem}; its requests go to the others.")
         return others
 
-    def _stop(self, run: _Run, message: str) -> Exception:
+    def _stop(self, run: _Run, failure: Exception) -> Exception:
         """End all requests of a run with this error, unless another one did so before."""
         with self._lock:
-            run.failure = run.failure or self._error(message)
+            run.failure = run.failure or failure
         run.stopped.set()
         return run.failure
 

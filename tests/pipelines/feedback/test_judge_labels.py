@@ -19,6 +19,7 @@ from trl_ext import RewardConfig, RewardTrainer, label_preferences
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.feedback.judge import JudgeError
 from trl_ext.pipelines.feedback.judge_labels import judge_rows
+from trl_ext.pipelines.feedback.judge_reward import JudgeReward
 from trl_ext.pipelines.generation.generator import GenerationError, LabelError
 
 
@@ -315,6 +316,19 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(short_pauses):
     with serving(answer) as server:
         found = quick("m", pair_rows(4), backend="openai", server_base_url=server.url, max_concurrency=1)
     assert len(found) == 4
+
+
+def test_a_judge_ends_with_its_first_failure_and_asks_again_when_it_is_called_again():
+    with serving(lambda *request: (503, {}, {})) as server:
+        judge = JudgeReward(
+            "m", mode="rank", backend="openai", server_base_url=server.url, max_concurrency=1, max_retries=0
+        )
+        prompts, completions = ["a"] * 2 + ["b"] * 2, ["one", "two"] * 2
+        with pytest.raises(GenerationError, match="HTTP 503"):
+            judge(prompts, completions)
+        assert len(server.requests) == 1
+        server.answer = judging
+        assert None not in judge(prompts, completions)
 
 
 def test_after_a_kill_nothing_that_was_answered_is_asked_again(tmp_path):

@@ -209,6 +209,14 @@ def test_a_prompt_that_cannot_be_used_is_named(tiny, prompts, sampling, message)
         in_process(tiny, **sampling).generate(prompts, 1, 0)
 
 
+def test_a_prompt_beyond_learnt_positions_is_named(tmp_path):
+    gpt2 = save_tiny_model(tmp_path, "gpt2", n_positions=32)
+    generator = make_generator(gpt2, sampling=Sampling(max_completion_length=8))
+    assert generator.longest_prompt == 24
+    with pytest.raises(DataError, match="longer than the model's 32 positions"):
+        generator.generate(["say " * 40], 1, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -309,6 +317,22 @@ def test_what_is_sent_for_a_chat_and_what_is_off_is_not_sent():
     assert not off & set(body)
 
 
+def test_nulls_of_structs_are_not_sent_and_set_nothing():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "day": None}}}
+    chat = [
+        {"role": "user", "content": "1 + 1?", "tool_calls": None},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_calls": None},
+    ]
+    columns = {"chat_template_kwargs": {"think": None, "loud": True}}
+    with serving(good()) as server:
+        openai(server.url, chat_template_kwargs={"think": False}).generate([chat], 1, 0, [columns])
+    asked, called, answered = server.bodies[0]["messages"]
+    assert asked == {"role": "user", "content": "1 + 1?"} and answered == {"role": "tool", "content": "2"}
+    assert called["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert server.bodies[0]["chat_template_kwargs"] == {"think": False, "loud": True}
+
+
 def test_a_begun_answer_is_continued_by_a_server_too():
     begun = [*CHAT, {"role": "assistant", "content": "good"}]
     with serving(good()) as server:
@@ -345,9 +369,23 @@ def test_what_may_pass_is_asked_again(bad, short_pauses):
 def test_a_server_that_stays_broken_is_said_with_its_last_words(short_pauses):
     with serving(lambda *_: (500, b"CUDA error", {})) as server:
         generator = openai(server.url, retries=2, concurrency=1)
-        with pytest.raises(GenerationError, match="failed 3 times, last with HTTP 500: CUDA error.*shards are kept"):
+        with pytest.raises(GenerationError, match="failed 3 times, last with HTTP 500: CUDA error.*stored is kept"):
             generator.generate(["a", "b"], 4, 0)
     assert len(server.requests) == 3  # the other seven were not sent
+
+
+def test_the_same_generator_asks_a_server_again_that_is_back(short_pauses):
+    with serving(good()) as server:
+        fine = server.answer
+        generator = openai(server.url, retries=0, concurrency=1)
+        server.answer = lambda *request: (503, b"", {})
+        for _ in range(2):
+            before = len(server.requests)
+            with pytest.raises(GenerationError, match="HTTP 503.*When it is back, run the same again"):
+                generator.generate(["a"], 3, 0)
+            assert len(server.requests) == before + 1
+        server.answer = fine
+        assert texts(generator, ["a"]) == [[" fine", " fine"]]
 
 
 def test_a_refused_request_is_not_repeated():

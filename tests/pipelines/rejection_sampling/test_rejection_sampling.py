@@ -1,6 +1,8 @@
 """Rejection sampling as a whole: what comes out, what is done again, failures, kills, processes, the command."""
 
+import asyncio
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,19 +12,22 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.pipelines.http_server import good, serving
+from tests.program import TORCHRUN
 from tests.tiny import save_tiny_model
-from trl_ext import RewardEnsemble, RewardScorer, rejection_sample
+from trl_ext import RejectionSamplingConfig, RewardEnsemble, RewardScorer, rejection_sample
 from trl_ext.cli.main import main as trl_ext
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.generator import GenerationError
 from trl_ext.pipelines.generation.records import Sample
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler
+from trl_ext.pipelines.rejection_sampling.scored import Selection
 from trl_ext.pipelines.reward_functions import RewardError, call_reward, load_reward, reward_identity, reward_names
 from trl_ext.pipelines.stages.store import ShardStore, StoreError
 
@@ -185,6 +190,20 @@ def test_a_wrong_selection_fails_before_anything_is_generated(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Last:
+    def __call__(self, samples, keep=2):
+        return Selection(np.arange(len(samples))[-keep:])
+
+
+@pytest.mark.parametrize("selection", [Last(), partial(Last.__call__, None, keep=3)], ids=["object", "partial"])
+def test_a_selector_need_not_have_a_name(tiny, tmp_path, selection):
+    found = sample(tiny, tmp_path, selection=selection)
+    assert len(found) == (2 if isinstance(selection, Last) else 3)
+    assert next((tmp_path / "selected").iterdir()).name.startswith(type(selection).__name__)
+    config = RejectionSamplingConfig(output_dir=str(tmp_path), selection=selection, use_cpu=True, bf16=False)
+    assert config.to_dict()["selection"] == type(selection).__name__
+
+
 def test_own_process_is_still_taken_and_names_its_successor(tiny, tmp_path, caplog):
     sample(tiny, tmp_path, own_process=False)
     assert "own_process=False is deprecated. Use isolate='never'" in caplog.text
@@ -230,6 +249,16 @@ def test_models_in_memory(tiny, scalar, tmp_path):
     again = sampler(policy, tmp_path / "memory", reward, processing_class=tokenizer)
     with pytest.raises(StoreError, match="content="):
         again.score()
+
+
+def test_a_model_in_memory_with_another_tokenizer_in_its_folder_has_a_store_of_its_own(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    stores = [store_of(sampler(policy, tmp_path)).folder for _ in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    assert stores[0] == stores[1] != store_of(sampler(policy, tmp_path)).folder
 
 
 # What is done again
@@ -379,7 +408,10 @@ def test_an_async_function_and_numbers_of_any_kind():
         log_metric("x", 1.0)
         return [torch.tensor(0.5), True]
 
-    assert call_reward(later, "later", [item(0), item(1)]) == [0.5, 1.0]
+    async def in_a_notebook():
+        return call_reward(later, "later", [item(0), item(1)])
+
+    assert call_reward(later, "later", [item(0), item(1)]) == asyncio.run(in_a_notebook()) == [0.5, 1.0]
 
 
 def test_columns_that_only_some_prompts_have():
@@ -451,13 +483,27 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(tmp_path, short_pauses)
         arguments["server"] |= {"max_concurrency": 1, "server_timeout": 5.0}
         whole = server.answer
         server.answer = lambda n, *rest: whole(n, *rest) if n < 13 else (500, b"out of memory", {})
-        with pytest.raises(GenerationError, match="HTTP 500: out of memory.*finished shards are kept"):
+        with pytest.raises(GenerationError, match="HTTP 500: out of memory.*what was stored is kept"):
             sample("served", tmp_path, text_length, **{k: v for k, v in OPTIONS.items() if k[:3] != "gen"} | arguments)
         first = len(server.requests)
         server.answer = whole
         arguments["server"]["max_concurrency"] = 4  # where and how it is asked makes no other store
         best = sample("served", tmp_path, text_length, **OPTIONS | arguments)
         assert len(best) == 7 and len(server.requests) - first < 21
+
+
+def test_an_interrupted_run_asks_a_server_for_nothing_more(tmp_path):
+    def interrupt(prompts):
+        raise KeyboardInterrupt
+
+    with serving(good()) as server:
+        settings = {"server_base_url": server.url, "max_concurrency": 1}
+        made = sampler("served", tmp_path, None, num_generations=20, backend="openai", server=settings)
+        made._generate.store.create()
+        with pytest.raises(KeyboardInterrupt):
+            made._generate.run([0, 1, 2, 3], interrupt)
+        asked = len(server.requests)
+    assert 40 <= asked <= 50  # the shard that is done, and of the next one the requests that were under way
 
 
 def text_length(completions, **columns):
@@ -551,24 +597,19 @@ def rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_under_accelerate_launch(tiny, tmp_path, rows):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trl_ext.cli.rejection_sample"]
+def test_the_command_on_two_processes_of_a_launcher(tiny, tmp_path, rows):
+    launch = [*TORCHRUN, "-m", "trl_ext.cli.rejection_sample"]
     arguments = ["--model_name_or_path", str(tiny), "--dataset_name", str(rows), "--shard_size", "2"]
     arguments += ["--num_generations", "3", "--max_completion_length", "6", "--reward_funcs", f"{__name__}.vowels"]
     done = subprocess.run(
-        [*launch, *arguments, "--output_dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True
+        [*launch, *arguments, "--output_dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('"path": ') == 1, done.stdout  # one report from both
     assert command(tiny, tmp_path / "one", rows, "--shard_size", "2") == 0
     two, one = ([*(tmp_path / name).glob("selected/*/rows.jsonl")] for name in ("two", "one"))
     assert two[0].read_text() == one[0].read_text()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from tests.program import run_offline_wandb
-from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer
+from trl_ext import RejectionSamplingConfig, RejectionSamplingTrainer, RewardEnsemble
 from trl_ext.demo.model import tiny_model, tiny_reward_base, tiny_tokenizer
 from trl_ext.models.bases import BaseMismatchError
 from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
@@ -340,6 +341,22 @@ def test_a_column_that_is_missing_is_said_when_the_trainer_is_made(base, tmp_pat
 
     with pytest.raises(ValueError, match="needs the argument 'answer', and the data has no such column"):
         trainer(base, tmp_path, graded, eval_dataset=None)
+
+
+def test_rounds_that_go_on_with_what_cannot_be_compared_warn(base, tmp_path, caplog):
+    lock = threading.Lock()
+
+    def locked(completions, **kwargs):
+        with lock:
+            return [0.0] * len(completions)
+
+    arguments = dict(rewards=[RewardEnsemble([length]), locked], max_steps=1, num_generations=2, eval_dataset=None)
+    for told in (False, True):
+        trainer(base, tmp_path, **arguments).train()
+        assert ("go on with RewardEnsemble, an ensemble in memory, whose content cannot" in caplog.text) == told
+        assert (
+            f"The results of locked in {tmp_path / 'rounds'} are used again. The function reads lock" in caplog.text
+        ) == told
 
 
 @pytest.mark.parametrize("masked", [False, True])

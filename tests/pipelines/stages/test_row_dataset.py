@@ -10,7 +10,7 @@ from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 
 def written(folder, rows):
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -25,6 +25,7 @@ COLUMNS = {
     "keys": [{"a": 1}, {"a": 2}, {"b": "x"}, None],
     "mixed": [1, "1", None, [1]],
     "messages_with_tools": [CHAT, CHAT, [{"role": "tool", "name": "f", "content": "1"}], CHAT],
+    "unsigned": [-1, 2**63 + 5, 2**64 - 1, 0],
     "flag": [True, False, None, True],
 }
 
@@ -57,3 +58,13 @@ def test_a_data_set_goes_on_as_any_other(tmp_path):
     found = dataset_of_rows(written(tmp_path, [{"prompt": "p", "keys": {"a": 1}}, {"prompt": "q", "keys": {"b": 2}}]))
     mapped = found.map(lambda row: {"prompt": row["prompt"] + "!"}).select([1])
     assert mapped.to_list() == [{"prompt": "q!", "keys": {"b": 2}}]
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_values_that_arrow_does_not_know_are_no_error(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(row_dataset, "CHUNK_ROWS", chunk)
+    columns = {"large": [1, 2**70, [-(2**70)]], "half": ["a", "\ud83d", "b"], "deep": [{"a": 1}, {"a": 2**70}, None]}
+    rows = [{name: values[place] for name, values in columns.items()} for place in range(3)]
+    found = dataset_of_rows(written(tmp_path, rows)).to_list()
+    assert [row["half"] for row in found] == ["a", "", "b"]
+    assert found[0] == rows[0] and found[1]["large"] == str(2**70)

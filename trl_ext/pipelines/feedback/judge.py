@@ -35,7 +35,7 @@ from trl_ext.pipelines.feedback.judge_settings import (
     JudgeSettings,
 )
 from trl_ext.pipelines.generation.backends import make_generator, model_of_backend
-from trl_ext.pipelines.generation.generator import Generator, sample_seed, too_long
+from trl_ext.pipelines.generation.generator import Generator, calls_together, sample_seed, too_long
 from trl_ext.pipelines.generation.sampling import Chat, Sampling
 from trl_ext.pipelines.stages.values import callable_key, plain
 
@@ -214,8 +214,8 @@ class Judge:
             yield from zip(batch, self._answer([jobs[place] for place in batch]), strict=True)
 
     def _in_parallel(self, jobs: Sequence[tuple[Question, int]]) -> Iterator[tuple[int, Answer]]:
-        _ = self._generator  # made once, before the threads need it
-        with ThreadPoolExecutor(self.settings.max_concurrency) as pool:
+        generator = self._generator  # made once, before the threads need it
+        with ThreadPoolExecutor(self.settings.max_concurrency) as pool, calls_together(generator):
             futures = {pool.submit(self._answer, [job]): place for place, job in enumerate(jobs)}
             try:
                 for future in as_completed(futures):

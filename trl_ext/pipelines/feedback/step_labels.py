@@ -30,7 +30,14 @@ from trl_ext.pipelines.generation.sampling import Backend, Sampling
 from trl_ext.pipelines.rejection_sampling.generate_and_score import length_of
 from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED
 from trl_ext.pipelines.rejection_sampling.sampler import RejectionSampler, check_request
-from trl_ext.pipelines.reward_functions import RewardFunc, check_rewards, load_reward, reward_identity, reward_name
+from trl_ext.pipelines.reward_functions import (
+    RewardFunc,
+    check_rewards,
+    identity_in_run,
+    load_reward,
+    reward_name,
+    warn_of_unseen,
+)
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.one_process import SERVERS, check_one_process
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
@@ -236,7 +243,7 @@ def label_steps_with_report(
             for row, group in enumerate(samples)
         ]
         solution_tokens = sum(length_of(sample) for group in samples for sample in group)
-    identity = reward_identity(verifier) or {"name": reward_name(verifier), "run": time.time_ns()}
+    identity = identity_in_run(verifier)
     chunks = [sum(groups[first : first + chunk_size], []) for first in range(0, len(groups), chunk_size)]
     manifest = {
         "format": FORMAT,
@@ -256,11 +263,8 @@ def label_steps_with_report(
     store = ShardStore(folder / "labels", manifest, [len(chunk) for chunk in chunks])
     store.create()
     missing = store.missing()
-    if "unseen" in identity and len(missing) < len(chunks):
-        logger.warning(
-            f"Stored labels are used again. The verifier reads {', '.join(identity['unseen'])}, whose content cannot "
-            f"be compared. If that content changed, delete {store.folder}."
-        )
+    if len(missing) < len(chunks):
+        warn_of_unseen(identity, "Stored labels are", f"delete {store.folder}")
     if missing:
         generator = make_generator(model, backend, sampling, processing_class=processing_class, **kwargs)
         function, name = load_reward(verifier), reward_name(verifier)

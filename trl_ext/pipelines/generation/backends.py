@@ -13,7 +13,7 @@ from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.pipelines.generation.generator import GenerationError, Generator
 from trl_ext.pipelines.generation.openai_backend import OpenAIGenerator
 from trl_ext.pipelines.generation.sampling import BACKENDS, Backend, Sampling
-from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator
+from trl_ext.pipelines.generation.transformers_backend import TransformersGenerator, tokenizer_in_memory
 from trl_ext.pipelines.generation.vllm_backend import VLLMGenerator
 from trl_ext.pipelines.stages.values import plain
 from trl_ext.serving.server_pool import Advice, ServerPool
@@ -25,7 +25,7 @@ _ADVICE = Advice(
     slow="For a slow server raise server_timeout or lower max_concurrency.",
     refused="Correct the argument or the prompt that it names; leave arguments that it does not know at their "
     "defaults.",
-    again="Run the same command again; finished shards are kept.",
+    again="When it is back, run the same again; what was stored is kept.",
 )
 
 
@@ -99,6 +99,8 @@ def model_of_backend(
         identity["content"] = model_identity(model, init.get("revision"))
     else:
         identity["name"] = str(model)
+    if processing_class is None and not isinstance(model, (str, Path)):
+        processing_class = tokenizer_in_memory(model, init)  # a folder's key covers its tokenizer
     if processing_class is not None:
         identity["tokenizer"] = tokenizer_identity(processing_class)
     identity |= {name: value for name, value in plain(init).items() if name not in ("device_map", "token")}

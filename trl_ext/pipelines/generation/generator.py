@@ -8,11 +8,12 @@ where completions are kept.
 import hashlib
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.data.chat_templates import conversation, template_options
+from trl_ext.data.chat_templates import conversation, template_options, without_nulls
 from trl_ext.data.token_ids import token_ids
 from trl_ext.data.validation import DataError, unknown_token
 from trl_ext.pipelines.generation.records import (
@@ -159,8 +160,7 @@ class PromptEncoder:
 
     def _apply_template(self, prompt: Chat, columns: Columns, **arguments: Any) -> Any:
         goes_on = ends_with_begun_answer(prompt)  # the model continues it, as in TRL
-        kwargs = {**(self._sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
-        options = template_options(columns.get("tools"), kwargs)
+        options = template_options(columns.get("tools"), template_kwargs(self._sampling, columns))
         if self._sampling.chat_template is not None:
             options["chat_template"] = self._sampling.chat_template
         return self.tokenizer.apply_chat_template(
@@ -276,6 +276,19 @@ def too_long(
     limits = (max_length, generator.longest_prompt)
     limit = min((one for one in limits if one is not None), default=math.inf)
     return [length > limit for length in lengths_of(prompts, columns)]
+
+
+def calls_together(generator: Generator) -> AbstractContextManager:
+    """
+    A block of calls, also from several threads, that end together: with a server, the first failure or an interruption
+    stops all of them. A backend without a server has nothing to stop.
+    """
+    return getattr(generator, "together", nullcontext)()
+
+
+def template_kwargs(sampling: Sampling, columns: Columns) -> dict[str, Any]:
+    """The `chat_template_kwargs` of the run, and in their place those of the row; a null there sets nothing."""
+    return {**(sampling.chat_template_kwargs or {}), **without_nulls(columns.get("chat_template_kwargs") or {})}
 
 
 def cut_at_stop(text: str, stop: Sequence[str] | None) -> str:

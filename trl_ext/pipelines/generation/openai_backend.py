@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from trl_ext.data.chat_templates import template_options
+from trl_ext.data.chat_templates import template_options, without_nulls
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.generator import (
     Columns,
@@ -21,6 +21,7 @@ from trl_ext.pipelines.generation.generator import (
     cut_at_stop,
     number_for_each,
     sample_seed,
+    template_kwargs,
     with_bounds,
 )
 from trl_ext.pipelines.generation.records import Completion, ends_with_begun_answer, prompt_id
@@ -70,6 +71,7 @@ class OpenAIGenerator:
 
     def __init__(self, servers: ServerPool, model: str, sampling: Sampling):
         self._servers = servers
+        self.together = servers.together
         self._model = model
         self._sampling = sampling
         routes = next(iter(servers.describe("/openapi.json").values())) or {}
@@ -90,7 +92,7 @@ class OpenAIGenerator:
         seed: int,
         columns: Sequence[Columns] | None = None,
     ) -> list[list[Completion]]:
-        """See [`~trl_ext.pipelines.generation.generator.Generator`]. After a final failure every call fails."""
+        """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
         jobs, before = [], Counter()  # completions of equal prompts earlier in this call
         prompts = list(prompts)
         numbers = number_for_each(prompts, num_generations)
@@ -183,13 +185,12 @@ class OpenAIGenerator:
                     column="prompt",
                 )
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        kwargs = {**(sampling.chat_template_kwargs or {}), **(columns.get("chat_template_kwargs") or {})}
         given = {
             "chat_template": sampling.chat_template,
-            "chat_template_kwargs": kwargs,
+            "chat_template_kwargs": template_kwargs(sampling, columns),
             "tools": template_options(columns.get("tools"), None)["tools"],
         }
-        return "/v1/chat/completions", body | {"messages": prompt} | {
+        return "/v1/chat/completions", body | {"messages": without_nulls(prompt)} | {
             key: value for key, value in given.items() if value
         }
 

@@ -54,13 +54,11 @@ class TransformersGenerator:
         if isinstance(model, (str, Path)):
             source = local_folder(model, init.get("revision"))  # the tokenizer comes from the same revision
             model = load_policy(source, init)
-        else:
-            source = None if isinstance(model, PeftModel) else model.config._name_or_path
-        if processing_class is None:
-            if source is None:
-                raise ValueError("An adapter in memory does not say its tokenizer. Pass `processing_class`.")
-            remote_code = init.get("trust_remote_code", False)
-            processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
+            if processing_class is None:
+                remote_code = init.get("trust_remote_code", False)
+                processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
+        elif processing_class is None:
+            processing_class = tokenizer_in_memory(model, init)
         processing_class = text_tokenizer(processing_class)
         self.model = model
         self._sampling = sampling
@@ -71,6 +69,8 @@ class TransformersGenerator:
         ends = {*([declared] if isinstance(declared, int) else declared or ()), processing_class.eos_token_id} - {None}
         self._ends = ends
         self._known = vocab_size(model)
+        # not every family has a limit, and some have it under another name (GPT-2's n_positions)
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         pad = processing_class.pad_token_id
         # padding is masked, so any token that the model knows will do
         self._pad = pad if pad is not None and pad < self._known else min(ends, default=0)
@@ -115,9 +115,8 @@ class TransformersGenerator:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]."""
         prompts = list(prompts)
         encoded = self._encoder.ids(prompts, columns)
-        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
         self._encoder.check_tokens(encoded, self._known)
-        self._encoder.check_lengths(encoded, self._config.max_new_tokens, limit)
+        self._encoder.check_lengths(encoded, self._config.max_new_tokens, self._positions)
         order = sorted(
             range(len(prompts)), key=lambda row: (-len(encoded[row]), row)
         )  # the longest first, so that a batch that is too large fails at once
@@ -151,8 +150,7 @@ class TransformersGenerator:
     @property
     def longest_prompt(self) -> int | None:
         """The most tokens that a prompt may have beside the longest completion; `None` without a limit."""
-        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        return None if limit is None else limit - self._config.max_new_tokens
+        return None if self._positions is None else self._positions - self._config.max_new_tokens
 
     def label_logprobs(self, prompts: Sequence[str | Chat], labels: Sequence[str]) -> list[list[float | None]]:
         """See [`~trl_ext.pipelines.generation.generator.Generator`]. The values are exact, so none is `None`."""
@@ -194,7 +192,8 @@ class TransformersGenerator:
         except torch.OutOfMemoryError as error:
             raise GenerationError(
                 f"The GPU has not enough memory for {len(encoded)} completions at a time, with prompts of up to "
-                f"{width} tokens and {config.max_new_tokens} new ones. Lower generation_batch_size. ({error})"
+                f"{width} tokens and {config.max_new_tokens} new ones. Lower generation_batch_size, or the "
+                f"batch_size of a judge. ({error})"
             ) from error
         return output, width
 
@@ -218,6 +217,16 @@ class TransformersGenerator:
         finally:
             model.generation_config = kept
             model.train(was_training)
+
+
+def tokenizer_in_memory(
+    model: PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder that a model in memory was loaded from. Raises `ValueError` for an adapter."""
+    if isinstance(model, PeftModel):
+        raise ValueError("An adapter in memory does not say its tokenizer. Pass `processing_class`.")
+    remote_code = (model_init_kwargs or {}).get("trust_remote_code", False)
+    return text_tokenizer(AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=remote_code))
 
 
 def load_policy(path: str | Path, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:

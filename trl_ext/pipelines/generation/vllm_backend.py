@@ -66,6 +66,7 @@ class VLLMGenerator:
 
     def __init__(self, servers: ServerPool, model: str | Path, sampling: Sampling, tokenizer: PreTrainedTokenizerBase):
         self._servers = servers
+        self.together = servers.together
         self._sampling = sampling
         self._encoder = PromptEncoder(tokenizer, sampling)
         self._model: str | None = None

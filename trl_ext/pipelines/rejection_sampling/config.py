@@ -10,6 +10,7 @@ import trl
 from trl_ext.pipelines.generation.sampling import GRPOSamplingFields
 from trl_ext.pipelines.rejection_sampling.selection import selectors
 from trl_ext.pipelines.stages.training_arguments import arguments_key
+from trl_ext.pipelines.user_functions import callable_name
 from trl_ext.trainers.common.inherited_arguments import WITHOUT_METRICS_FUNCTION
 
 
@@ -22,7 +23,7 @@ _DERIVED = {"generation_batch_size", "steps_per_generation"}
 
 # Arguments that a finished round does not depend on, in addition to those of every training.
 _SERVER = "It says where the vLLM server is and how long to wait for it."
-_DRAWS = "It changes which completions an unfinished round draws; they are stored under a separate key."
+_DRAWS = "It changes which completions a round draws that has selected nothing yet; they have a separate key."
 ROUND_IRRELEVANT = {
     "num_rounds": "A rerun may add rounds to those that are done.",
     "use_vllm": _DRAWS,
@@ -53,7 +54,8 @@ WITHOUT_EFFECT = {
 class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
     r"""
     Configuration of [`RejectionSamplingTrainer`]. All arguments of `trl.SFTConfig` keep their meaning and defaults;
-    they apply to the fine-tuning of each round. The sampling arguments have GRPO's names, meaning and defaults.
+    they apply to the fine-tuning of each round. Sampling uses `chat_template_path` too, which must be a `.jinja` or
+    `.j2` file. The sampling arguments have GRPO's names, meaning and defaults.
 
     Args:
         num_rounds (`int`, *optional*, defaults to `1`):
@@ -80,8 +82,9 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         reward_weights (`list[float]`, *optional*):
             A weight for each reward function. All 1 by default.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Never fine-tune on completions that were cut at `max_completion_length`. If this is off and some are
-            selected, a warning says how many: SFT appends an EOS to them, so the policy learns to stop there.
+            Never fine-tune on completions that were cut at `max_completion_length`, or that SFT would cut at
+            `max_length` (prompt and completion together). If this is off and some are selected, a warning says how
+            many: SFT appends an EOS to the first, so the policy learns to stop there, and the second have none.
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Completions that a device generates at a time.
         use_vllm (`bool`, *optional*, defaults to `False`):
@@ -150,7 +153,7 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         selectors.get(self.selection)
 
     def to_dict(self) -> dict[str, Any]:
-        name = self.selection if isinstance(self.selection, str) else self.selection.__qualname__
+        name = self.selection if isinstance(self.selection, str) else callable_name(self.selection)
         return {**super().to_dict(), "selection": name}
 
     def settings_of_a_round(self) -> dict[str, Any]:
@@ -162,8 +165,9 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         """
         Convert a `trl.GRPOConfig`, for scripts that replace only the trainer.
 
-        A field with GRPO's default value gets our default (a learning rate of 1e-6 is too small for fine-tuning). If
-        fields were set that have no meaning here, such as `beta`, a warning names them.
+        A field with GRPO's default value gets our default (a learning rate of 1e-6 is too small for fine-tuning).
+        `max_length` is `None`, because GRPO cuts no row. If fields were set that have no meaning here, such as `beta`,
+        a warning names them.
         """
         ours = {item.name for item in dataclasses.fields(cls) if item.init} - _NOT_SHARED - _DERIVED
         defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
@@ -179,4 +183,4 @@ class RejectionSamplingConfig(trl.SFTConfig, GRPOSamplingFields):
         if ignored:
             logger.warning(f"These arguments of {type(args).__name__} have no meaning here: {', '.join(ignored)}.")
         same = {name: getattr(args, name) for name in ("use_cpu", "bf16")}
-        return cls(output_dir=args.output_dir, **{**same, **values})
+        return cls(output_dir=args.output_dir, max_length=None, **{**same, **values})

@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from trl_ext.data.validation import DataError
 from trl_ext.pipelines.generation.backends import make_generator
-from trl_ext.pipelines.generation.generator import Generator, sample_seed
+from trl_ext.pipelines.generation.generator import Generator, calls_together, sample_seed
 from trl_ext.pipelines.generation.records import Completion, Sample, text_of
 from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.rejection_sampling.prompts import PromptFile
@@ -88,7 +88,7 @@ class GenerateStage:
         # A server gets the next shard while it still answers the last requests of the previous one.
         at_once = 1 if self.backend == "transformers" else 2
         pending: set[Future[int]] = set()
-        with ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(at_once) as pool, calls_together(generator):
             try:
                 for shard, rows in self.prompts.shards(shards):
                     if len(pending) == at_once:

@@ -153,6 +153,11 @@ def prompts_digest(dataset: Iterable[dict[str, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def columns_of(dataset: Iterable[dict[str, Any]]) -> set[str]:
+    """The columns that reward functions get, read from the first row."""
+    return set(next(iter(plain_rows(dataset)), {})) - NOT_PASSED
+
+
 def _is_json(value: Any) -> bool:
     try:
         json.dumps(value, sort_keys=True, allow_nan=False)

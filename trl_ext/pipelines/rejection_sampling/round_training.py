@@ -1,12 +1,13 @@
 """The supervised fine-tuning of one round: it chooses the rows, and trains the policy on disk into a new one on disk.
 
 A plain `trl.SFTTrainer` trains, with a new optimizer in each round. After a kill it resumes from its last checkpoint.
-Nothing stays in memory afterwards. This module does not know sampling, scores or evaluation.
+Nothing stays in memory afterwards. This module reads what was selected. It does not sample, score or evaluate.
 """
 
 import copy
 import gc
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from trl_ext.data.tokenization import TextRow, TokenizationSettings, encode_batch
 from trl_ext.models.adapters import check_policy_adapter
 from trl_ext.models.bases import check_base_is_saved
 from trl_ext.models.inputs import use_known_pad_token
@@ -24,24 +26,25 @@ from trl_ext.models.sidecar import vocab_size
 from trl_ext.pipelines.generation.transformers_backend import load_policy
 from trl_ext.pipelines.rejection_sampling.config import RejectionSamplingConfig
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds
+from trl_ext.pipelines.rejection_sampling.sampler import Selected
 from trl_ext.pipelines.stages.cache_key import canonical
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
-from trl_ext.pipelines.stages.store import write_lines
+from trl_ext.trainers.common.setup import is_template_file
 from trl_ext.trainers.common.summary import log_start, run_facts
 from trl_ext.trainers.common.tracking import open_run, use_safe_callback
 
 
-def rows_to_learn_from(rounds: Rounds, number: int, rows: Dataset, accumulate: bool) -> Dataset:
-    """Store and return the rows that a round selected; with `accumulate` also those of earlier rounds, each once."""
-    folder = rounds.of(number)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process and not (folder / "rows.jsonl").is_file():
-            write_lines(folder / "rows.jsonl", rows, checksums=False)
+logger = logging.getLogger(__name__)
+
+
+def rows_to_learn_from(rounds: Rounds, number: int, accumulate: bool) -> Dataset:
+    """The rows that a round selected; with `accumulate` also those of earlier rounds, each once."""
+    rows = dataset_of_rows(rounds.rows(number))
     wanted = {"prompt", "completion", "tools", "chat_template_kwargs"}
     rows = rows.select_columns([name for name in rows.column_names if name in wanted])
     if not accumulate or number == 1:
         return rows
-    before = [dataset_of_rows(rounds.of(earlier) / "rows.jsonl") for earlier in range(1, number)]
+    before = [dataset_of_rows(rounds.rows(earlier)) for earlier in range(1, number)]
     both = concatenate_datasets([rows, *(item.select_columns(rows.column_names) for item in reversed(before))])
     seen: set[bytes] = set()
     first = []
@@ -51,6 +54,57 @@ def rows_to_learn_from(rounds: Rounds, number: int, rows: Dataset, accumulate: b
             seen.add(digest)
             first.append(place)
     return both.select(first)
+
+
+def rows_that_fit(
+    rows: Dataset, number: int, args: RejectionSamplingConfig, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """
+    The rows that SFT does not cut at `max_length`, if `mask_truncated_completions` is set; else all, and a warning.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):  # the others cut nothing away
+        return rows
+    texts = [
+        TextRow(row["prompt"], row["completion"], row.get("tools"), row.get("chat_template_kwargs")) for row in rows
+    ]
+    settings = TokenizationSettings(append_eos=tokenizer.eos_token is not None)
+    lengths = [len(encoded.ids) for encoded in encode_batch(tokenizer, texts, settings)]
+    fitting = [place for place, length in enumerate(lengths) if length <= args.max_length]
+    if len(fitting) == len(rows):
+        return rows
+    found = (
+        f"Round {number}: {len(rows) - len(fitting)} of {len(rows)} selected completions are longer than "
+        f"max_length={args.max_length} tokens together with their prompts (the longest {max(lengths)})."
+    )
+    fix = "Raise max_length, or set it to None."
+    if not args.mask_truncated_completions:
+        fix = f"SFT cuts them there, without an EOS. {fix} Or set mask_truncated_completions=True to leave them out."
+    elif not fitting:
+        raise ValueError(f"{found} There is nothing left to fine-tune on. {fix}")
+    else:
+        rows, fix = rows.select(fitting), f"They are left out. {fix}"
+    if PartialState().is_main_process:
+        logger.warning(f"{found} {fix}")
+    return rows
+
+
+def check_selected(number: int, selected: Selected, args: RejectionSamplingConfig) -> None:
+    """Raise `ValueError` for pairs and groups, and warn of completions that were cut at `max_completion_length`."""
+    if selected.selection.kind != "rows":
+        raise ValueError(
+            f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot use. "
+            "Use a selector of samples here, and rejection_sample(...) for pairs and groups."
+        )
+    finished = selected.scored.finished[selected.selection.rows]
+    if not finished.all() and PartialState().is_main_process:
+        logger.warning(
+            f"Round {number}: {int((~finished).sum())} of {len(finished)} selected completions were cut at "
+            f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy learns to "
+            "stop there. Set mask_truncated_completions=True, or raise max_completion_length."
+        )
 
 
 def fine_tune(
@@ -111,6 +165,20 @@ def fine_tune(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def chat_template_of(args: trl.SFTConfig) -> str | None:
+    """The template of `chat_template_path`, which the first policy must sample with. Only a file can be read here."""
+    path = args.chat_template_path
+    if path is None:
+        return None
+    if not is_template_file(path):
+        raise ValueError(
+            f"chat_template_path={path!r} is no .jinja or .j2 file. The first policy samples with the template that "
+            "it is trained with; needed: such a file, or a model and a processing_class that have the template and "
+            "its tokens already."
+        )
+    return Path(path).read_text(encoding="utf-8")
 
 
 def check_policy(model: Any, peft_config: PeftConfig | None) -> None:

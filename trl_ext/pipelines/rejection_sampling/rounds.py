@@ -4,6 +4,8 @@
     rounds/initial/          the first policy, if it was passed as a model in memory
     rounds/0/round.json      the policy before training, evaluated
     rounds/1/samples/        completions, scores and selections
+    rounds/1/selection.json  the metrics of the selection
+    rounds/1/rows.jsonl      the selected rows
     rounds/1/sft/            checkpoints of the fine-tuning, while it runs
     rounds/1/policy/         the trained policy
     rounds/1/round.json      its metrics; written last
@@ -14,10 +16,11 @@ This module knows folders and numbers. It does not know models, trainers or samp
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trl_ext.pipelines.stages.store import check_manifest, write_json
+from trl_ext.pipelines.stages.store import check_manifest, write_json, write_lines
 
 
 class Rounds:
@@ -69,6 +72,21 @@ class Rounds:
     def policy(self, number: int) -> Path:
         """The folder of the policy that a round trained."""
         return self.of(number) / "policy"
+
+    def finish_selection(self, number: int, rows: Iterable[dict[str, Any]], metrics: dict[str, Any]) -> None:
+        """Store the rows that a round selected, unless it has some, and their metrics."""
+        write_json(self.of(number) / "selection.json", metrics)
+        if not self.rows(number).is_file():
+            write_lines(self.rows(number), rows, checksums=False)
+
+    def rows(self, number: int) -> Path:
+        """The file of the rows that a round selected."""
+        return self.of(number) / "rows.jsonl"
+
+    def selected(self, number: int) -> dict[str, Any] | None:
+        """The metrics that [`~Rounds.finish_selection`] stored; `None` for a round that has selected nothing yet."""
+        path = self.of(number) / "selection.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and self.rows(number).is_file() else None
 
     def finish_training(self, number: int, output: dict[str, Any]) -> None:
         """Move the trained policy to its place and store the output of its training."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from trl_ext.pipelines.generation.generator import template_kwargs
 from trl_ext.pipelines.generation.records import Sample, text_of, with_completion
+from trl_ext.pipelines.generation.sampling import Sampling
 from trl_ext.pipelines.rejection_sampling.generate_and_score import sample_of
 from trl_ext.pipelines.rejection_sampling.prompts import NOT_KEPT, PromptFile
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, text_hash
@@ -43,6 +45,7 @@ class StoredSamples:
         scores (`dict[str, ShardStore]`): the scores of each reward function.
         weights (`dict[str, float]`): the weight of each function.
         num_generations (`int`): completions of each prompt.
+        sampling ([`~trl_ext.pipelines.generation.sampling.Sampling`]): how they were sampled.
     """
 
     prompts: PromptFile
@@ -50,6 +53,7 @@ class StoredSamples:
     scores: dict[str, ShardStore]
     weights: dict[str, float]
     num_generations: int
+    sampling: Sampling
 
     def table(self) -> Table:
         """The arrays of all samples. Only the files of scores are read."""
@@ -114,7 +118,7 @@ class StoredSamples:
                         self._sample(rows[place], row - at, line["samples"][row - at], table.scores[:, row])
                         for row in items[item].tolist()
                     ]
-                    yield _row(chosen.kind, members)
+                    yield _row(chosen.kind, members, self.sampling)
 
     def _check(self, shard: int, row: dict[str, Any], line: dict[str, Any], hashes: list[int]) -> None:
         if row["prompt_id"] != line["prompt_id"]:
@@ -141,7 +145,7 @@ class StoredSamples:
         return sample
 
 
-def _row(kind: str, members: list[Sample]) -> dict[str, Any]:
+def _row(kind: str, members: list[Sample], sampling: Sampling) -> dict[str, Any]:
     best = members[0]
     row: dict[str, Any] = {"prompt": best.prompt}
     if kind == "pairs":
@@ -154,4 +158,7 @@ def _row(kind: str, members: list[Sample]) -> dict[str, Any]:
         row |= {"completion": best.completion, "score": best.score, "scores": best.scores}
         row |= {"sample_index": best.sample_index, "finish_reason": best.finish_reason}
     kept = {name: value for name, value in best.columns.items() if name not in NOT_KEPT}
+    kwargs = template_kwargs(sampling, best.columns)
+    if kwargs and not isinstance(best.prompt, str):  # training must see the prompt that was sampled from
+        kept["chat_template_kwargs"] = kwargs
     return row | {"prompt_id": best.prompt_id} | kept

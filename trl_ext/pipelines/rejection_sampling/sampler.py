@@ -5,7 +5,6 @@ and scores, `sample_table` reads them as arrays, `selection` selects, and `pipel
 """
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,13 +31,21 @@ from trl_ext.pipelines.rejection_sampling.prompts import write_prompts
 from trl_ext.pipelines.rejection_sampling.sample_table import StoredSamples
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection
 from trl_ext.pipelines.rejection_sampling.selection import check_selection, select
-from trl_ext.pipelines.reward_functions import RewardFunc, as_list, check_rewards, reward_identity, weights_by_name
+from trl_ext.pipelines.reward_functions import (
+    RewardFunc,
+    as_list,
+    check_rewards,
+    identity_in_run,
+    warn_of_unseen,
+    weights_by_name,
+)
 from trl_ext.pipelines.stages.cache_key import key_of
 from trl_ext.pipelines.stages.parts import Part, take_shards
 from trl_ext.pipelines.stages.row_dataset import dataset_of_rows
 from trl_ext.pipelines.stages.runner import Isolate, check_isolate
 from trl_ext.pipelines.stages.store import ShardStore, StoreError, write_json, write_lines
 from trl_ext.pipelines.stages.values import plain
+from trl_ext.pipelines.user_functions import callable_name
 
 
 logger = logging.getLogger(__name__)
@@ -172,16 +179,9 @@ class RejectionSampler:
             raise ValueError("There is no reward function to score with. Give reward_funcs.")
         stages = []
         for name, spec in zip(self.reward_names, self._rewards, strict=True):
-            identity = reward_identity(spec)
-            if identity is None:
-                if Workers.here().count > 1:
-                    raise ValueError(
-                        "Several processes cannot share an ensemble in memory. Save it and give its path."
-                    )
-                logger.warning(
-                    f"{name} is an ensemble in memory, so a rerun cannot use its scores. Save it, and give its path."
-                )
-                identity = {"name": name, "run": time.time_ns()}
+            identity = identity_in_run(spec)
+            if "run" in identity and Workers.here().count > 1:
+                raise ValueError("Several processes cannot share an ensemble in memory. Save it and give its path.")
             manifest = {
                 "format": FORMAT,
                 "rollouts": self._generate.store.folder.name,
@@ -189,12 +189,8 @@ class RejectionSampler:
                 "reward": identity,
             }
             store = ShardStore(self.output_dir / "scores" / name, manifest, self._prompts.sizes)
-            if "unseen" in identity and len(store.missing()) < len(store.sizes):
-                read = ", ".join(f"{variable} ({kind})" for variable, kind in identity["unseen"].items())
-                logger.warning(
-                    f"The stored scores of {name} are used again. The function reads {read}, whose content cannot be "
-                    f"compared. If that content changed, delete {store.folder}."
-                )
+            if len(store.missing()) < len(store.sizes):
+                warn_of_unseen(identity, f"The stored scores of {name} are", f"delete {store.folder}")
             stages.append(ScoreStage(self._prompts, self._generate.store, store, spec, name))
         return stages
 
@@ -255,7 +251,14 @@ class RejectionSampler:
         for stage in self._score:
             self._need(stage.store, "score")
         scores = dict(zip(self.reward_names, (stage.store for stage in self._score), strict=True))
-        return StoredSamples(self._prompts, self._generate.store, scores, self.reward_weights, self.num_generations)
+        return StoredSamples(
+            self._prompts,
+            self._generate.store,
+            scores,
+            self.reward_weights,
+            self.num_generations,
+            self.sampling,
+        )
 
     def select(
         self,
@@ -270,7 +273,7 @@ class RejectionSampler:
         unscorable = dict(zip(self.reward_names, np.isnan(table.scores).sum(1).tolist(), strict=True))
         kwargs = selection_kwargs or {}
         chosen = select(scored, selection, drop_truncated=drop_truncated, **kwargs)
-        name = selection if isinstance(selection, str) else selection.__name__
+        name = selection if isinstance(selection, str) else callable_name(selection)
         manifest = {
             "selection": name,
             "options": plain(kwargs),
@@ -364,7 +367,8 @@ def rejection_sample(
         `Dataset` in the order of the prompts. For `SFTTrainer`: `prompt`, `completion`, `score`, `scores` by function,
         `sample_index`, `finish_reason`. For `DPOTrainer` (selectors of pairs): `prompt`, `chosen`, `rejected`,
         `chosen_rating`, `rejected_rating`, `score_margin`. For `RewardTrainer` (selectors of groups): `prompt`,
-        `completions`, `ratings`. All with `prompt_id` and the data set's other columns.
+        `completions`, `ratings`. All with `prompt_id` and the data set's other columns. Chats also have the run's
+        `chat_template_kwargs`, if there are any; values in the row's column of this name take precedence.
 
     Raises:
         [`DataError`]: a row cannot be used; names row and column.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trl_ext.pipelines.rejection_sampling.scored import Scored, Selection, group_numbers
+from trl_ext.pipelines.user_functions import callable_name
 from trl_ext.registry import Registry
 
 
@@ -341,7 +342,7 @@ def check_selection(
 
 
 def _check_options(function: Callable, selection: str | Callable, kwargs: dict[str, Any]) -> None:
-    name = selection if isinstance(selection, str) else function.__name__
+    name = selection if isinstance(selection, str) else callable_name(function)
     try:
         inspect.signature(function).bind(None, **kwargs)
     except TypeError as error:

@@ -9,7 +9,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from trl_ext.data.mapping import plain_rows
 from trl_ext.logs import follow_transformers
 from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.inputs import text_tokenizer
@@ -46,11 +45,14 @@ from trl_ext.pipelines.rejection_sampling.diagnostics import (
     round_metrics,
     rounds_card,
 )
-from trl_ext.pipelines.rejection_sampling.prompts import NOT_PASSED, prompts_digest
+from trl_ext.pipelines.rejection_sampling.prompts import columns_of, prompts_digest
 from trl_ext.pipelines.rejection_sampling.round_training import (
+    chat_template_of,
     check_policy,
     check_rounds_on_server,
+    check_selected,
     fine_tune,
+    rows_that_fit,
     rows_to_learn_from,
 )
 from trl_ext.pipelines.rejection_sampling.rounds import Rounds, best_round
@@ -59,8 +61,8 @@ from trl_ext.pipelines.rejection_sampling.selection import check_selection
 from trl_ext.pipelines.reward_functions import (
     RewardFunc,
     check_rewards,
-    reward_identity,
     reward_names,
+    reward_setting,
     weights_by_name,
     with_tokenizers,
 )
@@ -169,9 +171,9 @@ class RejectionSamplingTrainer:
         self.history: list[dict[str, Any]] = []
         self._rewards = with_tokenizers(reward_funcs, reward_processing_classes)
         self._verifier = verifier
-        check_rewards(self._rewards, _columns(train_dataset))
+        check_rewards(self._rewards, columns_of(train_dataset))
         if eval_dataset is not None:
-            check_rewards([*self._rewards, *([] if verifier is None else [verifier])], _columns(eval_dataset))
+            check_rewards([*self._rewards, *([] if verifier is None else [verifier])], columns_of(eval_dataset))
         weights_by_name(self._rewards, args.reward_weights)  # their number is checked here
         self._names = reward_names([*self._rewards, *([] if verifier is None else [verifier])])
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
@@ -183,6 +185,7 @@ class RejectionSamplingTrainer:
             self._init_kwargs["quantization_config"] = quantization_config
         self._rounds = Rounds(Path(args.output_dir) / "rounds")
         self._model: PreTrainedModel | PeftModel | None = None
+        self._chat_template = chat_template_of(args)
         self._given = model
         self._in_memory = not isinstance(model, (str, Path))
         self._given_tokenizer = processing_class and text_tokenizer(processing_class)
@@ -256,6 +259,8 @@ class RejectionSamplingTrainer:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 self._given, revision=self._init_kwargs.get("revision"), trust_remote_code=self.args.trust_remote_code
             )
+        if self._chat_template is not None:
+            self._tokenizer.chat_template = self._chat_template
         return self._tokenizer
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -288,29 +293,13 @@ class RejectionSamplingTrainer:
 
     def _round(self, number: int) -> tuple[int, dict[str, Any]]:
         args = self.args
-        sampler = self._sampler(
-            number - 1, self._train_dataset, self._rounds.of(number) / "samples", args.seed + number
-        )
-        sampler.generate()
-        sampler.score()
-        with PartialState().main_process_first():
-            selected = sampler.select(
-                args.selection, args.selection_kwargs, drop_truncated=args.mask_truncated_completions
-            )
-        if "completion" not in selected.dataset.column_names:
-            raise ValueError(
-                f"selection={args.selection!r} gives {selected.selection.kind}, which supervised fine-tuning cannot "
-                "use. Use a selector of samples here, and rejection_sample(...) for pairs and groups."
-            )
-        cut = int((~selected.scored.finished[selected.selection.rows]).sum())
-        if cut and PartialState().is_main_process:
-            logger.warning(
-                f"Round {number}: {cut} of {len(selected.selection.rows)} selected completions were cut at "
-                f"max_completion_length={args.max_completion_length}. SFT appends an EOS to them, so the policy "
-                "learns to stop there. Set mask_truncated_completions=True, or raise max_completion_length."
-            )
-        metrics = {"round": number, **round_metrics(selected.scored, selected.selection)}
-        rows = rows_to_learn_from(self._rounds, number, selected.dataset, args.accumulate_rounds)
+        selected = self._rounds.selected(number)
+        PartialState().wait_for_everyone()  # all processes find the same, before one of them selects
+        if selected is None:
+            self._select(number)
+        metrics = {"round": number, **self._rounds.selected(number)}
+        rows = rows_to_learn_from(self._rounds, number, args.accumulate_rounds)
+        rows = rows_that_fit(rows, number, args, self.processing_class)
         metrics["rows"] = len(rows)
         fresh = number == 1 or args.start_from == "initial"
         fine_tune(
@@ -326,6 +315,24 @@ class RejectionSamplingTrainer:
         )
         trained = self._rounds.trained(number)
         return trained["steps"], metrics | {"train_loss": trained["loss"], **self._evaluate(number)}
+
+    def _select(self, number: int) -> None:
+        """Sample, score and select for a round. What is selected is stored, and not drawn again."""
+        args = self.args
+        sampler = self._sampler(
+            number - 1, self._train_dataset, self._rounds.of(number) / "samples", args.seed + number
+        )
+        sampler.generate()
+        sampler.score()
+        with PartialState().main_process_first():
+            selected = sampler.select(
+                args.selection, args.selection_kwargs, drop_truncated=args.mask_truncated_completions
+            )
+        check_selected(number, selected, args)
+        if PartialState().is_main_process:
+            metrics = round_metrics(selected.scored, selected.selection)
+            self._rounds.finish_selection(number, selected.dataset, metrics)
+        PartialState().wait_for_everyone()
 
     def _sampler(
         self, number: int, dataset: Any, folder: Path, seed: int, evaluating: bool = False
@@ -352,6 +359,7 @@ class RejectionSamplingTrainer:
             generation_batch_size=args.generation_batch_size,
             model_init_kwargs=self._init_kwargs if number == 0 else self._generates_with(),
             server=server if on_server else None,
+            chat_template=self._chat_template,
             **{item.name: getattr(args, item.name) for item in fields(GRPOSamplingFields)},
         )
 
@@ -430,17 +438,13 @@ class RejectionSamplingTrainer:
             settings["tokenizer"] = tokenizer_identity(self._given_tokenizer)
         if "quantization_config" in self._init_kwargs:
             settings["quantization_config"] = plain(self._init_kwargs["quantization_config"])
-        settings["rewards"] = [reward_identity(spec) or reward_names([spec])[0] for spec in self._rewards]
+        earlier = self._rounds.folder if self._rounds.of(0).is_dir() else None
+        settings["rewards"] = [reward_setting(spec, earlier) for spec in self._rewards]
         if self._verifier is not None:
-            settings["verifier"] = reward_identity(self._verifier) or reward_names([self._verifier])[0]
+            settings["verifier"] = reward_setting(self._verifier, earlier)
         settings["prompts"] = prompts_digest(self._train_dataset)
         if self._eval_dataset is not None:
             settings["eval_prompts"] = prompts_digest(self._eval_dataset)
         if self._peft_config is not None:
             settings["peft"] = plain(self._peft_config)
         return settings
-
-
-def _columns(dataset: Iterable[dict[str, Any]]) -> set[str]:
-    """The columns that reward functions get, read from the first row."""
-    return set(next(iter(plain_rows(dataset)), {})) - NOT_PASSED

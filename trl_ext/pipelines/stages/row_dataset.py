@@ -26,7 +26,9 @@ def dataset_of_rows(path: Path) -> Dataset:
     The rows of a file of JSON lines as a data set.
 
     Some columns have no Arrow type (objects with different keys, or both numbers and texts). They become
-    [`~datasets.Json`], which returns the original values. The data set is stored in a file beside that of the rows.
+    [`~datasets.Json`], which returns the original values, except for what its JSON does not know: an integer beyond 64
+    bits becomes a text, and half a surrogate pair is left out. The data set is stored in a file beside that of the
+    rows.
     """
     types: dict[str, pa.DataType | None] = {}
     for rows in _chunks(path):
@@ -67,7 +69,7 @@ def _type_of(values: list[Any], known: pa.DataType | None) -> pa.DataType | None
         found = pa.array(values)
         schemas = [pa.schema([("values", kind)]) for kind in (known, found.type)]
         both = pa.unify_schemas(schemas, promote_options="permissive").field("values").type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeError):  # 2**70, or half a surrogate pair
         return None
     if not _same_keys(known, found.type) or (pa.types.is_nested(found.type) and found.to_pylist() != values):
         return None
