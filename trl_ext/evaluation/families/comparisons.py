@@ -67,6 +67,7 @@ class Comparisons:
                 "accuracy": right if self.ranked else self._won(item, scores_, ratings),
                 "pair_accuracy": right,
                 "length_accuracy": float((longer > 0).mean()),
+                "shorter_accuracy": float((longer < 0).mean()),
                 "matched_length_accuracy": float((differences[matched] > 0).mean()) if matched.any() else math.nan,
                 "tied_scores": float((differences == 0).mean()),
                 "margin": float(differences.mean()),
@@ -103,7 +104,8 @@ class Comparisons:
         """Every number of these rows, with what its interval is drawn from."""
         units = self.units
         yield units.mean("accuracy")
-        names = ["pair_accuracy", "length_accuracy", "matched_length_accuracy", "tied_scores", "margin"]
+        names = ["pair_accuracy", "length_accuracy", "shorter_accuracy", "matched_length_accuracy"]
+        names += ["tied_scores", "margin"]
         names = (["kendall_tau", "ndcg", "top1"] if self.ranked else []) + names
         yield from (units.mean(name, proportion=name not in ("kendall_tau", "margin")) for name in names)
         yield from units.by_subset("accuracy", "accuracy")
