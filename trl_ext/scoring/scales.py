@@ -73,12 +73,20 @@ class Scales:
         """
         P(the first completion is better than the second) of each row, by the stored calibration if there is one.
 
+        A calibration of pairs is applied to the score difference. One of outcomes is applied to each score; the
+        difference of the two log-odds then says which completion is right if one of them is.
+
         Raises:
             `ValueError`: a completion has no score, or the calibration was fitted with another normaliser.
         """
-        if self.calibration is not None:
-            check_normalizer(self.calibration, self.normalizer, self.__name__)
-        return preference_probabilities(self._margins(prompts, chosen, rejected, columns), self.calibration)
+        better, worse = self._both(prompts, chosen, rejected, columns)
+        calibration = self.calibration
+        if calibration is not None:
+            check_normalizer(calibration, self.normalizer, self.__name__)
+            if calibration["of"] == "outcomes":
+                better, worse = (calibrated_scores(scores, calibration) for scores in (better, worse))
+                calibration = None
+        return preference_probabilities(_margins(better, worse), calibration)
 
     def fit_calibration(
         self,
@@ -99,7 +107,7 @@ class Scales:
         Returns:
             `dict`: see [`~trl_ext.scoring.calibration.fit_calibration`], which also says what raises.
         """
-        margins = self._margins(prompts, chosen, rejected, columns)
+        margins = _margins(*self._both(prompts, chosen, rejected, columns))
         self.calibration = fit_calibration(margins, method=method, normalizer=self.normalizer)
         if self.folder is not None and read_sidecar(self.folder) is not None:
             store_calibration(self.folder, self.calibration)
@@ -109,8 +117,8 @@ class Scales:
             logger.info(f"{self.__name__}: the calibration is not saved: no local reward_model.json to hold it.")
         return dict(self.calibration)
 
-    def _margins(self, prompts: Any, chosen: Any, rejected: Any, columns: Mapping[str, Any]) -> list[float]:
-        """Score of the chosen less that of the rejected completion, of each row."""
+    def _both(self, prompts: Any, chosen: Any, rejected: Any, columns: Mapping[str, Any]) -> list[list[float]]:
+        """The scores of the chosen and those of the rejected completions."""
         pairs = []
         for completions in (chosen, rejected):
             scores = self._uncalibrated(prompts, completions, columns)
@@ -119,7 +127,7 @@ class Scales:
                 raise ValueError(f"Row {missing} has a completion without a score. Remove the row.")
             pairs.append(scores)
         check_lengths(len(pairs[0]), {"rejected": pairs[1]})
-        return [better - worse for better, worse in zip(*pairs, strict=True)]
+        return pairs
 
     def _normalized(self, scores: list[float | None]) -> list[float | None]:
         if self.normalizer is None:
@@ -141,3 +149,8 @@ class Scales:
             return scores
         check_usable(self.calibration, self.normalizer, self.__name__)
         return calibrated_scores(scores, self.calibration)
+
+
+def _margins(better: Sequence[float], worse: Sequence[float]) -> list[float]:
+    """Score of the chosen less that of the rejected completion, of each row."""
+    return [first - second for first, second in zip(better, worse, strict=True)]
