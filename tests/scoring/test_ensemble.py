@@ -181,6 +181,17 @@ def test_token_level_members(tmp_path, kind):
     want = [RewardScorer(path, aggregation=aggregation)(prompts, completions) for path in paths]
     for one in (ensemble, together):
         assert largest_difference(list(zip(*one.score_members(prompts, completions), strict=True)), want) < 1e-6
+        with pytest.raises(ValueError, match="trained-0 has its own aggregation|RewardScorer has its own aggregation"):
+            one.save(tmp_path / "saved")
+    if kind == "process":  # what is fitted for these scores stays away from the folders and from others
+        plain = RewardEnsemble(paths)
+        plain.save(tmp_path / "kept")
+        RewardEnsemble(tmp_path / "kept").fit_normalizer(prompts, completions)
+        file = (tmp_path / "kept" / "reward_ensemble.json").read_text()
+        other = RewardEnsemble(tmp_path / "kept", scorer_kwargs={"aggregation": "sum"})
+        assert other.normalizers == [None, None]
+        other.fit_normalizer(prompts, completions)
+        assert (tmp_path / "kept" / "reward_ensemble.json").read_text() == file
 
 
 # -------------------------------------------------------------------------------------------------- normalising

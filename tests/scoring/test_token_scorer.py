@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -19,6 +20,7 @@ from trl_ext.cli import main as cli
 from trl_ext.data.spans import prepare_spans
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models import load_reward_model
+from trl_ext.models.sidecar import read_sidecar
 from trl_ext.scoring.aggregation import weighted_categories
 
 
@@ -409,6 +411,28 @@ def test_normalizer_of_a_process_model(trained, tmp_path):
     assert scorer(prompts, completions) == pytest.approx(want, abs=1e-4)
     steps = scorer.score_steps(prompts, [row["completions"] for row in rows])
     assert scorer.combine(steps) == pytest.approx(want, abs=1e-4)
+
+
+def test_what_is_fitted_for_an_aggregation_of_ones_own_stays_in_memory(trained, tmp_path, caplog):
+    folder = shutil.copytree(trained("prm", step_separator="\n\n")[0], tmp_path / "prm")
+    rows = step_rows(24, seed=3)
+    prompts, completions = [row["prompt"] for row in rows], ["\n\n".join(row["completions"]) for row in rows]
+    summed = RewardScorer(folder, aggregation="sum")
+    summed.fit_normalizer(prompts, completions)
+    assert sum(summed(prompts, completions)) == pytest.approx(0, abs=1e-4)
+    assert read_sidecar(folder).normalizer is None
+    assert "the normaliser is not saved, because it holds only for scores with this aggregation" in caplog.text
+    scorer = RewardScorer(folder)
+    stored = scorer.fit_normalizer(prompts, completions)
+    pairs = prompts, completions, completions[::-1]
+    calibration = scorer.fit_calibration(*pairs, method="isotonic")
+    summed.fit_calibration(*pairs, method="isotonic")
+    assert (read_sidecar(folder).normalizer, read_sidecar(folder).calibration) == (stored, calibration)
+    again = RewardScorer(folder, aggregation="sum")
+    assert (again.normalizer, again.calibration) == (None, None)
+    assert "the stored normaliser and calibration do not hold" in caplog.text
+    with pytest.raises(ValueError, match="none is stored"):
+        RewardScorer(folder, aggregation="sum", calibrated=True)
 
 
 def test_the_same_scores_after_merging(bases, tmp_path):

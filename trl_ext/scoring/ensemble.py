@@ -30,6 +30,7 @@ from trl_ext.scoring.normalizer import mean_and_std
 from trl_ext.scoring.raw_scorer import as_list, by_place
 from trl_ext.scoring.reducers import combine, disagreement, reducers, takes_weights
 from trl_ext.scoring.remote import files_of, is_served, local_files, on_server
+from trl_ext.scoring.scales import changing_readings
 from trl_ext.scoring.scorer import RewardScorer
 
 
@@ -87,7 +88,8 @@ class RewardEnsemble:
             path, it says where the base is now, if it moved.
         scorer_kwargs (`dict`, *optional*):
             Arguments for each [`RewardScorer`] that the ensemble makes from a path or model, e.g.
-            `{"max_length": 1024}`.
+            `{"max_length": 1024}`. With an `aggregation` or `segmenter` stored normalisers do not hold and are not
+            applied, and what is fitted stays in memory.
         **reduce_kwargs:
             Arguments of the reducer, e.g. `coefficient=0.1`.
 
@@ -160,7 +162,8 @@ class RewardEnsemble:
         self._members = [by_place[place] for place in range(len(members))]
         self.members = _unique([source.names[number] for source, number in self._members])
         stored = [source.normalizers[number] for source, number in self._members]
-        if self._folder is not None:
+        self._readings = changing_readings(scorer_kwargs or {})
+        if self._folder is not None and not self._readings:  # else they are of other scores
             stored = [mine or own for mine, own in zip(self._file.normalizers, stored, strict=True)]
         self.normalizers: list[Normalizer | None] = stored
         self._scales_checked = False
@@ -327,7 +330,8 @@ class RewardEnsemble:
         Adapters are saved as adapters, without their base. `scorer_kwargs` are not stored.
 
         Raises:
-            `ValueError`: a member is a reward function, or `reduce` is a function without a registered name.
+            `ValueError`: a member is a reward function or has its own `aggregation` or `segmenter`, or `reduce` is a
+                function without a registered name.
         """
         file = EnsembleFile(
             members=[f"member-{place}" for place in range(len(self._members))],
@@ -392,6 +396,12 @@ class RewardEnsemble:
         return combine(table, self._reducer, self.weights, **self._reduce_kwargs)
 
     def _update_file(self, **fields: Any) -> None:
+        if self._readings:
+            logger.warning(
+                f"{self.__name__}: the fitted values are not saved, because they hold only for scores with this "
+                f"{' and '.join(self._readings)}. Fit them again wherever you make the ensemble."
+            )
+            return
         if self._folder is None:
             logger.info(f"{self.__name__}: the fitted values are only in memory. Call `save` to keep them.")
             return

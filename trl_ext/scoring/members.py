@@ -31,7 +31,7 @@ from trl_ext.scoring.batches import RUNNING
 from trl_ext.scoring.raw_scorer import RawScorer
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served
 from trl_ext.scoring.rows import row_error
-from trl_ext.scoring.scales import changing_options
+from trl_ext.scoring.scales import changing_options, changing_readings
 from trl_ext.scoring.scorer import RewardScorer
 
 
@@ -123,6 +123,7 @@ class ScorerSource(Source):
         return [self._scorer.raw.scores(prompts, completions, columns)]
 
     def save(self, number: int, folder: Path) -> None:
+        _refuse_readings(self._scorer.choices, self.names[0])
         if self._scorer.folder is not None:
             copy_model(self._scorer.folder, folder)
             return
@@ -217,7 +218,9 @@ class SharedBaseSource(Source):
                 tokenizer = text_tokenizer(given or load_tokenizer(str(folder)))
                 self._raw.append(RawScorer(self._model, tokenizer, **(kwargs | {"name": folder.name})))
         self.names = [folder.name for folder in folders]
-        self.normalizers = [sidecar.normalizer for sidecar in self._sidecars]
+        self._options = scorer_kwargs
+        own = bool(changing_readings(scorer_kwargs))  # then the stored normalisers are of other scores
+        self.normalizers = [None if own else sidecar.normalizer for sidecar in self._sidecars]
 
     @property
     def num_truncated(self) -> int:
@@ -233,6 +236,7 @@ class SharedBaseSource(Source):
         return scores
 
     def save(self, number: int, folder: Path) -> None:
+        _refuse_readings(self._options, self.names[number])
         copy_model(self._folders[number], folder)
 
     def _member(self, number: int) -> AbstractContextManager:
@@ -308,6 +312,17 @@ def _refuse_scales(options: dict[str, Any], name: str) -> None:
         raise ValueError(
             f"{name} has {', '.join(found)}, but an ensemble combines the raw scores of its members, on its own "
             "scale. Leave it out, or pass the scorer's call as a function: RewardEnsemble([scorer.__call__, ...])."
+        )
+
+
+def _refuse_readings(options: dict[str, Any], name: str) -> None:
+    """Raise `ValueError` for a member that would have other scores when the ensemble is loaded again."""
+    found = changing_readings(options)
+    if found:
+        raise ValueError(
+            f"The member {name} has its own {' and '.join(found)}, which an ensemble's folder does not store: its "
+            "scores would change when the ensemble is loaded. Make the ensemble without it, save it, and pass "
+            "`scorer_kwargs` when you load it."
         )
 
 
