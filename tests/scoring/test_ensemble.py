@@ -335,7 +335,14 @@ def test_fusion_is_fitted_stored_and_used(members, tmp_path):
     again = RewardEnsemble(tmp_path)
     assert again.weights == weights
     assert again(*rows()) == pytest.approx(want, abs=1e-6)
+    again.fit_normalizer(*rows())  # another scale of the members, the same differences of the fused scores
+    for one in (again, RewardEnsemble(tmp_path)):
+        found = one(*rows())
+        assert [a - found[0] for a in found] == pytest.approx([a - want[0] for a in want], abs=1e-6)
     assert len(ensemble.fit_fusion(prompts, chosen, rejected, method="bma")) == 3
+    raw = RewardEnsemble(tmp_path, normalize=False)
+    raw.fit_fusion(prompts, chosen, rejected)
+    assert RewardEnsemble(tmp_path)(*rows()) == pytest.approx(raw(*rows()), abs=1e-6)  # on the scale it was learnt on
 
 
 def test_a_fusion_that_turns_the_members_round_is_said(caplog):

@@ -262,7 +262,8 @@ class RewardEnsemble:
         Fit a normaliser for each member: its scores of these rows get mean 0 and (population) standard deviation 1.
 
         If the ensemble was made from its folder, `reward_ensemble.json` is updated; the members' files are not. A row
-        without a score from a member does not count for that member. Arguments as in a call.
+        without a score from a member does not count for that member. The weights of `"fusion"` are rescaled, so that
+        differences of the fused scores stay as they were learnt. Arguments as in a call.
 
         Returns:
             `list[dict[str, float]]`: `mean` and `std` of each member's raw scores.
@@ -273,8 +274,14 @@ class RewardEnsemble:
         raw = self._raw_table(prompts, completions, columns)
         columns_of = zip(self.members, raw.T, strict=True)
         normalizers = [mean_and_std(to_list(column), f"the member {name}") for name, column in columns_of]
+        fields: dict[str, Any] = {"normalizers": [dict(one) for one in normalizers]}
+        if self._reduce == "fusion" and self.weights is not None and self.normalize:
+            rows = zip(self.weights, self.normalizers, normalizers, strict=True)
+            weights = [weight * new["std"] / (1.0 if old is None else old["std"]) for weight, old, new in rows]
+            self.set_reducer("fusion", weights)
+            fields |= {"weights": weights} if self._file.reduce == "fusion" else {}
         self.normalizers = normalizers
-        self._update_file(normalizers=[dict(one) for one in normalizers])
+        self._update_file(**fields)
         return [dict(one) for one in normalizers]
 
     def fit_fusion(
@@ -290,7 +297,7 @@ class RewardEnsemble:
         Learn weights of the members from preferences, and use them from now on (`reduce="fusion"`).
 
         Do not use preferences that a member was trained on. If the ensemble was made from its folder,
-        `reward_ensemble.json` is updated.
+        `reward_ensemble.json` is updated: it gets the weights, and whether scores are normalised for them and how.
 
         Args:
             prompts (sequence or `None`): one for each pair, as in a call.
@@ -320,7 +327,8 @@ class RewardEnsemble:
                 "chosen and rejected are not swapped, give more pairs, or choose another reducer."
             )
         self.set_reducer("fusion", weights)
-        self._update_file(reduce="fusion", weights=weights, reduce_kwargs={})
+        fields = {"reduce": "fusion", "weights": weights, "reduce_kwargs": {}, "normalize": self.normalize}
+        self._update_file(**fields | ({"normalizers": list(self.normalizers)} if self.normalize else {}))
         return list(weights)
 
     def save(self, folder: str | Path) -> None:
