@@ -158,6 +158,18 @@ def test_steps_are_read_where_training_put_their_labels(trained, family, classes
             assert with_neutral == pytest.approx(logits.softmax(-1)[:, 1:].sum(-1).tolist(), abs=1e-5)
 
 
+def test_margins_of_hinge_are_right_above_zero(trained):
+    folder, _ = trained("prm", loss_type="hinge", num_labels=1)
+    rows = step_rows(8, seed=3)
+    prompts, completions = [row["prompt"] for row in rows], ["\n".join(row["completions"]) for row in rows]
+    counted = RewardScorer(folder, aggregation="count_correct")
+    margins = counted.score_steps(prompts, [row["completions"] for row in rows])
+    values = [value for own in margins for value in own]
+    assert any(0 < value < 0.5 for value in values) or any(value < 0 for value in values)
+    assert counted(prompts, completions) == [float(sum(value > 0 for value in own)) for own in margins]
+    assert not counted.raw.views.gives_probabilities and RewardScorer(trained("prm")[0]).raw.views.gives_probabilities
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_as_many_scores_as_steps(trained, family):
     folder, _ = trained("prm", family)

@@ -90,8 +90,8 @@ class Run:
             if name is None:
                 columns = getattr(data, "column_names", None) or list(dict.fromkeys(c for row in chunk for c in row))
                 name = family_of(columns)
-                self.family = _FAMILIES[name]()
-                self.second = None if self.other is None else _FAMILIES[name]()
+                self.family = _family(name, self.model)
+                self.second = None if self.other is None else _family(name, self.other)
                 self._signed = name == "stepwise" and has_signed_labels(chunk)
             items = [read_item(row, self.rows + n, name, cluster_column, self._signed) for n, row in enumerate(chunk)]
             if self.chats and name != "stepwise":
@@ -197,6 +197,12 @@ def call(
             f"The reward function returned {len(scores)} scores for {len(completions)} completions; needed: one each."
         )
     return scores
+
+
+def _family(name: Family, model: Callable) -> Any:
+    """What collects the scores of a model. Its steps have probabilities, unless its loss gives margins."""
+    views = getattr(getattr(model, "raw", None), "views", None)  # of RewardScorer
+    return Steps(views.gives_probabilities) if name == "stepwise" and views is not None else _FAMILIES[name]()
 
 
 def _can_calibrate(model: Callable) -> bool:

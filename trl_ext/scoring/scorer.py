@@ -294,6 +294,9 @@ class RewardScorer(Scales, Uncertainty):
         """
         P(correct) of each step, from one forward pass per completion.
 
+        A model whose outputs are no probabilities gives the output itself; with `loss_type="hinge"` a step is right
+        above 0.
+
         The steps are joined as in training, with the separator after each. The score of a step is read at the token
         where training put its label (with label placement `"all"` at the step's last token). Every step gets a score:
         steps that share a token (empty steps, or `\\n\\n` as one token) get the same one. Only steps that

@@ -160,6 +160,20 @@ def test_processbench_f1_at_a_half_counts_every_row():
     assert metrics["f1_at_half"] == pytest.approx(2 * first * none / (first + none))
 
 
+def test_margins_have_their_own_threshold_and_no_calibration_error():
+    class Margins(Steps):
+        raw = type("Raw", (), {"kind": "process", "sidecar": None})()
+        raw.views = type("Views", (), {"gives_probabilities": False})()
+
+    labels = [[1, 1], [1, 0], [0, 0], [1, 1]]
+    texts = [["0.2 a", "3.3 b"], ["0.4 a", "-1.5 b"], ["-0.2 a", "-0.1 b"], ["0.1 a", "0.3 b"]]
+    rows = [{"prompt": f"p{n}", "completions": texts[n % 4], "labels": labels[n % 4]} for n in range(40)]
+    report = evaluate_reward_model(Margins(), rows, resamples=20, probes=False)
+    assert report.metrics["f1_at_half"] == report.metrics["step_auc"] == 1.0
+    assert "ece" not in report.metrics and report.curves["reliability"] == []
+    assert not report.mistakes
+
+
 def test_prmbench_takes_labels_that_are_not_monotone():
     rows = [
         {
