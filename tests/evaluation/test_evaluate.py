@@ -8,7 +8,7 @@ from datasets import Dataset
 from tests.evaluation.rows import by_length, by_text, pairs
 from trl_ext.data.validation import DataError
 from trl_ext.evaluation import evaluate_reward_model
-from trl_ext.evaluation.items import family_of, read_item
+from trl_ext.evaluation.items import family_of, read_item, text_of
 
 
 def test_the_same_seed_gives_the_same_report():
@@ -222,6 +222,11 @@ def test_a_text_prompt_in_front_of_whole_conversations_is_not_scored_twice():
     assert (item.prompt, item.completions) == ([user], [[good], [bad]])
     # answers alone share nothing, and the prompt stays
     assert read_item({"prompt": "q", "chosen": [good], "rejected": [bad]}, 0, "preference").prompt == "q"
+
+
+def test_the_text_of_parts_is_what_they_say():
+    parts = [{"type": "text", "text": "2 + 2 "}, {"type": "text", "text": "= 4"}]
+    assert text_of([{"role": "user", "content": "Add."}, {"role": "assistant", "content": parts}]) == "Add.\n2 + 2 = 4"
 
 
 def test_texts_become_chats_where_that_is_asked_for(caplog):

@@ -206,6 +206,11 @@ def test_steps_in_a_chat_are_one_message(trained):
     assert RewardScorer(folder, aggregation="mean")([row["prompt"]], [message]) == pytest.approx(
         [sum(by_hand) / 2], abs=1e-5
     )
+    texts = [{"type": "text", "text": text} for text in ("good\n", "bad bad")]
+    parts = [{"role": "assistant", "content": texts}]
+    scorer = RewardScorer(folder, aggregation="mean")
+    for prompt in (row["prompt"], None):
+        assert scorer([prompt], [parts]) == pytest.approx(scorer([prompt], [message]), abs=1e-6)
 
 
 def test_what_max_length_cuts_off_has_no_score(trained, caplog):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trl_ext.data import segmentation
-from trl_ext.data.chat_templates import Completion, as_messages
+from trl_ext.data.chat_templates import Completion, as_messages, content_text, with_text
 from trl_ext.data.offsets import Located, completion_text
 from trl_ext.data.segmentation import CharSpan, segmenters
 from trl_ext.losses.properties import OUTPUT_MEANINGS
@@ -101,14 +101,15 @@ class TokenViews:
         if self.kind == "outcome":
             return Cut(completion, [])
         messages = None if isinstance(completion, str) else as_messages(completion)
-        text = completion if messages is None else messages[-1].get("content") if messages else ""
-        if not text or not isinstance(text, str):
-            return Cut(completion if text else "", [])
+        content = completion if messages is None else messages[-1].get("content") if messages else ""
+        text = content_text(content)
+        if not text:
+            return Cut(completion if content else "", [])
         spans = list(self._segment(text) if self._segment else self._default_segments(text))
         if self.kind == "process" and spans and not text.endswith(self._separator):
             text += self._separator
             spans[-1] = (spans[-1][0], len(text))
-            completion = text if messages is None else [*messages[:-1], {**messages[-1], "content": text}]
+            completion = text if messages is None else [*messages[:-1], with_text(messages[-1], text)]
         return Cut(completion, spans)
 
     # ------------------------------------------------------------------------------------------------ how it is read
