@@ -137,6 +137,10 @@ def test_scores_relative_to_a_reference(reward_path):
     )
     shaped(prompts, completions, reference=references)
     assert asked == [6, 6]  # six samples; two references of three prompts, once each
+    asked.clear()
+    same = {"reference": [" No."] * 6, "tools": [[], [], None, None, [], []]}
+    shaped([PROMPTS[0]] * 6, completions, **same)
+    assert asked == [6, 2]  # the chat template may show the tools
     fixed = RewardScorer(path, device="cpu", reference=0.25)
     assert fixed(prompts, completions) == pytest.approx([1 / (1 + math.exp(0.25 - s)) for s in scores], abs=1e-5)
     with pytest.raises(ValueError, match="'reference'.*not among"):
