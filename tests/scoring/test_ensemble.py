@@ -97,6 +97,17 @@ def test_adapters_that_cannot_be_stacked_share_the_base_all_the_same(members, tm
     assert largest_difference([row[1] for row in found], [row[1] for row in alone(members)]) > 1e-3
 
 
+def test_members_that_bring_embeddings_have_a_base_of_their_own(tmp_path):
+    paths = save_members(tmp_path, number=2, more_tokens=3)
+    ensemble = RewardEnsemble(paths)
+    prompts, completions = rows()
+    assert len(backbones(ensemble)) == 2
+    assert largest_difference(ensemble.score_members(prompts, completions), alone(paths)) < 1e-6
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "base").requires_grad_(False)
+    with pytest.raises(ValueError, match="sets model.embed_tokens.weight, so PEFT changes the weights"):
+        RewardEnsemble(paths, base_model=policy)
+
+
 def test_members_with_another_eos_token_are_not_scored_in_one_pass(members, tmp_path):
     other = shutil.copytree(members[1], tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other)
