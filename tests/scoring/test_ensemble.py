@@ -283,6 +283,22 @@ def test_saved_and_loaded(members, tmp_path):
     assert json.loads((tmp_path / "ensemble" / "member-0" / "reward_model.json").read_text())["normalizer"] is None
 
 
+def test_additional_chat_templates_are_saved_and_compared(members, tmp_path):
+    other = shutil.copytree(members[1], tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    template = "{{ tools | length }} tools: {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": template}
+    tokenizer.save_pretrained(other)
+    tool = {"type": "function", "function": {"name": "f", "description": "Does it.", "parameters": {}}}
+    row = {"prompts": [[{"role": "user", "content": "Hi."}]], "completions": [" So."], "tools": [[tool]]}
+    ensemble = RewardEnsemble([members[0], other])
+    want = [[RewardScorer(path)(**row)[0] for path in (members[0], other)]]
+    assert largest_difference(ensemble.score_members(**row), want) < 1e-6
+    assert want[0][1] != pytest.approx(RewardScorer(members[1])(**row)[0], abs=1e-4)
+    ensemble.save(tmp_path / "ensemble")
+    assert largest_difference(RewardEnsemble(tmp_path / "ensemble").score_members(**row), want) < 1e-6
+
+
 def test_a_normaliser_that_was_taken_away_stays_away(members, tmp_path):
     path = shutil.copytree(members[0], tmp_path / "one")
     scorer = RewardScorer(path)

@@ -24,6 +24,7 @@ from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.bases import BaseMismatchError, check_probes
 from trl_ext.models.ensemble.shared_base import base_key, changes_of, check_leaves_base, load_adapters, use_adapter
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
+from trl_ext.models.fingerprint import MODEL_FILES, TOKENIZER_FILES
 from trl_ext.models.inputs import load_tokenizer, text_tokenizer
 from trl_ext.models.loading import local_folder, save_sidecar
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
@@ -338,11 +339,10 @@ def _shared_source(folders: list[Path], base_model: Base | None, scorer_kwargs: 
     return SharedBaseSource(folders, base_model, scorer_kwargs)
 
 
-def _tokenizer_files(folder: Path) -> tuple[bytes, ...]:
-    """The contents of the files that, with the tokenization settings, determine the token ids of a text."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
-    names += ("tokenizer_config.json", "special_tokens_map.json")  # which token is EOS
-    return tuple((folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names)
+def _tokenizer_files(folder: Path) -> tuple[tuple[Path, bytes], ...]:
+    """The files that, with the tokenization settings, determine the token ids of a text: their names and contents."""
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    return tuple((file.relative_to(folder), file.read_bytes()) for file in sorted(files))
 
 
 def function_name(function: Callable) -> str:
@@ -368,9 +368,10 @@ def check_finite(scores: Scores, name: str) -> None:
 
 
 def copy_model(origin: Path, folder: Path) -> None:
-    """Copy the files of a saved reward model, except those that the target folder has already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"):
+    """Copy the files of a saved reward model, unless the target folder is its own."""
+    for pattern in ("*.json", "*.txt", *MODEL_FILES):
         for file in origin.glob(pattern):
-            if file.name != "trainer_state.json" and file.resolve() != (folder / file.name).resolve():
-                shutil.copy2(file, folder / file.name)
+            target = folder / file.relative_to(origin)
+            if file.name != "trainer_state.json" and file.resolve() != target.resolve():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
