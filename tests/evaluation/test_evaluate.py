@@ -34,6 +34,12 @@ def test_columns_reach_a_reward_function_and_rows_may_be_streamed():
     assert evaluate_reward_model(function, rows, probes=False, resamples=20, max_rows=7).settings["rows"] == 7
 
 
+def test_columns_with_the_names_of_arguments_are_not_passed_on():
+    rows = [row | {"completions": ["x"], "trainer_state": 1} for row in pairs(12)]
+    found, wanted = (evaluate_reward_model(by_length, data, resamples=20) for data in (rows, pairs(12)))
+    assert found.metrics == wanted.metrics
+
+
 def test_pairs_count_as_their_probability_says_and_ratings_are_metadata():
     def accuracy(*columns):
         rows = [{"prompt": "q", "chosen": "1", "rejected": "2", **more} for more in columns]

@@ -25,6 +25,7 @@ from trl_ext.evaluation.families.steps import Steps
 from trl_ext.evaluation.items import Family, Item, as_chat, family_of, has_signed_labels, read_item, text_of
 from trl_ext.evaluation.report.evaluation_report import EvaluationReport
 from trl_ext.evaluation.report.findings import Mistake
+from trl_ext.scoring.members import GIVEN
 from trl_ext.scoring.scales import changing_options
 
 
@@ -182,7 +183,7 @@ def call(
     model: Callable, prompts: list[Any], completions: list[Any], columns: Sequence[Mapping[str, Any]]
 ) -> list[float | None]:
     """Call a reward function as TRL does: columns as keyword arguments, `None` where a row lacks one."""
-    names = dict.fromkeys(name for row in columns for name in row)
+    names = dict.fromkeys(name for row in columns for name in row if name not in GIVEN)
     given = {name: [row.get(name) for row in columns] for name in names}
     whole = None if all(prompt is None for prompt in prompts) else prompts
     returned = model(prompts=whole, completions=completions, **given)

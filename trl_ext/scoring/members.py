@@ -39,6 +39,8 @@ from trl_ext.scoring.scorer import RewardScorer
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Sequence[float | None]]
+# Arguments that every reward function gets; columns of these names are not passed on.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 Member = str | Path | PreTrainedModel | PeftModel | RewardScorer | RewardFunction
 Scores = list[float | None]
 Base = nn.Module | str | Path
