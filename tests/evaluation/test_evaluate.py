@@ -154,6 +154,19 @@ def test_unknown_columns_name_the_families():
         evaluate_reward_model(by_text, pairs(), cluster_column="who", probes=False)
 
 
+def test_a_data_set_without_the_cluster_column_is_grouped_by_the_default(caplog):
+    rows = [row | {"who": n % 4} for n, row in enumerate(pairs())]
+    samples = [{"prompt": f"s{n}", "completions": ["1 a", "2 b"]} for n in range(6)]
+    given = {"data": rows, "samples": samples}
+    report = evaluate_reward_model(by_text, given, cluster_column="who", probes=False, resamples=50)
+    alone = evaluate_reward_model(by_text, rows, cluster_column="who", probes=False, resamples=50)
+    assert report.intervals["data/accuracy"] == alone.intervals["accuracy"]
+    assert report.metrics["samples/within_prompt_variance_share"] == 1.0
+    assert not caplog.records
+    evaluate_reward_model(by_text, {"a": rows, "b": pairs()}, cluster_column="who", probes=False, resamples=50)
+    assert "The data set b has no column 'who'" in caplog.text
+
+
 def test_what_is_no_reward_model_is_refused():
     with pytest.raises(TypeError, match="is a int"):
         evaluate_reward_model(3, pairs())

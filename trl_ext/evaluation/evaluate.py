@@ -85,7 +85,8 @@ def evaluate_reward_model(
         probe_rows (`int`, *optional*, defaults to `200`): rows that the probes change, drawn at random.
         cluster_column (`str`, *optional*):
             Column that says which rows are not independent, e.g. a conversation. By default `cluster`,
-            `conversation_id` or `prompt_id`, else rows with the same prompt belong together.
+            `conversation_id` or `prompt_id`, else rows with the same prompt belong together. With several data sets,
+            one without the column is grouped by the default.
         as_chat (`bool`, *optional*, defaults to `False`):
             Make messages of a user and an assistant of text prompts and completions, so that the model's chat template
             is applied, as the code of the public benchmarks does. Stepwise rows stay texts.

@@ -91,6 +91,7 @@ class Run:
             if name is None:
                 columns = getattr(data, "column_names", None) or list(dict.fromkeys(c for row in chunk for c in row))
                 name = family_of(columns)
+                cluster_column = self._cluster_column(cluster_column, columns, name)
                 self.family = _family(name, self.model)
                 self.second = None if self.other is None else _family(name, self.other)
                 self._signed = name == "stepwise" and has_signed_labels(chunk)
@@ -121,6 +122,14 @@ class Run:
                 dataset="evaluation",
             )
         self._finish(name)
+
+    def _cluster_column(self, column: str | None, columns: Sequence[str], name: Family) -> str | None:
+        """The column that groups rows; of several data sets one may lack it, as samples of a policy do."""
+        if column is None or column in columns or not self.prefix:
+            return column
+        level = logging.INFO if name == "samples" else logging.WARNING
+        logger.log(level, f"The data set {self.prefix[:-1]} has no column {column!r}: it is grouped by the default.")
+        return None
 
     def _finish(self, name: Family) -> None:
         worst = self._mistakes(name)
