@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -18,6 +19,7 @@ from tests.scoring.ensemble_helpers import by_length, largest_difference, only_s
 from tests.tiny import pair_rows
 from trl_ext import RewardEnsemble, RewardScorer, load_reward_model
 from trl_ext.data.validation import DataError
+from trl_ext.evaluation.evaluate import as_reward_function
 from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.ensemble.ensemble_files import EnsembleFileError, read_ensemble
 from trl_ext.models.fingerprint import fingerprint
@@ -310,7 +312,7 @@ def test_a_normaliser_that_was_taken_away_stays_away(members, tmp_path):
     assert RewardScorer(path).normalizer is not None
 
 
-def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):
+def test_a_path_is_an_ensemble_or_one_model(members, tmp_path, monkeypatch):
     RewardEnsemble(members[:2]).save(tmp_path)
     ensemble = load_scorer(tmp_path, name="quality", batch_size=2)
     assert isinstance(ensemble, RewardEnsemble) and ensemble.__name__ == "quality"
@@ -318,6 +320,15 @@ def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):
     assert isinstance(one, RewardScorer)
     assert one(*rows()) == pytest.approx([row[0] for row in ensemble.score_members(*rows())], abs=1e-6)
     assert isinstance(load_reward(str(tmp_path)), RewardEnsemble)
+    # also by a Hub id, of which only the request is replaced
+    snapshot = tmp_path / "cache" / "models--me--both" / "snapshots" / ("1" * 40)
+    shutil.copytree(tmp_path, snapshot, ignore=lambda *_: ["cache"])
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    want = ensemble(*rows())
+    for by_id in (as_reward_function("me/both"), RewardEnsemble(["me/both"])):
+        assert by_id(*rows()) == pytest.approx(want, abs=1e-6)
     # what decides whether stored scores may be used again
     assert reward_identity(ensemble) is None
     folder, path = fingerprint(tmp_path), tmp_path / "reward_ensemble.json"

@@ -434,8 +434,7 @@ def load_scorer(
 
 
 def _is_ensemble(member: Member) -> bool:
-    folder = files_of(member) if isinstance(member, (str, Path)) else None
-    return folder is not None and Path(folder).is_dir() and read_ensemble(folder) is not None
+    return isinstance(member, (str, Path)) and read_ensemble(local_files(member)) is not None
 
 
 def _read(path: str | Path) -> tuple[Path, EnsembleFile]:
