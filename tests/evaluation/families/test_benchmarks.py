@@ -90,6 +90,11 @@ def test_rewardbench_2_shares_the_credit_of_ties_and_scores_its_subset_ties():
     assert "section/rewardbench_2" not in report.metrics
 
 
+def test_rows_of_ones_own_share_no_credit_of_ties():
+    rows = [{"prompt": f"p{n}", "chosen": ["1"], "rejected": ["1"] * (1 + 2 * (n % 2))} for n in range(8)]
+    assert evaluate(rows).metrics["accuracy"] == 0.0
+
+
 def test_right_answers_that_all_score_the_same():
     # no spread: 0 / 0 counts as 0 and 1 / 0 as the largest margin, as in the public code
     apart, level = ({"accurate": 1.0, "spread": 0.0, "gap": gap} for gap in (1.0, 0.0))

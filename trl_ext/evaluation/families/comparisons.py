@@ -89,7 +89,7 @@ class Comparisons:
             return margins["accurate"]
         if _is_style_matrix(item, ratings):
             return float((chosen[:, None] > rejected[None, :]).mean())
-        if len(chosen) == 1 and len(rejected) > 1:
+        if item.subset in REWARDBENCH_2 and len(chosen) == 1 and len(rejected) > 1:
             best = scores == scores.max()
             return float(best[0] / best.sum())
         return float(chosen.min() > rejected.max())
