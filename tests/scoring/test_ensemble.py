@@ -411,6 +411,20 @@ def test_mistakes_at_construction(arguments, error, complaint):
         RewardEnsemble(**arguments)
 
 
+def test_the_place_of_a_base_is_for_adapters(members, reward_path, tmp_path):
+    RewardEnsemble([reward_path()]).save(tmp_path / "full")
+    for none in ([reward_path()], [tmp_path / "full"], tmp_path / "full", [by_length]):
+        with pytest.raises(ValueError, match="`base_model` says where the base of adapters is, and no member is one"):
+            RewardEnsemble(none, base_model="/nowhere")
+    bare = shutil.copytree(members[0], tmp_path / "bare")  # as of plain PEFT
+    (bare / "reward_model.json").unlink()
+    base = shutil.copytree(members[0].parent / "base", tmp_path / "moved")
+    config = json.loads((bare / "adapter_config.json").read_text())
+    (bare / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere"}))
+    found = RewardEnsemble([bare, tmp_path / "full", members[1]], base_model=base).score_members(*rows())
+    assert [row[2] for row in found] == pytest.approx([row[0] for row in alone([members[1]])], abs=1e-6)
+
+
 @pytest.mark.parametrize("option", [{"reference": 0.0}, {"std_coefficient": 1.0}, {"calibrated": True}])
 def test_options_that_an_ensemble_would_not_use_are_refused(members, option):
     (name,) = option

@@ -100,7 +100,8 @@ class RewardEnsemble:
         models (`list[nn.Module]`): the models in memory that the members use.
 
     Raises:
-        `ValueError`: there is no member, the weights do not fit, or the reducer is unknown.
+        `ValueError`: there is no member, the weights do not fit, the reducer is unknown, or `base_model` is given and
+            no member is an adapter.
         `TypeError`: an entry cannot be a member, or the reducer does not have an argument.
 
     Example:
@@ -151,8 +152,15 @@ class RewardEnsemble:
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
         moved_to = None if isinstance(base_model, nn.Module) else base_model
+        if moved_to is not None and not any(map(_has_adapter, members)):
+            raise ValueError("`base_model` says where the base of adapters is, and no member is one. Leave it out.")
         nested = [
-            RewardEnsemble(m, name=Path(files_of(m)).name, base_model=moved_to, scorer_kwargs=scorer_kwargs)
+            RewardEnsemble(
+                m,
+                name=Path(files_of(m)).name,
+                base_model=moved_to if _has_adapter(m) else None,
+                scorer_kwargs=scorer_kwargs,
+            )
             if _is_ensemble(m)
             else m
             for m in members
@@ -435,6 +443,17 @@ def load_scorer(
 
 def _is_ensemble(member: Member) -> bool:
     return isinstance(member, (str, Path)) and read_ensemble(local_files(member)) is not None
+
+
+def _has_adapter(member: Member) -> bool:
+    """Whether a member is an adapter that is loaded here, or an ensemble with one."""
+    if not isinstance(member, (str, Path)) or is_served(member):
+        return False
+    folder = Path(local_files(member))
+    file = read_ensemble(folder)
+    if file is not None:
+        return any(map(_has_adapter, member_folders(folder, file)))
+    return (folder / "adapter_config.json").is_file()
 
 
 def _read(path: str | Path) -> tuple[Path, EnsembleFile]:

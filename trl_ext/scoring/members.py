@@ -279,7 +279,7 @@ def make_sources(
             if key is not None and in_memory:
                 check_leaves_base(folder)
             if key is None or (not in_memory and changes_of(folder)):
-                own = None if key is None else where  # a full model has no base
+                own = where if (folder / "adapter_config.json").is_file() else None  # a full model has no base
                 scorer = RewardScorer(folder, **(scorer_kwargs | {"name": folder.name, "base_model": own}))
                 sources.append((ScorerSource(scorer), [place]))
             else:
