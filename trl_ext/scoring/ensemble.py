@@ -25,7 +25,7 @@ from trl_ext.models.ensemble.ensemble_files import (
 from trl_ext.models.sidecar import read_sidecar
 from trl_ext.scoring.fusion import FusionMethod, fit_fusion_weights
 from trl_ext.scoring.member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
-from trl_ext.scoring.members import Member, check_finite, make_sources
+from trl_ext.scoring.members import Member, check_finite, has_adapter, is_ensemble, make_sources
 from trl_ext.scoring.normalizer import mean_and_std
 from trl_ext.scoring.raw_scorer import as_list, by_place
 from trl_ext.scoring.reducers import combine, disagreement, reducers, takes_weights
@@ -152,19 +152,9 @@ class RewardEnsemble:
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
         moved_to = None if isinstance(base_model, nn.Module) else base_model
-        if moved_to is not None and not any(map(_has_adapter, members)):
+        if moved_to is not None and not any(map(has_adapter, members)):
             raise ValueError("`base_model` says where the base of adapters is, and no member is one. Leave it out.")
-        nested = [
-            RewardEnsemble(
-                m,
-                name=Path(files_of(m)).name,
-                base_model=moved_to if _has_adapter(m) else None,
-                scorer_kwargs=scorer_kwargs,
-            )
-            if _is_ensemble(m)
-            else m
-            for m in members
-        ]
+        nested = [_nested(m, moved_to, scorer_kwargs) if is_ensemble(m) else m for m in members]
         self._sources = make_sources(nested, base_model, scorer_kwargs or {})
         by_place = {place: (source, number) for source, places in self._sources for number, place in enumerate(places)}
         self._members = [by_place[place] for place in range(len(members))]
@@ -413,17 +403,13 @@ class RewardEnsemble:
 
     def _update_file(self, **fields: Any) -> None:
         if self._readings:
-            logger.warning(
-                f"{self.__name__}: the fitted values are not saved, because they hold only for scores with this "
-                f"{' and '.join(self._readings)}. Fit them again wherever you make the ensemble."
-            )
-            return
-        if self._folder is None:
+            held = " and ".join(self._readings)
+            logger.warning(f"{self.__name__}: the fitted values stay in memory, as they hold for this {held} alone.")
+        elif self._folder is None:
             logger.info(f"{self.__name__}: the fitted values are only in memory. Call `save` to keep them.")
-            return
-        for name, value in fields.items():
-            setattr(self._file, name, value)
-        write_ensemble(self._folder, self._file)
+        else:
+            vars(self._file).update(fields)
+            write_ensemble(self._folder, self._file)
 
 
 def load_scorer(
@@ -441,19 +427,10 @@ def load_scorer(
     return RewardScorer(path, name=name, base_model=base_model, **scorer_kwargs)
 
 
-def _is_ensemble(member: Member) -> bool:
-    return isinstance(member, (str, Path)) and read_ensemble(local_files(member)) is not None
-
-
-def _has_adapter(member: Member) -> bool:
-    """Whether a member is an adapter that is loaded here, or an ensemble with one."""
-    if not isinstance(member, (str, Path)) or is_served(member):
-        return False
-    folder = Path(local_files(member))
-    file = read_ensemble(folder)
-    if file is not None:
-        return any(map(_has_adapter, member_folders(folder, file)))
-    return (folder / "adapter_config.json").is_file()
+def _nested(source: str | Path, moved_to: str | Path | None, scorer_kwargs: dict[str, Any] | None) -> RewardEnsemble:
+    """A saved ensemble as a member of another."""
+    base = moved_to if has_adapter(source) else None
+    return RewardEnsemble(source, name=Path(files_of(source)).name, base_model=base, scorer_kwargs=scorer_kwargs)
 
 
 def _read(path: str | Path) -> tuple[Path, EnsembleFile]:

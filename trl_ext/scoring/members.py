@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.bases import BaseMismatchError, check_probes
+from trl_ext.models.ensemble.ensemble_files import member_folders, read_ensemble
 from trl_ext.models.ensemble.shared_base import base_key, changes_of, check_leaves_base, load_adapters, use_adapter
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
 from trl_ext.models.fingerprint import MODEL_FILES, TOKENIZER_FILES
@@ -30,7 +31,7 @@ from trl_ext.models.loading import local_folder, save_sidecar
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
 from trl_ext.scoring.batches import RUNNING
 from trl_ext.scoring.raw_scorer import RawScorer
-from trl_ext.scoring.remote import RemoteModel, files_of, is_served
+from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 from trl_ext.scoring.rows import row_error
 from trl_ext.scoring.scales import changing_options, changing_readings
 from trl_ext.scoring.scorer import RewardScorer
@@ -306,6 +307,22 @@ def make_sources(
         else:
             sources.append((_shared_source(folders, base_model, scorer_kwargs), places))
     return sources
+
+
+def is_ensemble(member: Member) -> bool:
+    """Whether a member is the folder or Hub id of a saved ensemble."""
+    return isinstance(member, (str, Path)) and read_ensemble(local_files(member)) is not None
+
+
+def has_adapter(member: Member) -> bool:
+    """Whether a member is an adapter that is loaded here, or an ensemble with one."""
+    if not isinstance(member, (str, Path)) or is_served(member):
+        return False
+    folder = Path(local_files(member))
+    file = read_ensemble(folder)
+    if file is not None:
+        return any(map(has_adapter, member_folders(folder, file)))
+    return (folder / "adapter_config.json").is_file()
 
 
 def _refuse_scales(options: dict[str, Any], name: str) -> None:

@@ -187,10 +187,8 @@ class RewardScorer(Scales, Uncertainty):
         )
         stored, readings = self.raw.sidecar, changing_readings(self.choices)
         if stored is not None and readings and (stored.normalizer or stored.calibration):
-            logger.warning(
-                f"{self.__name__} has its own {' and '.join(readings)}, so the stored normaliser and calibration do "
-                "not hold for its scores and are not applied. Fit them with this scorer if you need them."
-            )
+            held = f"{self.__name__} has its own {' and '.join(readings)}"
+            logger.warning(f"{held}, so the stored normaliser and calibration do not hold and are not applied.")
             stored = None
         self.normalizer = None if stored is None else stored.normalizer
         self.calibration = None if stored is None else stored.calibration
