@@ -10,6 +10,7 @@ from tests.serving.served_folders import save_base, save_reward
 from tests.tiny import save_tiny_model
 from trl_ext import RewardEnsemble, RewardScorer
 from trl_ext.cli import main as cli
+from trl_ext.cli.evaluate import EvaluateArguments
 
 
 def write(path, rows):
@@ -90,6 +91,12 @@ def test_an_ensemble_is_put_on_a_base_that_moved(tmp_path):
     assert metrics["margin"] == pytest.approx(margins(ensemble), abs=1e-5)
 
 
+def test_two_ways_to_calibrate_are_refused(tmp_path):
+    (tmp_path / "reward_model.json").write_text("{}")
+    with pytest.raises(ValueError, match="leave out --calibrated"):
+        EvaluateArguments("rows", "out", model=str(tmp_path), calibrated=True, calibrate="isotonic")
+
+
 def test_a_public_data_set_is_evaluated_as_it_is_released(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def right(prompts, completions, **kw):\n    return [float(c[0]['content'] == 'yes') for c in completions]\n"
@@ -146,7 +153,7 @@ def test_a_policy_is_sampled_and_the_model_folder_keeps_card_and_calibration(tmp
         (["--model", "a", "--batch_size", "none"], "--batch_size is 'none'"),
         (["--model", "a", "--update_model_card", "true"], "--update_model_card writes into the folder of --model"),
         (["--reward_funcs", "a", "--calibrate", "temperature"], "--calibrate writes into the folder of --model"),
-        (["--model", ".", "--calibrated", "true", "--calibrate", "isotonic"], "leave out --calibrated"),
+        (["--model", ".", "--calibrate", "isotonic"], "--calibrate stores into reward_model.json, and . has none"),
         (
             ["--reward_funcs", "a", "--max_length", "9", "--calibrated", "1"],
             "--max_length, --calibrated with --reward",

@@ -1,6 +1,7 @@
 """`trl-ext score` with rows of steps: the numbers of `RewardScorer.score_steps`, and what does not fit a model."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -87,12 +88,18 @@ def test_the_score_is_that_of_the_joined_completion(models, tmp_path):
     """Of steps as a policy writes them, it is what the scalar call gives, normalised as that is."""
     model, rows = shutil.copytree(models["prm"], tmp_path / "model"), step_rows(6, seed=4)
     prompts, joined = zip(*((row["prompt"], "\n".join([*row["completions"], ""])) for row in rows), strict=True)
-    scorer = RewardScorer(model, aggregation="mean")
+    scorer = RewardScorer(model)
     raw = scorer(prompts, joined)
     scorer.fit_normalizer(prompts, joined)
-    assert run(model, rows, tmp_path, "--aggregation", "mean") == 0
+    assert run(model, rows, tmp_path) == 0
     found = [row["score"] for row in read(tmp_path)]
     assert found == pytest.approx(scorer(prompts, joined), abs=1e-5) and found != pytest.approx(raw, abs=0.1)
+
+
+def test_an_infinite_score_is_refused_because_json_has_none(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RewardScorer, "combine", lambda self, scores: [0.5, -math.inf])
+    assert run(models["prm"], step_rows(2, seed=4), tmp_path, "--aggregation", "sum_log") != 0
+    assert "line 2: the score is -inf; needed: a finite number" in capsys.readouterr().err
 
 
 def test_steps_in_a_column_of_another_name_and_resumed(models, tmp_path, monkeypatch):

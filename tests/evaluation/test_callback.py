@@ -91,12 +91,26 @@ def test_a_trainer_of_trl_keeps_the_numbers_in_its_history(base, tmp_path):
 def test_what_cannot_be_evaluated_is_refused(base, tmp_path):
     with pytest.raises(TypeError, match="is an iterator"):
         EvaluationCallback(row for row in pair_rows(4))
+    for wrong in ({"max_lenght": 8}, {"base_model": "x"}):
+        with pytest.raises(TypeError, match=f"EvaluationCallback got {[*wrong]}".replace("[", r"\[")):
+            EvaluationCallback(pair_rows(4), **wrong)
     callback = EvaluationCallback(pair_rows(4), metrics=["accuracies"], resamples=20)
     trainer = trainer_for(
         base, config(tmp_path), pair_rows(8), eval_dataset=Dataset.from_list(pair_rows(4)), callbacks=[callback]
     )
     with pytest.raises(ValueError, match=r"\['accuracies'\]; these rows have accuracy"):
         trainer.evaluate()
+
+
+def test_options_of_the_scorer_reach_it(base, tmp_path):
+    held_out = pair_rows(8, seed=1)
+    data = Dataset.from_list(pair_rows(4))
+    callback = EvaluationCallback(held_out, metrics=["margin"], resamples=20, max_length=6)
+    trainer = trainer_for(base, config(tmp_path), pair_rows(8), eval_dataset=data, callbacks=[callback])
+    found = trainer.evaluate()["eval_probe_margin"]
+    cut = RewardScorer(trainer.model, trainer.processing_class, max_length=6)
+    assert found == pytest.approx(evaluate_reward_model(cut, held_out, probes=False, resamples=20).metrics["margin"])
+    assert cut.num_truncated > 0
 
 
 def test_a_card_written_anew_keeps_its_evaluation(base, tmp_path):

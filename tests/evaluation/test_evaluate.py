@@ -8,7 +8,7 @@ from datasets import Dataset
 from tests.evaluation.rows import by_length, by_text, pairs
 from trl_ext.data.validation import DataError
 from trl_ext.evaluation import evaluate_reward_model
-from trl_ext.evaluation.items import family_of, read_item
+from trl_ext.evaluation.items import family_of, read_item, text_of
 
 
 def test_the_same_seed_gives_the_same_report():
@@ -32,6 +32,12 @@ def test_columns_reach_a_reward_function_and_rows_may_be_streamed():
     assert report.settings["rows"] == 1_100
     assert seen[:4] == [0, 0, 1, 1]
     assert evaluate_reward_model(function, rows, probes=False, resamples=20, max_rows=7).settings["rows"] == 7
+
+
+def test_columns_with_the_names_of_arguments_are_not_passed_on():
+    rows = [row | {"completions": ["x"], "trainer_state": 1} for row in pairs(12)]
+    found, wanted = (evaluate_reward_model(by_length, data, resamples=20) for data in (rows, pairs(12)))
+    assert found.metrics == wanted.metrics
 
 
 def test_pairs_count_as_their_probability_says_and_ratings_are_metadata():
@@ -148,6 +154,19 @@ def test_unknown_columns_name_the_families():
         evaluate_reward_model(by_text, pairs(), cluster_column="who", probes=False)
 
 
+def test_a_data_set_without_the_cluster_column_is_grouped_by_the_default(caplog):
+    rows = [row | {"who": n % 4} for n, row in enumerate(pairs())]
+    samples = [{"prompt": f"s{n}", "completions": ["1 a", "2 b"]} for n in range(6)]
+    given = {"data": rows, "samples": samples}
+    report = evaluate_reward_model(by_text, given, cluster_column="who", probes=False, resamples=50)
+    alone = evaluate_reward_model(by_text, rows, cluster_column="who", probes=False, resamples=50)
+    assert report.intervals["data/accuracy"] == alone.intervals["accuracy"]
+    assert report.metrics["samples/within_prompt_variance_share"] == 1.0
+    assert not caplog.records
+    evaluate_reward_model(by_text, {"a": rows, "b": pairs()}, cluster_column="who", probes=False, resamples=50)
+    assert "The data set b has no column 'who'" in caplog.text
+
+
 def test_what_is_no_reward_model_is_refused():
     with pytest.raises(TypeError, match="is a int"):
         evaluate_reward_model(3, pairs())
@@ -222,6 +241,11 @@ def test_a_text_prompt_in_front_of_whole_conversations_is_not_scored_twice():
     assert (item.prompt, item.completions) == ([user], [[good], [bad]])
     # answers alone share nothing, and the prompt stays
     assert read_item({"prompt": "q", "chosen": [good], "rejected": [bad]}, 0, "preference").prompt == "q"
+
+
+def test_the_text_of_parts_is_what_they_say():
+    parts = [{"type": "text", "text": "2 + 2 "}, {"type": "text", "text": "= 4"}]
+    assert text_of([{"role": "user", "content": "Add."}, {"role": "assistant", "content": parts}]) == "Add.\n2 + 2 = 4"
 
 
 def test_texts_become_chats_where_that_is_asked_for(caplog):

@@ -93,6 +93,9 @@ def test_changes_leave_the_rest_of_a_conversation_alone():
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "One. Two."}]
     assert changed(chat, lambda text: text + "!") == [chat[0], {"role": "assistant", "content": "One. Two.!"}]
     assert changed(chat[1], lambda text: text + "!") == {"role": "assistant", "content": "One. Two.!"}
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "One. "}, {"type": "text", "text": "Two."}]}]
+    whole = [{"role": "assistant", "content": [{"type": "text", "text": "One. Two.!"}]}]
+    assert changed(parts, lambda text: text + "!") == whole
     assert changed("", lambda text: text + "!") is None
     assert changed([{"role": "assistant", "content": None}], lambda text: text) is None
     assert chat[1]["content"] == "One. Two."

@@ -165,6 +165,13 @@ def test_fp32_is_the_default_whatever_the_checkpoint_says(tmp_path):
     assert build_reward_model(base, dtype="auto")[0].model.embed_tokens.weight.dtype == torch.bfloat16
 
 
+def test_the_dtype_auto_of_a_saved_model_is_that_of_training(tmp_path):
+    base = tiny_base(tmp_path / "base", dtype=torch.bfloat16)
+    trainer = make_trainer(base, tmp_path / "reward", peft_config=LoraConfig(target_modules=["q_proj"]))
+    trainer.save_model()
+    assert load_reward_model(tmp_path / "reward", dtype="auto").get_input_embeddings().weight.dtype == torch.float32
+
+
 def test_two_labels_are_no_reward_model(bases, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(bases["llama"], num_labels=2, dtype=torch.float32)
     with pytest.raises(ValueError, match="num_labels"):

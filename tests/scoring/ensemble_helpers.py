@@ -21,9 +21,13 @@ def save_members(
     number: int = 3,
     quantization: BitsAndBytesConfig | None = None,
     family: str = "llama",
+    more_tokens: int = 0,
     **fields: Any,
 ) -> list[Path]:
-    """`number` adapters on the base in `folder / "base"`; `fields` are those of the sidecar."""
+    """
+    `number` adapters on the base in `folder / "base"`, after adding `more_tokens` to its vocabulary, each with
+    embeddings of its own; `fields` are those of the sidecar.
+    """
     base = folder / "base"
     if not base.exists():
         tiny_base(base, family)
@@ -35,6 +39,8 @@ def save_members(
             model, head = build_reward_model(
                 str(base), quantization_config=quantization, num_labels=fields.get("num_labels", 1)
             )
+            if more_tokens:
+                model.resize_token_embeddings(vocab_size(model) + more_tokens, mean_resizing=False)
             model = add_adapter(
                 model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False), head
             )

@@ -101,6 +101,22 @@ def test_a_calibration_is_stored_with_the_model_and_applied_where_that_is_asked_
         RewardScorer(path, device="cpu", calibrated=True)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_calibration_of_outcomes_is_applied_to_each_score_of_a_pair(reward_path, probabilities):
+    scorer = RewardScorer(reward_path("llama"), device="cpu")
+    generator = np.random.default_rng(0)
+    scores, labels = generator.uniform(0.05, 0.95, size=(2, 300))
+    margins = np.log(scores / (1 - scores)) if probabilities else scores
+    scorer.calibration = fit_calibration(margins, labels, "isotonic", probabilities=probabilities)
+    scorer.raw.scores = lambda prompts, completions, columns: [float(text) for text in completions]
+    same = scorer.preference_probabilities(None, ["0.2", "0.7"], ["0.2", "0.7"])
+    assert same == pytest.approx([0.5, 0.5])
+    scorer.calibration = scorer.calibration | {"method": "temperature", "temperature": 2.0}
+    odds = math.log(0.9 / 0.1) - math.log(0.2 / 0.8) if probabilities else 0.7
+    wanted = 1 / (1 + math.exp(-odds / 2))
+    assert scorer.preference_probabilities(None, ["0.9"], ["0.2"]) == pytest.approx([wanted])
+
+
 def test_scores_relative_to_a_reference(reward_path):
     path = reward_path("llama")
     plain = RewardScorer(path, device="cpu")
@@ -121,6 +137,10 @@ def test_scores_relative_to_a_reference(reward_path):
     )
     shaped(prompts, completions, reference=references)
     assert asked == [6, 6]  # six samples; two references of three prompts, once each
+    asked.clear()
+    same = {"reference": [" No."] * 6, "tools": [[], [], None, None, [], []]}
+    shaped([PROMPTS[0]] * 6, completions, **same)
+    assert asked == [6, 2]  # the chat template may show the tools
     fixed = RewardScorer(path, device="cpu", reference=0.25)
     assert fixed(prompts, completions) == pytest.approx([1 / (1 + math.exp(0.25 - s)) for s in scores], abs=1e-5)
     with pytest.raises(ValueError, match="'reference'.*not among"):

@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -18,6 +19,7 @@ from tests.scoring.ensemble_helpers import by_length, largest_difference, only_s
 from tests.tiny import pair_rows
 from trl_ext import RewardEnsemble, RewardScorer, load_reward_model
 from trl_ext.data.validation import DataError
+from trl_ext.evaluation.evaluate import as_reward_function
 from trl_ext.models.building import keep_4bit_exact_on_cpu
 from trl_ext.models.ensemble.ensemble_files import EnsembleFileError, read_ensemble
 from trl_ext.models.fingerprint import fingerprint
@@ -95,6 +97,17 @@ def test_adapters_that_cannot_be_stacked_share_the_base_all_the_same(members, tm
     found = ensemble.score_members(*rows())
     assert largest_difference(found, alone([members[0], other])) < 1e-6
     assert largest_difference([row[1] for row in found], [row[1] for row in alone(members)]) > 1e-3
+
+
+def test_members_that_bring_embeddings_have_a_base_of_their_own(tmp_path):
+    paths = save_members(tmp_path, number=2, more_tokens=3)
+    ensemble = RewardEnsemble(paths)
+    prompts, completions = rows()
+    assert len(backbones(ensemble)) == 2
+    assert largest_difference(ensemble.score_members(prompts, completions), alone(paths)) < 1e-6
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "base").requires_grad_(False)
+    with pytest.raises(ValueError, match="sets model.embed_tokens.weight, so PEFT changes the weights"):
+        RewardEnsemble(paths, base_model=policy)
 
 
 def test_members_with_another_eos_token_are_not_scored_in_one_pass(members, tmp_path):
@@ -181,6 +194,17 @@ def test_token_level_members(tmp_path, kind):
     want = [RewardScorer(path, aggregation=aggregation)(prompts, completions) for path in paths]
     for one in (ensemble, together):
         assert largest_difference(list(zip(*one.score_members(prompts, completions), strict=True)), want) < 1e-6
+        with pytest.raises(ValueError, match="trained-0 has its own aggregation|RewardScorer has its own aggregation"):
+            one.save(tmp_path / "saved")
+    if kind == "process":  # what is fitted for these scores stays away from the folders and from others
+        plain = RewardEnsemble(paths)
+        plain.save(tmp_path / "kept")
+        RewardEnsemble(tmp_path / "kept").fit_normalizer(prompts, completions)
+        file = (tmp_path / "kept" / "reward_ensemble.json").read_text()
+        other = RewardEnsemble(tmp_path / "kept", scorer_kwargs={"aggregation": "sum"})
+        assert other.normalizers == [None, None]
+        other.fit_normalizer(prompts, completions)
+        assert (tmp_path / "kept" / "reward_ensemble.json").read_text() == file
 
 
 # -------------------------------------------------------------------------------------------------- normalising
@@ -261,6 +285,22 @@ def test_saved_and_loaded(members, tmp_path):
     assert json.loads((tmp_path / "ensemble" / "member-0" / "reward_model.json").read_text())["normalizer"] is None
 
 
+def test_additional_chat_templates_are_saved_and_compared(members, tmp_path):
+    other = shutil.copytree(members[1], tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    template = "{{ tools | length }} tools: {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": template}
+    tokenizer.save_pretrained(other)
+    tool = {"type": "function", "function": {"name": "f", "description": "Does it.", "parameters": {}}}
+    row = {"prompts": [[{"role": "user", "content": "Hi."}]], "completions": [" So."], "tools": [[tool]]}
+    ensemble = RewardEnsemble([members[0], other])
+    want = [[RewardScorer(path)(**row)[0] for path in (members[0], other)]]
+    assert largest_difference(ensemble.score_members(**row), want) < 1e-6
+    assert want[0][1] != pytest.approx(RewardScorer(members[1])(**row)[0], abs=1e-4)
+    ensemble.save(tmp_path / "ensemble")
+    assert largest_difference(RewardEnsemble(tmp_path / "ensemble").score_members(**row), want) < 1e-6
+
+
 def test_a_normaliser_that_was_taken_away_stays_away(members, tmp_path):
     path = shutil.copytree(members[0], tmp_path / "one")
     scorer = RewardScorer(path)
@@ -272,7 +312,7 @@ def test_a_normaliser_that_was_taken_away_stays_away(members, tmp_path):
     assert RewardScorer(path).normalizer is not None
 
 
-def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):
+def test_a_path_is_an_ensemble_or_one_model(members, tmp_path, monkeypatch):
     RewardEnsemble(members[:2]).save(tmp_path)
     ensemble = load_scorer(tmp_path, name="quality", batch_size=2)
     assert isinstance(ensemble, RewardEnsemble) and ensemble.__name__ == "quality"
@@ -280,6 +320,15 @@ def test_a_path_is_an_ensemble_or_one_model(members, tmp_path):
     assert isinstance(one, RewardScorer)
     assert one(*rows()) == pytest.approx([row[0] for row in ensemble.score_members(*rows())], abs=1e-6)
     assert isinstance(load_reward(str(tmp_path)), RewardEnsemble)
+    # also by a Hub id, of which only the request is replaced
+    snapshot = tmp_path / "cache" / "models--me--both" / "snapshots" / ("1" * 40)
+    shutil.copytree(tmp_path, snapshot, ignore=lambda *_: ["cache"])
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    want = ensemble(*rows())
+    for by_id in (as_reward_function("me/both"), RewardEnsemble(["me/both"])):
+        assert by_id(*rows()) == pytest.approx(want, abs=1e-6)
     # what decides whether stored scores may be used again
     assert reward_identity(ensemble) is None
     folder, path = fingerprint(tmp_path), tmp_path / "reward_ensemble.json"
@@ -324,7 +373,14 @@ def test_fusion_is_fitted_stored_and_used(members, tmp_path):
     again = RewardEnsemble(tmp_path)
     assert again.weights == weights
     assert again(*rows()) == pytest.approx(want, abs=1e-6)
+    again.fit_normalizer(*rows())  # another scale of the members, the same differences of the fused scores
+    for one in (again, RewardEnsemble(tmp_path)):
+        found = one(*rows())
+        assert [a - found[0] for a in found] == pytest.approx([a - want[0] for a in want], abs=1e-6)
     assert len(ensemble.fit_fusion(prompts, chosen, rejected, method="bma")) == 3
+    raw = RewardEnsemble(tmp_path, normalize=False)
+    raw.fit_fusion(prompts, chosen, rejected)
+    assert RewardEnsemble(tmp_path)(*rows()) == pytest.approx(raw(*rows()), abs=1e-6)  # on the scale it was learnt on
 
 
 def test_a_fusion_that_turns_the_members_round_is_said(caplog):
@@ -353,6 +409,20 @@ def test_a_fusion_that_turns_the_members_round_is_said(caplog):
 def test_mistakes_at_construction(arguments, error, complaint):
     with pytest.raises(error, match=complaint):
         RewardEnsemble(**arguments)
+
+
+def test_the_place_of_a_base_is_for_adapters(members, reward_path, tmp_path):
+    RewardEnsemble([reward_path()]).save(tmp_path / "full")
+    for none in ([reward_path()], [tmp_path / "full"], tmp_path / "full", [by_length]):
+        with pytest.raises(ValueError, match="`base_model` says where the base of adapters is, and no member is one"):
+            RewardEnsemble(none, base_model="/nowhere")
+    bare = shutil.copytree(members[0], tmp_path / "bare")  # as of plain PEFT
+    (bare / "reward_model.json").unlink()
+    base = shutil.copytree(members[0].parent / "base", tmp_path / "moved")
+    config = json.loads((bare / "adapter_config.json").read_text())
+    (bare / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere"}))
+    found = RewardEnsemble([bare, tmp_path / "full", members[1]], base_model=base).score_members(*rows())
+    assert [row[2] for row in found] == pytest.approx([row[0] for row in alone([members[1]])], abs=1e-6)
 
 
 @pytest.mark.parametrize("option", [{"reference": 0.0}, {"std_coefficient": 1.0}, {"calibrated": True}])

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -19,6 +20,7 @@ from trl_ext.cli import main as cli
 from trl_ext.data.spans import prepare_spans
 from trl_ext.data.tokenization import TokenizationSettings
 from trl_ext.models import load_reward_model
+from trl_ext.models.sidecar import read_sidecar
 from trl_ext.scoring.aggregation import weighted_categories
 
 
@@ -156,6 +158,18 @@ def test_steps_are_read_where_training_put_their_labels(trained, family, classes
             assert with_neutral == pytest.approx(logits.softmax(-1)[:, 1:].sum(-1).tolist(), abs=1e-5)
 
 
+def test_margins_of_hinge_are_right_above_zero(trained):
+    folder, _ = trained("prm", loss_type="hinge", num_labels=1)
+    rows = step_rows(8, seed=3)
+    prompts, completions = [row["prompt"] for row in rows], ["\n".join(row["completions"]) for row in rows]
+    counted = RewardScorer(folder, aggregation="count_correct")
+    margins = counted.score_steps(prompts, [row["completions"] for row in rows])
+    values = [value for own in margins for value in own]
+    assert any(0 < value < 0.5 for value in values) or any(value < 0 for value in values)
+    assert counted(prompts, completions) == [float(sum(value > 0 for value in own)) for own in margins]
+    assert not counted.raw.views.gives_probabilities and RewardScorer(trained("prm")[0]).raw.views.gives_probabilities
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_as_many_scores_as_steps(trained, family):
     folder, _ = trained("prm", family)
@@ -192,6 +206,11 @@ def test_steps_in_a_chat_are_one_message(trained):
     assert RewardScorer(folder, aggregation="mean")([row["prompt"]], [message]) == pytest.approx(
         [sum(by_hand) / 2], abs=1e-5
     )
+    texts = [{"type": "text", "text": text} for text in ("good\n", "bad bad")]
+    parts = [{"role": "assistant", "content": texts}]
+    scorer = RewardScorer(folder, aggregation="mean")
+    for prompt in (row["prompt"], None):
+        assert scorer([prompt], [parts]) == pytest.approx(scorer([prompt], [message]), abs=1e-6)
 
 
 def test_what_max_length_cuts_off_has_no_score(trained, caplog):
@@ -409,6 +428,28 @@ def test_normalizer_of_a_process_model(trained, tmp_path):
     assert scorer(prompts, completions) == pytest.approx(want, abs=1e-4)
     steps = scorer.score_steps(prompts, [row["completions"] for row in rows])
     assert scorer.combine(steps) == pytest.approx(want, abs=1e-4)
+
+
+def test_what_is_fitted_for_an_aggregation_of_ones_own_stays_in_memory(trained, tmp_path, caplog):
+    folder = shutil.copytree(trained("prm", step_separator="\n\n")[0], tmp_path / "prm")
+    rows = step_rows(24, seed=3)
+    prompts, completions = [row["prompt"] for row in rows], ["\n\n".join(row["completions"]) for row in rows]
+    summed = RewardScorer(folder, aggregation="sum")
+    summed.fit_normalizer(prompts, completions)
+    assert sum(summed(prompts, completions)) == pytest.approx(0, abs=1e-4)
+    assert read_sidecar(folder).normalizer is None
+    assert "the normaliser is not saved, because it holds only for scores with this aggregation" in caplog.text
+    scorer = RewardScorer(folder)
+    stored = scorer.fit_normalizer(prompts, completions)
+    pairs = prompts, completions, completions[::-1]
+    calibration = scorer.fit_calibration(*pairs, method="isotonic")
+    summed.fit_calibration(*pairs, method="isotonic")
+    assert (read_sidecar(folder).normalizer, read_sidecar(folder).calibration) == (stored, calibration)
+    again = RewardScorer(folder, aggregation="sum")
+    assert (again.normalizer, again.calibration) == (None, None)
+    assert "the stored normaliser and calibration do not hold" in caplog.text
+    with pytest.raises(ValueError, match="none is stored"):
+        RewardScorer(folder, aggregation="sum", calibrated=True)
 
 
 def test_the_same_scores_after_merging(bases, tmp_path):

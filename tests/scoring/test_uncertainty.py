@@ -291,6 +291,9 @@ def test_deviations_are_on_the_scale_of_normalised_and_calibrated_scores(fitted)
     scorer.calibration["normalizer"] = scorer.normalizer
     scores, stds = scorer.score_with_uncertainty(["p"], [" a b"])
     assert stds == pytest.approx([raw[0] / 1.0]) and scores == pytest.approx(scorer(["p"], [" a b"]), abs=1e-5)
+    scorer.normalizer = None
+    with pytest.raises(ValueError, match="another normaliser"):
+        scorer.score_with_uncertainty(["p"], [" a b"])
 
 
 def test_a_row_without_tokens_has_neither(fitted):

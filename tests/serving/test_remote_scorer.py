@@ -278,6 +278,18 @@ def test_requests_go_to_several_servers_which_are_all_checked(folders, models):
             RewardScorer(f"{one.url},{three.url}", folders["full"])
 
 
+def test_a_server_that_was_down_at_the_check_gets_no_rows(folders, models):
+    wrong = [{"index": 0, "probs": [99.0]}]
+    with (
+        pooling_server({"full": models["full"]}) as one,
+        serving(lambda *_: (200, {"data": wrong}, {}), {"/v1/models": 502}) as late,
+    ):
+        scorer = RewardScorer(f"{one.url},{late.url}", folders["full"], batch_size=1)
+        found = scorer(PROMPTS, COMPLETIONS)
+    assert not late.requests
+    assert found == pytest.approx(RewardScorer(folders["full"])(PROMPTS, COMPLETIONS), abs=1e-5)
+
+
 def test_a_late_failure_of_one_call_does_not_end_the_next():
     """A request that is under way when its call fails may fail later, when the server is back."""
     late, answers = threading.Event(), {"first": (400, b"no", {}), "good": (200, {}, {})}

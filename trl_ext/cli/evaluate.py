@@ -122,6 +122,11 @@ class EvaluateArguments(SamplingFields):
         stored = [name for name in ("update_model_card", "calibrate") if getattr(self, name)]
         if stored and (self.model is None or not Path(self.model).is_dir()):
             raise ValueError(f"--{stored[0]} writes into the folder of --model, which is {self.model!r}.")
+        if self.calibrate is not None and not Path(self.model, "reward_model.json").is_file():
+            raise ValueError(
+                f"--calibrate stores into reward_model.json, and {self.model} has none; needed: a single model saved "
+                "by trl_ext. Calibrate the members of an ensemble one by one."
+            )
         if self.calibrated and self.calibrate is not None:
             raise ValueError(
                 "Found --calibrated and --calibrate; needed: one of them. A calibration is fitted on scores that are "

@@ -98,6 +98,12 @@ def _part_text(part: Any) -> str | None:
     return part if isinstance(part, str) else None
 
 
+def with_text(message: Message, text: str) -> Message:
+    """The message with another text, as a string or as a list of one part, whichever its content is."""
+    parts = isinstance(message.get("content"), (list, tuple))
+    return {**message, "content": [{"type": "text", "text": text}] if parts else text}
+
+
 def without_nulls(value: Any) -> Any:
     """The same messages or tools without the keys whose value is null, at any depth.
 

@@ -3,15 +3,19 @@
 It knows the callback interface of transformers.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from trl_ext.evaluation.evaluate import Rows, evaluate_reward_model
+from trl_ext.evaluation.evaluate import LOADED, Rows, evaluate_reward_model
 from trl_ext.models.heads import unwrap
 from trl_ext.scoring import RewardScorer
+
+
+OF_PATHS = {"base_model", "model"}  # the options of a scorer that say where a model is
 
 
 class EvaluationCallback(TrainerCallback):
@@ -25,7 +29,11 @@ class EvaluationCallback(TrainerCallback):
         dataset (rows, or a mapping from names to rows): as for [`evaluate_reward_model`].
         prefix (`str`, *optional*, defaults to `"probe"`): in front of the names of metrics.
         metrics (`list[str]`, *optional*): the numbers to report; all by default.
-        **kwargs: for [`evaluate_reward_model`]. `probes` is off unless it is given.
+        **kwargs: for [`evaluate_reward_model`], and for the [`RewardScorer`] of the model in training, such as
+            `max_length`. `probes` is off unless it is given.
+
+    Raises:
+        `TypeError`: the data set is an iterator, or there is no such argument.
 
     Example:
 
@@ -50,8 +58,21 @@ class EvaluationCallback(TrainerCallback):
                 "The data set of EvaluationCallback is an iterator, which the first evaluation would use up. Pass a "
                 "list, a Dataset or an IterableDataset."
             )
+        evaluation = inspect.signature(evaluate_reward_model).parameters
+        options = {name: value for name, value in kwargs.items() if name not in evaluation}
+        loads = isinstance(kwargs.get("compare"), LOADED)
+        known = inspect.signature(RewardScorer).parameters.keys() - {"model_or_path", "processing_class"}
+        unknown = sorted(options.keys() - (known if loads else known - OF_PATHS))
+        if unknown:
+            raise TypeError(
+                f"EvaluationCallback got {unknown}; needed: arguments of evaluate_reward_model, or of RewardScorer "
+                "for a model in memory."
+            )
         self.dataset, self.prefix, self.metrics = dataset, prefix, metrics
         self.kwargs = {"probes": False, "resamples": 200} | kwargs
+        if not loads:  # else they are also for the model that is compared
+            self.kwargs = {name: value for name, value in self.kwargs.items() if name not in options}
+        self.scorer_kwargs = {name: value for name, value in options.items() if name not in OF_PATHS}
         self.trainer: Trainer | None = None
         self._found: dict[str, float] = {}
         self._step = -1
@@ -85,7 +106,8 @@ class EvaluationCallback(TrainerCallback):
 
     def _evaluate(self, model, processing_class, is_main: bool) -> dict[str, float]:
         kwargs = self.kwargs if is_main else self.kwargs | {"output_dir": None}
-        scorer = RewardScorer(unwrap(model) if hasattr(model, "module") else model, processing_class=processing_class)
+        model = unwrap(model) if hasattr(model, "module") else model
+        scorer = RewardScorer(model, processing_class=processing_class, **self.scorer_kwargs)
         report = evaluate_reward_model(scorer, self.dataset, **kwargs)
         unknown = [name for name in self.metrics or [] if name not in report.metrics]
         if unknown:

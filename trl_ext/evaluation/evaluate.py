@@ -28,7 +28,6 @@ from trl_ext.evaluation.statistics import function_estimate, paired_test
 from trl_ext.logs import follow_transformers
 from trl_ext.scoring import RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
-from trl_ext.scoring.remote import files_of
 
 
 LOADED = (str, Path, PreTrainedModel, PeftModel)  # what a scorer is made of
@@ -71,8 +70,8 @@ def evaluate_reward_model(
 
     Args:
         model_or_function (`str`, `Path`, `PreTrainedModel`, `PeftModel` or `Callable`):
-            A folder or Hub id of a reward model (with or without our `reward_model.json`), the folder of an ensemble,
-            a model in memory, or any TRL reward function. Stepwise rows need a process reward model.
+            A folder or Hub id of a reward model (with or without our `reward_model.json`) or of an ensemble, a model
+            in memory, or any TRL reward function. Stepwise rows need a process reward model.
         dataset (iterable of rows, or a mapping from names to such):
             Rows as dictionaries: a `Dataset`, an `IterableDataset` or a list. With a mapping, names of metrics begin
             with the name of their data set, and samples are compared with the texts of the other data sets.
@@ -85,7 +84,8 @@ def evaluate_reward_model(
         probe_rows (`int`, *optional*, defaults to `200`): rows that the probes change, drawn at random.
         cluster_column (`str`, *optional*):
             Column that says which rows are not independent, e.g. a conversation. By default `cluster`,
-            `conversation_id` or `prompt_id`, else rows with the same prompt belong together.
+            `conversation_id` or `prompt_id`, else rows with the same prompt belong together. With several data sets,
+            one without the column is grouped by the default.
         as_chat (`bool`, *optional*, defaults to `False`):
             Make messages of a user and an assistant of text prompts and completions, so that the model's chat template
             is applied, as the code of the public benchmarks does. Stepwise rows stay texts.
@@ -165,7 +165,7 @@ def _check(level: float, counts: dict[str, int | None]) -> None:
 
 def as_reward_function(model: RewardModel, **scorer_kwargs: Any) -> Callable[..., list[float | None]]:
     """A reward function of what a user may pass as a reward model; see [`evaluate_reward_model`]."""
-    if isinstance(model, (str, Path)) and Path(files_of(model), "reward_ensemble.json").is_file():
+    if isinstance(model, (str, Path)):
         return load_scorer(model, **scorer_kwargs)
     if isinstance(model, LOADED):
         return RewardScorer(model, **scorer_kwargs)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from trl import maybe_extract_prompt
 
+from trl_ext.data.chat_templates import content_text
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.data.validation import DataError, RowChecks, shown
 
@@ -153,7 +154,7 @@ def text_of(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     messages = [completion] if isinstance(completion, Mapping) else completion
-    return "\n".join(str(message.get("content") or "") for message in messages)
+    return "\n".join(content_text(message.get("content")) or "" for message in messages)
 
 
 def _cluster(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trl_ext.data.chat_templates import content_text, with_text
 from trl_ext.data.tokenization import Completion
 from trl_ext.evaluation.items import Item
 from trl_ext.evaluation.statistics import adjust, mean_estimate, sign_flip_p_value
@@ -156,13 +157,11 @@ def changed(completion: Completion, change: Callable[[str], str | None]) -> Comp
         return change(completion) if completion.strip() else None
     single = isinstance(completion, Mapping)
     messages = [completion] if single else list(completion)
-    content = messages[-1].get("content") if messages else None
-    if not isinstance(content, str) or not content.strip():
-        return None
-    text = change(content)
+    content = content_text(messages[-1].get("content")) if messages else None
+    text = change(content) if content and content.strip() else None
     if text is None:
         return None
-    last = {**messages[-1], "content": text}
+    last = with_text(messages[-1], text)
     return last if single else [*messages[:-1], last]
 
 

@@ -25,6 +25,7 @@ from trl_ext.evaluation.families.steps import Steps
 from trl_ext.evaluation.items import Family, Item, as_chat, family_of, has_signed_labels, read_item, text_of
 from trl_ext.evaluation.report.evaluation_report import EvaluationReport
 from trl_ext.evaluation.report.findings import Mistake
+from trl_ext.scoring.members import GIVEN
 from trl_ext.scoring.scales import changing_options
 
 
@@ -90,8 +91,9 @@ class Run:
             if name is None:
                 columns = getattr(data, "column_names", None) or list(dict.fromkeys(c for row in chunk for c in row))
                 name = family_of(columns)
-                self.family = _FAMILIES[name]()
-                self.second = None if self.other is None else _FAMILIES[name]()
+                cluster_column = self._cluster_column(cluster_column, columns, name)
+                self.family = _family(name, self.model)
+                self.second = None if self.other is None else _family(name, self.other)
                 self._signed = name == "stepwise" and has_signed_labels(chunk)
             items = [read_item(row, self.rows + n, name, cluster_column, self._signed) for n, row in enumerate(chunk)]
             if self.chats and name != "stepwise":
@@ -120,6 +122,14 @@ class Run:
                 dataset="evaluation",
             )
         self._finish(name)
+
+    def _cluster_column(self, column: str | None, columns: Sequence[str], name: Family) -> str | None:
+        """The column that groups rows; of several data sets one may lack it, as samples of a policy do."""
+        if column is None or column in columns or not self.prefix:
+            return column
+        level = logging.INFO if name == "samples" else logging.WARNING
+        logger.log(level, f"The data set {self.prefix[:-1]} has no column {column!r}: it is grouped by the default.")
+        return None
 
     def _finish(self, name: Family) -> None:
         worst = self._mistakes(name)
@@ -182,7 +192,7 @@ def call(
     model: Callable, prompts: list[Any], completions: list[Any], columns: Sequence[Mapping[str, Any]]
 ) -> list[float | None]:
     """Call a reward function as TRL does: columns as keyword arguments, `None` where a row lacks one."""
-    names = dict.fromkeys(name for row in columns for name in row)
+    names = dict.fromkeys(name for row in columns for name in row if name not in GIVEN)
     given = {name: [row.get(name) for row in columns] for name in names}
     whole = None if all(prompt is None for prompt in prompts) else prompts
     returned = model(prompts=whole, completions=completions, **given)
@@ -197,6 +207,12 @@ def call(
             f"The reward function returned {len(scores)} scores for {len(completions)} completions; needed: one each."
         )
     return scores
+
+
+def _family(name: Family, model: Callable) -> Any:
+    """What collects the scores of a model. Its steps have probabilities, unless its loss gives margins."""
+    views = getattr(getattr(model, "raw", None), "views", None)  # of RewardScorer
+    return Steps(views.gives_probabilities) if name == "stepwise" and views is not None else _FAMILIES[name]()
 
 
 def _can_calibrate(model: Callable) -> bool:

@@ -79,7 +79,7 @@ def same_source(one: str | Path, other: str) -> bool:
 def base_differences(base: BaseModel, dtype: Any, quantization: dict[str, Any] | None) -> list[str]:
     """The settings in which a base differs from the recorded one, in words. [`check_probes`] compares the weights."""
     found = []
-    if as_dtype(dtype) not in ("auto", as_dtype(base.dtype)):
+    if as_dtype(dtype) != as_dtype(base.dtype):
         found.append(f"dtype {base.dtype}, asked for {dtype}")
     was, asked = _essence(base.quantization), _essence(quantization)
     if was != asked:

@@ -19,11 +19,11 @@ from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import read_sidecar
 
 
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+TOKENIZER_FILES += ("*.jinja", "additional_chat_templates/*.jinja")
 # Other files of a model's folder (reports, trainer state) may change.
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "reward_model.json", "*.py")
-MODEL_FILES += ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-MODEL_FILES += ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-MODEL_FILES += ("*.jinja", "additional_chat_templates/*.jinja")
+MODEL_FILES += ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", *TOKENIZER_FILES)
 
 # Values of a config that change no output, and `dtype`, which the tensors have. Names with an underscore are places
 # and settings of the process.

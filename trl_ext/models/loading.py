@@ -106,7 +106,7 @@ def load_reward_model(
             Revision of the Hub repository at `path`.
         **load_kwargs:
             Arguments of `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code` ...).
-            `quantization_config` and `dtype` override the recorded ones.
+            `quantization_config` and `dtype` override the recorded ones; `dtype="auto"` is the recorded one.
 
     Returns:
         `PreTrainedModel` or `PeftModel`, in eval mode, with an exact fp32 head and the sidecar attached.
@@ -128,8 +128,9 @@ def load_reward_model(
     if "torch_dtype" in load_kwargs:  # its old name
         load_kwargs.setdefault("dtype", load_kwargs.pop("torch_dtype"))
     base = sidecar.base if sidecar is not None else _base_without_sidecar(folder, is_adapter, base_model)
+    if load_kwargs.get("dtype", "auto") == "auto":  # transformers would take that of the stored base
+        load_kwargs["dtype"] = base.dtype
     _check_overrides(path, sidecar, base_model, load_kwargs, allow_base_mismatch)
-    load_kwargs.setdefault("dtype", base.dtype)
     load_kwargs |= _head_without_sidecar(folder, is_adapter) if sidecar is None else _head_of(sidecar)
     if is_adapter:
         model, head = _load_adapter(path, folder, base, sidecar, base_model, is_trainable, load_kwargs)
@@ -260,7 +261,7 @@ def _check_overrides(
     base, quantization = sidecar.base, sidecar.base.quantization
     if "quantization_config" in load_kwargs:
         quantization = as_recorded(load_kwargs["quantization_config"])
-    differences = base_differences(base, load_kwargs.get("dtype", base.dtype), quantization)
+    differences = base_differences(base, load_kwargs["dtype"], quantization)
     if base_model is not None and sidecar.probes is None and not same_source(base_model, base.id):
         differences.append(
             f"base model {base.id!r}, asked for {str(base_model)!r} (without probes to compare them by)"

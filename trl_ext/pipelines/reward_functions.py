@@ -38,15 +38,13 @@ from trl_ext.pipelines.stages.values import callable_key
 from trl_ext.pipelines.user_functions import callable_name, did_you_mean, load_function
 from trl_ext.scoring import RewardEnsemble, RewardScorer
 from trl_ext.scoring.ensemble import load_scorer
+from trl_ext.scoring.members import GIVEN
 from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 
 
 logger = logging.getLogger(__name__)
 
 RewardFunc = str | Path | PreTrainedModel | PeftModel | Callable[..., list[float | None]]
-
-# Arguments that every reward function gets; columns of these names are not passed on.
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class RewardError(RuntimeError):

@@ -167,7 +167,8 @@ def count_correct(scores: Iterable[float], *, threshold: float = 0.5) -> float |
 
     Args:
         scores (iterable of `float`):
-            One score per step. The default threshold is meant for probabilities.
+            One score per step. The default threshold is meant for probabilities; a scorer takes 0 for margins
+            (`loss_type="hinge"`).
         threshold (`float`, *optional*, defaults to `0.5`):
             A step counts if its score is above the threshold; a score equal to it does not count.
 

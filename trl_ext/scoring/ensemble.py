@@ -25,11 +25,12 @@ from trl_ext.models.ensemble.ensemble_files import (
 from trl_ext.models.sidecar import read_sidecar
 from trl_ext.scoring.fusion import FusionMethod, fit_fusion_weights
 from trl_ext.scoring.member_table import ROWS_TO_TELL, check_scales, log_members, to_list, to_table
-from trl_ext.scoring.members import Member, check_finite, make_sources
+from trl_ext.scoring.members import Member, check_finite, has_adapter, is_ensemble, make_sources
 from trl_ext.scoring.normalizer import mean_and_std
 from trl_ext.scoring.raw_scorer import as_list, by_place
 from trl_ext.scoring.reducers import combine, disagreement, reducers, takes_weights
 from trl_ext.scoring.remote import files_of, is_served, local_files, on_server
+from trl_ext.scoring.scales import changing_readings
 from trl_ext.scoring.scorer import RewardScorer
 
 
@@ -87,7 +88,8 @@ class RewardEnsemble:
             path, it says where the base is now, if it moved.
         scorer_kwargs (`dict`, *optional*):
             Arguments for each [`RewardScorer`] that the ensemble makes from a path or model, e.g.
-            `{"max_length": 1024}`.
+            `{"max_length": 1024}`. With an `aggregation` or `segmenter` stored normalisers do not hold and are not
+            applied, and what is fitted stays in memory.
         **reduce_kwargs:
             Arguments of the reducer, e.g. `coefficient=0.1`.
 
@@ -98,7 +100,8 @@ class RewardEnsemble:
         models (`list[nn.Module]`): the models in memory that the members use.
 
     Raises:
-        `ValueError`: there is no member, the weights do not fit, or the reducer is unknown.
+        `ValueError`: there is no member, the weights do not fit, the reducer is unknown, or `base_model` is given and
+            no member is an adapter.
         `TypeError`: an entry cannot be a member, or the reducer does not have an argument.
 
     Example:
@@ -149,18 +152,16 @@ class RewardEnsemble:
         self.set_reducer(reduce or "mean", weights, size=len(members), **reduce_kwargs)
 
         moved_to = None if isinstance(base_model, nn.Module) else base_model
-        nested = [
-            RewardEnsemble(m, name=Path(files_of(m)).name, base_model=moved_to, scorer_kwargs=scorer_kwargs)
-            if _is_ensemble(m)
-            else m
-            for m in members
-        ]
+        if moved_to is not None and not any(map(has_adapter, members)):
+            raise ValueError("`base_model` says where the base of adapters is, and no member is one. Leave it out.")
+        nested = [_nested(m, moved_to, scorer_kwargs) if is_ensemble(m) else m for m in members]
         self._sources = make_sources(nested, base_model, scorer_kwargs or {})
         by_place = {place: (source, number) for source, places in self._sources for number, place in enumerate(places)}
         self._members = [by_place[place] for place in range(len(members))]
         self.members = _unique([source.names[number] for source, number in self._members])
         stored = [source.normalizers[number] for source, number in self._members]
-        if self._folder is not None:
+        self._readings = changing_readings(scorer_kwargs or {})
+        if self._folder is not None and not self._readings:  # else they are of other scores
             stored = [mine or own for mine, own in zip(self._file.normalizers, stored, strict=True)]
         self.normalizers: list[Normalizer | None] = stored
         self._scales_checked = False
@@ -259,7 +260,8 @@ class RewardEnsemble:
         Fit a normaliser for each member: its scores of these rows get mean 0 and (population) standard deviation 1.
 
         If the ensemble was made from its folder, `reward_ensemble.json` is updated; the members' files are not. A row
-        without a score from a member does not count for that member. Arguments as in a call.
+        without a score from a member does not count for that member. The weights of `"fusion"` are rescaled, so that
+        differences of the fused scores stay as they were learnt. Arguments as in a call.
 
         Returns:
             `list[dict[str, float]]`: `mean` and `std` of each member's raw scores.
@@ -270,8 +272,14 @@ class RewardEnsemble:
         raw = self._raw_table(prompts, completions, columns)
         columns_of = zip(self.members, raw.T, strict=True)
         normalizers = [mean_and_std(to_list(column), f"the member {name}") for name, column in columns_of]
+        fields: dict[str, Any] = {"normalizers": [dict(one) for one in normalizers]}
+        if self._reduce == "fusion" and self.weights is not None and self.normalize:
+            rows = zip(self.weights, self.normalizers, normalizers, strict=True)
+            weights = [weight * new["std"] / (1.0 if old is None else old["std"]) for weight, old, new in rows]
+            self.set_reducer("fusion", weights)
+            fields |= {"weights": weights} if self._file.reduce == "fusion" else {}
         self.normalizers = normalizers
-        self._update_file(normalizers=[dict(one) for one in normalizers])
+        self._update_file(**fields)
         return [dict(one) for one in normalizers]
 
     def fit_fusion(
@@ -287,7 +295,7 @@ class RewardEnsemble:
         Learn weights of the members from preferences, and use them from now on (`reduce="fusion"`).
 
         Do not use preferences that a member was trained on. If the ensemble was made from its folder,
-        `reward_ensemble.json` is updated.
+        `reward_ensemble.json` is updated: it gets the weights, and whether scores are normalised for them and how.
 
         Args:
             prompts (sequence or `None`): one for each pair, as in a call.
@@ -317,7 +325,8 @@ class RewardEnsemble:
                 "chosen and rejected are not swapped, give more pairs, or choose another reducer."
             )
         self.set_reducer("fusion", weights)
-        self._update_file(reduce="fusion", weights=weights, reduce_kwargs={})
+        fields = {"reduce": "fusion", "weights": weights, "reduce_kwargs": {}, "normalize": self.normalize}
+        self._update_file(**fields | ({"normalizers": list(self.normalizers)} if self.normalize else {}))
         return list(weights)
 
     def save(self, folder: str | Path) -> None:
@@ -327,7 +336,8 @@ class RewardEnsemble:
         Adapters are saved as adapters, without their base. `scorer_kwargs` are not stored.
 
         Raises:
-            `ValueError`: a member is a reward function, or `reduce` is a function without a registered name.
+            `ValueError`: a member is a reward function or has its own `aggregation` or `segmenter`, or `reduce` is a
+                function without a registered name.
         """
         file = EnsembleFile(
             members=[f"member-{place}" for place in range(len(self._members))],
@@ -392,12 +402,14 @@ class RewardEnsemble:
         return combine(table, self._reducer, self.weights, **self._reduce_kwargs)
 
     def _update_file(self, **fields: Any) -> None:
-        if self._folder is None:
+        if self._readings:
+            held = " and ".join(self._readings)
+            logger.warning(f"{self.__name__}: the fitted values stay in memory, as they hold for this {held} alone.")
+        elif self._folder is None:
             logger.info(f"{self.__name__}: the fitted values are only in memory. Call `save` to keep them.")
-            return
-        for name, value in fields.items():
-            setattr(self._file, name, value)
-        write_ensemble(self._folder, self._file)
+        else:
+            vars(self._file).update(fields)
+            write_ensemble(self._folder, self._file)
 
 
 def load_scorer(
@@ -415,9 +427,10 @@ def load_scorer(
     return RewardScorer(path, name=name, base_model=base_model, **scorer_kwargs)
 
 
-def _is_ensemble(member: Member) -> bool:
-    folder = files_of(member) if isinstance(member, (str, Path)) else None
-    return folder is not None and Path(folder).is_dir() and read_ensemble(folder) is not None
+def _nested(source: str | Path, moved_to: str | Path | None, scorer_kwargs: dict[str, Any] | None) -> RewardEnsemble:
+    """A saved ensemble as a member of another."""
+    base = moved_to if has_adapter(source) else None
+    return RewardEnsemble(source, name=Path(files_of(source)).name, base_model=base, scorer_kwargs=scorer_kwargs)
 
 
 def _read(path: str | Path) -> tuple[Path, EnsembleFile]:

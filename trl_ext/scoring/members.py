@@ -22,22 +22,26 @@ from transformers import PreTrainedModel
 
 from trl_ext.data.tokenization import Completion, Prompt
 from trl_ext.models.bases import BaseMismatchError, check_probes
+from trl_ext.models.ensemble.ensemble_files import member_folders, read_ensemble
 from trl_ext.models.ensemble.shared_base import base_key, changes_of, check_leaves_base, load_adapters, use_adapter
 from trl_ext.models.ensemble.stacked_model import StackedRewardModel
+from trl_ext.models.fingerprint import MODEL_FILES, TOKENIZER_FILES
 from trl_ext.models.inputs import load_tokenizer, text_tokenizer
 from trl_ext.models.loading import local_folder, save_sidecar
 from trl_ext.models.sidecar import get_sidecar, read_sidecar
 from trl_ext.scoring.batches import RUNNING
 from trl_ext.scoring.raw_scorer import RawScorer
-from trl_ext.scoring.remote import RemoteModel, files_of, is_served
+from trl_ext.scoring.remote import RemoteModel, files_of, is_served, local_files
 from trl_ext.scoring.rows import row_error
-from trl_ext.scoring.scales import changing_options
+from trl_ext.scoring.scales import changing_options, changing_readings
 from trl_ext.scoring.scorer import RewardScorer
 
 
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Sequence[float | None]]
+# Arguments that every reward function gets; columns of these names are not passed on.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 Member = str | Path | PreTrainedModel | PeftModel | RewardScorer | RewardFunction
 Scores = list[float | None]
 Base = nn.Module | str | Path
@@ -123,6 +127,7 @@ class ScorerSource(Source):
         return [self._scorer.raw.scores(prompts, completions, columns)]
 
     def save(self, number: int, folder: Path) -> None:
+        _refuse_readings(self._scorer.choices, self.names[0])
         if self._scorer.folder is not None:
             copy_model(self._scorer.folder, folder)
             return
@@ -217,7 +222,9 @@ class SharedBaseSource(Source):
                 tokenizer = text_tokenizer(given or load_tokenizer(str(folder)))
                 self._raw.append(RawScorer(self._model, tokenizer, **(kwargs | {"name": folder.name})))
         self.names = [folder.name for folder in folders]
-        self.normalizers = [sidecar.normalizer for sidecar in self._sidecars]
+        self._options = scorer_kwargs
+        own = bool(changing_readings(scorer_kwargs))  # then the stored normalisers are of other scores
+        self.normalizers = [None if own else sidecar.normalizer for sidecar in self._sidecars]
 
     @property
     def num_truncated(self) -> int:
@@ -233,6 +240,7 @@ class SharedBaseSource(Source):
         return scores
 
     def save(self, number: int, folder: Path) -> None:
+        _refuse_readings(self._options, self.names[number])
         copy_model(self._folders[number], folder)
 
     def _member(self, number: int) -> AbstractContextManager:
@@ -272,7 +280,7 @@ def make_sources(
             if key is not None and in_memory:
                 check_leaves_base(folder)
             if key is None or (not in_memory and changes_of(folder)):
-                own = None if key is None else where  # a full model has no base
+                own = where if (folder / "adapter_config.json").is_file() else None  # a full model has no base
                 scorer = RewardScorer(folder, **(scorer_kwargs | {"name": folder.name, "base_model": own}))
                 sources.append((ScorerSource(scorer), [place]))
             else:
@@ -301,6 +309,22 @@ def make_sources(
     return sources
 
 
+def is_ensemble(member: Member) -> bool:
+    """Whether a member is the folder or Hub id of a saved ensemble."""
+    return isinstance(member, (str, Path)) and read_ensemble(local_files(member)) is not None
+
+
+def has_adapter(member: Member) -> bool:
+    """Whether a member is an adapter that is loaded here, or an ensemble with one."""
+    if not isinstance(member, (str, Path)) or is_served(member):
+        return False
+    folder = Path(local_files(member))
+    file = read_ensemble(folder)
+    if file is not None:
+        return any(map(has_adapter, member_folders(folder, file)))
+    return (folder / "adapter_config.json").is_file()
+
+
 def _refuse_scales(options: dict[str, Any], name: str) -> None:
     """Raise `ValueError` for options of a scorer that change its scores after the model gave them."""
     found = changing_options(options)
@@ -308,6 +332,17 @@ def _refuse_scales(options: dict[str, Any], name: str) -> None:
         raise ValueError(
             f"{name} has {', '.join(found)}, but an ensemble combines the raw scores of its members, on its own "
             "scale. Leave it out, or pass the scorer's call as a function: RewardEnsemble([scorer.__call__, ...])."
+        )
+
+
+def _refuse_readings(options: dict[str, Any], name: str) -> None:
+    """Raise `ValueError` for a member that would have other scores when the ensemble is loaded again."""
+    found = changing_readings(options)
+    if found:
+        raise ValueError(
+            f"The member {name} has its own {' and '.join(found)}, which an ensemble's folder does not store: its "
+            "scores would change when the ensemble is loaded. Make the ensemble without it, save it, and pass "
+            "`scorer_kwargs` when you load it."
         )
 
 
@@ -323,11 +358,10 @@ def _shared_source(folders: list[Path], base_model: Base | None, scorer_kwargs: 
     return SharedBaseSource(folders, base_model, scorer_kwargs)
 
 
-def _tokenizer_files(folder: Path) -> tuple[bytes, ...]:
-    """The contents of the files that, with the tokenization settings, determine the token ids of a text."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
-    names += ("tokenizer_config.json", "special_tokens_map.json")  # which token is EOS
-    return tuple((folder / name).read_bytes() if (folder / name).is_file() else b"" for name in names)
+def _tokenizer_files(folder: Path) -> tuple[tuple[Path, bytes], ...]:
+    """The files that, with the tokenization settings, determine the token ids of a text: their names and contents."""
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    return tuple((file.relative_to(folder), file.read_bytes()) for file in sorted(files))
 
 
 def function_name(function: Callable) -> str:
@@ -353,9 +387,10 @@ def check_finite(scores: Scores, name: str) -> None:
 
 
 def copy_model(origin: Path, folder: Path) -> None:
-    """Copy the files of a saved reward model, except those that the target folder has already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"):
+    """Copy the files of a saved reward model, unless the target folder is its own."""
+    for pattern in ("*.json", "*.txt", *MODEL_FILES):
         for file in origin.glob(pattern):
-            if file.name != "trainer_state.json" and file.resolve() != (folder / file.name).resolve():
-                shutil.copy2(file, folder / file.name)
+            target = folder / file.relative_to(origin)
+            if file.name != "trainer_state.json" and file.resolve() != target.resolve():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)

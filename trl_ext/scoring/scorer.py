@@ -24,7 +24,7 @@ from trl_ext.models.loading import load_reward_model
 from trl_ext.scoring.calibration import check_usable
 from trl_ext.scoring.raw_scorer import RawScorer, check_lengths, check_limits
 from trl_ext.scoring.remote import RemoteModel, is_served, read_address
-from trl_ext.scoring.scales import Scales
+from trl_ext.scoring.scales import Scales, changing_readings
 from trl_ext.scoring.shaping import relative_to_reference
 from trl_ext.scoring.token_views import Aggregation, Cut, Neutral, Segmenter, Value, refuse, total
 from trl_ext.scoring.uncertainty import Uncertainty
@@ -51,7 +51,7 @@ class RewardScorer(Scales, Uncertainty):
     - An empty completion gets the score of the prompt alone (with EOS). The score is `None` only if there is no token
       at all: no prompt, no text, and no token that the tokenizer adds.
     - A stored normaliser (see [`~RewardScorer.fit_normalizer`]) is applied; set `scorer.normalizer = None` for raw
-      scores.
+      scores. A scorer with an `aggregation` or `segmenter` has other scores, and applies only what it has fitted.
 
     Args:
         model_or_path (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
@@ -185,8 +185,13 @@ class RewardScorer(Scales, Uncertainty):
             shared_prefix=shared_prefix,
             name=self.__name__,
         )
-        self.normalizer = None if self.raw.sidecar is None else self.raw.sidecar.normalizer
-        self.calibration = None if self.raw.sidecar is None else self.raw.sidecar.calibration
+        stored, readings = self.raw.sidecar, changing_readings(self.choices)
+        if stored is not None and readings and (stored.normalizer or stored.calibration):
+            held = f"{self.__name__} has its own {' and '.join(readings)}"
+            logger.warning(f"{held}, so the stored normaliser and calibration do not hold and are not applied.")
+            stored = None
+        self.normalizer = None if stored is None else stored.normalizer
+        self.calibration = None if stored is None else stored.calibration
         self.calibrated, self.reference, self.std_coefficient = calibrated, reference, std_coefficient
         if calibrated:
             check_usable(self.calibration, self.normalizer, self.__name__)
@@ -286,6 +291,9 @@ class RewardScorer(Scales, Uncertainty):
     ) -> list[list[float]]:
         """
         P(correct) of each step, from one forward pass per completion.
+
+        A model whose outputs are no probabilities gives the output itself; with `loss_type="hinge"` a step is right
+        above 0.
 
         The steps are joined as in training, with the separator after each. The score of a step is read at the token
         where training put its label (with label placement `"all"` at the step's last token). Every step gets a score:

@@ -30,7 +30,8 @@ def relative_to_reference(
         prompts, columns: of the rows, as in a call of a reward function.
         reference (`str` or `float`):
             A column that holds a reference completion, or a list of them, for each row; or one fixed reference score.
-            References that several rows share (the samples of a prompt) are scored once.
+            References that several rows share (the samples of a prompt, with equal `tools` and
+            `chat_template_kwargs`) are scored once.
 
     Returns:
         `list[float | None]`: in [0, 1]; 0.5 is as good as the reference. `None` where a score is missing.
@@ -45,6 +46,7 @@ def relative_to_reference(
             f"The column {reference!r} with reference completions is not among the columns {sorted(columns)}. Add it "
             "to the data set, or give a fixed reference score."
         )
+    template = [columns[name] for name in ("tools", "chat_template_kwargs") if name in columns]
     place: dict[str, int] = {}
     wanted: list[tuple[int, Any]] = []  # row, reference
     of_row: list[list[int]] = []
@@ -55,7 +57,8 @@ def relative_to_reference(
             raise ValueError(f"Row {row} has no reference in the column {reference!r}. Add one, or remove the row.")
         numbers = []
         for item in references:
-            key = json.dumps([None if prompts is None else prompts[row], item], sort_keys=True, default=str)
+            seen = [None if prompts is None else prompts[row], item, *(values[row] for values in template)]
+            key = json.dumps(seen, sort_keys=True, default=str)
             if key not in place:
                 place[key] = len(wanted)
                 wanted.append((row, item))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trl_ext.data import segmentation
-from trl_ext.data.chat_templates import Completion, as_messages
+from trl_ext.data.chat_templates import Completion, as_messages, content_text, with_text
 from trl_ext.data.offsets import Located, completion_text
 from trl_ext.data.segmentation import CharSpan, segmenters
 from trl_ext.losses.properties import OUTPUT_MEANINGS
@@ -62,6 +62,8 @@ class TokenViews:
         self._is_log_odds = sidecar.loss_type == "bce" or meaning == OUTPUT_MEANINGS["log_odds"]
         self._is_label = sidecar.loss_type == "mse" or meaning == OUTPUT_MEANINGS["label"]
         self._outputs = sidecar.outputs_per_category
+        # a margin, as of `hinge`, is above 0 where the model calls a step right
+        self.gives_probabilities = self._outputs > 1 or self._is_log_odds or self._is_label
         self._categories = sidecar.categories or []
         self._placement = sidecar.label_placement or "last"
         self._separator = sidecar.step_separator
@@ -99,14 +101,15 @@ class TokenViews:
         if self.kind == "outcome":
             return Cut(completion, [])
         messages = None if isinstance(completion, str) else as_messages(completion)
-        text = completion if messages is None else messages[-1].get("content") if messages else ""
-        if not text or not isinstance(text, str):
-            return Cut(completion if text else "", [])
+        content = completion if messages is None else messages[-1].get("content") if messages else ""
+        text = content_text(content)
+        if not text:
+            return Cut(completion if content else "", [])
         spans = list(self._segment(text) if self._segment else self._default_segments(text))
         if self.kind == "process" and spans and not text.endswith(self._separator):
             text += self._separator
             spans[-1] = (spans[-1][0], len(text))
-            completion = text if messages is None else [*messages[:-1], {**messages[-1], "content": text}]
+            completion = text if messages is None else [*messages[:-1], with_text(messages[-1], text)]
         return Cut(completion, spans)
 
     # ------------------------------------------------------------------------------------------------ how it is read
@@ -118,7 +121,7 @@ class TokenViews:
     def steps(
         self, located: Located, outputs: torch.Tensor, spans: Sequence[CharSpan], neutral: Neutral = "negative"
     ) -> list[float | None]:
-        """P(correct) of each step; `None` for a step that was cut off."""
+        """P(correct) of each step, or its margin (see [`_right`]); `None` for a step that was cut off."""
         places = self._places(located, spans)
         known = iter(self._right(outputs[[place for place in places if place is not None]], neutral).tolist())
         return [None if place is None else next(known) for place in places]
@@ -168,8 +171,10 @@ class TokenViews:
             return partial(weighted_categories, weights=dict(aggregation))
         if aggregation is None or isinstance(aggregation, str):
             name = aggregation or {"process": "min", "segment": "sum", "outcome": "last"}[self.kind]
-            aggregators.get(name)  # raises for one that is unknown
-            return partial(weighted_categories, within=name) if self._categories else aggregators.get(name)
+            aggregate = aggregators.get(name)  # raises for one that is unknown
+            if name == "count_correct" and not self.gives_probabilities:
+                aggregate = partial(aggregate, threshold=0.0)
+            return partial(weighted_categories, within=aggregate) if self._categories else aggregate
         return aggregators.get(aggregation)
 
     def _default_segments(self, text: str) -> list[CharSpan]:
@@ -202,7 +207,10 @@ class TokenViews:
         return places
 
     def _right(self, outputs: torch.Tensor, neutral: Neutral) -> torch.Tensor:
-        """P(correct), (S,), from the outputs (S, C) of a model without categories. It may be exactly 0 or 1."""
+        """
+        P(correct), (S,), from the outputs (S, C) of a model without categories. It may be exactly 0 or 1. A loss whose
+        outputs are no probabilities (`hinge`) gives the output itself.
+        """
         outputs = outputs.double()
         if outputs.shape[1] > 1:
             return outputs.softmax(1)[:, 1 if neutral == "positive" else -1 :].sum(1)

@@ -24,7 +24,7 @@ from trl_ext.models.fingerprint import model_identity, tokenizer_identity
 from trl_ext.models.heads import output_layer
 from trl_ext.models.loading import local_folder
 from trl_ext.models.sidecar import Sidecar
-from trl_ext.scoring.calibration import calibrated_scores
+from trl_ext.scoring.calibration import calibrated_scores, check_usable
 from trl_ext.scoring.last_layer import (
     Information,
     LastLayerPosterior,
@@ -294,6 +294,7 @@ class Uncertainty:
         unit = 1.0 if self.normalizer is None else 1 / self.normalizer["std"]
         if not self.calibrated:
             return unit
+        check_usable(self.calibration, self.normalizer, self.__name__)
         if self.calibration["method"] != "temperature":
             raise ValueError(
                 f"{self.__name__} gives scores through an isotonic map, which has no standard deviation. Fit a "

@@ -36,7 +36,7 @@ class ServedModel:
 
     When this is made, each server scores the probes that were stored with the model. They must have the scores that
     they had when the model was saved. So a wrong adapter, an untrained head, a server that applies a sigmoid, a second
-    normaliser or less precision is refused.
+    normaliser or less precision is refused. A server that does not answer then is not used later either.
 
     Args:
         urls (`str`): where the servers are, with commas between; with or without `/v1`.
@@ -74,8 +74,8 @@ class ServedModel:
         connect = partial(
             ServerPool, timeout=TIMEOUT, max_concurrency=REQUESTS, max_retries=RETRIES, api_key_variable=key
         )
-        self._servers = connect(urls, advice=advice)
-        answers = self._servers.describe("/v1/models")
+        answers = connect(urls, advice=advice).describe("/v1/models")
+        self._servers = connect(list(answers), advice=advice)  # one that starts later would not be checked
         self.name, self.max_tokens = _find(answers, folder, model)
         if sidecar is None or sidecar.probes is None:
             logger.warning(

@@ -90,6 +90,11 @@ def test_rewardbench_2_shares_the_credit_of_ties_and_scores_its_subset_ties():
     assert "section/rewardbench_2" not in report.metrics
 
 
+def test_rows_of_ones_own_share_no_credit_of_ties():
+    rows = [{"prompt": f"p{n}", "chosen": ["1"], "rejected": ["1"] * (1 + 2 * (n % 2))} for n in range(8)]
+    assert evaluate(rows).metrics["accuracy"] == 0.0
+
+
 def test_right_answers_that_all_score_the_same():
     # no spread: 0 / 0 counts as 0 and 1 / 0 as the largest margin, as in the public code
     apart, level = ({"accurate": 1.0, "spread": 0.0, "gap": gap} for gap in (1.0, 0.0))
@@ -158,6 +163,20 @@ def test_processbench_f1_at_a_half_counts_every_row():
     metrics = evaluate_reward_model(Steps(), rows, resamples=20, probes=False).metrics
     first, none = 2 / 3, 1 / 2
     assert metrics["f1_at_half"] == pytest.approx(2 * first * none / (first + none))
+
+
+def test_margins_have_their_own_threshold_and_no_calibration_error():
+    class Margins(Steps):
+        raw = type("Raw", (), {"kind": "process", "sidecar": None})()
+        raw.views = type("Views", (), {"gives_probabilities": False})()
+
+    labels = [[1, 1], [1, 0], [0, 0], [1, 1]]
+    texts = [["0.2 a", "3.3 b"], ["0.4 a", "-1.5 b"], ["-0.2 a", "-0.1 b"], ["0.1 a", "0.3 b"]]
+    rows = [{"prompt": f"p{n}", "completions": texts[n % 4], "labels": labels[n % 4]} for n in range(40)]
+    report = evaluate_reward_model(Margins(), rows, resamples=20, probes=False)
+    assert report.metrics["f1_at_half"] == report.metrics["step_auc"] == 1.0
+    assert "ece" not in report.metrics and report.curves["reliability"] == []
+    assert not report.mistakes
 
 
 def test_prmbench_takes_labels_that_are_not_monotone():

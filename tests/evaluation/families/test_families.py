@@ -121,6 +121,14 @@ def test_a_model_of_length_is_called_one():
     assert report.metrics["accuracy"] == pytest.approx(report.metrics["length_accuracy"])
 
 
+def test_pairs_of_one_length_are_no_gain_of_length():
+    rows = [{"prompt": f"p{n}", "chosen": f"{n % 10} x", "rejected": f"{8 * (n % 10 == 0)} x"} for n in range(200)]
+    report = evaluate(rows)
+    assert report.metrics["accuracy"] == 0.9
+    assert report.metrics["length_accuracy"] == report.metrics["shorter_accuracy"] == 0.0
+    assert "not_better_than_length" not in report.flags
+
+
 def samples_with_hacking(prompts, n, peak, seed):
     """Gold reward that rises with the score's quantile up to `peak` and falls behind it."""
     generator = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 This module knows rows and scorers. It knows neither files nor where an earlier run stopped.
 """
 
+import math
 from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,12 @@ def add_scores(
 def _score_steps(scorer: "RewardScorer", rows: list[tuple[int, Row, list[str]]], args: ScoreArguments) -> int:
     owners = [(number, row) for number, row, _ in rows]
     scores = _call(scorer.score_steps, owners, [steps for *_, steps in rows], args)
-    for (_, row), own, together in zip(owners, scores, scorer.combine(scores), strict=True):
+    for (number, row), own, together in zip(owners, scores, scorer.combine(scores), strict=True):
+        if together is not None and not math.isfinite(together):
+            raise ScoreError(
+                f"{args.input}, line {number}: the score is {together}; needed: a finite number, as JSON has no other."
+                " Choose another --aggregation (`sum_log` of a probability of 0 is infinite)."
+            )
         row.update(score=together, step_scores=own)
     return sum(own.count(None) for own in scores)
 

@@ -67,6 +67,7 @@ class Comparisons:
                 "accuracy": right if self.ranked else self._won(item, scores_, ratings),
                 "pair_accuracy": right,
                 "length_accuracy": float((longer > 0).mean()),
+                "shorter_accuracy": float((longer < 0).mean()),
                 "matched_length_accuracy": float((differences[matched] > 0).mean()) if matched.any() else math.nan,
                 "tied_scores": float((differences == 0).mean()),
                 "margin": float(differences.mean()),
@@ -88,7 +89,7 @@ class Comparisons:
             return margins["accurate"]
         if _is_style_matrix(item, ratings):
             return float((chosen[:, None] > rejected[None, :]).mean())
-        if len(chosen) == 1 and len(rejected) > 1:
+        if item.subset in REWARDBENCH_2 and len(chosen) == 1 and len(rejected) > 1:
             best = scores == scores.max()
             return float(best[0] / best.sum())
         return float(chosen.min() > rejected.max())
@@ -103,7 +104,8 @@ class Comparisons:
         """Every number of these rows, with what its interval is drawn from."""
         units = self.units
         yield units.mean("accuracy")
-        names = ["pair_accuracy", "length_accuracy", "matched_length_accuracy", "tied_scores", "margin"]
+        names = ["pair_accuracy", "length_accuracy", "shorter_accuracy", "matched_length_accuracy"]
+        names += ["tied_scores", "margin"]
         names = (["kendall_tau", "ndcg", "top1"] if self.ranked else []) + names
         yield from (units.mean(name, proportion=name not in ("kendall_tau", "margin")) for name in names)
         yield from units.by_subset("accuracy", "accuracy")

@@ -2,8 +2,9 @@
 
 A unit is a solution. ProcessBench's F1 needs a threshold on P(correct). `f1` chooses it on a validation part of the
 prompts and counts the rest; public code that chooses it on the test file itself gets a higher number. `f1_at_half`
-takes 0.5 for all rows, as ProcessBench's script for models of `TokenClassification` does. This module knows
-probabilities and labels of steps, and nothing of texts.
+takes 0.5 for all rows, as ProcessBench's script for models of `TokenClassification` does. Scores that are margins and
+no probabilities have the threshold 0 and no calibration error. This module knows scores and labels of steps, and
+nothing of texts.
 """
 
 import math
@@ -23,10 +24,16 @@ NEVER = -1
 
 
 class Steps:
-    """Collects P(correct) of the steps of solutions whose steps are labelled."""
+    """
+    Collects P(correct) of the steps of solutions whose steps are labelled.
 
-    def __init__(self):
+    Args:
+        probabilities (`bool`): whether scores are that, and not margins that are above 0 where a step is called right.
+    """
+
+    def __init__(self, probabilities: bool = True):
         self.units = Units()
+        self._are_probabilities, self._half = probabilities, 0.5 if probabilities else 0.0
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []
         self._known: dict[tuple[bool, int], tuple[np.ndarray, np.ndarray, Lists]] = {}
 
@@ -43,7 +50,8 @@ class Steps:
         )
         self._steps.append((probabilities, labels))
         labelled = np.isfinite(labels)
-        return float(np.where(labels > 0.5, probabilities - 0.5, 0.5 - probabilities)[labelled].min(initial=0.5))
+        sure = np.where(labels > 0.5, probabilities - self._half, self._half - probabilities)
+        return float(sure[labelled].min(initial=0.5))
 
     def measures(self) -> Iterator[Measure]:
         """Every number of these rows, with what its interval is drawn from."""
@@ -67,15 +75,16 @@ class Steps:
 
         yield Measure("accuracy", values=hit[tested], clusters=clusters)
         yield Measure("f1", function=lambda drawn: f1(tested[drawn], hit), size=len(tested), clusters=clusters)
-        at_half = (self.first_below(0.5) == first).astype(float)
+        at_half = (self.first_below(self._half) == first).astype(float)
         yield units.computed("f1_at_half", lambda drawn: f1(drawn, at_half))
         for name, side in (("first_error_accuracy", is_wrong), ("no_error_accuracy", ~is_wrong)):
             yield Measure(name, values=np.where(side, hit, math.nan)[tested], clusters=clusters)
         yield units.computed("step_auc", lambda drawn: auc(*self.labelled(drawn, until_first=True)))
-        yield units.computed("ece", lambda drawn: calibration_error(*self.labelled(drawn)))
+        if self._are_probabilities:
+            yield units.computed("ece", lambda drawn: calibration_error(*self.labelled(drawn)))
         yield units.drift(np.where(held, math.nan, hit))
         if not units.array("monotone").all():  # PRMBench
-            yield units.computed("prm_score", lambda drawn: prm_score(*self.labelled(drawn)))
+            yield units.computed("prm_score", lambda drawn: prm_score(*self.labelled(drawn), self._half))
 
     def labelled(self, units: np.ndarray, until_first: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -115,10 +124,10 @@ class Steps:
         return np.array([found[0] if len(found) else NEVER for found in below], dtype=float)
 
     def best_threshold(self, units: np.ndarray) -> float:
-        """The threshold with the highest F1 on these units; 0.5 where there are no wrong or no faultless ones."""
+        """The threshold with the highest F1 on these units; that of `f1_at_half` if all or none of them are wrong."""
         first = self.units.array("first")[units]
         if not len(units) or (first == NEVER).all() or not (first == NEVER).any():
-            return 0.5
+            return self._half
         values = np.unique(np.concatenate([self._steps[unit][0] for unit in units]))
         candidates = np.unique(np.quantile(values, np.linspace(0.005, 0.995, 199)))
         scores = []
@@ -130,7 +139,7 @@ class Steps:
     def reliability(self) -> list[dict[str, float]]:
         """Points of the reliability diagram of P(correct)."""
         probabilities, labels = self.labelled(np.arange(len(self.units)))
-        return reliability(probabilities, labels) if len(labels) else []
+        return reliability(probabilities, labels) if len(labels) and self._are_probabilities else []
 
 
 def prm_score(probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> float:

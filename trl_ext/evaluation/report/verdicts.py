@@ -154,15 +154,15 @@ def _of_accuracy(
     where: str,
 ) -> Iterator[Verdict]:
     accuracy, pair = metrics["accuracy"], metrics["pair_accuracy"]
-    length = metrics["length_accuracy"]
-    baseline = max(length, 1 - length)
+    longer, shorter = metrics["length_accuracy"], metrics["shorter_accuracy"]  # equal lengths are right in neither
+    baseline = max(longer, shorter)
     low, high = intervals.get("pair_accuracy", (-math.inf, math.inf))
     shown = f"{pair:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
     if low <= 0.5:
         # equal scores count as wrong: a model that ties all pairs is not worse than chance
         yield _chance(f"{shown} of the pairs{where} are ordered right", high + metrics.get("tied_scores", 0.0) / 2)
     elif low <= baseline:
-        way = "longer" if length >= 0.5 else "shorter"
+        way = "longer" if longer >= shorter else "shorter"
         yield Verdict(
             "not_better_than_length",
             "bad",

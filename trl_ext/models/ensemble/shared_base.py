@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForSequenceClassification
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
@@ -41,8 +43,19 @@ def base_key(folder: str | Path) -> str | None:
 
 
 def changes_of(folder: str | Path) -> list[str]:
-    """The settings that make a saved adapter change the base weights when it is loaded, as `name=value`."""
-    return changes_to_base(PeftConfig.from_pretrained(str(folder)))
+    """
+    What makes a saved adapter change the base weights when it is loaded: settings, as `name=value`, and weights of the
+    base that PEFT saved with it, as it does with embeddings that were resized.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    changes, file = changes_to_base(config), Path(folder, "adapter_model.safetensors")
+    if file.is_file():
+        own = (PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type], "trainable_tokens_")
+        copied = [f".{name}." for name in config.modules_to_save or []]  # PEFT keeps a copy for each adapter
+        with safe_open(file, framework="pt") as tensors:
+            names = [key.removeprefix("base_model.model.") for key in tensors.keys()]  # noqa: SIM118 - not a dict
+        changes += [name for name in names if not any(part in f".{name}" for part in (*own, *copied))]
+    return changes
 
 
 def check_leaves_base(folder: str | Path) -> None:
@@ -52,7 +65,7 @@ def check_leaves_base(folder: str | Path) -> None:
         raise ValueError(
             f"The adapter in {folder} sets {', '.join(changes)}, so PEFT changes the weights of the model that it is "
             "put on. Leave `base_model` out, so that the adapter gets a separate copy of the base, or train it "
-            "without these settings."
+            "without that."
         )
 
 
