@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from tests.tiny import TOKENIZER_KINDS, tiny_tokenizer
 from trl_ext.data.formats import prepare_groups
@@ -140,6 +140,15 @@ def test_numbers_and_arrays_of_numpy_in_a_generator():
         stream = IterableDataset.from_generator(lambda one=one: iter([one, one]))
         prepared, _ = prepare_spans(stream, tiny_tokenizer("llama"), kind=kind, tokenization=SETTINGS, max_length=None)
         assert set(next(iter(prepared))["label_values"]) == ({1.0} if kind == "outcome" else {1.0, 0.0})
+
+
+def test_a_dictionary_of_data_sets_is_refused():
+    pairs = DatasetDict(train=Dataset.from_list([{"chosen": "a", "rejected": "b"}]))
+    outcomes = DatasetDict(train=Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}]))
+    with pytest.raises(DataError, match=r"a dictionary of data sets \(train\).*such as dataset\['train'\]"):
+        prepare(pairs)
+    with pytest.raises(DataError, match=r"a dictionary of data sets \(train\)"):
+        prepare_spans(outcomes, tiny_tokenizer("llama"), kind="outcome", tokenization=SETTINGS, max_length=None)
 
 
 # ------------------------------------------------------------------------------------------------------ content parts

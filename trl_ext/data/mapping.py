@@ -115,8 +115,16 @@ def open_rows(
         decisive (sequence of `str`, *optional*): columns that a later row may not have if the first has not.
 
     Raises:
-        `DataError`: there is no row. When a row of a stream is read: it has one of the columns `decisive`.
+        `DataError`: there is no row, or a dictionary of data sets. When a row of a stream is read: it has one of the
+            columns `decisive`.
     """
+    if isinstance(dataset, dict):  # a DatasetDict too
+        raise DataError(
+            f"a dictionary of data sets ({', '.join(map(str, dataset))})",
+            "one data set",
+            "Pass one of them, such as dataset['train'].",
+            dataset=report.name,
+        )
     if dataset.column_names is not None and written.issubset(dataset.column_names):
         return _already_prepared(dataset, report)
     dataset = plain_rows(dataset)

@@ -76,9 +76,10 @@ class GenerationTask(Task):
         if args.kd_weight == 0:
             raise ValueError("student_loss='kd' with kd_weight=0 has no teacher. Raise kd_weight, or choose 'xent'.")
         for strong in strong_models:
-            tokenizer = AutoTokenizer.from_pretrained(strong)
+            tokenizer = AutoTokenizer.from_pretrained(strong, trust_remote_code=args.trust_remote_code)
             for weak in weak_models:
-                check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(weak), weak)
+                other = AutoTokenizer.from_pretrained(weak, trust_remote_code=args.trust_remote_code)
+                check_same_vocabulary(tokenizer, other, weak)
 
     def loss_arguments(self, loss: str, loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if loss == "kd":

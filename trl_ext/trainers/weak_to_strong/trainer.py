@@ -106,11 +106,13 @@ class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
     def _load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
         tokenizer = self.processing_class
         source = teacher if isinstance(teacher, str) else teacher.config._name_or_path
+        given = {"trust_remote_code": self.args.trust_remote_code, **(self.args.teacher_model_init_kwargs or {})}
         if isinstance(teacher, str):
-            init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
-            teacher = AutoModelForCausalLM.from_pretrained(source, **init_kwargs)
+            teacher = AutoModelForCausalLM.from_pretrained(source, **given)
         try:
-            teacher_tokenizer = AutoTokenizer.from_pretrained(source)
+            teacher_tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=given.get("revision"), trust_remote_code=given["trust_remote_code"]
+            )
         except (OSError, ValueError):
             logger.warning(
                 f"No tokenizer was found at {source!r}, so the vocabularies were not compared. The teacher must have "
