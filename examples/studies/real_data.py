@@ -62,6 +62,11 @@ class Study:
 
 
 PLAIN = Arm("LoRA, bf16")
+AS_MUCH_COMPUTE = {
+    "longer": Arm("three times the epochs", epochs=3.0),
+    "ensemble": Arm("three members, mean", mean_of="warm"),
+    "warm": Arm("the same three, merged (WARM)", members=3),
+}
 RANKED = ("topical", "oasst", "fine-grained")
 STUDIES = {
     "main": Study(
@@ -80,6 +85,8 @@ STUDIES = {
         {
             "lora": Arm("`plackett_luce`"),
             "bradley-terry": Arm("`bradley_terry`, K / 2 pairs of each ranking", data="pairs"),
+            # of six candidates a step holds one ranking, or four pairs: a control with as many texts a step
+            "three-pairs": Arm("the same, 3 pairs a step", {"per_device_train_batch_size": 3}, data="pairs"),
             "pairwise": Arm("`pairwise`", {"loss_type": "pairwise"}),
             "margins": Arm(
                 "`pairwise`, margins from ratings or ranks",
@@ -97,11 +104,10 @@ STUDIES = {
             "bsr": Arm("batch sum to zero (BSR), 0.01", {"batch_sum_to_zero_coefficient": 0.01}),
             "grm": Arm("SFT loss through the frozen head (GRM), 0.01", {"sft_coefficient": 0.01}),
             "dense": Arm("a label at every token (ORM), the mean of the tokens", data="answers"),
-            "longer": Arm("three times the epochs", epochs=3.0),
-            "ensemble": Arm("three members, mean", mean_of="warm"),
-            "warm": Arm("the same three, merged (WARM)", members=3),
+            **AS_MUCH_COMPUTE,
         },
     ),
+    "compute": Study("Three members against one model that trains as long", ("topical", "oasst"), AS_MUCH_COMPUTE),
     "noise": Study(
         "A quarter of the training pairs turned round",
         ("topical", "harmless"),

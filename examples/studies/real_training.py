@@ -187,10 +187,10 @@ def train(
     epochs = arm.epochs * max(budget.epochs, budget.least_steps * budget.items_a_step / judged)
     loss = {} if kind != "ranked" or "chosen" in data.column_names else {"loss_type": "plackett_luce"}
     more = {"loss_type": "bce"} if kind == "segments" else loss
+    batch = max(1, round(budget.items_a_step / items))
     config = config_class(
         output_dir=str(folder),
         num_train_epochs=epochs,
-        per_device_train_batch_size=max(1, round(budget.items_a_step / items)),
         learning_rate=budget.learning_rate,
         warmup_steps=0.1,
         lr_scheduler_type="cosine",
@@ -200,7 +200,7 @@ def train(
         seed=seed,
         model_init_kwargs={"dtype": "bfloat16"},
         logging_strategy="epoch",
-        **{**QUIET, "use_cpu": device == "cpu", **more, **arm.config},
+        **{**QUIET, "use_cpu": device == "cpu", "per_device_train_batch_size": batch, **more, **arm.config},
     )
     layers = AutoConfig.from_pretrained(model).num_hidden_layers
     adapter = LoraConfig(
