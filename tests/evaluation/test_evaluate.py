@@ -1,5 +1,6 @@
 """`evaluate_reward_model` from rows to files, with functions and with real tiny models."""
 
+import logging
 import math
 
 import pytest
