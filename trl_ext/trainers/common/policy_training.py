@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from torch import nn
@@ -94,6 +94,12 @@ class PolicyTraining:
         if kwargs.get("processing_class") is not None and isinstance(model, nn.Module):
             use_known_pad_token(_tokenizer_of(kwargs["processing_class"]), vocab_size(model))
         return model, args
+
+    def _refuse_images(self, rows: Dataset | IterableDataset | None) -> None:
+        if rows is not None and {"image", "images"} & set(rows.column_names or next(iter(rows))):
+            raise ValueError(
+                f"The rows have images, and {type(self).__name__} reads only text. Remove the image columns."
+            )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         freeze_date(_tokenizer_of(processing_class))

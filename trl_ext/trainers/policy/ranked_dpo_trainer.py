@@ -111,9 +111,7 @@ class RankedDPOTrainer(PolicyTraining, DPOTrainer):
         self._most = 0  # candidates of the largest group
         self._collator = RankedDPOCollator(pad_token_id=0, pad_to_multiple_of=args.pad_to_multiple_of)
         self._flat_rows_decided = False
-        rows = kwargs.get("train_dataset")
-        if rows is not None and {"image", "images"} & set(rows.column_names or next(iter(rows))):
-            raise ValueError("The rows have images, and RankedDPOTrainer reads only text. Remove the image columns.")
+        self._refuse_images(kwargs.get("train_dataset"))
         loss_type, args.loss_type = args.loss_type, ["sigmoid"]  # TRL counts its own losses, and does not call them
         try:
             super().__init__(model, ref_model, args, data_collator=self._collator, **kwargs)

@@ -82,11 +82,7 @@ class WeakToStrongTrainer(PolicyTraining, trl.SFTTrainer):
             raise ValueError("No teacher_model was given. Give one, or set kd_weight=0.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` would replace this trainer's loss. Leave it out, or use SFTTrainer.")
-        rows = kwargs.get("train_dataset")
-        if rows is not None and {"image", "images"} & set(rows.column_names or next(iter(rows))):
-            raise ValueError(
-                "The rows have images, and WeakToStrongTrainer reads only text. Remove the image columns."
-            )
+        self._refuse_images(kwargs.get("train_dataset"))
         model, args = self._accept(model, args, kwargs, reference=False, copied=False)
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"] = text_tokenizer(kwargs["processing_class"])
